@@ -1,0 +1,40 @@
+# Every target sets up what it needs in .venv: a fresh machine needs only git, make and Python 3.10 or newer.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= out/demo
+
+.PHONY: demo test lint bench train data clean
+
+demo: .venv/ready
+	$(BIN)/thinsight search --out $(OUT) --resume
+	@echo "The report: $(OUT)/report.html"
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python -m benchmarks.prefill
+
+# Trains the embedded demo model from scratch (about 70 minutes on two cores) and tests what came out.
+train: .venv/ready
+	$(BIN)/python -m training.train --out runs/demo
+	$(BIN)/python -m training.check --run runs/demo
+
+# Draws the frozen calibration and test sets anew; the same seed gives the same files.
+data: .venv/ready
+	$(BIN)/python -m training.make_data
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "thinsight needs Python 3.10 or newer; set PYTHON=/path/to/python3.10")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv out
