@@ -1,0 +1,117 @@
+"""The model card that is saved beside a reduction: Markdown with the schedule drawn as text.
+
+Knows nothing about files, and nothing about what the measured figures mean: it prints what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .schedule import Schedule
+
+__all__ = ["is_model_card", "model_card"]
+
+_MARK = "library_name: thinsight"
+_BAR = 40  # characters for a keep rate of 1
+_DEMO = "demo"
+
+
+def model_card(
+    schedule: Schedule,
+    ranker: Mapping[str, Any],
+    *,
+    base_model: str | None,
+    search: Mapping[str, Any] | None,
+    measured: Mapping[str, Any] | None,
+) -> str:
+    """The README.md of a reduction."""
+    parts = [
+        _front_matter(base_model),
+        f"# Vision-token reduction for {f'`{base_model}`' if base_model else 'a multimodal model'}",
+        "Found or made with thinsight: how many of a prompt's vision tokens enter each decoder layer, "
+        "and which ones. The model's weights are unchanged; its prefill is what gets cheaper.",
+        _schedule_section(schedule),
+        f"## Which tokens are kept\n\nRanker {_value(dict(ranker))}.",
+    ]
+    if search:
+        parts.append(_table("## How it was found", search))
+    if measured:
+        parts.append(_table("## Measured", measured))
+    parts.append(_usage(base_model))
+    return "\n\n".join(parts) + "\n"
+
+
+def is_model_card(text: str) -> bool:
+    """Whether a README.md was written by `model_card`, and so may be replaced by a new one."""
+    return text.startswith("---\n") and _MARK in text.split("\n---", 1)[0]
+
+
+def _front_matter(base_model: str | None) -> str:
+    lines = ["---", _MARK, "tags:", "- vision-token-reduction"]
+    # the Hub takes only ids of its own here
+    if base_model and base_model.count("/") == 1 and base_model[0] not in "./~":
+        lines.append(f"base_model: {base_model}")
+    return "\n".join([*lines, "---"])
+
+
+def _schedule_section(schedule: Schedule) -> str:
+    rows = []
+    for first, last, rate in schedule.runs():
+        layers = f"{first}" if first == last else f"{first}-{last}"
+        rows.append(f"{layers:>7}  {rate:7.2%}  {'#' * round(rate * _BAR)}".rstrip())
+    return (
+        f"## Schedule\n\n{schedule.num_layers} layers, numbered from 0; mean keep rate "
+        f"{schedule.mean_keep_rate:.2%} of the vision tokens.\n\n```text\n layers     kept\n"
+        + "\n".join(rows)
+        + "\n```"
+    )
+
+
+def _table(heading: str, values: Mapping[str, Any]) -> str:
+    rows = [f"| {name} | {_value(value)} |" for name, value in _flat(values)]
+    return "\n".join([heading, "", "| what | value |", "|---|---|", *rows])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested values as rows with readable names."""
+    for key, value in values.items():
+        name = f"{prefix}{str(key).replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{name}: ")
+        elif value is not None:
+            yield name, value
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_value(item) for item in value)
+    if isinstance(value, Mapping):
+        settings = ", ".join(f"{key} {_value(item)}" for key, item in value.items() if key != "name")
+        return f"`{value['name']}`" + (f" ({settings})" if settings else "") if "name" in value else settings
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _usage(base_model: str | None) -> str:
+    if base_model == _DEMO:
+        load = "model, processor = ts.load_demo()"
+    else:
+        name = base_model or "the/model"
+        load = (
+            f'model = AutoModelForImageTextToText.from_pretrained("{name}")\n'
+            f'processor = AutoProcessor.from_pretrained("{name}")'
+        )
+    imports = (
+        ""
+        if base_model == _DEMO
+        else "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
+    )
+    return (
+        "## How to use it\n\n```python\nimport thinsight as ts\n"
+        f"{imports}{load}\n"
+        'reduction = ts.Reduction.from_pretrained("this/folder")\n'
+        "with ts.apply(model, reduction):\n"
+        "    output = model.generate(**inputs)  # inputs as always, from the processor\n```"
+    )

@@ -1,0 +1,332 @@
+"""Reduction: a schedule and a ranker, saved as a folder and read back strictly.
+
+Knows nothing about how a reduction is found or run, and not which rankers exist: a ranker is a name and its
+settings here. Nothing is ever unpickled; the folder holds one JSON file and a model card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .card import is_model_card, model_card
+from .errors import ThinsightError
+from .schedule import Schedule
+from .version import __version__
+
+__all__ = ["CONFIG_NAME", "Reduction"]
+
+CONFIG_NAME = "reduction_config.json"
+CARD_NAME = "README.md"
+SCHEMA_VERSION = 1
+_KEYS = (
+    "schema_version",
+    "thinsight_version",
+    "base_model_name_or_path",
+    "model_type",
+    "num_layers",
+    "keep_rates",
+    "ranker",
+    "search",
+    "measured",
+)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, init=False)
+class Reduction:
+    """How many tokens (a schedule) and which ones (a ranker), bound to a model family.
+
+    Args:
+        schedule: keep rates of all decoder layers.
+        ranker: a ranker's name, a dict ``{"name": ..., **settings}``, or an object with ``name`` and
+            ``settings``.
+        base_model_name_or_path: the model it was searched for, as given to ``from_pretrained``.
+        model_type: the model family, ``model.config.model_type``; None fits any.
+        search: how it was found (method, tolerance, seed, evaluations ...), JSON values; None if not
+            searched.
+        measured: what it was measured to do (scores, ratios, device ...), JSON values; None if not measured.
+
+    A reduction is not changed after it is made: ``dataclasses.replace(reduction, measured={...})`` makes a
+    new one.
+
+    Raises:
+        ThinsightError: an argument of the wrong kind.
+    """
+
+    schedule: Schedule
+    ranker: dict[str, Any]
+    base_model_name_or_path: str | None
+    model_type: str | None
+    search: dict[str, Any] | None
+    measured: dict[str, Any] | None
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        ranker: Any = "text-attention",
+        *,
+        base_model_name_or_path: str | None = None,
+        model_type: str | None = None,
+        search: Mapping[str, Any] | None = None,
+        measured: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(schedule, Schedule):
+            raise ThinsightError(f"schedule is {schedule!r}; pass a thinsight.Schedule")
+        name = base_model_name_or_path
+        object.__setattr__(self, "schedule", schedule)
+        object.__setattr__(self, "ranker", _ranker_dict(ranker))
+        object.__setattr__(self, "base_model_name_or_path", _text(name, "base_model_name_or_path"))
+        object.__setattr__(self, "model_type", _text(model_type, "model_type"))
+        object.__setattr__(self, "search", _mapping(search, "search"))
+        object.__setattr__(self, "measured", _mapping(measured, "measured"))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write ``reduction_config.json`` and a model card into a folder, making it where needed.
+
+        Each file appears whole or not at all. A README.md that is not a thinsight card is left alone.
+
+        Raises:
+            ThinsightError: a value that JSON cannot hold, or a folder that cannot be written.
+        """
+        folder = Path(save_directory)
+        config = self._encoded()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            card = folder / CARD_NAME
+            if not card.exists() or is_model_card(card.read_text(encoding="utf-8", errors="replace")):
+                _write_atomically(card, self._card())
+            _write_atomically(folder / CONFIG_NAME, config)
+        except OSError as error:
+            raise ThinsightError(
+                f"folder {folder} cannot be written ({error.strerror or error}); pass a writable folder"
+            ) from None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Reduction:
+        """Read a reduction from a folder, or from the Hugging Face Hub when there is no such folder.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or ``owner/name`` on the Hub.
+            revision: Hub only: branch, tag or commit.
+            token: Hub only: access token; None uses the one stored by ``hf auth login``.
+
+        Raises:
+            ThinsightError: nothing there, or a config that is not exactly what this version writes.
+        """
+        name = os.fspath(pretrained_model_name_or_path)
+        folder = Path(name)
+        if folder.is_dir():
+            path = folder / CONFIG_NAME
+            if not path.is_file():
+                raise ThinsightError(
+                    f"folder {folder} has no {CONFIG_NAME}; pass a folder that a search wrote"
+                )
+        elif folder.exists():
+            raise ThinsightError(f"{folder} is a file; pass the folder that holds {CONFIG_NAME}")
+        elif _HUB_ID.fullmatch(name):
+            path = _download(name, revision, token)
+        else:
+            raise ThinsightError(
+                f"there is no folder {folder}; pass a folder with {CONFIG_NAME} or a Hub id owner/name"
+            )
+        return _read(path)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        commit_message: str = "Upload thinsight reduction",
+    ) -> str:
+        """Upload config and model card to a Hub repository, made where needed; gives the commit's URL.
+
+        Raises:
+            ThinsightError: the Hub refused or could not be reached.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            try:
+                target = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                commit = api.upload_folder(
+                    repo_id=target, folder_path=folder, revision=revision, commit_message=commit_message
+                )
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                raise ThinsightError(f"repo_id {repo_id!r} could not be pushed to: {error}") from None
+        return str(commit.commit_url)
+
+    def _encoded(self) -> str:
+        config = {
+            "schema_version": SCHEMA_VERSION,
+            "thinsight_version": __version__,
+            "base_model_name_or_path": self.base_model_name_or_path,
+            "model_type": self.model_type,
+            "num_layers": self.schedule.num_layers,
+            "keep_rates": list(self.schedule.keep_rates),
+            "ranker": self.ranker,
+            "search": self.search,
+            "measured": self.measured,
+        }
+        try:
+            return json.dumps(config, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        except (TypeError, ValueError) as error:
+            raise ThinsightError(
+                f"reduction cannot be saved as JSON ({error}); "
+                "ranker settings, search and measured may hold texts, finite numbers, lists and dicts"
+            ) from None
+
+    def _card(self) -> str:
+        return model_card(
+            self.schedule,
+            self.ranker,
+            base_model=self.base_model_name_or_path,
+            search=self.search,
+            measured=self.measured,
+        )
+
+
+def _read(path: Path) -> Reduction:
+    config = _parsed(path)
+    version = config.get("schema_version")
+    if isinstance(version, bool) or version != SCHEMA_VERSION:
+        raise ThinsightError(
+            f"{path}: schema_version is {version!r}, this thinsight reads {SCHEMA_VERSION}; "
+            "upgrade thinsight or search again"
+        )
+    _check_keys(path, config)
+    if not isinstance(config["thinsight_version"], str):
+        raise ThinsightError(
+            f"{path}: thinsight_version is {config['thinsight_version']!r}; it must be a text"
+        )
+    if not isinstance(config["ranker"], dict):
+        raise ThinsightError(f"{path}: ranker is {config['ranker']!r}; it must be an object with a name")
+    try:
+        schedule = _schedule(config["keep_rates"], config["num_layers"])
+        return Reduction(
+            schedule,
+            config["ranker"],
+            base_model_name_or_path=config["base_model_name_or_path"],
+            model_type=config["model_type"],
+            search=config["search"],
+            measured=config["measured"],
+        )
+    except ThinsightError as error:
+        raise ThinsightError(f"{path}: {error}") from None
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ThinsightError(f"{path} cannot be read ({error.strerror or error}); check the file") from None
+    except UnicodeDecodeError:
+        raise ThinsightError(f"{path} is not UTF-8 text; search again or restore the file") from None
+    try:
+        config = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
+    except (ValueError, RecursionError) as error:
+        raise ThinsightError(
+            f"{path} is not valid JSON ({error}); search again or restore the file"
+        ) from None
+    if not isinstance(config, dict):
+        raise ThinsightError(f"{path} holds no JSON object; search again or restore the file")
+    return config
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError(f"a key is repeated among {[key for key, _ in pairs]}")
+    return result
+
+
+def _check_keys(path: Path, config: dict[str, Any]) -> None:
+    unknown = sorted(config.keys() - set(_KEYS))
+    if unknown:
+        raise ThinsightError(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+    missing = [key for key in _KEYS if key not in config]
+    if missing:
+        raise ThinsightError(f"{path}: {missing[0]!r} is missing; search again or restore the file")
+
+
+def _schedule(keep_rates: Any, num_layers: Any) -> Schedule:
+    if not isinstance(keep_rates, list):
+        raise ThinsightError(f"keep_rates is {keep_rates!r}; it must be a list of numbers in [0, 1]")
+    if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers != len(keep_rates):
+        raise ThinsightError(
+            f"num_layers is {num_layers!r} but there are {len(keep_rates)} keep_rates; they must agree"
+        )
+    return Schedule(keep_rates)
+
+
+def _ranker_dict(ranker: Any) -> dict[str, Any]:
+    if isinstance(ranker, str):
+        found: dict[str, Any] = {"name": ranker}
+    elif isinstance(ranker, Mapping):
+        found = dict(ranker)
+    elif hasattr(ranker, "name") and isinstance(getattr(ranker, "settings", None), Mapping):
+        found = {"name": ranker.name, **ranker.settings}
+    else:
+        raise ThinsightError(f"ranker is {ranker!r}; pass a name, a dict with a name, or a ranker object")
+    if not isinstance(found.get("name"), str) or not found["name"]:
+        raise ThinsightError(f"ranker is {ranker!r}; its name must be a text, such as 'text-attention'")
+    return found
+
+
+def _text(value: Any, field: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ThinsightError(f"{field} is {value!r}; it must be a text or None")
+    return value
+
+
+def _mapping(value: Any, field: str) -> dict[str, Any] | None:
+    if value is not None and not isinstance(value, Mapping):
+        raise ThinsightError(f"{field} is {value!r}; it must be a dict or None")
+    return None if value is None else dict(value)
+
+
+def _download(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision, token=token))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ThinsightError(
+            f"there is no folder {repo_id!r}, and the Hugging Face Hub gave no {CONFIG_NAME} for it "
+            f"({type(error).__name__}); check the name and the connection"
+        ) from None
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with open(part, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,259 @@
+"""G-Search (Scenario I): the fewest vision tokens, layer by layer, that keep the score.
+
+Knows nothing about models: it sees an evaluator, and a solver that answers one layer's question at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from numbers import Integral, Real
+from typing import Any
+
+from ..errors import ThinsightError
+from ..reduction import Reduction
+from ..schedule import Schedule
+from .progress import Progress, SearchObserver, SearchPlan, Silent
+from .result import SearchResult, Trial
+from .solvers import LayerProblem, Solver, get_solver
+from .study import SearchEvaluator, Study
+
+__all__ = ["gsearch"]
+
+_SLACK = 1e-9  # a score of 0.99 is within 0.01 of 1.0, whatever the last bit of the mean says
+
+
+def gsearch(
+    evaluator: SearchEvaluator,
+    max_drop: float = 0.01,
+    *,
+    first_layer: int = 2,
+    solver: str | Solver = "bisect",
+    step: int = 1,
+    trade_off: float = 0.1,
+    n_trials: int = 8,
+    seed: int = 0,
+    study: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    observer: SearchObserver | None = None,
+) -> SearchResult:
+    """Search the fewest tokens per layer that keep the score (G-Search, arXiv 2412.00556 section 3).
+
+    Shallow to deep: with the counts of the layers above settled, each layer gets the least count at which the
+    score stays within ``max_drop`` of the full model's, deeper layers following it. Once a layer needs no
+    token the deeper ones need none either, and the search ends.
+
+    What is guaranteed, with the *bisect* solver at ``step=1``:
+
+    * If the score never falls when a count rises, the result is the lexicographically least of all schedules
+      within the tolerance: no other has fewer tokens at the first layer where the two differ.
+    * Under the paper's assumption (the ranking is alike in all layers, and what a deep layer needs is a
+      subset of what a shallow one needs) and ``max_drop=0``, every layer's count is the least of any
+      schedule within the tolerance at once, so the result is the optimum for any cost that rises with the
+      counts.
+    * For ``max_drop > 0`` the same holds when the examples have a common order of need: one that needs more
+      tokens than another at some layer needs no fewer at any other. Without it, which examples to give up
+      is settled by the first layers, and another choice may cost less.
+
+    Whatever the solver, the schedule returned was evaluated and lies within ``max_drop`` (or is the full
+    one).
+
+    Args:
+        evaluator: see `thinsight.search.SearchEvaluator`; `thinsight.Evaluator` is one.
+        max_drop: largest drop of the calibration score, in the metric's own unit (0.01 is one point), at
+            least 0.
+        first_layer: the shallowest layer that may receive fewer tokens, numbered from 0.
+        solver: ``"bisect"``, ``"bayes"``, or an object with `Solver`'s members.
+        step: *bisect*: counts are multiples of this.
+        trade_off: *bayes*: the paper's weight lambda.
+        n_trials: *bayes*: proposals per layer.
+        seed: of everything random (*bisect* has nothing random).
+        study: journal file; every evaluation is on disk before the next begins, also when the run is
+            interrupted.
+        resume: continue that journal. The schedule is the one of an uninterrupted run. (Where an evaluator
+            learns in which order to run examples, the bounds and costs of early stops may differ.)
+        observer: told what happens, for progress and ETA.
+
+    Returns:
+        SearchResult: schedule, reduction and all trials.
+
+    Raises:
+        ThinsightError: bad arguments, or a journal that cannot be used; before the first evaluation.
+    """
+    _check(evaluator, max_drop, first_layer, seed)  # before the full score, which may take a run to obtain
+    chosen = get_solver(solver, step=step, trade_off=trade_off, n_trials=n_trials)
+    settings = {
+        "method": "gsearch",
+        "max_drop": float(max_drop),
+        "first_layer": int(first_layer),
+        "solver": chosen.settings,
+        "seed": int(seed),
+    }
+    run = _Run(
+        evaluator, chosen, settings, Study(evaluator, settings, study, resume=resume), observer or Silent()
+    )
+    return run.search()
+
+
+class _Run:
+    """One search: the schedule accepted so far, and the trials that led to it."""
+
+    def __init__(
+        self,
+        evaluator: SearchEvaluator,
+        solver: Solver,
+        settings: dict[str, Any],
+        study: Study,
+        observer: SearchObserver,
+    ) -> None:
+        self.evaluator = evaluator
+        self.solver = solver
+        self.settings = settings
+        self.study = study
+        self.observer = observer
+        self.num_layers = int(evaluator.num_layers)
+        self.n = int(evaluator.num_vision_tokens)
+        self.full_score = study.full_score
+        self.floor = self.full_score - settings["max_drop"] - _SLACK
+        self.schedule = Schedule.full(self.num_layers)
+        self.score = self.full_score
+        self.count = self.n
+        self.trials: list[Trial] = []
+        self.settled = 0  # evaluations of the layers that are done
+
+    def search(self) -> SearchResult:
+        first = self.settings["first_layer"]
+        self.observer.on_start(self._plan(first))
+        for layer in range(first, self.num_layers):
+            if self.count == 0:
+                break
+            self._settle(layer)
+        result = self._result()
+        self.observer.on_end(result)
+        return result
+
+    def _settle(self, layer: int) -> None:
+        """Find this layer's count and adopt it."""
+        tried: dict[int, Trial] = {}
+
+        def probe(count: int, *, exact: bool = False) -> Trial:
+            trial = self._try(layer, count, exact)
+            tried[count] = trial
+            self.trials.append(trial)
+            self.observer.on_trial(trial, self._progress(layer))
+            return trial
+
+        count = self.solver.solve(
+            LayerProblem(
+                upper=self.count,
+                upper_score=self.score,
+                probe=probe,
+                mean_keep_rate=lambda count: self._candidate(layer, count).mean_keep_rate,
+                seed=self._layer_seed(layer),
+            )
+        )
+        if count != self.count:
+            best = tried.get(count)
+            if best is None or not best.accepted:
+                raise ThinsightError(f"solver chose count {count} at layer {layer}, which no probe accepted")
+            self.schedule, self.score, self.count = best.schedule, best.score, count
+        self.settled = len(self.trials)
+        self.observer.on_layer(layer, count, self._progress(layer + 1))
+
+    def _try(self, layer: int, count: int, exact: bool) -> Trial:
+        schedule = self._candidate(layer, count)
+        record = self.study.evaluate(schedule, None if exact else self.floor)
+        return Trial(
+            layer=layer,
+            keep_rate=count / self.n,
+            count=count,
+            score=record.score,
+            complete=record.complete,
+            accepted=record.complete and record.score >= self.floor,
+            schedule=schedule,
+            cost=record.cost,
+            seconds=record.seconds,
+        )
+
+    def _candidate(self, layer: int, count: int) -> Schedule:
+        return self.schedule.with_tail(layer, count / self.n)
+
+    def _layer_seed(self, layer: int) -> int:
+        return (
+            int(self.settings["seed"]) * self.num_layers + layer
+        ) * 10_007  # far more than trials in a layer
+
+    def _plan(self, first: int) -> SearchPlan:
+        return SearchPlan(
+            method="gsearch",
+            num_layers=self.num_layers,
+            first_layer=first,
+            num_vision_tokens=self.n,
+            full_score=self.full_score,
+            max_drop=self.settings["max_drop"],
+            recorded=self.study.recorded,
+            expected=self._expected(first),
+        )
+
+    def _progress(self, layer: int) -> Progress:
+        return Progress(
+            layer=layer,
+            evaluations=len(self.trials),
+            expected=max(len(self.trials), self._expected(layer)),
+            seconds=math.fsum(trial.seconds for trial in self.trials),
+        )
+
+    def _expected(self, layer: int) -> int:
+        """Evaluations in all if every layer from ``layer`` on needs the most, its count being at most
+        today's."""
+        return self.settled + (self.num_layers - layer) * self.solver.most_evaluations(self.count)
+
+    def _result(self) -> SearchResult:
+        costs = [trial.cost for trial in self.trials]
+        known = [cost for cost in costs if cost is not None]
+        return SearchResult(
+            schedule=self.schedule,
+            reduction=self._reduction(),
+            trials=self.trials,
+            method="gsearch",
+            max_drop=self.settings["max_drop"],
+            full_score=self.full_score,
+            score=self.score,
+            seed=self.settings["seed"],
+            cost=math.fsum(known) if len(known) == len(costs) else None,
+            seconds=math.fsum(trial.seconds for trial in self.trials),
+        )
+
+    def _reduction(self) -> Reduction:
+        bind = getattr(self.evaluator, "reduction", Reduction)
+        record = {
+            **self.settings,
+            "evaluations": len(self.trials),
+            "num_vision_tokens": self.n,
+            "full_score": self.full_score,
+            "score": self.score,
+            "calibration": getattr(self.evaluator, "fingerprint", None),
+        }
+        return replace(bind(self.schedule), search=record)
+
+
+def _check(evaluator: SearchEvaluator, max_drop: float, first_layer: int, seed: int) -> None:
+    for name in ("num_layers", "num_vision_tokens", "__call__"):
+        if not hasattr(evaluator, name):
+            raise ThinsightError(f"evaluator has no {name}; pass a thinsight.Evaluator or an object like it")
+    if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= max_drop < math.inf:
+        raise ThinsightError(
+            f"max_drop is {max_drop!r}; it must be a finite number of at least 0, such as 0.01"
+        )
+    _check_whole(evaluator.num_vision_tokens, "evaluator.num_vision_tokens", 1, None)
+    _check_whole(evaluator.num_layers, "evaluator.num_layers", 1, None)
+    _check_whole(first_layer, "first_layer", 0, int(evaluator.num_layers) - 1)
+    _check_whole(seed, "seed", 0, None)
+
+
+def _check_whole(value: Any, field: str, low: int, high: int | None) -> None:
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value > high):
+        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ThinsightError(f"{field} is {value!r}; it must be a whole number {wanted}")

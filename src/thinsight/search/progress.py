@@ -1,0 +1,78 @@
+"""How a search tells what it is doing: plain numbers for whoever draws them.
+
+Knows nothing about terminals, and nothing about how the search works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from .result import SearchResult, Trial
+
+__all__ = ["Progress", "SearchObserver", "SearchPlan", "Silent"]
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What a search is about to do."""
+
+    method: str
+    num_layers: int
+    first_layer: int
+    num_vision_tokens: int
+    full_score: float
+    max_drop: float
+    recorded: int  # evaluations found in the journal, which will not be run again
+    expected: int  # evaluations in all, recorded ones included: an upper estimate that only gets smaller
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a search is. ``expected`` is an upper estimate of all evaluations, so the ETA only gets
+    better."""
+
+    layer: int
+    evaluations: int
+    expected: int
+    seconds: float  # spent in evaluations so far, those of interrupted runs included
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Estimated seconds to go at the mean speed so far; None before the first evaluation."""
+        if self.evaluations == 0:
+            return None
+        return (self.expected - self.evaluations) * self.seconds / self.evaluations
+
+
+class SearchObserver(Protocol):
+    """Receives what happens during a search. Subclass `Silent` to override only some of it."""
+
+    def on_start(self, plan: SearchPlan) -> None:
+        """Before the first evaluation."""
+
+    def on_trial(self, trial: Trial, progress: Progress) -> None:
+        """After every evaluation, also after one that was read from the journal."""
+
+    def on_layer(self, layer: int, count: int, progress: Progress) -> None:
+        """When a layer's count is settled."""
+
+    def on_end(self, result: SearchResult) -> None:
+        """After the last evaluation; not called when the search is interrupted."""
+
+
+class Silent:
+    """An observer that does nothing."""
+
+    def on_start(self, plan: SearchPlan) -> None:
+        """Ignore it."""
+
+    def on_trial(self, trial: Trial, progress: Progress) -> None:
+        """Ignore it."""
+
+    def on_layer(self, layer: int, count: int, progress: Progress) -> None:
+        """Ignore it."""
+
+    def on_end(self, result: SearchResult) -> None:
+        """Ignore it."""

@@ -1,0 +1,270 @@
+"""Study: evaluates candidates once, and keeps every evaluation in a journal that a later run continues.
+
+Knows nothing about which candidates a search proposes or why. The journal is a text file of JSON lines,
+only ever appended to and flushed to disk after each evaluation: one header with what was searched, then one
+line per evaluation. A resumed search proposes the same candidates again and finds their scores here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import ThinsightError
+from ..evaluation.result import Evaluation
+from ..schedule import Schedule
+
+__all__ = ["Record", "SearchEvaluator", "Study"]
+
+JOURNAL_VERSION = 1
+
+
+class SearchEvaluator(Protocol):
+    """The only thing a search sees: schedules in, scores out.
+
+    An evaluator may also have ``at_least(schedule, floor) -> Evaluation``, which may stop as soon as the
+    score provably cannot reach ``floor``; ``fingerprint``, a string that names model, data, metric and
+    ranker; and ``reduction(schedule) -> Reduction``, which binds the ranker and the model family.
+    """
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of decoder layers."""
+
+    @property
+    def num_vision_tokens(self) -> int:
+        """The reference N in which a search counts tokens."""
+
+    @property
+    def full_score(self) -> float:
+        """Score of the full model on the same examples."""
+
+    def __call__(self, schedule: Schedule, /) -> Evaluation:
+        """Score of the model under ``schedule``."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One evaluation as the journal keeps it."""
+
+    score: float
+    complete: bool
+    cost: float | None
+    seconds: float
+
+
+class Study:
+    """Evaluations by schedule, in memory and (when ``path`` is given) in a journal.
+
+    Args:
+        evaluator: see `SearchEvaluator`.
+        settings: what defines the search (JSON values); a journal of other settings is refused.
+        path: the journal file, or None to keep nothing.
+        resume: continue an existing journal; a missing one is started.
+
+    Raises:
+        ThinsightError: the journal exists and ``resume`` is False, is damaged, belongs to another search,
+            or cannot be written.
+    """
+
+    def __init__(
+        self,
+        evaluator: SearchEvaluator,
+        settings: dict[str, Any],
+        path: str | os.PathLike[str] | None = None,
+        *,
+        resume: bool = False,
+    ) -> None:
+        self._evaluator = evaluator
+        self._records: dict[tuple[Schedule, bool], Record] = {}  # by schedule and whether it was run exactly
+        self._path = None if path is None else Path(path)
+        if self._path is not None:
+            self._open(self._path, settings, resume)
+        self.recorded = len(self._records)
+        self.full_score = _full_score(evaluator)
+
+    def evaluate(self, schedule: Schedule, floor: float | None = None) -> Record:
+        """The evaluation of ``schedule``: the known one, or a new one that is on disk when this returns.
+
+        Args:
+            schedule: the candidate.
+            floor: when given, an evaluator that can may stop early below this score.
+        """
+        exact = floor is None
+        known = self._known(schedule, exact)
+        if known is not None:
+            return known
+        record = self._run(schedule, floor)
+        if self._path is not None:
+            _append(self._path, _line(schedule, exact, record))
+        self._records[schedule, exact] = record
+        return record
+
+    def _known(self, schedule: Schedule, exact: bool) -> Record | None:
+        same = self._records.get((schedule, exact))
+        other = self._records.get((schedule, not exact))
+        return same or (other if other is not None and other.complete else None)
+
+    def _run(self, schedule: Schedule, floor: float | None) -> Record:
+        started = time.perf_counter()
+        at_least = getattr(self._evaluator, "at_least", None)
+        if floor is None or at_least is None:
+            evaluation = self._evaluator(schedule)
+        else:
+            evaluation = at_least(schedule, floor)
+        seconds = time.perf_counter() - started
+        return Record(evaluation.score, evaluation.complete, evaluation.cost, seconds)
+
+    def _open(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
+        # the evaluator is asked last: its full score may take a run over all examples
+        text = _whole_lines(path)
+        if not text:
+            _create(path)
+            _append(path, _header(self._evaluator, settings))
+        elif not resume:
+            raise ThinsightError(
+                f"study {path} exists already; resume it (resume=True, --resume) or remove it to begin again"
+            )
+        else:
+            lines = text.decode("utf-8", errors="replace").splitlines()
+            found = _checked_header(path, lines[0])
+            _check_part(path, "settings", found, settings)
+            for number, line in enumerate(lines[1:], start=2):
+                schedule, exact, record = _parse(path, number, line)
+                self._records[schedule, exact] = record
+            _check_part(path, "evaluator", found, _evaluator_facts(self._evaluator))
+            _truncate(path, len(text))  # a line cut off by a crash goes, so that the next one starts clean
+
+
+def _header(evaluator: SearchEvaluator, settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "thinsight_study": JOURNAL_VERSION,
+        "settings": settings,
+        "evaluator": _evaluator_facts(evaluator),
+    }
+
+
+def _evaluator_facts(evaluator: SearchEvaluator) -> dict[str, Any]:
+    return {
+        "fingerprint": getattr(evaluator, "fingerprint", None),
+        "num_layers": int(evaluator.num_layers),
+        "num_vision_tokens": int(evaluator.num_vision_tokens),
+        "full_score": _full_score(evaluator),
+    }
+
+
+def _full_score(evaluator: SearchEvaluator) -> float:
+    score = float(evaluator.full_score)
+    if not math.isfinite(score):
+        raise ThinsightError(f"evaluator.full_score is {score}; a search needs a finite number")
+    return score
+
+
+def _line(schedule: Schedule, exact: bool, record: Record) -> dict[str, Any]:
+    return {
+        "keep_rates": list(schedule.keep_rates),
+        "exact": exact,
+        "score": record.score,
+        "complete": record.complete,
+        "cost": record.cost,
+        "seconds": record.seconds,
+    }
+
+
+def _encode(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, allow_nan=False).encode() + b"\n"
+
+
+def _whole_lines(path: Path) -> bytes:
+    """The journal up to its last line break; empty when there is no journal."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise ThinsightError(f"study {path} cannot be read ({error.strerror}); pass another path") from None
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _create(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    except OSError as error:
+        raise ThinsightError(
+            f"study {path} cannot be written ({error.strerror}); pass a path in a writable folder"
+        ) from None
+
+
+def _append(path: Path, value: dict[str, Any]) -> None:
+    try:
+        with open(path, "ab", buffering=0) as journal:
+            journal.write(_encode(value))
+            os.fsync(journal.fileno())
+    except OSError as error:
+        raise ThinsightError(
+            f"study {path} cannot be written ({error.strerror}); free the disk, then resume"
+        ) from None
+
+
+def _truncate(path: Path, size: int) -> None:
+    try:
+        os.truncate(path, size)
+    except OSError as error:
+        raise ThinsightError(f"study {path} cannot be written ({error.strerror}); make it writable") from None
+
+
+def _checked_header(path: Path, line: str) -> dict[str, Any]:
+    found = _object(path, 1, line)
+    if found.get("thinsight_study") != JOURNAL_VERSION:
+        raise ThinsightError(
+            f"study {path} is not a search journal of version {JOURNAL_VERSION}; pass another path"
+        )
+    return found
+
+
+def _check_part(path: Path, part: str, header: dict[str, Any], wanted: dict[str, Any]) -> None:
+    found, expected = header.get(part), json.loads(_encode(wanted))
+    if not isinstance(found, dict):
+        raise ThinsightError(f"study {path} has no {part} in its header; remove it and search again")
+    for key in sorted(found.keys() | expected.keys()):
+        if found.get(key) != expected.get(key):
+            raise ThinsightError(
+                f"study {path} was made with {key} {found.get(key)!r}, this search "
+                f"has {expected.get(key)!r}; "
+                "resume with the same model, data and settings, or pass another path"
+            )
+
+
+def _parse(path: Path, number: int, line: str) -> tuple[Schedule, bool, Record]:
+    value = _object(path, number, line)
+    try:
+        cost = value["cost"]
+        record = Record(
+            score=float(value["score"]),
+            complete=bool(value["complete"]),
+            cost=None if cost is None else float(cost),
+            seconds=float(value["seconds"]),
+        )
+        return Schedule(value["keep_rates"]), bool(value["exact"]), record
+    except (KeyError, TypeError, ValueError) as error:
+        raise ThinsightError(
+            f"study {path}, line {number} is damaged ({error!r}); remove the line, then resume"
+        ) from None
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ThinsightError(
+            f"study {path}, line {number} is not a JSON object; remove the line, then resume"
+        )
+    return value

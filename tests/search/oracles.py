@@ -1,0 +1,104 @@
+"""Synthetic evaluators: schedules in, scores out, no model.
+
+They know nothing about any search. An example is answered when, at every layer, the tokens that entered it
+hold what the example needs there; the score is the share of examples answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations_with_replacement
+
+from thinsight.evaluation.result import Evaluation
+from thinsight.schedule import Schedule
+
+
+class NeedOracle:
+    """Each example needs at least so many top-ranked tokens at each layer: ``needs[example][layer]``.
+
+    ``lost`` further examples are wrong whatever happens, as some are for any real model.
+    """
+
+    def __init__(self, n: int, needs: Sequence[Sequence[int]], lost: int = 0) -> None:
+        self.num_vision_tokens = n
+        self.num_layers = len(needs[0])
+        self.needs = [tuple(need) for need in needs]
+        self.lost = lost
+        self.full_score = len(needs) / (len(needs) + lost)
+        self.calls: list[Schedule] = []
+
+    def score(self, counts: Sequence[int]) -> float:
+        answered = sum(all(c >= k for c, k in zip(counts, need, strict=True)) for need in self.needs)
+        return answered / (len(self.needs) + self.lost)
+
+    def __call__(self, schedule: Schedule) -> Evaluation:
+        self.calls.append(schedule)
+        return Evaluation(
+            score=self.score(schedule.counts(self.num_vision_tokens)), cost=schedule.mean_keep_rate
+        )
+
+
+class TokenOracle(NeedOracle):
+    """The paper's assumption with real sets: one ranking per example, and nested essential sets.
+
+    ``rankings[e]`` orders the tokens of example e, best first, alike in all layers. ``essential[e][layer]``
+    are the tokens it needs there; a deep layer's set is contained in a shallow one's, but need not be a
+    prefix of the ranking.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        rankings: Sequence[Sequence[int]],
+        essential: Sequence[Sequence[frozenset[int]]],
+        lost: int = 0,
+    ) -> None:
+        super().__init__(n, [[0] * len(sets) for sets in essential], lost)
+        self.rankings = rankings
+        self.essential = essential
+
+    def score(self, counts: Sequence[int]) -> float:
+        answered = 0
+        for ranking, sets in zip(self.rankings, self.essential, strict=True):
+            answered += all(need <= set(ranking[:c]) for c, need in zip(counts, sets, strict=True))
+        return answered / (len(self.rankings) + self.lost)
+
+
+class StoppingOracle(NeedOracle):
+    """Stops as soon as the examples left cannot lift the score to the floor, as a real evaluator does."""
+
+    def at_least(self, schedule: Schedule, floor: float) -> Evaluation:
+        self.calls.append(schedule)
+        counts = schedule.counts(self.num_vision_tokens)
+        total = len(self.needs) + self.lost
+        best = len(self.needs)
+        for seen, need in enumerate(self.needs, start=1):
+            best -= not all(c >= k for c, k in zip(counts, need, strict=True))
+            if best / total < floor:
+                return Evaluation(score=best / total, complete=seen == len(self.needs), cost=seen / total)
+        return Evaluation(score=best / total, cost=1.0)
+
+
+class InterruptedOracle:
+    """Another oracle that is stopped by Ctrl-C after every ``every`` evaluations."""
+
+    def __init__(self, inner: NeedOracle, every: int) -> None:
+        self.inner = inner
+        self.every = every
+        self.left = every
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.inner, name)
+
+    def __call__(self, schedule: Schedule) -> Evaluation:
+        if self.left == 0:
+            self.left = self.every
+            raise KeyboardInterrupt
+        self.left -= 1
+        return self.inner(schedule)
+
+
+def all_counts(n: int, num_layers: int, first_layer: int) -> Iterator[tuple[int, ...]]:
+    """Every count vector that a schedule may have."""
+    for tail in combinations_with_replacement(range(n, -1, -1), num_layers - first_layer):
+        yield (n,) * first_layer + tail
