@@ -1,0 +1,178 @@
+"""Questions about a scene: ten tasks that need different numbers of vision tokens, from one shape to all.
+
+Knows a scene's contents, not its pixels; knows nothing about models. The words used here are the whole
+vocabulary of the demo model's tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from training.scenes import COLOR_NAMES, GRID, KINDS, Scene
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+DIRECTIONS = ("left", "right", "above", "below")
+
+
+@dataclass(frozen=True)
+class Question:
+    """``about``: indices of the things in the scene that hold the answer (what grounding points at)."""
+
+    task: str
+    text: str
+    answer: str
+    about: tuple[int, ...]
+
+
+Maker = Callable[[np.random.Generator, Scene], Question | None]
+
+
+def _pick(rng: np.random.Generator, options: list) -> object | None:
+    return options[rng.integers(len(options))] if options else None
+
+
+def _unique(scene: Scene, key: Callable[[int], object]) -> list[int]:
+    keys = [key(i) for i in scene.of("shape")]
+    return [i for i, k in zip(scene.of("shape"), keys, strict=True) if keys.count(k) == 1]
+
+
+def _name(scene: Scene, i: int) -> str:
+    return f"{scene.things[i].color} {scene.things[i].kind}"
+
+
+def color(rng: np.random.Generator, scene: Scene) -> Question | None:
+    i = _pick(rng, _unique(scene, lambda i: scene.things[i].kind))
+    if i is None:
+        return None
+    return Question("color", f"what color is the {scene.things[i].kind} ?", scene.things[i].color, (i,))
+
+
+def shape(rng: np.random.Generator, scene: Scene) -> Question | None:
+    i = _pick(rng, _unique(scene, lambda i: scene.things[i].color))
+    if i is None:
+        return None
+    return Question("shape", f"what shape is the {scene.things[i].color} one ?", scene.things[i].kind, (i,))
+
+
+def position(rng: np.random.Generator, scene: Scene) -> Question | None:
+    i = _pick(rng, _unique(scene, lambda i: _name(scene, i)))
+    if i is None:
+        return None
+    axis = str(rng.choice(("row", "column")))
+    place = scene.things[i].row if axis == "row" else scene.things[i].column
+    return Question("position", f"which {axis} is the {_name(scene, i)} in ?", NUMBERS[place + 1], (i,))
+
+
+def lookup(rng: np.random.Generator, scene: Scene) -> Question | None:
+    i = _pick(rng, scene.of("shape"))
+    if i is None:
+        return None
+    row, column = NUMBERS[scene.things[i].row + 1], NUMBERS[scene.things[i].column + 1]
+    return Question("lookup", f"what is in row {row} column {column} ?", _name(scene, i), (i,))
+
+
+def count(rng: np.random.Generator, scene: Scene) -> Question | None:
+    shapes = scene.of("shape")
+    members: dict[str, tuple[int, ...]] = {"": tuple(shapes)}
+    for name in COLOR_NAMES:
+        members[f"{name} "] = tuple(i for i in shapes if scene.things[i].color == name)
+    for name in KINDS:
+        members[f"{name} "] = tuple(i for i in shapes if scene.things[i].kind == name)
+    # First the number, then what is counted: otherwise most answers would be "zero" or "one".
+    n = _pick(rng, sorted({len(m) for m in members.values()} & set(range(len(NUMBERS)))))
+    what = _pick(rng, [name for name, m in members.items() if len(m) == n])
+    return Question("count", f"how many {what}shapes are there ?", NUMBERS[n], members[what])
+
+
+def relation(rng: np.random.Generator, scene: Scene) -> Question | None:
+    named = _unique(scene, lambda i: _name(scene, i))
+    pairs: dict[str, list[tuple[int, int]]] = {direction: [] for direction in DIRECTIONS}
+    for a in named:
+        for b in named:
+            dy = scene.things[a].row - scene.things[b].row
+            dx = scene.things[a].column - scene.things[b].column
+            if abs(dx) > 2 * abs(dy):
+                pairs["left" if dx < 0 else "right"].append((a, b))
+            elif abs(dy) > 2 * abs(dx):
+                pairs["above" if dy < 0 else "below"].append((a, b))
+    direction = _pick(rng, [d for d in DIRECTIONS if pairs[d]])
+    if direction is None:
+        return None
+    a, b = _pick(rng, pairs[direction])
+    return Question("relation", f"where is the {_name(scene, a)} from the {_name(scene, b)} ?", direction, (a, b))
+
+
+def _number(group: str) -> Maker:
+    def make(rng: np.random.Generator, scene: Scene) -> Question | None:
+        digits = scene.of(group)
+        if not digits:
+            return None
+        answer = " ".join(scene.things[i].kind for i in digits)
+        return Question(group, f"what is the {group} number ?", answer, tuple(digits))
+
+    return make
+
+
+def extreme(rng: np.random.Generator, scene: Scene) -> Question | None:
+    bars = scene.of("bar")
+    if not bars:
+        return None
+    word, best = ("tallest", max) if rng.random() < 0.5 else ("shortest", min)
+    i = best(bars, key=lambda i: scene.things[i].height)
+    return Question("extreme bar", f"which bar is the {word} ?", scene.things[i].color, tuple(bars))
+
+
+def height(rng: np.random.Generator, scene: Scene) -> Question | None:
+    i = _pick(rng, scene.of("bar"))
+    if i is None:
+        return None
+    return Question("bar height", f"how tall is the {scene.things[i].color} bar ?", NUMBERS[scene.things[i].height], (i,))
+
+
+TASKS: dict[str, Maker] = {
+    "color": color,
+    "shape": shape,
+    "position": position,
+    "lookup": lookup,
+    "count": count,
+    "relation": relation,
+    "printed": _number("printed"),
+    "handwritten": _number("handwritten"),
+    "extreme bar": extreme,
+    "bar height": height,
+}
+
+WORDS = tuple(
+    dict.fromkeys(
+        "what color is the shape one which row column in how many shapes are there where from printed handwritten"
+        " number bar tallest shortest tall ? user assistant :".split()
+        + list(COLOR_NAMES)
+        + list(KINDS)
+        + list(NUMBERS)
+        + list(DIRECTIONS)
+        + [str(d) for d in range(10)]
+    )
+)
+
+# Hard tasks are asked more often in training.
+TRAINING_WEIGHTS = {
+    "color": 0.7, "shape": 0.7, "position": 1.0, "lookup": 0.8, "count": 1.7, "relation": 1.8,
+    "printed": 1.3, "handwritten": 1.5, "extreme bar": 0.9, "bar height": 1.3,
+}  # fmt: skip
+
+assert GRID < len(NUMBERS)
+
+
+def ask(rng: np.random.Generator, scene: Scene, n: int, weights: dict[str, float]) -> list[Question]:
+    """``n`` questions (repeats possible) whose tasks are drawn by ``weights`` among those the scene allows."""
+    possible = [t for t in TASKS if weights.get(t, 0) > 0 and TASKS[t](rng, scene) is not None]
+    p = np.array([weights[t] for t in possible])
+    questions = []
+    for task in rng.choice(possible, size=n, p=p / p.sum()):
+        question = TASKS[str(task)](rng, scene)
+        assert question is not None
+        questions.append(question)
+    return questions
