@@ -1,0 +1,417 @@
+"""The evaluator: maps a reduction to the exact score of greedy decoding on a set of examples.
+
+What makes it cheap changes no score: the vision tower runs once per image, the full model's answer is drafted
+so that one forward pass decides whether a reduced model says the same, and answers once computed are kept.
+Knows nothing about searches, nor about how the runtime drops tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from functools import cached_property
+from pathlib import Path
+from statistics import median_low
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import cost
+from ..errors import ThinsightError
+from ..ranking import get_ranker
+from ..reduction import Reduction
+from ..runtime import Handle, apply, num_layers
+from ..runtime.families import check_supported
+from ..schedule import Schedule
+from .decoding import DecodingRules, GreedyAnswer, decode
+from .encoding import Prompt, encode_prompt, pad_batch
+from .examples import Example, validate_examples
+from .metrics import Metric, get_metric
+from .result import Evaluation
+from .vision_cache import VisionCache
+
+__all__ = ["Evaluator", "FullAnswer"]
+
+_MIN_NEW_TOKENS = 4
+_NEW_TOKENS_MARGIN = 4  # the stop token, and room for a few tokens more than the longest right answer
+_NEW_TOKENS_UNLABELED = 32
+_SAMPLED_WEIGHTS = 1024  # of each tensor, for the fingerprint
+_ROUNDING_SLACK = 1e-9  # an early stop must be certain in spite of rounding
+
+Progress = Callable[[str, int, int], None]
+
+
+class FullAnswer(NamedTuple):
+    """The full model's greedy answer: token ids with the stop token, and the text without it."""
+
+    tokens: tuple[int, ...]
+    text: str
+
+
+class Evaluator:
+    """Scores schedules and reductions of one model on one set of examples.
+
+    The score is the mean over the examples of a metric of the greedily decoded answer, exactly as
+    ``model.generate()`` under ``apply`` gives it (up to rounding of logits that differ by less than floating
+    point resolves). Batches are the same in every call, so a complete score never depends on what was
+    evaluated before.
+
+    Args:
+        model: a transformers vision-language model in eval mode, as it is: nothing of it is changed between
+            calls.
+        processor: the model's own processor.
+        examples: what ``load_examples`` returns, or any list of ``Example``.
+        metric: one metric for all; None takes each example's own, else "exact_match" where it has answers and
+            "agreement" where it has none. "agreement" is 1 where the reduced model's answer has the very
+            tokens of the full model's.
+        batch_size: prompts per forward pass.
+        ranker: which tokens a bare schedule keeps: a ranker's name, dict or object.
+        max_new_tokens: cuts every answer, the full model's too. None: the longest right answer's tokens + 4,
+            at least 4; 32 if no example has an answer.
+        progress: called as ``progress(what, done, total)`` after each batch, in examples.
+
+    Raises:
+        ThinsightError: bad examples (see ``validate_examples``), unknown metric or ranker, a prompt without
+            image token, a model that is not supported or is in training mode, or generation settings that
+            exact scoring does not support.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        examples: Sequence[Example],
+        metric: str | None = None,
+        batch_size: int = 8,
+        ranker: Any = "text-attention",
+        max_new_tokens: int | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ThinsightError(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
+        check_supported(model)
+        if model.training:
+            raise ThinsightError(
+                "the model is in training mode, where answers may be random: call model.eval() first"
+            )
+        self.model = model
+        self.processor = processor
+        self.examples = tuple(examples)
+        self.batch_size = batch_size
+        self.ranker = get_ranker(ranker)
+        self.progress = progress
+        self._metrics = [_metric_of(example, metric) for example in self.examples]
+        validate_examples(self.examples)
+        self.rules = DecodingRules.of(
+            model.generation_config, _max_new_tokens(max_new_tokens, processor, self.examples)
+        )
+        self._prompts = [encode_prompt(model, processor, example) for example in self.examples]
+        self._vision = VisionCache(model, processor)
+        self._memo: dict[tuple[Any, ...], dict[int, GreedyAnswer]] = {}
+        self._failures = np.zeros(len(self.examples))
+        self._calls = 0
+
+    # -- what a search sees ----------------------------------------------------------------------------------
+
+    @cached_property
+    def num_layers(self) -> int:
+        """L, the number of decoder layers."""
+        return int(num_layers(self.model))
+
+    @cached_property
+    def num_vision_tokens(self) -> int:
+        """N: the median number of vision tokens of a prompt."""
+        return median_low(prompt.n_vision for prompt in self._prompts)
+
+    @property
+    def prompt_sizes(self) -> list[tuple[int, int]]:
+        """Per example, how many vision tokens and how many other tokens its prompt has."""
+        return [(prompt.n_vision, prompt.n_text) for prompt in self._prompts]
+
+    @property
+    def full_score(self) -> float:
+        """The full model's score; its answers are computed when first asked for."""
+        return self.full.score
+
+    @cached_property
+    def full(self) -> Evaluation:
+        """The full model's evaluation."""
+        scores = [self._score(index, answer) for index, answer in enumerate(self._full)]
+        score = float(np.mean(scores))
+        spent = self._flops(range(len(self.examples)), None, drafted=False)
+        return Evaluation(score=score, per_example=np.array(scores), full_score=score, cost=spent)
+
+    @cached_property
+    def full_answers(self) -> list[FullAnswer]:
+        """The full model's greedy answers, in the order of the examples."""
+        return [FullAnswer(answer.tokens, self._text(answer)) for answer in self._full]
+
+    def __call__(self, schedule: Schedule | Reduction) -> Evaluation:
+        """The exact score under a schedule (with the evaluator's ranker) or a reduction (with its own).
+
+        Raises:
+            ThinsightError: the schedule has another number of layers than the model, or cannot be run on it.
+        """
+        return self._evaluate(self._bind(schedule), floor=None)
+
+    def at_least(self, schedule: Schedule | Reduction, floor: float) -> Evaluation:
+        """Like a call, but gives up as soon as the score cannot reach ``floor`` any more.
+
+        Batches that lost most in earlier calls come first. Given up means: even with the highest possible
+        score on all examples not yet run, the mean stays below ``floor``. The result then has
+        ``complete=False``, an upper bound of the score, and NaN for the examples not run. A result with
+        ``complete=True`` is the very one of a call.
+        """
+        return self._evaluate(self._bind(schedule), floor=float(floor))
+
+    def predictions(self, schedule: Schedule | Reduction) -> list[str]:
+        """The greedy answers as texts, in the order of the examples."""
+        reduction = self._bind(schedule)
+        if reduction.schedule.is_full:
+            return [answer.text for answer in self.full_answers]
+        texts = [""] * len(self.examples)
+        with closing(self._answers(reduction, self._batches, whole=True)) as stream:
+            for batch, answers in stream:
+                for index, answer in zip(batch, answers, strict=True):
+                    texts[index] = self._text(answer)
+        return texts
+
+    def reduction(self, schedule: Schedule) -> Reduction:
+        """The schedule bound to this evaluator's ranker and model."""
+        return Reduction(
+            schedule,
+            self.ranker,
+            base_model_name_or_path=getattr(self.model, "name_or_path", None) or None,
+            model_type=self.model.config.model_type,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of all that a score depends on: model, images, prompts, answers, metrics, ranker and
+        decoding rules.
+
+        Weights enter by an even sample of each tensor.
+        """
+        digest = hashlib.sha256()
+        _hash_model(digest, self.model)
+        _hash_json(digest, [self.ranker.to_dict(), self.rules.max_new_tokens, sorted(self.rules.stop_tokens)])
+        for example, prompt, metric in zip(self.examples, self._prompts, self._metrics, strict=True):
+            _hash_json(digest, [example.id, prompt.input_ids.tolist(), example.answers, metric.name])
+            for image, key in zip(example.images, example.image_keys, strict=True):
+                digest.update(image.read_bytes() if isinstance(image, Path) else key.encode())
+        return digest.hexdigest()
+
+    # -- the full model --------------------------------------------------------------------------------------
+
+    @cached_property
+    def _full(self) -> list[GreedyAnswer]:
+        answers: dict[int, GreedyAnswer] = {}
+        by_length = sorted(range(len(self.examples)), key=lambda index: (self._size(index), index))
+        # a full schedule leaves the model as it is, and makes sure that no other reduction is on it
+        with apply(self.model, Schedule.full(self.num_layers)):
+            for batch in _chunks(by_length, self.batch_size):
+                answers.update(zip(batch, self._decode(batch), strict=True))
+                self._report("full model", len(answers))
+        return [answers[index] for index in range(len(self.examples))]
+
+    @cached_property
+    def _batches(self) -> list[list[int]]:
+        """Example indices in batches of like length, those the full model is least sure of together."""
+        scores = self.full.per_example
+        assert scores is not None
+
+        def place(index: int) -> tuple[Any, ...]:
+            return (*self._size(index), scores[index], self._full[index].margin, index)
+
+        return list(_chunks(sorted(range(len(self.examples)), key=place), self.batch_size))
+
+    def _size(self, index: int) -> tuple[int, int]:
+        prompt = self._prompts[index]
+        return len(prompt), prompt.n_vision
+
+    # -- reduced models --------------------------------------------------------------------------------------
+
+    def _bind(self, schedule: Schedule | Reduction) -> Reduction:
+        reduction = schedule if isinstance(schedule, Reduction) else self.reduction(schedule)
+        if reduction.schedule.num_layers != self.num_layers:
+            raise ThinsightError(
+                f"the schedule has {reduction.schedule.num_layers} layers but the model has "
+                f"{self.num_layers}: use schedule.resample({self.num_layers})"
+            )
+        return reduction
+
+    def _evaluate(self, reduction: Reduction, floor: float | None) -> Evaluation:
+        if reduction.schedule.is_full:
+            return self.full
+        scores = np.full(len(self.examples), np.nan)
+        known = set(self._memo.get(self._key(reduction), {}))
+        batches = self._batches if floor is None else self._hardest_first
+        with closing(self._answers(reduction, batches)) as stream:
+            for batch, answers in stream:
+                for index, answer in zip(batch, answers, strict=True):
+                    scores[index] = self._score(index, answer)
+                if floor is not None and self._upper_bound(scores) < floor - _ROUNDING_SLACK:
+                    break
+        run = np.flatnonzero(~np.isnan(scores))
+        self._note_failures(scores, run)
+        complete = len(run) == len(scores)
+        spent = self._flops([index for index in run.tolist() if index not in known], reduction.schedule)
+        return Evaluation(
+            score=float(np.mean(scores)) if complete else self._upper_bound(scores),
+            per_example=scores,
+            complete=complete,
+            full_score=self.full_score,
+            cost=spent,
+        )
+
+    def _answers(
+        self, reduction: Reduction, batches: Sequence[list[int]], whole: bool = False
+    ) -> Generator[tuple[list[int], list[GreedyAnswer]], None, None]:
+        """The answers of one batch after the other; only what is not yet known is run.
+
+        The reduction is in force in the model until the generator is closed.
+        """
+        known = self._memo.setdefault(self._key(reduction), {})
+        done = 0
+        with ExitStack() as stack:
+            handle: Handle | None = None
+            for batch in batches:
+                wanted = [whole or self._metrics[index].name != "agreement" for index in batch]
+                if not all(self._settled(known.get(i), want) for i, want in zip(batch, wanted, strict=True)):
+                    handle = handle or stack.enter_context(apply(self.model, reduction))
+                    known.update(
+                        zip(batch, self._decode(batch, handle, reduction.ranker, wanted), strict=True)
+                    )
+                done += len(batch)
+                self._report("reduced model", done)
+                yield batch, [known[index] for index in batch]
+
+    @staticmethod
+    def _settled(answer: GreedyAnswer | None, whole: bool) -> bool:
+        return answer is not None and (answer.finished or not whole)
+
+    def _decode(
+        self,
+        batch: Sequence[int],
+        handle: Handle | None = None,
+        ranker: Any = None,
+        wanted: Sequence[bool] | None = None,
+    ) -> list[GreedyAnswer]:
+        drafts = None if handle is None else [self._full[index].tokens for index in batch]
+        prompts = pad_batch([self._prompts[index] for index in batch], self.rules.pad_token)
+        vision = self._vision.inputs([self.examples[index] for index in batch], ranker)
+        return decode(
+            self.model,
+            prompts,
+            vision,
+            self.rules,
+            drafts=drafts,
+            finish=wanted,
+            prompt_scope=None if handle is None else handle.prompt,
+        )
+
+    def _key(self, reduction: Reduction) -> tuple[Any, ...]:
+        """Reductions with one key keep the same tokens of every prompt here."""
+        schedule = reduction.schedule
+        ranker = json.dumps(reduction.ranker, sort_keys=True, default=repr)
+        if any(len(example.images) > 1 for example in self.examples):  # counts may be per image
+            return ranker, schedule.keep_rates
+        return ranker, *(schedule.counts(n) for n in sorted({prompt.n_vision for prompt in self._prompts}))
+
+    # -- scores ----------------------------------------------------------------------------------------------
+
+    def _score(self, index: int, answer: GreedyAnswer) -> float:
+        metric = self._metrics[index]
+        if metric.name == "agreement":
+            return float(answer.tokens == self._full[index].tokens)
+        return metric(self._text(answer), self.examples[index].answers)
+
+    def _text(self, answer: GreedyAnswer) -> str:
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        return str(tokenizer.decode(list(answer.tokens), skip_special_tokens=True)).strip()
+
+    @cached_property
+    def _ceilings(self) -> NDArray[np.float64]:
+        """The highest score that any answer to each example can get."""
+        return np.array(
+            [
+                metric.ceiling(example.answers)
+                for metric, example in zip(self._metrics, self.examples, strict=True)
+            ]
+        )
+
+    def _upper_bound(self, scores: NDArray[np.float64]) -> float:
+        return float(np.mean(np.where(np.isnan(scores), self._ceilings, scores)))
+
+    # -- order, cost, progress -------------------------------------------------------------------------------
+
+    @property
+    def _hardest_first(self) -> list[list[int]]:
+        """Batches by the score they lost so far, most first; the full model's losses count as one call."""
+        assert self.full.per_example is not None
+        lost = (self._failures + self._ceilings - self.full.per_example) / (self._calls + 1)
+        return sorted(self._batches, key=lambda batch: -float(np.mean(lost[batch])))
+
+    def _note_failures(self, scores: NDArray[np.float64], run: NDArray[np.intp]) -> None:
+        self._calls += 1
+        self._failures[run] += self._ceilings[run] - scores[run]
+
+    def _flops(self, run: Sequence[int], schedule: Schedule | None, drafted: bool = True) -> float:
+        """Decoder prefill FLOPs of passes over prompts and drafts; later steps are left out."""
+        total = 0.0
+        for index in run:
+            prompt: Prompt = self._prompts[index]
+            draft = max(len(self._full[index].tokens) - 1, 0) if drafted else 0
+            total += cost.flops(
+                self.model.config, n_vision=prompt.n_vision, n_text=prompt.n_text + draft, schedule=schedule
+            )
+        return total
+
+    def _report(self, what: str, done: int) -> None:
+        if self.progress is not None:
+            self.progress(what, done, len(self.examples))
+
+
+def _metric_of(example: Example, metric: str | None) -> Metric:
+    name = metric or example.metric or ("exact_match" if example.answers else "agreement")
+    chosen = get_metric(name)
+    if name != "agreement" and not example.answers:
+        raise ThinsightError(
+            f"example {example.id!r} has no answer, which metric {name!r} needs: "
+            "add one, or use metric='agreement'"
+        )
+    return chosen
+
+
+def _max_new_tokens(given: int | None, processor: Any, examples: Sequence[Example]) -> int:
+    if given is not None:
+        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
+            raise ThinsightError(f"max_new_tokens is {given!r}: it must be a whole number of at least 1")
+        return given
+    answers = sorted({answer for example in examples for answer in example.answers})
+    if not answers:
+        return _NEW_TOKENS_UNLABELED
+    tokenizer = getattr(processor, "tokenizer", processor)
+    longest = max(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"])
+    return max(_MIN_NEW_TOKENS, longest + _NEW_TOKENS_MARGIN)
+
+
+def _chunks(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(indices), size):
+        yield list(indices[start : start + size])
+
+
+def _hash_json(digest: Any, value: Any) -> None:
+    digest.update(json.dumps(value, sort_keys=True, default=repr).encode())
+
+
+def _hash_model(digest: Any, model: Any) -> None:
+    _hash_json(digest, [type(model).__name__, model.config.to_dict(), str(model.dtype)])
+    for name, tensor in model.state_dict().items():
+        flat = tensor.reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(sample.tobytes())

@@ -1,0 +1,177 @@
+"""Draws which vision tokens were kept: dropped patches fade, kept ones keep their color and get an outline.
+
+Knows nothing about models or pages. It takes an image, the grid of its vision tokens and indices into
+that grid.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from ..errors import ThinsightError
+from .data import Picture
+from .words import percent
+
+OUTLINE = (255, 176, 0)
+FADE = (30, 35, 46)  # dropped patches move toward this color
+FADE_SHARE = 0.62
+_INK, _MUTED, _PAPER = (22, 32, 46), (90, 102, 117), (255, 255, 255)
+
+
+def kept_mask(grid: tuple[int, int], kept: Iterable[int]) -> NDArray[np.bool_]:
+    """Which patches were kept, shape (rows, columns).
+
+    Raises:
+        ThinsightError: an empty grid or an index outside of it.
+    """
+    rows, columns = grid
+    if rows < 1 or columns < 1:
+        raise ThinsightError(f"picture grid {rows} x {columns} is empty; give rows and columns of at least 1")
+    mask = np.zeros(rows * columns, dtype=bool)
+    for index in kept:
+        if not 0 <= int(index) < rows * columns:
+            raise ThinsightError(f"token {int(index)} is outside the {rows} x {columns} grid of this picture")
+        mask[int(index)] = True
+    return mask.reshape(rows, columns)
+
+
+def draw_kept(
+    image: Image.Image, grid: tuple[int, int], kept: Iterable[int], *, side: int = 336
+) -> Image.Image:
+    """The image with its dropped patches gray and dim and its kept ones outlined, as RGB.
+
+    Args:
+        image: as the model saw it.
+        grid: (rows, columns) of its vision tokens, reading order.
+        kept: indices 0 .. rows * columns - 1 of the tokens that were kept.
+        side: the longer side of the drawing in pixels, rounded to whole patches of at least 4 pixels.
+    """
+    mask = kept_mask(grid, kept)
+    cell = max(4, round(side / max(grid)))
+    size = (grid[1] * cell, grid[0] * cell)
+    pixels = np.asarray(
+        image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32
+    )  # (h, w, 3)
+    gray = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # (h, w)
+    faded = (1 - FADE_SHARE) * gray[..., None] + FADE_SHARE * np.array(FADE, dtype=np.float32)
+    shown = np.repeat(np.repeat(mask, cell, axis=0), cell, axis=1)  # (h, w)
+    drawn = np.where(shown[..., None], pixels, faded).round().astype(np.uint8)
+    if not mask.all():
+        drawn[_border(shown, thickness=max(1, cell // 10))] = OUTLINE
+    return Image.fromarray(drawn, "RGB")
+
+
+def _border(shown: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
+    """The pixels of the shown area within `thickness` of its edge, shape (h, w)."""
+    inner = np.pad(shown, thickness, constant_values=False)
+    core = shown.copy()
+    height, width = shown.shape
+    for dy in (-thickness, 0, thickness):
+        for dx in (-thickness, 0, thickness):
+            core &= inner[thickness + dy : thickness + dy + height, thickness + dx : thickness + dx + width]
+    return shown & ~core
+
+
+def data_uri(image: Image.Image) -> str:
+    """The image as a `data:` address: PNG where that is small, JPEG for photographs."""
+    best, kind = _encoded(image, "PNG"), "png"
+    if len(best) > 24_000:
+        smaller = _encoded(image, "JPEG")
+        best, kind = (smaller, "jpeg") if len(smaller) < len(best) else (best, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(best).decode('ascii')}"
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    settings = {"quality": 88} if kind == "JPEG" else {"optimize": True}
+    image.convert("RGB").save(buffer, kind, **settings)
+    return buffer.getvalue()
+
+
+def caption(picture: Picture, place: int) -> str:
+    """'layer 5: 96 of 256 (37.5 %)'."""
+    kept = len(picture.kept[place])
+    total = picture.num_tokens
+    return f"layer {picture.layers[place]}: {kept} of {total} ({percent(kept / total)})"
+
+
+def contact_strip(picture: Picture, *, side: int = 240, columns: int | None = None) -> Image.Image:
+    """One sheet with the question, the answers, the image and a drawing per layer, for `thinsight show`.
+
+    Args:
+        picture: what to draw.
+        side: the longer side of one drawing in pixels.
+        columns: drawings per line; by default at most four, spread evenly.
+    """
+    drawings = [draw_kept(picture.image, picture.grid, range(picture.num_tokens), side=side)]
+    drawings += [draw_kept(picture.image, picture.grid, kept, side=side) for kept in picture.kept]
+    captions = ["the image", *(caption(picture, place) for place in range(len(picture.kept)))]
+    even = -(-len(drawings) // -(-len(drawings) // 4))  # at most four to a line, lines of like length
+    columns = max(1, min(len(drawings), columns if columns is not None else even))
+    font, bold = ImageFont.load_default(13), ImageFont.load_default(17)
+    pad, gap, under = 24, 16, 26
+    wide, tall = drawings[0].size
+    step = max(wide, round(max(font.getlength(text) for text in captions)))
+    width = max(2 * pad + columns * step + (columns - 1) * gap, 420)
+    heading = [(line, bold, _INK) for line in _wrapped(picture.question, bold, width - 2 * pad)]
+    heading += [
+        (line, font, _MUTED) for text in _answers(picture) for line in _wrapped(text, font, width - 2 * pad)
+    ]
+    top = pad + 24 * len(heading) + (12 if heading else 0)
+    lines = -(-len(drawings) // columns)
+    sheet = Image.new("RGB", (width, top + lines * (tall + under) + (lines - 1) * gap + pad - 8), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for place, (line, face, color) in enumerate(heading):
+        draw.text((pad, pad + 24 * place), line, fill=color, font=face)
+    for place, (drawing, text) in enumerate(zip(drawings, captions, strict=True)):
+        left = pad + place % columns * (step + gap)
+        upper = top + place // columns * (tall + under + gap)
+        sheet.paste(drawing, (left, upper))
+        draw.text((left, upper + tall + 6), text, fill=_MUTED, font=font)
+    return sheet
+
+
+def _answers(picture: Picture) -> list[str]:
+    named = (
+        ("full model", picture.answer_full),
+        ("reduced", picture.answer_reduced),
+        ("expected", picture.truth),
+    )
+    line = " · ".join(f"{name}: {text}" for name, text in named if text)
+    return [line] if line else []
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> Sequence[str]:
+    """The text in lines no wider than `width` pixels; a longer single word stays whole."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def save_contact_strip(path: str | Path, picture: Picture, **settings: int) -> Path:
+    """Writes the contact strip as an image file, PNG unless the name says otherwise; returns its path.
+
+    Raises:
+        ThinsightError: the file cannot be written, or its ending is no image format.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_strip(picture, **settings).save(path)
+    except (OSError, ValueError) as error:
+        raise ThinsightError(
+            f"cannot write the picture {path} ({error}); name a .png file you may write"
+        ) from error
+    return path

@@ -1,0 +1,160 @@
+"""The report's data: what it refuses, and that it comes back from disk as it went there."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from thinsight.errors import ThinsightError
+from thinsight.report import data as d
+from thinsight.report.store import DATA_FILE, PICTURE_FOLDER, load_report_data, save_report_data
+
+IMAGE = Image.new("RGB", (32, 32), "white")
+
+
+def test_round_trip_on_disk(report, tmp_path):
+    path = save_report_data(tmp_path / "run", report)
+    assert path.name == DATA_FILE
+    assert load_report_data(tmp_path / "run") == report
+
+
+def test_round_trip_of_the_least_report(bare_report, tmp_path):
+    save_report_data(tmp_path, bare_report)
+    assert load_report_data(tmp_path) == bare_report
+    assert not (tmp_path / PICTURE_FOLDER).exists()
+
+
+def test_saving_twice_leaves_no_partial_file(bare_report, tmp_path):
+    save_report_data(tmp_path, bare_report)
+    save_report_data(tmp_path, replace(bare_report, title="second"))
+    assert load_report_data(tmp_path).title == "second"
+    assert [p.name for p in tmp_path.iterdir()] == [DATA_FILE]
+
+
+def test_undefined_tau_survives_as_null(bare_report, tmp_path):
+    data = replace(bare_report, consistency=d.Consistency((math.nan, 0.5)))
+    path = save_report_data(tmp_path, data)
+    assert json.loads(path.read_text())["consistency"]["tau"] == [None, 0.5]
+    tau = load_report_data(tmp_path).consistency.tau
+    assert math.isnan(tau[0])
+    assert tau[1] == 0.5
+
+
+def test_picture_takes_arrays_and_sorts_them():
+    picture = d.Picture(IMAGE, (2, 2), [np.array([3, 0]), np.array([], dtype=int)], (1, 2), "q")
+    assert picture.kept == ((0, 3), ())
+    assert picture.num_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda: d.Picture(IMAGE, (2, 2), [[4]], (0,), "q"), "token 4 is outside the 2 x 2 grid"),
+        (lambda: d.Picture(IMAGE, (2, 2), [[-1]], (0,), "q"), "token -1 is outside"),
+        (lambda: d.Picture(IMAGE, (2, 2), [[0]], (0, 1), "q"), "1 kept lists for 2 layers"),
+        (lambda: d.Picture(IMAGE, (0, 2), [], (), "q"), "grid 0 x 2 is empty"),
+        (
+            lambda: d.MethodRow("x", (), 0.5, None, 1.0, 1.0, 1.0, kind="best"),
+            "method kind 'best' is unknown",
+        ),
+        (lambda: d.MethodRow("x", (), math.nan, None, 1.0, 1.0, 1.0), "method 'x'.score is nan"),
+        (lambda: d.TaskRow("t", 1, math.inf, 0.5), "per_task.full is inf"),
+        (
+            lambda: d.Headline(0.5, 0.5, d.Interval(0.0, math.nan, 0.1), 0.3, 2.0),
+            "headline.drop.low is nan",
+        ),
+        (lambda: d.Consistency((0.5,), ((1.0,),)), "tau_matrix must be 2 x 2"),
+        (lambda: d.Consistency((0.5,), topk_overlap=(0.1, 0.2)), "topk_overlap has 2 values; it needs 1"),
+        (lambda: d.Consistency((0.5,), tied_share=(0.1,)), "tied_share has 1 values; it needs 2"),
+        (
+            lambda: d.ReportData("t", d.ModelInfo("m", num_layers=3), keep_rates=(1.0, 0.5)),
+            "the schedule has 2 layers but the model has 3",
+        ),
+        (lambda: d.ReportData("t", d.ModelInfo("m"), keep_rates=(0.5, 1.0)), "keep_rates"),
+    ],
+)
+def test_bad_data_is_refused(build, says):
+    with pytest.raises(ThinsightError) as caught:
+        build()
+    assert says in str(caught.value)
+
+
+def _edit(folder, change):
+    path = folder / DATA_FILE
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda v: v.update(schema_version=2), "schema_version 2 is unknown"),
+        (lambda v: v.pop("schema_version"), "schema_version None is unknown"),
+        (lambda v: v.update(colour="red"), "unknown key 'colour'"),
+        (lambda v: v.pop("title"), "key 'title' is missing"),
+        (
+            lambda v: v["model"].update(num_layers=2.5),
+            "report.json.model.num_layers: expected a whole number",
+        ),
+        (lambda v: v["model"].update(num_layers=True), "expected a whole number, got True"),
+        (
+            lambda v: v["headline"].update(score="high"),
+            "report.json.headline.score: expected a finite number",
+        ),
+        (lambda v: v["headline"].update(score=None), "headline.score is nan"),
+        (lambda v: v["trials"][0].update(accepted=1), "trials[0].accepted: expected true or false"),
+        (lambda v: v.update(methods={}), "report.json.methods: expected a list"),
+        (lambda v: v.update(model=[]), "report.json.model: expected an object"),
+        (lambda v: v.update(environment=[]), "report.json.environment: expected an object"),
+        (lambda v: v["pictures"][0].update(grid=[16]), "expected a list of 2"),
+        (lambda v: v["pictures"][0].update(image="../secret.png"), "is not a plain file name"),
+        (lambda v: v["pictures"][0].update(image=7), "is not a plain file name"),
+        (lambda v: v["pictures"][0].update(image="gone.png"), "missing or damaged"),
+    ],
+)
+def test_bad_file_is_refused_in_one_line(report, tmp_path, change, says):
+    save_report_data(tmp_path, report)
+    _edit(tmp_path, change)
+    with pytest.raises(ThinsightError) as caught:
+        load_report_data(tmp_path)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_json_and_missing_folder(bare_report, tmp_path):
+    with pytest.raises(ThinsightError, match=r"no report\.json in"):
+        load_report_data(tmp_path / "nowhere")
+    path = save_report_data(tmp_path, bare_report)
+    path.write_text(path.read_text()[:20])
+    with pytest.raises(ThinsightError, match="not valid JSON"):
+        load_report_data(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(ThinsightError, match="expected an object"):
+        load_report_data(tmp_path)
+
+
+def test_truncated_picture(report, tmp_path):
+    save_report_data(tmp_path, report)
+    file = tmp_path / PICTURE_FOLDER / "picture-000.png"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ThinsightError, match="missing or damaged"):
+        load_report_data(tmp_path)
+
+
+def test_unwritable_folder(report, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ThinsightError, match="cannot write"):
+        save_report_data(tmp_path / "file", report)
+
+
+def test_infinite_number_is_refused(bare_report, tmp_path):
+    trial = d.TrialRow(2, 0.5, 8, math.inf, True, True, 0.1)
+    with pytest.raises(ThinsightError, match="infinite"):
+        save_report_data(tmp_path, replace(bare_report, trials=(trial,)))
+    assert not (tmp_path / DATA_FILE).exists()

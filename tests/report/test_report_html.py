@@ -1,0 +1,350 @@
+"""The HTML report: well formed, self-contained, escaped, and with every number of its data in it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+
+from thinsight.errors import ThinsightError
+from thinsight.report import data as d
+from thinsight.report import words
+from thinsight.report.html import render, write_report
+from thinsight.report.markup import VOID, Markup, number, tag
+
+
+class Page(HTMLParser):
+    """Keeps a stack of open tags, every attribute, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.parents: list[tuple[str, ...]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, name, attributes):
+        self.parents.append(tuple(self.open))
+        self.elements.append((name, dict(attributes)))
+        assert len(dict(attributes)) == len(attributes), f"an attribute twice in <{name}>"
+        if name not in VOID:
+            self.open.append(name)
+
+    def handle_endtag(self, name):
+        assert self.open, f"</{name}> closes nothing"
+        assert self.open.pop() == name
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", "".join(self.words))
+
+    def all(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for element, attributes in self.elements if element == name]
+
+
+@pytest.fixture(scope="module")
+def html(report) -> str:
+    return render(report)
+
+
+@pytest.fixture(scope="module")
+def page(html) -> Page:
+    return Page(html)
+
+
+def test_well_formed(html, page):
+    assert html.startswith("<!DOCTYPE html>")
+    assert page.open == []
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert len(page.all("h1")) == 1
+    assert page.all("html")[0]["lang"] == "en"
+
+
+def test_links_point_into_the_page(page):
+    ids = {attributes.get("id") for _, attributes in page.elements}
+    links = [attributes["href"] for attributes in page.all("a")]
+    assert len(links) == 8
+    assert all(link.startswith("#") and link[1:] in ids for link in links)
+
+
+def test_nothing_is_loaded_and_nothing_runs(html, page):
+    for name, attributes in page.elements:
+        assert name not in {"script", "iframe", "object", "embed", "base", "form"}
+        assert not any(key.startswith("on") for key in attributes)
+        for key in ("src", "href", "srcset", "data", "action", "xlink:href", "poster"):
+            value = attributes.get(key)
+            assert value is None or value.startswith(("#", "data:")), f"<{name} {key}={value}>"
+    assert "http://" not in html
+    assert "https://" not in html
+    style = re.search(r"<style>(.*?)</style>", html, re.DOTALL).group(1)
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_policy_forbids_loading(page):
+    policy = [a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
+
+
+def test_style_serves_phone_dark_and_print(html, page):
+    for query in ("prefers-color-scheme: dark", "max-width: 680px", "@media print"):
+        assert query in html
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
+
+
+def test_wide_tables_scroll_in_their_own_box(page):
+    boxes = [
+        place for place, (_, attributes) in enumerate(page.elements) if attributes.get("class") == "scroll"
+    ]
+    assert len(boxes) == len(page.all("table")) == 6
+    for place in boxes:
+        assert page.elements[place + 1][0] == "table"
+        assert page.elements[place][1]["tabindex"] == "0"
+
+
+def test_every_plot_has_title_and_description(html):
+    plots = re.findall(r'<svg [^>]*role="img".*?</svg>', html, re.DOTALL)
+    assert len(plots) == 2 * 6 + 7  # six plots for wide and narrow windows, a bar for each of seven tasks
+    for svg in plots:
+        title = re.search(r'<title id="([^"]+)">([^<]+)</title>', svg)
+        description = re.search(r'<desc id="([^"]+)">([^<]+)</desc>', svg)
+        assert title
+        assert description
+        assert f'aria-labelledby="{title.group(1)} {description.group(1)}"' in svg
+
+
+def test_every_other_svg_is_hidden_from_readers(page):
+    for attributes in page.all("svg"):
+        assert attributes.get("role") == "img" or attributes.get("aria-hidden") == "true"
+
+
+def test_plots_stay_inside_their_box(html):
+    for svg in re.findall(r'<svg [^>]*role="img".*?</svg>', html, re.DOTALL):
+        width, height = (float(v) for v in re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+        for x in re.findall(r' (?:x|x1|x2|cx)="([-\d.]+)"', svg):
+            assert -0.01 <= float(x) <= width + 0.01
+        for y in re.findall(r' (?:y|y1|y2|cy)="([-\d.]+)"', svg):
+            assert -0.01 <= float(y) <= height + 0.01
+
+
+def test_headline_is_said_in_words(page, report):
+    assert (
+        "2.63\N{MULTIPLICATION SIGN} fewer decoder FLOPs, drop 0.3 points [\N{MINUS SIGN}0.4, 1.0]"
+        in page.text
+    )
+    assert (
+        words.headline(report.headline)
+        == "2.63\N{MULTIPLICATION SIGN} fewer decoder FLOPs, drop 0.3 points [\N{MINUS SIGN}0.4, 1.0]"
+    )
+
+
+def test_every_number_appears(page, report):
+    text = page.text
+    head = report.headline
+    for value in (head.full_score, head.score, head.mean_keep_rate):
+        assert words.percent(value) in text
+    for value in (head.flops_ratio, head.kv_ratio, head.prefill_ratio, head.answer_ratio):
+        assert words.ratio(value) in text
+    for value in (head.flops_full, head.flops, head.vision_flops):
+        assert words.flops(value) in text
+    for row in report.methods:
+        shown = [
+            row.name,
+            row.note,
+            words.percent(row.score),
+            words.flops(row.flops),
+            words.ratio(row.flops_ratio),
+        ]
+        shown += [f"[{words.points(row.drop.low)}, {words.points(row.drop.high)}]"] if row.drop else []
+        assert all(one in text for one in shown), row.name
+    for row in report.per_task:
+        assert f"{row.task}{row.n}{words.percent(row.full)}{words.percent(row.reduced)}" in text
+    for row in report.timing:
+        assert (
+            f"{words.milliseconds(row.full_ms)}{words.milliseconds(row.reduced_ms)}{words.ratio(row.ratio)}"
+            in text
+        )
+    for value in (*report.consistency.tau, *report.keep_rates):
+        assert words.plain(value) in text or words.percent(value) in text
+    for row in report.trials:
+        assert words.percent(row.keep_rate) in text
+    for one in (*report.environment.values(), *report.commands, report.dataset.test_hash, report.model.name):
+        assert one in text
+    assert report.consistency.words in text
+
+
+def test_says_that_the_gain_is_in_prefill(page):
+    assert "The gain is in prefill" in page.text
+
+
+def test_schedule_counts_follow_the_one_rounding_rule(report):
+    rates = (1.0, 0.5, 0.3, 0.0)
+    data = d.ReportData("t", d.ModelInfo("m", num_layers=4, num_vision_tokens=10), keep_rates=rates)
+    assert re.search(r"0100\.0 %10150\.0 %5230\.0 %330\.0 %0", Page(render(data)).text)
+
+
+def test_pictures_are_inside_with_alternative_text(page, report):
+    images = page.all("img")
+    assert len(images) == sum(1 + len(picture.layers) for picture in report.pictures)
+    for image in images:
+        assert re.match(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*$", image["src"])
+        assert len(image["alt"]) > 10
+    first = report.pictures[0]
+    assert any(f"layer {first.layers[0]}: {len(first.kept[0])} of" in image["alt"] for image in images)
+
+
+def test_trials_are_folded_away(page):
+    titles = [page.parents[i] for i, (name, _) in enumerate(page.elements) if name == "summary"]
+    assert len(titles) == 3
+    assert all(parents[-1] == "details" for parents in titles)
+    assert not any("open" in attributes for attributes in page.all("details"))
+    assert "All 28 trials of the search" in page.text
+
+
+EVIL = '<script>alert("x")</script>&\'"</style><img src=http://evil.example onerror=x>'
+
+
+def test_everything_is_escaped():
+    image = Image.new("RGB", (8, 8))
+    interval = d.Interval(0.01, 0.0, 0.02)
+    data = d.ReportData(
+        title=EVIL,
+        model=d.ModelInfo(EVIL, EVIL, EVIL, EVIL, EVIL, 1, 2, 4),
+        dataset=d.DatasetInfo(EVIL, 3, EVIL, 4, EVIL, EVIL, EVIL),
+        headline=d.Headline(0.9, 0.8, interval, 0.5, 2.0),
+        search=d.SearchInfo(EVIL, 0.01, EVIL, EVIL),
+        keep_rates=(1.0, 0.5),
+        methods=(
+            d.MethodRow(EVIL, (1.0, 1.0), 0.9, None, 1.0, 2e9, 1.0, EVIL, "full"),
+            d.MethodRow(EVIL, (1.0, 0.5), 0.8, interval, 0.75, 1e9, 2.0, EVIL, "found"),
+            d.MethodRow(EVIL, (1.0, 0.4), 0.8, interval, 0.75, 1e9, 2.0, EVIL),
+        ),
+        per_task=(d.TaskRow(EVIL, 3, 0.9, 0.8),),
+        timing=(d.TimingRow(EVIL, 2.0, 1.0, 2.0, 1, 3),),
+        consistency=d.Consistency((0.5,), words=EVIL),
+        pictures=(d.Picture(image, (2, 2), [[0]], (1,), EVIL, EVIL, EVIL, EVIL),),
+        environment={EVIL: EVIL},
+        commands=(EVIL,),
+        created=EVIL,
+    )
+    text = render(data)
+    page = Page(text)
+    assert page.open == []
+    assert not page.all("script")
+    assert len(page.all("img")) == 2
+    assert len(page.all("style")) == 1
+    assert page.text.count("<script>alert(") > 20
+
+
+def test_least_report_has_no_empty_sections(bare_report):
+    page = Page(render(bare_report))
+    assert page.open == []
+    assert len(page.all("section")) == 1
+    assert not page.all("nav")
+    assert "some/model" in page.text
+
+
+@pytest.mark.parametrize("part", ["headline", "search", "consistency", "dataset"])
+def test_any_part_may_be_missing(report, part):
+    page = Page(render(replace(report, pictures=(), **{part: None})))
+    assert page.open == []
+    assert "None" not in page.text
+
+
+@pytest.mark.parametrize("part", ["methods", "per_task", "timing", "trials", "keep_rates", "commands"])
+def test_any_list_may_be_empty(report, part):
+    page = Page(render(replace(report, pictures=(), **{part: ()})))
+    assert page.open == []
+
+
+def test_odd_shapes_still_draw(report):
+    one = d.MethodRow("only", (), 0.5, d.Interval(0.0, 0.0, 0.0), 0.5, 0.0, 1.0)
+    data = replace(
+        report,
+        model=d.ModelInfo("m"),
+        keep_rates=(1.0,),
+        methods=(one,),
+        timing=(d.TimingRow("t", 0.0, 0.0, 1.0, 1, 1),),
+        consistency=d.Consistency((float("nan"), -0.4), ((1.0, -0.2, 0.1),) * 3),
+        pictures=(),
+    )
+    text = render(data)
+    assert Page(text).open == []
+    assert "nan" not in re.sub(r"<[^>]*>", "", text).replace("n/a", "")
+    assert not re.search(r'="[^"]*\b(nan|inf)\b', text)
+
+
+def test_write_report(bare_report, tmp_path):
+    path = write_report(tmp_path / "new" / "report.html", bare_report)
+    assert path.read_text(encoding="utf-8") == render(bare_report)
+    with pytest.raises(ThinsightError, match="cannot write"):
+        write_report(path / "inside-a-file.html", bare_report)
+
+
+def test_tag_escapes_children_and_attributes():
+    assert tag("p", "a<b", title='"x"') == '<p title="&quot;x&quot;">a&lt;b</p>'
+    assert tag("p", Markup("<b>x</b>"), None, class_=None) == "<p><b>x</b></p>"
+    assert tag("br") == "<br>"
+    assert number(-0.001) == "0"
+    assert number(1.50) == "1.5"
+
+
+def test_winner_is_named_whoever_it_is(report):
+    text = words.ranking(report.methods)
+    assert text.startswith("G-Search scores highest, 93.8 %; FastV-like follows 3.8 points behind")
+    better = tuple(replace(row, score=0.99) if row.name == "random" else row for row in report.methods)
+    assert words.ranking(better).startswith("random scores highest, 99.0 %")
+    level = tuple(replace(row, score=0.9) for row in report.methods)
+    assert "level at 90.0 %" in words.ranking(level)
+
+
+@pytest.mark.parametrize(
+    ("drop", "says"),
+    [
+        (d.Interval(0.02, 0.01, 0.03), "The loss is real"),
+        (d.Interval(0.0, -0.01, 0.008), "The interval contains 0"),
+        (d.Interval(-0.02, -0.03, -0.01), "better here, by at least 1.00 points"),
+    ],
+)
+def test_interval_in_words(drop, says):
+    assert says in words.drop_meaning(drop, None)
+
+
+def test_interval_against_the_allowed_drop():
+    search = d.SearchInfo("G-Search", max_drop=0.01)
+    assert "is within the 1.0 points" in words.drop_meaning(d.Interval(0.0, -0.01, 0.009), search)
+    assert "reaches beyond that" in words.drop_meaning(d.Interval(0.0, -0.01, 0.011), search)
+
+
+@pytest.mark.parametrize(
+    ("got", "expected"),
+    [
+        (words.points(-0.0001), "0.0"),
+        (words.points(-0.012), "\N{MINUS SIGN}1.2"),
+        (words.ratio(1.96), "1.96\N{MULTIPLICATION SIGN}"),
+        (words.flops(3.95e12), "3.95 TFLOPs"),
+        (words.flops(999.0), "999 FLOPs"),
+        (words.milliseconds(12_500), "12.5 s"),
+        (words.milliseconds(412.7), "413 ms"),
+        (words.duration(148), "2 min 28 s"),
+        (words.duration(7500), "2 h 5 min"),
+        (words.duration(1.714), "1.71 s"),
+        (words.parameters(14_200_000), "14.2M"),
+        (words.fewer(0.5, "FLOPs"), "2.00\N{MULTIPLICATION SIGN} more FLOPs"),
+        (words.faster(0.8, "prefill ran"), "prefill ran 1.25\N{MULTIPLICATION SIGN} slower"),
+        (words.percent(float("nan")), "n/a"),
+        (words.tokens(1), "1 token"),
+    ],
+)
+def test_numbers_in_words(got, expected):
+    assert got == expected

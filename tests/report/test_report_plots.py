@@ -1,0 +1,123 @@
+"""The plots' geometry: steps where the rates step, labels that do not overlap, marks at the numbers."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import pytest
+
+from thinsight.report import plots
+from thinsight.report.data import Consistency, Interval, MethodRow, TimingRow
+
+
+def test_schedule_line_steps_once_per_change():
+    svg = plots.schedule_plot((1.0, 1.0, 0.5, 0.5, 0.25), width=400, ident="a")
+    line = re.search(r'd="([^"]+)" class="step s0"', svg).group(1)
+    assert line.count("V") == 2
+    assert line.count("H") == 5
+
+
+def test_schedule_heights_are_proportional():
+    svg = plots.schedule_plot((1.0, 0.5, 0.0), width=400, ident="a")
+    line = re.search(r'd="M[\d.]+ ([\d.]+)H[\d.]+V([\d.]+)H[\d.]+V([\d.]+)H[\d.]+" class="step s0"', svg)
+    top, middle, bottom = (float(v) for v in line.groups())
+    assert middle == pytest.approx((top + bottom) / 2, abs=0.02)
+
+
+def test_other_schedules_are_named():
+    svg = plots.schedule_plot((1.0, 0.5), [("FastV & co", (1.0, 0.2), 2)], width=400, ident="a")
+    assert "<title>FastV &amp; co</title>" in svg
+
+
+def _rows(scores, cost=5e9):
+    full = MethodRow("full", (), 0.95, None, 1.0, 2e10, 1.0, "", "full")
+    return [
+        full,
+        *(
+            MethodRow(f"m{i}", (), s, Interval(0.95 - s, 0.94 - s, 0.96 - s), 0.3, cost, 4.0)
+            for i, s in enumerate(scores)
+        ),
+    ]
+
+
+def test_equal_cost_is_spread_and_labels_do_not_overlap():
+    svg = plots.accuracy_plot(_rows([0.9, 0.9, 0.899, 0.901]), width=500, ident="a")
+    names = re.findall(r'y="([\d.]+)" class="t name halo s\d" text-anchor="\w+">m\d', svg)
+    heights = sorted(float(y) for y in names)
+    assert len(heights) == 4
+    assert min(b - a for a, b in itertools.pairwise(heights)) >= 15.9
+    whiskers = re.findall(r'<line x1="([\d.]+)"[^>]*class="whisker', svg)
+    assert len(set(whiskers)) == 4
+
+
+def test_spread_keeps_different_costs_in_place():
+    assert plots._spread([1.0, 5.0, 9.0], close=0.5) == [0.0, 0.0, 0.0]
+    assert plots._spread([1.0, 1.1, 9.0], close=0.5) == [-4.5, 4.5, 0.0]
+
+
+def test_labels_stay_inside_when_crowded_at_the_bottom():
+    placed = plots._place_labels([98.0, 99.0, 100.0], 0.0, 100.0, 10.0)
+    assert placed == [80.0, 90.0, 100.0]
+
+
+def test_drop_plot_marks_means_in_order():
+    svg = plots.drop_plot(_rows([0.94, 0.9, 0.85]), 0.01, width=500, ident="a")
+    marks = re.findall(r'<line x1="([\d.]+)"[^>]*x2="([\d.]+)"[^>]*class="whisker', svg)
+    middles = [(float(a) + float(b)) / 2 for a, b in marks]
+    assert middles == sorted(middles)
+    assert len(middles) == 3
+    assert 'class="allowed"' in svg
+    assert plots.drop_plot(_rows([])[:1], width=500, ident="a") is None
+
+
+@pytest.mark.parametrize("name", ["m", "a method with quite a long name, as some have"])
+def test_drop_plot_names_fit_narrow_and_wide(name):
+    row = MethodRow(name, (), 0.9, Interval(0.05, 0.04, 0.06), 0.3, 5e9, 4.0)
+    for width in (340, 500):
+        svg = plots.drop_plot([row], width=width, ident="a")
+        assert name in svg
+        assert "5.0 [4.0, 6.0]" in svg
+
+
+def test_timing_bars_share_one_scale():
+    timing = [TimingRow("prefill", 100.0, 50.0, 2.0, 8, 7), TimingRow("answer", 200.0, 150.0, 1.33, 8, 7)]
+    svg = plots.timing_plot(timing, width=500, ident="a")
+    widths = [float(w) for w in re.findall(r'<rect [^>]*width="([\d.]+)"', svg)]
+    assert [w / widths[2] for w in widths] == pytest.approx([0.5, 0.25, 1.0, 0.75], abs=1e-3)
+
+
+def test_tau_bars_skip_what_is_not_defined_and_reach_below_zero():
+    svg = plots.tau_plot(Consistency((0.5, float("nan"), -0.3)), width=500, ident="a")
+    assert svg.count("<rect") == 2
+    assert "layer 3: tau \N{MINUS SIGN}0.30" in svg
+    assert "n/a" in svg
+
+
+def test_matrix_is_darkest_at_one():
+    svg = plots.matrix_plot([[1.0, 0.2], [0.2, 1.0]], width=400, ident="a")
+    cells = re.findall(r'fill-opacity="([\d.]+)"><title>layers (\d) and (\d)', svg)
+    strength = {(i, j): float(v) for v, i, j in cells}
+    assert strength["0", "0"] == 1.0
+    assert strength["0", "1"] < 0.1
+
+
+def test_task_bar_never_leaves_its_rail():
+    svg = plots.task_bar(1.2, -0.1, ident="a", task="t")
+    assert 'width="0"' in svg
+    assert 'x1="119"' in svg
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.3, 0.02), (0.913, 0.914), (0, 26.1)])
+def test_ticks_are_round_and_inside(low, high):
+    ticks = plots._ticks(low, high, 5)
+    assert 3 <= len(ticks) <= 11
+    assert low - 1e-9 <= ticks[0]
+    assert ticks[-1] <= high + 1e-9
+
+
+def test_colors_are_told_apart_by_kind():
+    rows = [MethodRow(str(i), (), 0.5, None, 1.0, 1.0, 1.0) for i in range(8)]
+    rows[3] = MethodRow("g", (), 0.5, None, 1.0, 1.0, 1.0, "", "found")
+    rows[0] = MethodRow("f", (), 0.5, None, 1.0, 1.0, 1.0, "", "full")
+    assert plots.series_of(rows) == [1, 2, 3, 0, 4, 5, 6, 7]

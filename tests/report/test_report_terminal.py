@@ -1,0 +1,94 @@
+"""The terminal's tables: they fit 80 columns, hold the numbers, and never read text as markup."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from thinsight.report import terminal, words
+from thinsight.report.data import MethodRow
+
+
+def _printed(item, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(item)
+    return console.file.getvalue()
+
+
+def test_all_tables_fit_eighty_columns(report):
+    text = _printed(terminal.report_tables(report))
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    assert "…" not in text
+
+
+def test_headline_table(report):
+    text = _printed(terminal.headline_table(report.headline, report.dataset))
+    assert "1,024 test questions" in text
+    for cell in (
+        "94.1 %",
+        "93.8 %",
+        "drop 0.3 [\N{MINUS SIGN}0.4, 1.0] points",
+        "2.63\N{MULTIPLICATION SIGN}",
+        "1.91\N{MULTIPLICATION SIGN}",
+        "1.21\N{MULTIPLICATION SIGN}",
+        "2.91\N{MULTIPLICATION SIGN}",
+    ):
+        assert cell in text
+
+
+def test_headline_table_leaves_out_what_was_not_measured(report):
+    text = _printed(terminal.headline_table(replace(report.headline, prefill_ratio=None, flops=None)))
+    assert "prefill" not in text
+    assert "None" not in text
+
+
+def test_methods_table_has_every_method(report):
+    text = _printed(terminal.methods_table(report.methods))
+    for row in report.methods:
+        assert row.name in text
+        assert words.percent(row.score) in text
+    assert "at the same decoder FLOPs" in text
+
+
+def test_methods_of_unlike_cost_are_not_called_equal():
+    rows = [MethodRow(str(cost), (), 0.5, None, 1.0, cost, 1.0) for cost in (1e9, 2e9)]
+    assert "same decoder FLOPs" not in _printed(terminal.methods_table(rows))
+
+
+def test_timing_says_where_the_gain_is(report):
+    text = _printed(terminal.timing_table(report.timing))
+    assert "the gain is in prefill" in text
+    assert "413 ms" in text
+
+
+def test_tasks_and_consistency(report):
+    text = _printed(terminal.tasks_table(report.per_task)) + _printed(
+        terminal.consistency_table(report.consistency)
+    )
+    for row in report.per_task:
+        assert row.task in text
+    for tau in report.consistency.tau:
+        assert words.plain(tau) in text
+
+
+def test_schedule_bars():
+    assert terminal.bars([1.0, 0.5, 0.001, 0.0]) == "█▄▁·"
+    assert terminal.bars([float("nan")]) == "?"
+    text = str(terminal.schedule_text((1.0, 0.5)))
+    assert "100.0 % → 50.0 %, mean 75.0 %" in text
+
+
+def test_names_are_not_markup(report):
+    rows = [replace(report.methods[1], name="[red]name[/red]")]
+    assert "[red]name[/red]" in _printed(terminal.methods_table(rows))
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_print_report(report, bare_report, width):
+    for data in (report, bare_report):
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        terminal.print_report(data, console)
+        assert data.title in console.file.getvalue()
