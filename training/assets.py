@@ -23,7 +23,13 @@ TRAINING_FONTS = (
     "SourceSerifPro-It", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "STIXGeneral",
     "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmb10", "cmtt10",
 )  # fmt: skip
-HELD_OUT_FONTS = ("SourceSansPro-Regular", "SourceSansPro-Bold", "DejaVuSansMono-Bold", "DejaVuSerif-Bold", "cmss10")
+HELD_OUT_FONTS = (
+    "SourceSansPro-Regular",
+    "SourceSansPro-Bold",
+    "DejaVuSansMono-Bold",
+    "DejaVuSerif-Bold",
+    "cmss10",
+)
 
 TRAINING_PHOTOS = (
     "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "brick.png", "grass.png", "gravel.png",
@@ -35,7 +41,7 @@ HELD_OUT_PHOTOS = ("hubble_deep_field.jpg", "retina.jpg", "coins.png")
 
 @dataclass(frozen=True)
 class Assets:
-    """What a scene may be drawn with: font files, RGB photographs (H, W, 3) uint8, digits (n, 8, 8) in 0..1."""
+    """What a scene may be drawn with: font files, photographs (H, W, 3) uint8, digits (n, 8, 8) in 0..1."""
 
     fonts: tuple[Path, ...]
     photos: tuple[np.ndarray, ...]

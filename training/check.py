@@ -1,8 +1,8 @@
 """Accepts or refuses a trained demo model, and puts an accepted one into the package.
 
-`python -m training.check --run runs/demo` exports the checkpoint as a stock transformers folder, measures it on the
-frozen test set with the package's own evaluator, and compares with the bars below. Only a model that holds all of
-them is copied to `src/thinsight/demo/model`, with a card that states what was measured.
+`python -m training.check --run runs/demo` exports the checkpoint as a stock transformers folder, measures it
+on the frozen test set with the package's own evaluator, and compares with the bars below. Only a model that
+holds all of them is copied to `src/thinsight/demo/model`, with a card that states what was measured.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ class Findings:
 
     def failures(self) -> list[str]:
         """The bars that do not hold, in words."""
-        lines = [f"{task}: {score:.3f} < {TASK_ACCURACY}" for task, score in self.tasks.items() if score < TASK_ACCURACY]
+        lines = [
+            f"{task}: {score:.3f} < {TASK_ACCURACY}"
+            for task, score in self.tasks.items()
+            if score < TASK_ACCURACY
+        ]
         if self.mean < MEAN_ACCURACY:
             lines.append(f"mean over tasks: {self.mean:.3f} < {MEAN_ACCURACY}")
         if self.blind >= BLIND_ACCURACY:
@@ -105,12 +109,16 @@ def blind_accuracy(model: LlavaForConditionalGeneration, processor: Any, example
         inputs = processor.tokenizer(text, return_tensors="pt")
         inputs.pop("token_type_ids", None)
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        answer = processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer = processor.tokenizer.decode(
+            output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         right += answer.strip() == example.answers[0]
     return right / len(examples)
 
 
-def other_image_accuracy(model: LlavaForConditionalGeneration, processor: Any, examples: list[ts.Example]) -> float:
+def other_image_accuracy(
+    model: LlavaForConditionalGeneration, processor: Any, examples: list[ts.Example]
+) -> float:
     """Exact match when every question is asked of an image half the set away."""
     shift = len(examples) // 2
     swapped = [
@@ -133,20 +141,24 @@ pipeline_tag: image-text-to-text
 # thinsight demo model
 
 A small `LlavaForConditionalGeneration` (CLIP vision tower of 4 layers, MLP projector, Llama decoder of
-{recipe["layers"]} layers, 256 vision tokens), trained from scratch so that thinsight can be tried and tested without a
-download. It answers ten kinds of short questions about synthetic scenes, and nothing else. Weights are float16.
+{recipe["layers"]} layers, 256 vision tokens), trained from scratch so that thinsight can be tried and tested
+without a download. It answers ten kinds of short questions about synthetic scenes, and nothing else. Weights
+are float16.
 
 ## How it was trained
 `make train`: {step} steps of {recipe["batch"]} images on two CPU cores, seed {recipe["seed"]}; the recipe is
 `training/train.py`, the scenes `training/scenes.py`, the questions `training/questions.py`.
 
-**Attention was grounded in training.** Beside the answers, an auxiliary loss names what each patch shows, and another
-pulls the question's attention over the vision tokens, in every decoder layer but the first, towards the patches
-that the question is about. Without it a model this small uses arbitrary vision tokens as scratch paper, and ranking by
-attention is no better than random. Large pretrained models show the paper's finding by themselves: run
+**Attention was grounded in training.** Beside the answers, an auxiliary loss names what each patch shows, and
+others pull attention over the vision tokens, in every decoder layer but the first: the question's as a whole
+towards the patches that it is about, and that of a word that names something towards what it names. Without
+them a model this small uses arbitrary vision tokens as scratch paper, and ranking by attention is no better
+than random. Large pretrained models show the paper's finding by themselves: run
 `thinsight analyze --model ...` on yours and do not infer it from this one.
 
-## Accuracy on the frozen test set ({findings.questions} questions, exact match, percent)
+## Accuracy on the frozen test set
+{findings.questions} questions, exact match, percent.
+
 | task | accuracy |
 |---|---|
 {rows}
@@ -155,14 +167,13 @@ attention is no better than random. Large pretrained models show the paper's fin
 | with another image | {100 * findings.other_image:.1f} |
 
 With {100 * PROBE_RATE:.0f} % of the vision tokens from layer {PROBE_LAYER} on: ranked by text attention
-{100 * findings.text_attention:.1f}, at random {100 * findings.random:.1f}; the gain is {100 * gain.mean:.1f} points
-(95 % paired bootstrap interval {100 * gain.low:.1f} to {100 * gain.high:.1f}).
+{100 * findings.text_attention:.1f}, at random {100 * findings.random:.1f}; the gain is
+{100 * gain.mean:.1f} points (95 % paired bootstrap interval {100 * gain.low:.1f} to {100 * gain.high:.1f}).
 
 ## Data
-Scenes are drawn from Python packages: fonts of matplotlib and of the font-* packages (SIL Open Font License and the
-like), handwritten digits of scikit-learn (UCI optical recognition of handwritten digits), photographs of
-scikit-image and scikit-learn. The test and calibration sets use digit writers, fonts and photographs that training
-never saw.
+Scenes are drawn from Python packages: fonts of matplotlib and of the font-* packages, handwritten digits of
+scikit-learn (UCI optical recognition of handwritten digits), photographs of scikit-image and scikit-learn.
+The test and calibration sets use digit writers, fonts and photographs that training never saw.
 """
 
 

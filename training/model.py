@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from training.questions import WORDS
@@ -22,9 +28,11 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}user : {% for part in message['content'] if part['type'] == 'image' %}<image> {% endfor %}"
+    "{% if message['role'] == 'user' %}user : "
+    "{% for part in message['content'] if part['type'] == 'image' %}<image> {% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}"
-    "{% else %}assistant : {% for part in message['content'] %}{{ part['text'] }} {% endfor %}{{ eos_token }}{% endif %}"
+    "{% else %}assistant : "
+    "{% for part in message['content'] %}{{ part['text'] }} {% endfor %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}assistant :{% endif %}"
 )
 
@@ -62,11 +70,14 @@ def build_processor() -> LlavaProcessor:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",
-        additional_special_tokens=["<image>"], padding_side="left",
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+        unk_token="<unk>", additional_special_tokens=["<image>"], padding_side="left",
     )  # fmt: skip
     images = CLIPImageProcessorPil(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=MEAN,
+        image_std=STD,
     )
     return LlavaProcessor(
         image_processor=images, tokenizer=fast, patch_size=PATCH, vision_feature_select_strategy="default",

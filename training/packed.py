@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration
 from training.assets import Assets
 from training.model import BOS, EOS, IMAGE, MEAN, PAD, STD, VOCABULARY
 from training.questions import Question, ask
-from training.scenes import PATCH_LABELS, draw_scene
+from training.scenes import PATCH_LABELS, draw_scene, thing_labels
 
 QUESTIONS, LENGTH = 12, 15  # questions behind an image, tokens of each (padded)
 PREFIX = [BOS, VOCABULARY["user"], VOCABULARY[":"]]
@@ -38,6 +38,8 @@ class Batch:
     prompt: Tensor  # (B, Q, T) bool: rows of the prompt
     last: Tensor  # (B, Q) int64: the prompt's last row
     about: Tensor  # (B, Q, 256) bool: patches that hold the answer
+    points: Tensor  # (B, Q, T, 256) bool: patches of what a word names; no patch at most words
+    named: Tensor  # (B, Q, T, 6) int64: classes of the one thing that a word names, else -100
 
 
 def encode_question(question: Question) -> tuple[list[int], list[int]]:
@@ -53,7 +55,11 @@ def normalise(pixels: np.ndarray) -> Tensor:
 
 
 def make_batch(
-    rng: np.random.Generator, assets: Assets, size: int, weights: dict[str, float], with_questions: bool = True
+    rng: np.random.Generator,
+    assets: Assets,
+    size: int,
+    weights: dict[str, float],
+    with_questions: bool = True,
 ) -> Batch:
     scenes = [draw_scene(rng, assets) for _ in range(size)]
     tokens = np.full((size, QUESTIONS, LENGTH), PAD, dtype=np.int64)
@@ -61,6 +67,8 @@ def make_batch(
     prompt = np.zeros(tokens.shape, dtype=bool)
     last = np.zeros((size, QUESTIONS), dtype=np.int64)
     about = np.zeros((size, QUESTIONS, VISION), dtype=bool)
+    points = np.zeros((size, QUESTIONS, LENGTH, VISION), dtype=bool)
+    named = np.full((size, QUESTIONS, LENGTH, len(PATCH_LABELS)), -100, dtype=np.int64)
     for b, scene in enumerate(scenes if with_questions else []):
         for q, question in enumerate(ask(rng, scene, QUESTIONS, weights)):
             asked, answer = encode_question(question)
@@ -70,20 +78,39 @@ def make_batch(
             prompt[b, q, : len(asked)] = True
             last[b, q] = len(asked) - 1
             about[b, q] = scene.patches(list(question.about))
-    arrays = (np.stack([s.labels() for s in scenes]), tokens, targets, prompt, last, about)
+            for word, things in question.points:
+                points[b, q, word] = scene.patches(list(things))
+                if len(things) == 1:
+                    named[b, q, word] = thing_labels(scene.things[things[0]])
+    arrays = (np.stack([s.labels() for s in scenes]), tokens, targets, prompt, last, about, points, named)
     return Batch(normalise(np.stack([s.pixels for s in scenes])), *map(torch.from_numpy, arrays))
 
 
-class PatchHead(nn.Module):
-    """Names what each patch shows, from the projected vision features; and what the image shows, from CLS."""
+class AuxiliaryHead(nn.Module):
+    """Three linear probes that only training needs.
+
+    They name what each patch shows, from the projected vision features; what the image shows, from CLS; and
+    what a word of the question refers to, from its hidden state halfway up the decoder.
+    """
 
     def __init__(self, width: int, vision_width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.patch = nn.Linear(width, sum(PATCH_LABELS.values()))
         self.image = nn.Linear(vision_width, PATCH_LABELS["kind"] + PATCH_LABELS["color"])
+        self.word = nn.Linear(width, sum(PATCH_LABELS.values()))
 
-    def loss(self, features: Tensor, cls: Tensor, labels: Tensor) -> Tensor:
+    def reading_loss(self, hidden: Tensor, named: Tensor) -> Tensor:
+        """Mean cross-entropy of the six classes; hidden: (B, Q*T, width), named: (B, Q, T, 6)."""
+        refers = named[..., 0] != -100
+        states = F.layer_norm(hidden.float(), hidden.shape[-1:]).view(*refers.shape, -1)[refers]
+        logits = self.word(states).split(list(PATCH_LABELS.values()), -1)
+        labels = named[refers].unbind(-1)
+        return torch.stack(
+            [F.cross_entropy(x.float(), y) for x, y in zip(logits, labels, strict=True)]
+        ).mean()
+
+    def patch_loss(self, features: Tensor, cls: Tensor, labels: Tensor) -> Tensor:
         logits = self.patch(self.norm(features.float())).split(list(PATCH_LABELS.values()), -1)
         losses = []
         for i, part in enumerate(logits):
@@ -130,7 +157,9 @@ def _attend_text(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """
     batch, heads, _, dim = q.shape
     q, scale = q[:, :, START:], dim**-0.5
-    k_own, v_own, q_own = (x.reshape(batch, heads, QUESTIONS, LENGTH, dim) for x in (k[:, :, START:], v[:, :, START:], q))
+    k_own, v_own, q_own = (
+        x.reshape(batch, heads, QUESTIONS, LENGTH, dim) for x in (k[:, :, START:], v[:, :, START:], q)
+    )
     future = torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
     own = (q_own @ k_own.transpose(-1, -2)).float().masked_fill(future, -1e9).flatten(2, 3)
     logits = torch.cat(((q @ k[:, :, :START].transpose(-1, -2)).float(), own), -1) * scale
@@ -163,7 +192,7 @@ def _llama_block(
 class Packed:
     """The packed forward pass of one model."""
 
-    def __init__(self, model: LlavaForConditionalGeneration, head: PatchHead, compiled: bool) -> None:
+    def __init__(self, model: LlavaForConditionalGeneration, head: AuxiliaryHead, compiled: bool) -> None:
         self.model, self.head = model, head
         wrap = functools.partial(torch.compile, dynamic=False) if compiled else (lambda f: f)
         self.clip_block, self.llama_block = wrap(_clip_block), wrap(_llama_block)
@@ -186,27 +215,39 @@ class Packed:
     def losses(self, batch: Batch, grounded: list[int]) -> dict[str, Tensor]:
         """``answer`` and ``patch`` losses, and ``grounding`` over the layers in ``grounded``; in nats."""
         features, cls = self.vision(batch.pixels)
-        patch = self.head.loss(features, cls, batch.patch_labels)
-        hidden, seen = self.decode(features, batch.tokens, grounded)
+        patch = self.head.patch_loss(features, cls, batch.patch_labels)
+        hidden, halfway, seen = self.decode(features, batch.tokens, grounded)
         logits = self.model.lm_head(hidden[:, START:]).float()
         answer = F.cross_entropy(logits.flatten(0, 1), batch.targets.reshape(-1), ignore_index=-100)
         correct = (logits.argmax(-1).view_as(batch.targets) == batch.targets) | (batch.targets == -100)
-        grounding = torch.stack([grounding_loss(rows, batch) for rows in seen]).mean() if seen else answer * 0
-        exact = correct.all(-1).float().mean()
-        return {"answer": answer, "patch": patch, "grounding": grounding, "exact": exact}
+        grounding = torch.stack([grounding_loss(rows, batch) for rows in seen]).mean()
+        naming = torch.stack([naming_loss(rows, batch) for rows in seen]).mean()
+        return {
+            "answer": answer,
+            "patch": patch,
+            "grounding": grounding,
+            "naming": naming,
+            "reading": self.head.reading_loss(halfway[:, START:], batch.named),
+            "exact": correct.all(-1).float().mean(),
+        }
 
-    def decode(self, features: Tensor, tokens: Tensor, grounded: list[int]) -> tuple[Tensor, list[Tensor]]:
+    def decode(
+        self, features: Tensor, tokens: Tensor, grounded: list[int]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Hidden states at the end and halfway up, and attention rows of the layers in ``grounded``."""
         language = self.model.model.language_model
         batch = len(features)
         prefix = language.embed_tokens(torch.tensor(PREFIX)).expand(batch, -1, -1)
         text = language.embed_tokens(tokens.flatten(1))
         x = torch.cat((prefix, features.to(prefix.dtype), text), 1)
-        seen = []
+        seen, halfway = [], x
         for i, layer in enumerate(language.layers):
             x, rows = self.llama_block(layer, x, self.cos, self.sin, self.mask, i in grounded)
             if rows is not None:
                 seen.append(rows)
-        return language.norm(x), seen
+            if 2 * (i + 1) == len(language.layers):
+                halfway = x
+        return language.norm(x), halfway, seen
 
 
 def grounding_loss(rows: Tensor, batch: Batch) -> Tensor:
@@ -219,15 +260,23 @@ def grounding_loss(rows: Tensor, batch: Batch) -> Tensor:
     prompt = batch.prompt.float()
     mean = (rows * prompt[..., None]).sum(2) / prompt.sum(2, keepdim=True)
     last = rows.gather(2, batch.last[..., None, None].expand(-1, -1, 1, VISION)).squeeze(2)
-    target = batch.about.float()
+    return (_pointing_loss(mean, batch.about) + _pointing_loss(last, batch.about)) / 2
+
+
+def naming_loss(rows: Tensor, batch: Batch) -> Tensor:
+    """The same for single words: from the attention of a word that names something to the patches of it."""
+    return _pointing_loss(rows.view(*batch.tokens.shape, VISION), batch.points)
+
+
+def _pointing_loss(weights: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy to the uniform distribution over the target patches, mean over rows that have any.
+
+    weights: (..., 256) attention, any total; target: (..., 256) bool.
+    """
     size = target.sum(-1)
-    asked = size > 0
-    loss = rows.new_zeros(())
-    for weights in (mean, last):
-        log = torch.log(weights + 1e-9) - torch.log(weights.sum(-1, keepdim=True) + 1e-9)
-        each = -(log * target).sum(-1) / size.clamp(min=1)
-        loss = loss + each[asked].mean() / 2
-    return loss
+    weights, target, size = weights[size > 0], target[size > 0], size[size > 0]
+    log = torch.log(weights + 1e-9) - torch.log(weights.sum(-1, keepdim=True) + 1e-9)
+    return (-(log * target).sum(-1) / size).mean()
 
 
 assert IMAGE not in PREFIX

@@ -19,12 +19,17 @@ DIRECTIONS = ("left", "right", "above", "below")
 
 @dataclass(frozen=True)
 class Question:
-    """``about``: indices of the things in the scene that hold the answer (what grounding points at)."""
+    """A question and where its answer is to be seen.
+
+    ``about``: indices of the things in the scene that hold the answer; what the question as a whole looks at.
+    ``points``: (word, things) pairs: the word of the question that names something, with what it names.
+    """
 
     task: str
     text: str
     answer: str
     about: tuple[int, ...]
+    points: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
 Maker = Callable[[np.random.Generator, Scene], Question | None]
@@ -47,14 +52,18 @@ def color(rng: np.random.Generator, scene: Scene) -> Question | None:
     i = _pick(rng, _unique(scene, lambda i: scene.things[i].kind))
     if i is None:
         return None
-    return Question("color", f"what color is the {scene.things[i].kind} ?", scene.things[i].color, (i,))
+    return Question(
+        "color", f"what color is the {scene.things[i].kind} ?", scene.things[i].color, (i,), ((4, (i,)),)
+    )
 
 
 def shape(rng: np.random.Generator, scene: Scene) -> Question | None:
     i = _pick(rng, _unique(scene, lambda i: scene.things[i].color))
     if i is None:
         return None
-    return Question("shape", f"what shape is the {scene.things[i].color} one ?", scene.things[i].kind, (i,))
+    return Question(
+        "shape", f"what shape is the {scene.things[i].color} one ?", scene.things[i].kind, (i,), ((5, (i,)),)
+    )
 
 
 def position(rng: np.random.Generator, scene: Scene) -> Question | None:
@@ -63,7 +72,9 @@ def position(rng: np.random.Generator, scene: Scene) -> Question | None:
         return None
     axis = str(rng.choice(("row", "column")))
     place = scene.things[i].row if axis == "row" else scene.things[i].column
-    return Question("position", f"which {axis} is the {_name(scene, i)} in ?", NUMBERS[place + 1], (i,))
+    return Question(
+        "position", f"which {axis} is the {_name(scene, i)} in ?", NUMBERS[place + 1], (i,), ((5, (i,)),)
+    )
 
 
 def lookup(rng: np.random.Generator, scene: Scene) -> Question | None:
@@ -71,7 +82,7 @@ def lookup(rng: np.random.Generator, scene: Scene) -> Question | None:
     if i is None:
         return None
     row, column = NUMBERS[scene.things[i].row + 1], NUMBERS[scene.things[i].column + 1]
-    return Question("lookup", f"what is in row {row} column {column} ?", _name(scene, i), (i,))
+    return Question("lookup", f"what is in row {row} column {column} ?", _name(scene, i), (i,), ((6, (i,)),))
 
 
 def count(rng: np.random.Generator, scene: Scene) -> Question | None:
@@ -84,7 +95,13 @@ def count(rng: np.random.Generator, scene: Scene) -> Question | None:
     # First the number, then what is counted: otherwise most answers would be "zero" or "one".
     n = _pick(rng, sorted({len(m) for m in members.values()} & set(range(len(NUMBERS)))))
     what = _pick(rng, [name for name, m in members.items() if len(m) == n])
-    return Question("count", f"how many {what}shapes are there ?", NUMBERS[n], members[what])
+    return Question(
+        "count",
+        f"how many {what}shapes are there ?",
+        NUMBERS[n],
+        members[what],
+        ((3 if what else 2, members[what]),),
+    )
 
 
 def relation(rng: np.random.Generator, scene: Scene) -> Question | None:
@@ -102,7 +119,13 @@ def relation(rng: np.random.Generator, scene: Scene) -> Question | None:
     if direction is None:
         return None
     a, b = _pick(rng, pairs[direction])
-    return Question("relation", f"where is the {_name(scene, a)} from the {_name(scene, b)} ?", direction, (a, b))
+    return Question(
+        "relation",
+        f"where is the {_name(scene, a)} from the {_name(scene, b)} ?",
+        direction,
+        (a, b),
+        ((4, (a,)), (8, (b,))),
+    )
 
 
 def _number(group: str) -> Maker:
@@ -111,7 +134,11 @@ def _number(group: str) -> Maker:
         if not digits:
             return None
         answer = " ".join(scene.things[i].kind for i in digits)
-        return Question(group, f"what is the {group} number ?", answer, tuple(digits))
+        text = f"what is the {group} number ?"
+        # After the prompt (two words more) every digit written looks for the next one.
+        first = len(text.split()) + 2
+        points = tuple((first + slot, (i,)) for slot, i in enumerate(digits[1:]))
+        return Question(group, text, answer, tuple(digits), points)
 
     return make
 
@@ -129,7 +156,13 @@ def height(rng: np.random.Generator, scene: Scene) -> Question | None:
     i = _pick(rng, scene.of("bar"))
     if i is None:
         return None
-    return Question("bar height", f"how tall is the {scene.things[i].color} bar ?", NUMBERS[scene.things[i].height], (i,))
+    return Question(
+        "bar height",
+        f"how tall is the {scene.things[i].color} bar ?",
+        NUMBERS[scene.things[i].height],
+        (i,),
+        ((5, (i,)),),
+    )
 
 
 TASKS: dict[str, Maker] = {
@@ -145,29 +178,26 @@ TASKS: dict[str, Maker] = {
     "bar height": height,
 }
 
-WORDS = tuple(
-    dict.fromkeys(
-        "what color is the shape one which row column in how many shapes are there where from printed handwritten"
-        " number bar tallest shortest tall ? user assistant :".split()
-        + list(COLOR_NAMES)
-        + list(KINDS)
-        + list(NUMBERS)
-        + list(DIRECTIONS)
-        + [str(d) for d in range(10)]
-    )
-)
+_FRAME = """what color is the shape one which row column in how many shapes are there where from
+printed handwritten number bar tallest shortest tall ? user assistant :"""
+_DIGITS = tuple("0123456789")
+WORDS = tuple(dict.fromkeys((*_FRAME.split(), *COLOR_NAMES, *KINDS, *NUMBERS, *DIRECTIONS, *_DIGITS)))
 
-# Hard tasks are asked more often in training.
-TRAINING_WEIGHTS = {
+# Hard tasks are asked more often in training, and far more often once the easy ones are learned.
+FIRST_WEIGHTS = {
     "color": 0.7, "shape": 0.7, "position": 1.0, "lookup": 0.8, "count": 1.7, "relation": 1.8,
     "printed": 1.3, "handwritten": 1.5, "extreme bar": 0.9, "bar height": 1.3,
 }  # fmt: skip
+LATER_WEIGHTS = {
+    "color": 0.25, "shape": 0.25, "position": 1.7, "lookup": 0.5, "count": 1.9, "relation": 2.2,
+    "printed": 2.0, "handwritten": 2.0, "extreme bar": 0.4, "bar height": 0.8,
+}  # fmt: skip
 
-assert GRID < len(NUMBERS)
+assert len(NUMBERS) > GRID
 
 
 def ask(rng: np.random.Generator, scene: Scene, n: int, weights: dict[str, float]) -> list[Question]:
-    """``n`` questions (repeats possible) whose tasks are drawn by ``weights`` among those the scene allows."""
+    """``n`` questions (repeats possible), their tasks drawn by ``weights`` among those the scene allows."""
     possible = [t for t in TASKS if weights.get(t, 0) > 0 and TASKS[t](rng, scene) is not None]
     p = np.array([weights[t] for t in possible])
     questions = []

@@ -7,7 +7,7 @@ is drawn there: the auxiliary loss and the grounding loss need that. Knows nothi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -72,17 +72,15 @@ class Scene:
 
     def labels(self) -> np.ndarray:
         """(6, 256) int64: the patch classes in the order of PATCH_LABELS."""
-        rows = np.zeros((len(self.things) + 1, len(PATCH_LABELS)), dtype=np.int64)  # last row: nothing
-        for i, thing in enumerate(self.things):
-            rows[i] = (
-                _kind_class(thing),
-                1 + COLOR_NAMES.index(thing.color) if thing.color else 0,
-                thing.row + 1,
-                thing.column + 1,
-                thing.height,
-                thing.slot,
-            )
+        nothing = (0,) * len(PATCH_LABELS)
+        rows = np.array([*map(thing_labels, self.things), nothing], dtype=np.int64)
         return rows[self.owner.reshape(-1)].T
+
+
+def thing_labels(thing: Thing) -> tuple[int, ...]:
+    """The six classes of a thing, in the order of PATCH_LABELS."""
+    color = 1 + COLOR_NAMES.index(thing.color) if thing.color else 0
+    return _kind_class(thing), color, thing.row + 1, thing.column + 1, thing.height, thing.slot
 
 
 def _kind_class(thing: Thing) -> int:
@@ -129,14 +127,20 @@ class _Painter:
         return best.reshape(PATCHES, PATCHES)
 
     def _background(self, photographic: bool) -> np.ndarray:
-        base = self.rng.uniform(25, 205, 3) if self.rng.random() < 0.5 else np.full(3, self.rng.uniform(20, 215))
+        base = (
+            self.rng.uniform(25, 205, 3) if self.rng.random() < 0.5 else np.full(3, self.rng.uniform(20, 215))
+        )
         plain = np.broadcast_to(base, (SIZE, SIZE, 3)).astype(np.float32)
         if not photographic:
-            return plain + self.rng.uniform(0, 6) * self.rng.standard_normal((SIZE, SIZE, 1), dtype=np.float32)
+            return plain + self.rng.uniform(0, 6) * self.rng.standard_normal(
+                (SIZE, SIZE, 1), dtype=np.float32
+            )
         photo = self.assets.photos[self.rng.integers(len(self.assets.photos))]
         side = int(self.rng.integers(100, min(400, *photo.shape[:2]) + 1))
         y, x = (int(self.rng.integers(0, length - side + 1)) for length in photo.shape[:2])
-        crop = Image.fromarray(photo[y : y + side, x : x + side]).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        crop = Image.fromarray(photo[y : y + side, x : x + side]).resize(
+            (SIZE, SIZE), Image.Resampling.BILINEAR
+        )
         strength = self.rng.uniform(0.35, 0.8)
         return strength * np.asarray(crop, dtype=np.float32) + (1 - strength) * plain
 
@@ -251,10 +255,12 @@ class _Painter:
         for i, (color, height) in enumerate(zip(colors, heights, strict=True)):
             thing = self._add(Thing("bar", "bar", str(color), height=int(height)))
             left, top = x + 6 + i * pitch, y + base - int(height) * unit
-            self._blend(top, left, np.ones((int(height) * unit, width), np.float32), self._paint(str(color)), thing)
+            self._blend(
+                top, left, np.ones((int(height) * unit, width), np.float32), self._paint(str(color)), thing
+            )
 
 
-@lru_cache(maxsize=None)
+@cache
 def shape_masks(kind: str, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(outline, body): two (size + 4, size + 4) masks in 0..1, antialiased."""
     scale, full = 4, (size + 4) * 4
@@ -287,7 +293,7 @@ def _corners(kind: str, c: float, r: float) -> list[tuple[float, float]]:
     return [(c + q * np.cos(a), c + q * np.sin(a)) for a, q in zip(angles, radii, strict=True)]
 
 
-@lru_cache(maxsize=None)
+@cache
 def glyph_mask(font: str, size: int, digit: int) -> np.ndarray:
     """One printed digit, cut to its ink, (h, w) in 0..1; h is alike for all digits of a font and size."""
     face = ImageFont.truetype(font, size)

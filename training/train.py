@@ -1,8 +1,8 @@
 """Trains the demo model in one command: `python -m training.train --out runs/demo`.
 
 Stages: the vision tower with its patch labels; then everything, with the answer, patch and grounding losses.
-Deterministic for a seed and a number of workers, resumable (a checkpoint every 100 steps), logged as JSON lines.
-Data-parallel over single-threaded processes, which on CPUs beats one process with many threads.
+Deterministic for a seed and a number of workers, resumable (a checkpoint every 100 steps), logged as JSON
+lines. Data-parallel over single-threaded processes, which on CPUs beats one process with many threads.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.nn.utils import parameters_to_vector
 
 from training.assets import load_assets
 from training.model import build_model
-from training.packed import Packed, PatchHead, make_batch
-from training.questions import TRAINING_WEIGHTS
+from training.packed import AuxiliaryHead, Packed, make_batch
+from training.questions import FIRST_WEIGHTS, LATER_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Recipe:
     vision_steps: int = 500
     steps: int = 1700
     warmup: int = 60
+    later: int = 700  # the joint step from which hard tasks prevail and words must point at what they name
     decay: float = 0.6  # the last share of the steps in which the rate falls linearly to 0
     muon_rate: float = 0.02
     adam_rate: float = 0.002
@@ -42,6 +43,9 @@ class Recipe:
     vision_rate: float = 0.3  # factor on the vision tower's rate once the decoder trains too
     patch_weight: float = 1.0
     grounding_weight: float = 0.4
+    naming_weight: float = 0.4
+    reading: int = 900  # the joint step from which words must know what they name
+    reading_weight: float = 0.5
     grounded_layers: int = 5  # drawn anew each step among the layers after the first
     layers: int = 12
 
@@ -52,7 +56,7 @@ class Trainer:
         self.assets = load_assets("train")
         self.model = build_model(recipe.seed, recipe.layers)
         config = self.model.config
-        self.head = PatchHead(config.text_config.hidden_size, config.vision_config.hidden_size)
+        self.head = AuxiliaryHead(config.text_config.hidden_size, config.vision_config.hidden_size)
         self.packed = Packed(self.model, self.head, compiled)
         self.parameters = [*self.model.parameters(), *self.head.parameters()]
         self.step, self.started = 0, time.monotonic()
@@ -74,8 +78,7 @@ class Trainer:
         ]
 
     def _set_rates(self) -> None:
-        recipe = self.recipe
-        joint = self.step - recipe.vision_steps
+        recipe, joint = self.recipe, self._joint
         if joint < 0:
             factor = min(1.0, (self.step + 1) / recipe.warmup)
         else:
@@ -88,23 +91,34 @@ class Trainer:
     def _losses(self) -> dict[str, torch.Tensor]:
         recipe = self.recipe
         rng = np.random.default_rng((recipe.seed, self.step, self.rank))
-        joint = self.step >= recipe.vision_steps
-        batch = make_batch(rng, self.assets, recipe.batch // recipe.workers, TRAINING_WEIGHTS, joint)
+        weights = LATER_WEIGHTS if self._joint >= recipe.later else FIRST_WEIGHTS
+        batch = make_batch(rng, self.assets, recipe.batch // recipe.workers, weights, self._joint >= 0)
         with torch.autocast("cpu", torch.bfloat16):
-            if not joint:
+            if self._joint < 0:
                 features, cls = self.packed.vision(batch.pixels)
-                return {"patch": self.head.loss(features, cls, batch.patch_labels)}
+                return {"patch": self.head.patch_loss(features, cls, batch.patch_labels)}
             # All workers ground the same layers, so that their steps take equally long.
             shared = np.random.default_rng((recipe.seed, self.step))
             grounded = shared.choice(np.arange(1, recipe.layers), recipe.grounded_layers, replace=False)
             return self.packed.losses(batch, [int(i) for i in grounded])
+
+    @property
+    def _joint(self) -> int:
+        """Steps since everything trains; negative while the vision tower trains alone."""
+        return self.step - self.recipe.vision_steps
 
     def train_step(self) -> dict[str, float]:
         recipe = self.recipe
         self._set_rates()
         losses = self._losses()
         weights = {"answer": 1.0, "patch": recipe.patch_weight, "grounding": recipe.grounding_weight}
-        torch.stack([weights[name] * loss for name, loss in losses.items() if name in weights]).sum().backward()
+        if self._joint >= recipe.later:
+            weights["naming"] = recipe.naming_weight
+        if self._joint >= recipe.reading:
+            weights["reading"] = recipe.reading_weight
+        torch.stack(
+            [weights[name] * loss for name, loss in losses.items() if name in weights]
+        ).sum().backward()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         values = torch.stack([losses[name].detach() for name in sorted(losses)])
         flat = torch.cat((parameters_to_vector(gradients), values))
@@ -168,7 +182,8 @@ class Trainer:
 
 def work(rank: int, recipe: Recipe, out: Path, compiled: bool) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out.absolute()}/rendezvous", rank=rank, world_size=recipe.workers)
+    meeting = f"file://{out.absolute()}/rendezvous"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=recipe.workers)
     Trainer(recipe, out, rank, compiled).run()
     dist.destroy_process_group()
 

@@ -1,0 +1,93 @@
+"""Searches the fewest vision tokens a multimodal LLM needs, layer by layer, and runs it with just those.
+
+This is the front door: every public name, each loaded on first use, so that importing the package (or asking
+the command for help) does not load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from . import cost, search
+    from .errors import ThinsightError
+    from .evaluation import (
+        Evaluation,
+        Evaluator,
+        Example,
+        RankConsistency,
+        load_examples,
+        paired_bootstrap,
+        rank_consistency,
+    )
+    from .loading import load_demo, load_model
+    from .ranking import Ranker, get_ranker, list_rankers
+    from .reduction import Reduction
+    from .runtime import Handle, apply, encode_images
+    from .schedule import Schedule
+    from .search import SearchResult, gsearch
+
+_HOMES = {
+    "Evaluation": "evaluation",
+    "Evaluator": "evaluation",
+    "Example": "evaluation",
+    "Handle": "runtime",
+    "RankConsistency": "evaluation",
+    "Ranker": "ranking",
+    "Reduction": "reduction",
+    "Schedule": "schedule",
+    "SearchResult": "search",
+    "ThinsightError": "errors",
+    "apply": "runtime",
+    "encode_images": "runtime",
+    "get_ranker": "ranking",
+    "gsearch": "search",
+    "list_rankers": "ranking",
+    "load_demo": "loading",
+    "load_examples": "evaluation",
+    "load_model": "loading",
+    "paired_bootstrap": "evaluation",
+    "rank_consistency": "evaluation",
+}
+_MODULES = ("cost", "search")  # `thinsight.search` is a package that can be called like a function
+
+__all__ = [
+    "Evaluation",
+    "Evaluator",
+    "Example",
+    "Handle",
+    "RankConsistency",
+    "Ranker",
+    "Reduction",
+    "Schedule",
+    "SearchResult",
+    "ThinsightError",
+    "__version__",
+    "apply",
+    "cost",
+    "encode_images",
+    "get_ranker",
+    "gsearch",
+    "list_rankers",
+    "load_demo",
+    "load_examples",
+    "load_model",
+    "paired_bootstrap",
+    "rank_consistency",
+    "search",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,384 @@
+"""The command `thinsight`: parses, calls one function, prints. No logic.
+
+Everything heavy is imported inside the commands, so that `--help` and a misspelt option answer at once. Bad
+input ends in one line on standard error and exit code 2, Ctrl-C in one line and 130; both are dealt with in
+`_Group.main` alone.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from .errors import ThinsightError
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .job.session import ModelOptions
+
+__all__ = ["app", "main"]
+
+BAD_INPUT, INTERRUPTED = 2, 130
+_DEFAULT_OUT = "thinsight-out"
+
+
+class _Group(TyperGroup):
+    """Turns what may end a command early into one line and an exit code."""
+
+    def main(
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **extra: Any
+    ) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        extra |= {"standalone_mode": False, "obj": given}
+        try:
+            code = super().main(given, "thinsight", *rest, **extra)
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except ThinsightError as error:
+            code = _fail(str(error))
+        except Exception as error:
+            if not hasattr(
+                error, "format_message"
+            ):  # a usage error of typer's, whichever package it lives in
+                raise
+            code = _fail(f"{error.format_message()} See `thinsight --help`.")
+        if code == INTERRUPTED:
+            _say_interrupted(given)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _say_interrupted(given: Sequence[str]) -> None:
+    if given and given[0] == "search":
+        again = [*given, *([] if "--resume" in given else ["--resume"])]
+        hint = f": what is done is kept; continue with `thinsight {shlex.join(again)}`"
+    else:
+        hint = ""
+    print(f"interrupted{hint}", file=sys.stderr)
+
+
+app = typer.Typer(
+    cls=_Group,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Search the fewest vision tokens a multimodal LLM needs, layer by layer, and run the model with "
+    "just those. Every command runs without arguments, on the embedded demo model and data.",
+)
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    app()
+
+
+# -- options that several commands share -----------------------------------------------------------------
+
+Model = Annotated[str, typer.Option("--model", help="demo, a local folder, or a hub id.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Attn = Annotated[
+    str, typer.Option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2 ...")
+]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let the checkpoint run its own code. Never unless you say so."),
+]
+Data = Annotated[str | None, typer.Option("--data", help="JSON-lines file, demo:calibration or demo:test.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only so many examples of each set.")]
+Metric = Annotated[
+    str | None, typer.Option("--metric", help="One metric for all examples, such as agreement.")
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per forward pass.")]
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")
+]
+ReductionSource = Annotated[
+    str | None,
+    typer.Option(
+        "--reduction",
+        help=f"Folder or hub id of a reduction. Default: {_DEFAULT_OUT}, else FastV at 50 %.",
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"thinsight {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+# -- commands --------------------------------------------------------------------------------------------
+
+
+@app.command()
+def search(
+    context: typer.Context,
+    model: Model = "demo",
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Calibration examples: JSON-lines file. Default: demo:calibration."),
+    ] = None,
+    test_data: Annotated[
+        str | None,
+        typer.Option(
+            "--test-data", help="Test examples. Default: the demo's, or half of --data, split by image."
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", help="Largest drop of the calibration score; 0.01 is one point.")
+    ] = 0.01,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the reduction and the report.")] = Path(
+        _DEFAULT_OUT
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the search in --out.")] = False,
+    ranker: Annotated[
+        str,
+        typer.Option(
+            "--ranker",
+            help="text-attention, vision-attention, random or uniform; settings as name:key=value,...",
+        ),
+    ] = "text-attention",
+    solver: Annotated[str, typer.Option("--solver", help="bisect, or bayes (the paper's).")] = "bisect",
+    first_layer: Annotated[
+        int, typer.Option("--first-layer", min=0, help="The first layer that may see fewer tokens, from 0.")
+    ] = 2,
+    step: Annotated[int, typer.Option("--step", min=1, help="bisect: counts are multiples of this.")] = 1,
+    trade_off: Annotated[
+        float, typer.Option("--trade-off", help="bayes: weight of the cost (lambda).")
+    ] = 0.1,
+    n_trials: Annotated[int, typer.Option("--n-trials", min=1, help="bayes: trials per layer.")] = 8,
+    limit: Limit = None,
+    metric: Metric = None,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = 8,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attn: Attn = "sdpa",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Search a reduction, prove it on test data, write the report."""
+    from .job.pipeline import SearchOptions, search_and_report
+    from .report import print_report
+
+    options = SearchOptions(
+        model=_model_options(model, dtype, device, attn, trust_remote_code),
+        data=data,
+        test_data=test_data,
+        limit=limit,
+        metric=metric,
+        max_new_tokens=max_new_tokens,
+        max_drop=max_drop,
+        ranker=_ranker(ranker),
+        solver=solver,
+        first_layer=first_layer,
+        step=step,
+        trade_off=trade_off,
+        n_trials=n_trials,
+        seed=seed,
+        batch_size=batch_size,
+        out=out,
+        resume=resume,
+        command=shlex.join(["thinsight", *context.obj]),
+    )
+    outcome = _watched(lambda watcher: search_and_report(options, watcher))
+    print_report(outcome.data, Console())
+    _print(f"Reduction: {outcome.folder}", f"Report:    {outcome.report}")
+
+
+@app.command()
+def evaluate(
+    reduction: ReductionSource = None,
+    model: Model = "demo",
+    data: Data = None,
+    limit: Limit = None,
+    metric: Metric = None,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = 8,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attn: Attn = "sdpa",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Score full against reduced on a set of examples (default: demo:test)."""
+    from .job import commands
+    from .report import print_report
+
+    options = commands.JobOptions(
+        _model_options(model, dtype, device, attn, trust_remote_code), data, limit, reduction
+    )
+    report = _watched(
+        lambda watcher: commands.evaluate(
+            options, metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens, watcher=watcher
+        )
+    )
+    print_report(report, Console())
+
+
+@app.command()
+def analyze(
+    model: Model = "demo",
+    data: Data = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Use only so many examples.")] = 64,
+    out: Annotated[Path, typer.Option("--out", help="Where the plot goes, an HTML file.")] = Path(
+        "thinsight-analysis.html"
+    ),
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attn: Attn = "sdpa",
+    trust_remote_code: Trust = False,
+) -> None:
+    """How alike the layers rank the vision tokens (rank consistency), as a table and a plot."""
+    from .job import commands
+    from .job.run_folder import check_writable_file
+    from .report import print_report, write_report
+
+    check_writable_file(out)
+    options = commands.JobOptions(_model_options(model, dtype, device, attn, trust_remote_code), data, limit)
+    report = _watched(lambda watcher: commands.analyze(options, watcher=watcher))
+    print_report(report, Console())
+    _print(f"Plot: {write_report(out, report)}")
+
+
+@app.command()
+def bench(
+    reduction: ReductionSource = None,
+    model: Model = "demo",
+    data: Data = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Choose prompts among so many examples.")] = 64,
+    batch_size: BatchSize = 8,
+    runs: Annotated[int, typer.Option("--runs", min=1, help="Measured runs of each side.")] = 7,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Length of the whole answer.")] = 16,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attn: Attn = "sdpa",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure time, KV cache and FLOPs, full against reduced, in one run."""
+    from .job import commands
+    from .report import print_report
+
+    options = commands.JobOptions(
+        _model_options(model, dtype, device, attn, trust_remote_code), data, limit, reduction
+    )
+    result = _watched(
+        lambda watcher: commands.bench(
+            options, batch_size=batch_size, runs=runs, new_tokens=new_tokens, watcher=watcher
+        )
+    )
+    print_report(result.data, Console())
+    _print(*result.lines())
+
+
+@app.command()
+def show(
+    image: Annotated[str | None, typer.Argument(help="An image file. Default: a demo question's.")] = None,
+    question: Annotated[str | None, typer.Argument(help="A question about it.")] = None,
+    reduction: ReductionSource = None,
+    model: Model = "demo",
+    out: Annotated[Path, typer.Option("--out", help="The picture to write.")] = Path("thinsight-kept.png"),
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")
+    ] = 32,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attn: Attn = "sdpa",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Draw which vision tokens a question keeps, layer by layer, and print both answers."""
+    from .job import commands
+    from .job.run_folder import check_writable_file
+    from .report import save_contact_strip
+
+    check_writable_file(out)
+    options = commands.JobOptions(
+        _model_options(model, dtype, device, attn, trust_remote_code), reduction=reduction
+    )
+    result = _watched(
+        lambda watcher: commands.show(
+            options, image, question, max_new_tokens=max_new_tokens, watcher=watcher
+        )
+    )
+    _print(
+        f"Question:      {result.picture.question}",
+        f"Full model:    {result.picture.answer_full}",
+        f"Reduced model: {result.picture.answer_reduced}",
+        *([f"Expected:      {result.picture.truth}"] if result.picture.truth else []),
+        f"Reduction:     {result.reduction.where}",
+        f"Picture:       {save_contact_strip(out, result.picture)}",
+    )
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that `thinsight search` wrote.")] = Path(
+        _DEFAULT_OUT
+    ),
+) -> None:
+    """Write the HTML report of a finished search anew, and print its tables."""
+    from .report import load_report_data, print_report, write_report
+
+    data = load_report_data(folder)
+    path = write_report(folder / "report.html", data)
+    print_report(data, Console())
+    _print(f"Report: {path}")
+
+
+# -- helpers ---------------------------------------------------------------------------------------------
+
+
+def _watched(job: Callable[[Any], Any]) -> Any:
+    """Run a job with its progress on standard error, and transformers' own bars and warnings off."""
+    from transformers.utils import logging
+
+    from .console import ConsoleWatcher
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with ConsoleWatcher(Console(stderr=True)) as watcher:
+        return job(watcher)
+
+
+def _model_options(model: str, dtype: str, device: str, attn: str, trust_remote_code: bool) -> ModelOptions:
+    from .job.session import ModelOptions
+
+    return ModelOptions(model, dtype, device, attn, trust_remote_code)
+
+
+def _ranker(text: str) -> dict[str, Any]:
+    """ "name" or "name:key=value,key=value" as a ranker's dict; whole numbers are read as such."""
+    name, _, settings = text.partition(":")
+    ranker: dict[str, Any] = {"name": name}
+    for item in filter(None, settings.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ThinsightError(f"ranker is {text!r}: write settings as name:key=value,key=value")
+        ranker[key.strip()] = int(value) if value.strip().lstrip("-").isdigit() else value.strip()
+    return ranker
+
+
+def _print(*lines: str) -> None:
+    console = Console()
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)

@@ -1,0 +1,98 @@
+"""Draws a job's progress on the terminal: one line that moves, and one line for each thing that is done.
+
+Knows rich. Knows nothing about what the job does. Everything goes to standard error, so that standard output
+holds only results.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from .job.watching import Watcher
+from .search.progress import Progress as SearchProgress
+from .search.progress import SearchPlan
+from .search.result import SearchResult, Trial
+
+__all__ = ["ConsoleWatcher"]
+
+
+class ConsoleWatcher(Watcher):
+    """Use as a context manager around the job."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[detail]}", markup=False),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+        self._title = ""
+        self._started = 0.0
+        self._searching = False
+
+    def __enter__(self) -> ConsoleWatcher:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._finish_stage()
+        self._bar.stop()
+
+    def on_stage(self, title: str) -> None:
+        self._finish_stage()
+        self._title, self._started = title, time.monotonic()
+        self._task = self._bar.add_task(title, total=None, detail="")
+
+    def on_note(self, text: str) -> None:
+        self._console.print(Text(text))
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        if self._task is not None and not self._searching:
+            self._bar.update(self._task, completed=done, total=total, detail=f"{done}/{total}")
+
+    def on_start(self, plan: SearchPlan) -> None:
+        self._searching = True  # from here on the bar counts evaluations, not the examples of each
+        if plan.recorded:
+            self.on_note(f"{plan.recorded} evaluations are in the journal and will not be run again")
+
+    def on_trial(self, trial: Trial, progress: SearchProgress) -> None:
+        if self._task is None:
+            return
+        left = "" if progress.seconds_left is None else f", at most {_clock(progress.seconds_left)} left"
+        detail = f"layer {progress.layer}, {trial.count} tokens: score {trial.score:.3f}{left}"
+        self._bar.update(self._task, completed=progress.evaluations, total=progress.expected, detail=detail)
+
+    def on_layer(self, layer: int, count: int, progress: SearchProgress) -> None:
+        self.on_note(f"  layer {layer}: {count} vision tokens ({progress.evaluations} evaluations so far)")
+
+    def on_end(self, result: SearchResult) -> None:
+        self._searching = False
+
+    def _finish_stage(self) -> None:
+        if self._task is None:
+            return
+        self._bar.remove_task(self._task)
+        self._task = None
+        seconds = time.monotonic() - self._started
+        self._console.print(Text.assemble(("✓ ", "green"), self._title, (f"  {_clock(seconds)}", "dim")))
+
+
+def _clock(seconds: float) -> str:
+    """'0:07', '12:31', '1:02:09'."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

@@ -1,0 +1,285 @@
+"""The smaller jobs behind the commands: evaluate, analyze, bench and show, each one function.
+
+Each opens model and data in the order that finds mistakes soonest, and returns what a report shows. Knows
+nothing about terminals; the main job is pipeline.py's.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+from .. import cost
+from ..errors import ThinsightError
+from ..evaluation.consistency import rank_consistency
+from ..evaluation.encoding import encode_prompt
+from ..evaluation.evaluator import Evaluator
+from ..evaluation.examples import Example, load_examples, validate_examples
+from ..evaluation.metrics import get_metric
+from ..report import words
+from ..report.data import DatasetInfo, Headline, Picture, ReportData
+from ..schedule import Schedule
+from ..timing import Measurement, measure
+from .kept import picture_of, varied
+from .results import (
+    MedianPrompt,
+    consistency_of,
+    drop_of,
+    method_row,
+    metric_words,
+    ranker_words,
+    task_rows,
+    timing_rows,
+)
+from .session import (
+    DEMO_TEST,
+    ModelOptions,
+    Opened,
+    Sourced,
+    environment,
+    find_reduction,
+    fit_reduction,
+    open_model,
+    timing_inputs,
+)
+from .splits import content_hash
+from .watching import Watcher
+
+__all__ = ["BenchResult", "JobOptions", "ShowResult", "analyze", "bench", "evaluate", "show"]
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What all four jobs are told. ``data`` None is the demo's test set; see `session.find_reduction` for
+    None there."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: str | None = None
+    limit: int | None = None
+    reduction: str | None = None
+
+    @property
+    def data_name(self) -> str:
+        return self.data or DEMO_TEST
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What was timed, with the FLOPs of the median prompt and where the reduction came from."""
+
+    data: ReportData
+    measurement: Measurement
+    flops_full: float
+    flops: float
+    reduction: Sourced
+
+    def lines(self) -> list[str]:
+        """What is no time: FLOPs and the KV cache, as text."""
+        measured = self.measurement
+        return [
+            f"Decoder FLOPs of the median prompt: {words.flops(self.flops_full)} full, "
+            f"{words.flops(self.flops)} reduced, {words.ratio(self.flops_full / self.flops)}",
+            f"KV cache after prefill, measured: {measured.kv_full / 1e6:.2f} MB full, "
+            f"{measured.kv_reduced / 1e6:.2f} MB reduced, {words.ratio(measured.kv_ratio)}",
+            f"On {measured.device}, {measured.dtype}, {measured.threads} CPU threads; "
+            f"reduction: {self.reduction.where}",
+        ]
+
+
+@dataclass(frozen=True)
+class ShowResult:
+    """A question's kept tokens, and where the reduction came from."""
+
+    picture: Picture
+    reduction: Sourced
+
+
+def evaluate(
+    options: JobOptions,
+    *,
+    metric: str | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    watcher: Watcher | None = None,
+) -> ReportData:
+    """Full against reduced on a set of examples, with the drop's interval.
+
+    Raises:
+        ThinsightError: bad input, before any answer is decoded.
+    """
+    watcher = watcher or Watcher()
+    if metric is not None:
+        get_metric(metric)
+    examples, opened, found = _open(options, watcher)
+    evaluator = Evaluator(
+        opened.model,
+        opened.processor,
+        examples,
+        metric=metric,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=watcher.on_progress,
+    )
+    watcher.on_stage("Full model")
+    full = evaluator.full
+    watcher.on_stage("Reduced model")
+    reduced = evaluator(found.reduction)
+    drop = drop_of(full, reduced, examples)
+    prompt = MedianPrompt.of(opened.model.config, evaluator.prompt_sizes)
+    schedule = found.reduction.schedule
+    rows = (
+        method_row("Full model", "full", Schedule.full(schedule.num_layers), full, None, prompt),
+        method_row("Reduced", "found", schedule, reduced, drop, prompt, found.where),
+    )
+    dataset = replace(_dataset(options, examples), metric=metric or metric_words(examples))
+    return replace(
+        _about(f"{options.model.model} under {found.where}", opened, prompt),
+        dataset=dataset,
+        headline=Headline(
+            full_score=full.score,
+            score=reduced.score,
+            drop=drop,
+            mean_keep_rate=schedule.mean_keep_rate,
+            flops_ratio=rows[1].flops_ratio,
+            flops_full=rows[0].flops,
+            flops=rows[1].flops,
+            vision_flops=cost.vision_flops(opened.model.config),
+        ),
+        keep_rates=schedule.keep_rates,
+        methods=rows,
+        per_task=task_rows(full, reduced, examples),
+    )
+
+
+def analyze(options: JobOptions, *, watcher: Watcher | None = None) -> ReportData:
+    """Rank consistency (the paper's Figure 1) of a model on a set of examples.
+
+    Raises:
+        ThinsightError: bad input.
+    """
+    watcher = watcher or Watcher()
+    examples = _examples(options, watcher)
+    opened = _opened(options, watcher)
+    watcher.on_stage("Measuring rank consistency")
+    found = rank_consistency(opened.model, opened.processor, examples, progress=watcher.on_progress)
+    report = _about(f"Rank consistency of {options.model.model}", opened, _median(opened, examples))
+    return replace(report, dataset=_dataset(options, examples), consistency=consistency_of(found))
+
+
+def bench(
+    options: JobOptions,
+    *,
+    batch_size: int = 8,
+    runs: int = 7,
+    new_tokens: int = 16,
+    watcher: Watcher | None = None,
+) -> BenchResult:
+    """Measured time, KV cache and FLOPs, full against reduced in one run.
+
+    Raises:
+        ThinsightError: bad input.
+    """
+    watcher = watcher or Watcher()
+    for name, value in (("batch_size", batch_size), ("runs", runs), ("new_tokens", new_tokens)):
+        if value < 1:
+            raise ThinsightError(f"{name} is {value}: it must be a whole number of at least 1")
+    examples, opened, found = _open(options, watcher)
+    inputs = timing_inputs(opened.processor, examples, batch_size)
+    watcher.on_stage("Timing full against reduced")
+    measurement = measure(
+        opened.model,
+        inputs,
+        found.reduction,
+        runs=runs,
+        new_tokens=new_tokens,
+        progress=functools.partial(watcher.on_progress, "timing"),
+    )
+    prompt = _median(opened, examples)
+    data = replace(
+        _about(f"{options.model.model} under {found.where}, timed", opened, prompt),
+        keep_rates=found.reduction.schedule.keep_rates,
+        timing=timing_rows(measurement),
+    )
+    return BenchResult(data, measurement, prompt.flops(), prompt.flops(found.reduction.schedule), found)
+
+
+def show(
+    options: JobOptions,
+    image: str | None,
+    question: str | None,
+    *,
+    max_new_tokens: int = 32,
+    watcher: Watcher | None = None,
+) -> ShowResult:
+    """The kept tokens of one question about one image, and both answers; of a demo question when none is
+    given.
+
+    Raises:
+        ThinsightError: bad input, or an image without a question.
+    """
+    watcher = watcher or Watcher()
+    if max_new_tokens < 1:
+        raise ThinsightError(f"max_new_tokens is {max_new_tokens}: it must be a whole number of at least 1")
+    if image is not None and question is None:
+        raise ThinsightError(f"image {image!r} comes without a question: thinsight show IMAGE QUESTION")
+    found = find_reduction(options.reduction, options.model.model)
+    options.model.check()
+    example = (
+        varied(load_examples(options.data_name, options.limit), 1)[0]
+        if image is None
+        else _asked(image, question)
+    )
+    opened = _opened(options, watcher)
+    fitted = fit_reduction(found, opened)
+    watcher.on_stage("Looking at kept tokens")
+    picture = picture_of(
+        opened.model, opened.processor, example, fitted.reduction, max_new_tokens=max_new_tokens
+    )
+    return ShowResult(picture, fitted)
+
+
+def _asked(image: str, question: str | None) -> Example:
+    example = Example(id="question", images=(Path(image).expanduser(),), question=question or "")
+    validate_examples([example], "the command")
+    return example
+
+
+def _open(options: JobOptions, watcher: Watcher) -> tuple[list[Example], Opened, Sourced]:
+    """Everything a job runs on, checked cheapest first."""
+    found = find_reduction(options.reduction, options.model.model)
+    examples = _examples(options, watcher)
+    opened = _opened(options, watcher)
+    fitted = fit_reduction(found, opened)
+    watcher.on_note(f"Reduction: {fitted.where}, ranker {ranker_words(fitted.reduction.ranker)}")
+    return examples, opened, fitted
+
+
+def _examples(options: JobOptions, watcher: Watcher) -> list[Example]:
+    options.model.check()
+    watcher.on_stage("Reading the data")
+    return load_examples(options.data_name, options.limit)
+
+
+def _opened(options: JobOptions, watcher: Watcher) -> Opened:
+    watcher.on_stage("Loading the model")
+    return open_model(options.model)
+
+
+def _median(opened: Opened, examples: list[Example]) -> MedianPrompt:
+    prompts = [encode_prompt(opened.model, opened.processor, example) for example in examples]
+    return MedianPrompt.of(opened.model.config, [(prompt.n_vision, prompt.n_text) for prompt in prompts])
+
+
+def _dataset(options: JobOptions, examples: list[Example]) -> DatasetInfo:
+    return DatasetInfo(test_name=options.data_name, test_size=len(examples), test_hash=content_hash(examples))
+
+
+def _about(title: str, opened: Opened, prompt: MedianPrompt) -> ReportData:
+    return ReportData(
+        title=title,
+        model=replace(opened.info, num_vision_tokens=prompt.n_vision),
+        environment=environment(opened),
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )

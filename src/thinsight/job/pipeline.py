@@ -1,0 +1,494 @@
+"""The main job, end to end: search a reduction on calibration data, prove it on test data, write the report.
+
+Puts the parts together in order and keeps the result of every stage, so that an interruption loses nothing.
+Knows nothing about terminals, and computes no number itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import baselines, cost
+from ..errors import ThinsightError
+from ..evaluation.consistency import rank_consistency
+from ..evaluation.evaluator import Evaluator
+from ..evaluation.examples import Example
+from ..evaluation.metrics import get_metric
+from ..evaluation.result import Evaluation
+from ..ranking import get_ranker
+from ..reduction import Reduction
+from ..report import save_report_data, write_report
+from ..report.data import (
+    Consistency,
+    DatasetInfo,
+    Headline,
+    MethodRow,
+    Picture,
+    ReportData,
+    SearchInfo,
+    TrialRow,
+)
+from ..runtime import apply
+from ..schedule import Schedule
+from ..search import gsearch
+from ..search.solvers import get_solver
+from ..timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement, measure
+from .kept import picture_of, varied
+from .results import (
+    MedianPrompt,
+    consistency_of,
+    drop_of,
+    method_row,
+    metric_words,
+    ranker_words,
+    task_rows,
+    timing_rows,
+    trial_rows,
+)
+from .run_folder import RunFolder
+from .session import (
+    DEFAULT_OUT,
+    ModelOptions,
+    Opened,
+    Sets,
+    environment,
+    load_sets,
+    open_model,
+    timing_inputs,
+)
+from .splits import content_hash
+from .watching import Watcher
+
+__all__ = ["SearchOptions", "SearchOutcome", "search_and_report"]
+
+FOUND = "G-Search"
+CONSISTENCY_EXAMPLES = 64
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What `thinsight search` is told. ``data`` None is the demo's; see `session.load_sets` for the sets."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: str | None = None
+    test_data: str | None = None
+    limit: int | None = None
+    metric: str | None = None
+    max_new_tokens: int | None = None
+    max_drop: float = 0.01
+    ranker: str | dict[str, Any] = "text-attention"
+    solver: str = "bisect"
+    first_layer: int = 2
+    step: int = 1
+    trade_off: float = 0.1
+    n_trials: int = 8
+    seed: int = 0
+    batch_size: int = 8
+    timing_runs: int = 7
+    new_tokens: int = 16
+    pictures: int = 6
+    out: Path = DEFAULT_OUT
+    resume: bool = False
+    command: str = ""
+
+    def check(self) -> None:
+        """Check everything that needs no data and no weights.
+
+        Raises:
+            ThinsightError: naming the first option that cannot be right.
+        """
+        if not math.isfinite(self.max_drop) or self.max_drop < 0:
+            raise ThinsightError(
+                f"max_drop is {self.max_drop}: it must be a number of at least 0, such as 0.01"
+            )
+        least = {
+            "first_layer": 0,
+            "batch_size": 1,
+            "timing_runs": 1,
+            "new_tokens": 1,
+            "pictures": 0,
+            "seed": 0,
+        }
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ThinsightError(
+                    f"{name} is {getattr(self, name)}: it must be a whole number of at least {low}"
+                )
+        get_ranker(self.ranker)
+        get_solver(self.solver, step=self.step, trade_off=self.trade_off, n_trials=self.n_trials)
+        if self.metric is not None:
+            get_metric(self.metric)
+        self.model.check()
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """What the main job leaves: the reduction (saved in ``folder``), the report and what it says."""
+
+    folder: Path
+    reduction: Reduction
+    data: ReportData
+    report: Path
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The search's record as the run folder keeps it; the two scores are the calibration set's."""
+
+    method: str
+    full_score: float
+    score: float
+    seconds: float
+    trials: tuple[TrialRow, ...]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """An evaluation as the run folder keeps it."""
+
+    score: float
+    per_example: tuple[float, ...]
+
+    def evaluation(self) -> Evaluation:
+        return Evaluation(score=self.score, per_example=np.array(self.per_example))
+
+
+@dataclass(frozen=True)
+class _Tested:
+    """One method on the test set."""
+
+    name: str
+    kind: str
+    reduction: Reduction
+    evaluation: Evaluation
+    note: str
+
+
+def search_and_report(options: SearchOptions, watcher: Watcher | None = None) -> SearchOutcome:
+    """Search, test, time, look, report.
+
+    Everything that can be checked is checked before long work starts: options, output folder, both data sets,
+    model, prompts. The results of the stages are kept in ``options.out``; with ``options.resume`` stages that
+    are done are read instead of run, and the search continues inside its journal.
+
+    Raises:
+        ThinsightError: bad input, or a folder of another run.
+    """
+    watcher = watcher or Watcher()
+    options.check()
+    folder = RunFolder(options.out, resume=options.resume)
+    watcher.on_stage("Reading the data")
+    sets = load_sets(options.data, options.test_data, options.limit)
+    if sets.note:
+        watcher.on_note(sets.note)
+    watcher.on_stage("Loading the model")
+    opened = open_model(options.model)
+    calibration = _evaluator(opened, sets.calibration, options, watcher)
+    _check_first_layer(options.first_layer, opened, calibration)
+    test = _evaluator(opened, sets.test, options, watcher)
+    folder.bind(_settings(options, opened, sets, calibration, test))
+    return _Run(options, watcher, folder, sets, opened, calibration, test).run()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One main job after everything is checked: a method per stage."""
+
+    options: SearchOptions
+    watcher: Watcher
+    folder: RunFolder
+    sets: Sets
+    opened: Opened
+    calibration: Evaluator
+    test: Evaluator
+
+    def run(self) -> SearchOutcome:
+        search, reduction = self._search()
+        tested = self._test(reduction)
+        measurement = self._measure(reduction)
+        consistency = self._consistency()
+        pictures = self._pictures(reduction)
+        self.watcher.on_stage("Writing the report")
+        data = self._report(search, tested, measurement, consistency, pictures)
+        reduction = replace(reduction, measured=_measured(data, measurement))
+        reduction.save_pretrained(self.folder.path)
+        save_report_data(self.folder.path, data)
+        report = write_report(self.folder.path / "report.html", data)
+        return SearchOutcome(self.folder.path, reduction, data, report)
+
+    # -- stages ------------------------------------------------------------------------------------------
+
+    def _search(self) -> tuple[_Search, Reduction]:
+        """The search's record and the reduction, which is in the folder and usable from here on."""
+        self.watcher.on_stage("Searching on the calibration set")
+        search = self.folder.once("search", _Search, self._run_search)
+        return search, Reduction.from_pretrained(self.folder.path)
+
+    def _run_search(self) -> _Search:
+        options = self.options
+        result = gsearch(
+            self.calibration,
+            options.max_drop,
+            first_layer=options.first_layer,
+            solver=options.solver,
+            step=options.step,
+            trade_off=options.trade_off,
+            n_trials=options.n_trials,
+            seed=options.seed,
+            study=self.folder.path / "study.jsonl",
+            resume=options.resume,
+            observer=self.watcher,
+        )
+        reduction = replace(result.reduction, base_model_name_or_path=options.model.model)
+        reduction.save_pretrained(self.folder.path)
+        if result.schedule.is_full:
+            self.watcher.on_note(
+                f"No vision token can go within a drop of {options.max_drop}: allow more with --max-drop, "
+                "or calibrate on more examples"
+            )
+        return _Search(
+            result.method, result.full_score, result.score, result.seconds, trial_rows(result.trials)
+        )
+
+    def _test(self, reduction: Reduction) -> list[_Tested]:
+        """Full, found, and its rivals at the same cost, all on the test set."""
+        full = Reduction(Schedule.full(reduction.schedule.num_layers))
+        methods = [
+            ("full", "Full model", "full", full, ""),
+            ("found", FOUND, "found", reduction, "found on the calibration set"),
+            *((key, name, "baseline", rival, note) for key, name, rival, note in self._rivals(reduction)),
+        ]
+        return [self._tested(*method) for method in methods]
+
+    def _tested(self, key: str, name: str, kind: str, reduction: Reduction, note: str) -> _Tested:
+        self.watcher.on_stage(f"Testing {name}")
+
+        def run() -> _Scores:
+            evaluation = self.test.full if kind == "full" else self.test(reduction)
+            assert evaluation.per_example is not None
+            return _Scores(evaluation.score, tuple(evaluation.per_example.tolist()))
+
+        scores = self.folder.once(f"test-{key}", _Scores, run)
+        return _Tested(name, kind, reduction, scores.evaluation(), note)
+
+    def _rivals(self, reduction: Reduction) -> list[tuple[str, str, Reduction, str]]:
+        """(key, name, reduction, note) of what the search has to be compared with at its own cost."""
+        schedule, seed = reduction.schedule, self.options.seed
+        budget = self._prompt.budget(schedule)
+        layer = min(2, schedule.num_layers - 1)
+        try:
+            fastv = baselines.fastv(budget=budget, layer=layer, ranker=reduction.ranker)
+        except ThinsightError:  # the search may begin above layer 2 and go where a step at 2 cannot follow
+            layer = self.options.first_layer
+            fastv = baselines.fastv(budget=budget, layer=layer, ranker=reduction.ranker)
+        return [
+            ("fastv", f"FastV-like (one step at layer {layer})", fastv, "the found ranker, one step"),
+            ("uniform", "Uniform", baselines.uniform(schedule), "the found schedule, tokens evenly spread"),
+            (
+                "random",
+                "Random",
+                baselines.random(schedule, seed=seed),
+                "the found schedule, tokens at random",
+            ),
+        ]
+
+    def _measure(self, reduction: Reduction) -> Measurement:
+        self.watcher.on_stage("Timing full against reduced")
+
+        def run() -> Measurement:
+            return measure(
+                self.opened.model,
+                timing_inputs(self.opened.processor, self.sets.test, self.options.batch_size),
+                reduction,
+                runs=self.options.timing_runs,
+                new_tokens=self.options.new_tokens,
+                progress=functools.partial(self.watcher.on_progress, "timing"),
+            )
+
+        return self.folder.once("timing", Measurement, run)
+
+    def _consistency(self) -> Consistency:
+        self.watcher.on_stage("Measuring rank consistency")
+
+        def run() -> Consistency:
+            examples = self.sets.calibration[:CONSISTENCY_EXAMPLES]
+            found = rank_consistency(
+                self.opened.model, self.opened.processor, examples, progress=self.watcher.on_progress
+            )
+            return consistency_of(found)
+
+        return self.folder.once("consistency", Consistency, run)
+
+    def _pictures(self, reduction: Reduction) -> tuple[Picture, ...]:
+        self.watcher.on_stage("Looking at kept tokens")
+        longest = self.test.rules.max_new_tokens
+        return tuple(
+            picture_of(self.opened.model, self.opened.processor, example, reduction, max_new_tokens=longest)
+            for example in varied(self.sets.test, self.options.pictures)
+        )
+
+    # -- the report --------------------------------------------------------------------------------------
+
+    @property
+    def _prompt(self) -> MedianPrompt:
+        return MedianPrompt.of(self.opened.model.config, self.test.prompt_sizes)
+
+    def _report(
+        self,
+        search: _Search,
+        tested: list[_Tested],
+        measurement: Measurement,
+        consistency: Consistency,
+        pictures: tuple[Picture, ...],
+    ) -> ReportData:
+        full, found = tested[0], tested[1]
+        rows = tuple(self._row(method, full) for method in tested)
+        options = self.options
+        return ReportData(
+            title=f"Fewer vision tokens for {options.model.model}",
+            model=replace(self.opened.info, num_vision_tokens=self._prompt.n_vision),
+            dataset=self._dataset(),
+            headline=self._headline(rows[0], rows[1], measurement),
+            search=SearchInfo(
+                method=FOUND,
+                max_drop=options.max_drop,
+                solver=options.solver,
+                ranker=ranker_words(found.reduction.ranker),
+                seed=options.seed,
+                evaluations=len(search.trials),
+                seconds=search.seconds,
+                calibration_full_score=search.full_score,
+                calibration_score=search.score,
+            ),
+            keep_rates=found.reduction.schedule.keep_rates,
+            methods=rows,
+            per_task=task_rows(full.evaluation, found.evaluation, self.sets.test),
+            timing=timing_rows(measurement),
+            trials=search.trials,
+            consistency=consistency,
+            pictures=pictures,
+            environment=environment(self.opened),
+            commands=(options.command,) if options.command else (),
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        )
+
+    def _row(self, method: _Tested, full: _Tested) -> MethodRow:
+        drop = None if method.kind == "full" else drop_of(full.evaluation, method.evaluation, self.sets.test)
+        schedule = method.reduction.schedule
+        return method_row(
+            method.name, method.kind, schedule, method.evaluation, drop, self._prompt, method.note
+        )
+
+    def _dataset(self) -> DatasetInfo:
+        sets = self.sets
+        return DatasetInfo(
+            test_name=sets.test_name,
+            test_size=len(sets.test),
+            calibration_name=sets.calibration_name,
+            calibration_size=len(sets.calibration),
+            metric=self.options.metric or metric_words(sets.test),
+            test_hash=content_hash(sets.test),
+            calibration_hash=content_hash(sets.calibration),
+        )
+
+    def _headline(self, full: MethodRow, found: MethodRow, measurement: Measurement) -> Headline:
+        assert found.drop is not None
+        return Headline(
+            full_score=full.score,
+            score=found.score,
+            drop=found.drop,
+            mean_keep_rate=found.mean_keep_rate,
+            flops_ratio=found.flops_ratio,
+            kv_ratio=measurement.kv_ratio,
+            prefill_ratio=measurement.timing(PREFILL).ratio,
+            answer_ratio=measurement.timing(ANSWER).ratio,
+            flops_full=full.flops,
+            flops=found.flops,
+            vision_flops=cost.vision_flops(self.opened.model.config),
+        )
+
+
+def _evaluator(
+    opened: Opened, examples: Sequence[Example], options: SearchOptions, watcher: Watcher
+) -> Evaluator:
+    return Evaluator(
+        opened.model,
+        opened.processor,
+        examples,
+        metric=options.metric,
+        batch_size=options.batch_size,
+        ranker=options.ranker,
+        max_new_tokens=options.max_new_tokens,
+        progress=watcher.on_progress,
+    )
+
+
+def _check_first_layer(first_layer: int, opened: Opened, evaluator: Evaluator) -> None:
+    """Refuse now what the model or the ranker cannot do at the first layer that may be reduced."""
+    layers = int(opened.info.num_layers or 0)
+    if first_layer >= layers:
+        raise ThinsightError(
+            f"first_layer is {first_layer} but the model has layers 0 to {layers - 1}: choose one of them"
+        )
+    apply(opened.model, evaluator.reduction(Schedule.step(layers, first_layer, 0.5))).remove()
+
+
+def _settings(
+    options: SearchOptions, opened: Opened, sets: Sets, calibration: Evaluator, test: Evaluator
+) -> dict[str, Any]:
+    """What a run is made of: a resumed one must agree in all of it."""
+    solver = get_solver(
+        options.solver, step=options.step, trade_off=options.trade_off, n_trials=options.n_trials
+    )
+    return {
+        "model": options.model.model,
+        "dtype": opened.info.dtype,
+        "attn": options.model.attn,
+        "data": sets.calibration_name,
+        "test_data": sets.test_name,
+        "limit": options.limit,
+        "metric": options.metric,
+        "max_drop": options.max_drop,
+        "ranker": calibration.ranker.to_dict(),
+        "solver": dict(solver.settings),
+        "first_layer": options.first_layer,
+        "seed": options.seed,
+        "calibration fingerprint": calibration.fingerprint,
+        "test fingerprint": test.fingerprint,
+    }
+
+
+def _measured(data: ReportData, measurement: Measurement) -> dict[str, Any]:
+    """What the saved reduction says it was measured to do."""
+    headline, dataset = data.headline, data.dataset
+    assert headline is not None
+    assert dataset is not None
+    return {
+        "full_score": headline.full_score,
+        "score": headline.score,
+        "drop": headline.drop.mean,
+        "drop_interval_95": [headline.drop.low, headline.drop.high],
+        "metric": dataset.metric,
+        "test": {"name": dataset.test_name, "examples": dataset.test_size, "hash": dataset.test_hash},
+        "mean_keep_rate": headline.mean_keep_rate,
+        "flops_ratio": headline.flops_ratio,
+        "kv_ratio": measurement.kv_ratio,
+        "latency": {
+            "prefill_ratio": measurement.timing(PREFILL).ratio,
+            "prefill_with_images_ratio": measurement.timing(PREFILL_WITH_IMAGES).ratio,
+            "answer_ratio": measurement.timing(ANSWER).ratio,
+            "new_tokens": measurement.new_tokens,
+            "batch_size": measurement.batch,
+            "device": measurement.device,
+            "dtype": measurement.dtype,
+            "cpu_threads": measurement.threads,
+        },
+    }

@@ -1,0 +1,162 @@
+"""Turns evaluations, trials and measurements into the rows that a report shows.
+
+Plain numbers in, plain dataclasses out. Knows nothing about models, files or how anything was computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import cost
+from ..baselines import FlopsBudget
+from ..evaluation.examples import Example
+from ..evaluation.result import Evaluation
+from ..evaluation.statistics import Interval, paired_bootstrap
+from ..report.data import Consistency, MethodRow, TaskRow, TimingRow, TrialRow
+from ..schedule import Schedule
+from ..search.result import Trial
+
+if TYPE_CHECKING:
+    from ..evaluation.consistency import RankConsistency
+    from ..timing import Measurement
+
+__all__ = [
+    "MedianPrompt",
+    "consistency_of",
+    "drop_of",
+    "method_row",
+    "metric_words",
+    "ranker_words",
+    "task_rows",
+    "timing_rows",
+    "trial_rows",
+]
+
+
+@dataclass(frozen=True)
+class MedianPrompt:
+    """The prompt whose cost stands for a data set: median vision tokens and median other tokens."""
+
+    config: Any
+    n_vision: int
+    n_text: int
+
+    @classmethod
+    def of(cls, config: Any, sizes: Sequence[tuple[int, int]]) -> MedianPrompt:
+        """From each prompt's (vision tokens, other tokens)."""
+        vision, text = np.array(sizes).T  # (prompts,), (prompts,)
+        return cls(config, int(np.median(vision)), int(np.median(text)))
+
+    def flops(self, schedule: Schedule | None = None) -> float:
+        """Decoder prefill FLOPs of this prompt."""
+        return cost.flops(self.config, n_vision=self.n_vision, n_text=self.n_text, schedule=schedule)
+
+    def budget(self, schedule: Schedule) -> FlopsBudget:
+        """What ``schedule`` spends on this prompt, for methods that are to cost the same."""
+        return FlopsBudget.like(self.config, schedule, n_vision=self.n_vision, n_text=self.n_text)
+
+
+def metric_words(examples: Sequence[Example]) -> str:
+    """The metrics that the examples are scored with when none is asked for."""
+    names = {example.metric or ("exact_match" if example.answers else "agreement") for example in examples}
+    return ", ".join(sorted(names))
+
+
+def ranker_words(ranker: Mapping[str, Any]) -> str:
+    """``{"name": "text-attention", "queries": "last"}`` as "text-attention (queries last)"."""
+    settings = ", ".join(f"{key} {value}" for key, value in ranker.items() if key != "name")
+    return f"{ranker['name']} ({settings})" if settings else str(ranker["name"])
+
+
+def drop_of(full: Evaluation, reduced: Evaluation, examples: Sequence[Example]) -> Interval:
+    """Mean drop with its 95 % paired-bootstrap interval, resampled by image."""
+    assert full.per_example is not None
+    assert reduced.per_example is not None
+    groups = [example.group for example in examples]
+    return paired_bootstrap(full.per_example, reduced.per_example, groups=groups)
+
+
+def method_row(
+    name: str,
+    kind: str,
+    schedule: Schedule,
+    evaluation: Evaluation,
+    drop: Interval | None,
+    prompt: MedianPrompt,
+    note: str = "",
+) -> MethodRow:
+    """One method's line in the comparison."""
+    flops = prompt.flops(schedule)
+    return MethodRow(
+        name=name,
+        keep_rates=schedule.keep_rates,
+        score=evaluation.score,
+        drop=drop,
+        mean_keep_rate=schedule.mean_keep_rate,
+        flops=flops,
+        flops_ratio=prompt.flops() / flops,
+        note=note,
+        kind=kind,
+    )
+
+
+def task_rows(full: Evaluation, reduced: Evaluation, examples: Sequence[Example]) -> tuple[TaskRow, ...]:
+    """Scores by task, in order of appearance; nothing when no example names its task."""
+    assert full.per_example is not None
+    assert reduced.per_example is not None
+    places: dict[str, list[int]] = {}
+    for place, example in enumerate(examples):
+        if example.task is not None:
+            places.setdefault(example.task, []).append(place)
+    return tuple(
+        TaskRow(task, len(at), float(full.per_example[at].mean()), float(reduced.per_example[at].mean()))
+        for task, at in places.items()
+    )
+
+
+def timing_rows(measurement: Measurement) -> tuple[TimingRow, ...]:
+    """Medians and their ratio for everything that was timed."""
+    return tuple(
+        TimingRow(
+            what=f"{timing.what} ({measurement.new_tokens} tokens)"
+            if timing.what == "whole answer"
+            else timing.what,
+            full_ms=timing.full_ms,
+            reduced_ms=timing.reduced_ms,
+            ratio=timing.ratio,
+            batch=timing.batch,
+            runs=timing.runs,
+        )
+        for timing in measurement.timings
+    )
+
+
+def trial_rows(trials: Sequence[Trial]) -> tuple[TrialRow, ...]:
+    """The search's evaluations, in order."""
+    return tuple(
+        TrialRow(
+            layer=trial.layer,
+            keep_rate=trial.keep_rate,
+            count=trial.count,
+            score=trial.score,
+            complete=trial.complete,
+            accepted=trial.accepted,
+            seconds=trial.seconds,
+        )
+        for trial in trials
+    )
+
+
+def consistency_of(found: RankConsistency) -> Consistency:
+    """The rank-consistency measurement as a report shows it."""
+    return Consistency(
+        tau=tuple(float(v) for v in found.tau),
+        tau_matrix=tuple(tuple(float(v) for v in row) for row in found.tau_matrix),
+        topk_overlap=tuple(float(v) for v in found.topk_overlap),
+        tied_share=tuple(float(v) for v in found.tied_share),
+        words=found.summary(),
+    )

@@ -1,0 +1,215 @@
+"""What every command opens before it works: the model, and the examples that it calibrates or tests on.
+
+Knows where models and data come from and in which order to check them, cheapest first. Knows nothing about
+searches, reports or terminals.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median_low
+from typing import Any
+
+import torch
+import transformers
+
+from ..baselines import fastv
+from ..errors import ThinsightError
+from ..evaluation.encoding import prompt_text
+from ..evaluation.examples import Example, load_examples, open_image
+from ..loading import DEMO, check_options, load_model, locate_model
+from ..reduction import CONFIG_NAME, Reduction
+from ..report.data import ModelInfo
+from ..runtime import num_layers
+from ..version import __version__
+from .splits import check_disjoint, split_by_image
+
+__all__ = [
+    "DEFAULT_OUT",
+    "DEMO_CALIBRATION",
+    "DEMO_TEST",
+    "ModelOptions",
+    "Opened",
+    "Sets",
+    "Sourced",
+    "environment",
+    "find_reduction",
+    "fit_reduction",
+    "load_sets",
+    "open_model",
+    "timing_inputs",
+]
+
+DEFAULT_OUT = Path("thinsight-out")
+
+DEMO_CALIBRATION = "demo:calibration"
+DEMO_TEST = "demo:test"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is to run; see `thinsight.loading.load_model`."""
+
+    model: str = DEMO
+    dtype: str = "auto"
+    device: str = "auto"
+    attn: str = "sdpa"
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Check what can be checked without loading weights.
+
+        Raises ThinsightError.
+        """
+        check_options(self.dtype, self.device, self.attn)
+        locate_model(self.model)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A loaded model, its processor, and what a report says about it."""
+
+    model: Any
+    processor: Any
+    info: ModelInfo
+
+
+@dataclass(frozen=True)
+class Sourced:
+    """A reduction and where it comes from."""
+
+    reduction: Reduction
+    where: str
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The two sets of examples and what they are called; ``note`` says so when one file was split in two."""
+
+    calibration: list[Example]
+    test: list[Example]
+    calibration_name: str
+    test_name: str
+    note: str = ""
+
+
+def open_model(options: ModelOptions) -> Opened:
+    """Load the model.
+
+    Raises ThinsightError as `thinsight.loading.load_model` does.
+    """
+    model, processor = load_model(
+        options.model, options.dtype, options.device, options.attn, options.trust_remote_code
+    )
+    info = ModelInfo(
+        name=options.model,
+        model_type=model.config.model_type,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=_device(model.device),
+        attention=options.attn,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_layers=num_layers(model),
+    )
+    return Opened(model, processor, info)
+
+
+def load_sets(data: str | None, test_data: str | None, limit: int | None) -> Sets:
+    """Calibration and test examples that share no image.
+
+    Both given: as they are. Only ``data``: it is split by image, half and half; the demo's calibration set
+    has a test set of its own. None given: the demo's two sets. ``limit`` applies to each set.
+
+    Raises:
+        ThinsightError: bad data, or sets that show a common image.
+    """
+    if data is None and test_data is not None:
+        raise ThinsightError("--test-data needs --data: give the calibration set too")
+    name = data or DEMO_CALIBRATION
+    if test_data is None and name == DEMO_CALIBRATION:
+        test_data = DEMO_TEST
+    if test_data is not None:
+        calibration, test = load_examples(name, limit), load_examples(test_data, limit)
+        check_disjoint(calibration, test)
+        return Sets(calibration, test, name, test_data)
+    calibration, test = split_by_image(load_examples(name))
+    calibration, test = calibration[:limit], test[:limit]
+    note = (
+        f"{name} was split by image: {len(calibration)} examples to calibrate on, {len(test)} to test on "
+        "(give --test-data to choose the test set yourself)"
+    )
+    return Sets(calibration, test, f"{name} (one half)", f"{name} (the other half)", note)
+
+
+def find_reduction(source: str | None, model: str, default: Path = DEFAULT_OUT) -> Sourced | None:
+    """The reduction that is asked for, or the one in the ``default`` folder if it was searched for ``model``.
+
+    Raises:
+        ThinsightError: no reduction at ``source``, or a damaged one.
+    """
+    if source is not None:
+        return Sourced(Reduction.from_pretrained(source), source)
+    if (default / CONFIG_NAME).is_file():
+        reduction = Reduction.from_pretrained(default)
+        if reduction.base_model_name_or_path == model:
+            return Sourced(reduction, str(default))
+    return None
+
+
+def fit_reduction(found: Sourced | None, opened: Opened) -> Sourced:
+    """The found reduction, checked against the model; without one FastV's published 50 % step.
+
+    So a command has something to run on a model that nobody has searched yet, and says so.
+
+    Raises:
+        ThinsightError: a reduction for another number of layers or another model family.
+    """
+    layers, model_type = int(opened.info.num_layers or 0), opened.info.model_type
+    if found is None:
+        return Sourced(fastv(layers), "FastV at 50 % (no --reduction given, none in the default folder)")
+    has = found.reduction.schedule.num_layers
+    if has != layers:
+        raise ThinsightError(
+            f"the reduction {found.where} has {has} layers but model {opened.info.name!r} has {layers}: "
+            "give the model that it was searched for"
+        )
+    if found.reduction.model_type not in (None, model_type):
+        raise ThinsightError(
+            f"the reduction {found.where} is for model type {found.reduction.model_type!r}, "
+            f"model {opened.info.name!r} is {model_type!r}: give the model that it was searched for"
+        )
+    return found
+
+
+def timing_inputs(processor: Any, examples: Sequence[Example], batch: int) -> dict[str, torch.Tensor]:
+    """One left-padded batch of the examples whose prompts are closest to the median length.
+
+    When there are fewer examples than ``batch`` they are repeated. Tensors as the processor gives them, on
+    the CPU.
+    """
+    texts = [prompt_text(processor, example) for example in examples]
+    lengths = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
+    middle = median_low(lengths)
+    order = sorted(range(len(examples)), key=lambda i: (abs(lengths[i] - middle), i))
+    chosen = [order[i % len(order)] for i in range(batch)]
+    images = [open_image(image) for i in chosen for image in examples[i].images]
+    return dict(processor(text=[texts[i] for i in chosen], images=images, padding=True, return_tensors="pt"))
+
+
+def environment(opened: Opened) -> dict[str, str]:
+    """Versions and hardware, for the record."""
+    return {
+        "thinsight": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "CPU threads": str(torch.get_num_threads()),
+        "device": opened.info.device,
+    }
+
+
+def _device(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)

@@ -1,0 +1,233 @@
+"""Loads a model and its processor through transformers' own ``from_pretrained``; mistakes become one line.
+
+Knows names, paths, dtypes and devices. Knows nothing about reductions, data or scores, and has no loader of
+its own: whatever stock transformers can read, it reads. Code from the hub runs only when asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from .errors import ThinsightError
+from .runtime.families import ATTENTION, SUPPORTED
+
+__all__ = ["DEMO", "DTYPES", "check_options", "load_demo", "load_model", "locate_model"]
+
+DEMO = "demo"
+_DEMO_FOLDER = Path(__file__).resolve().parent / "demo" / "model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_TIMEOUT = 10.0  # seconds for the one question "is it there?"
+
+
+def load_demo(dtype: str | None = None, *, device: str = "cpu", attn: str = "sdpa") -> tuple[Any, Any]:
+    """The embedded demo model and its processor, read from the package without a network.
+
+    Its weights are stored in float16 and run in float32 unless ``dtype`` says otherwise.
+    """
+    return load_model(DEMO, dtype or "float32", device, attn)
+
+
+def load_model(
+    name: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
+    """A model in eval mode and its processor (left padding).
+
+    Args:
+        name: "demo", a folder written by ``save_pretrained``, or a hub id.
+        dtype: "float32", "bfloat16", "float16", or "auto": as stored, but float32 instead of float16 on a
+            CPU.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
+        attn: attention implementation, "sdpa", "eager", "flash_attention_2" ...
+        trust_remote_code: let the checkpoint bring its own Python code. Off unless asked for.
+
+    Raises:
+        ThinsightError: an unknown path or hub id, no network, a family that is not supported, weights that
+            are missing or broken, or an unknown dtype, device or attention.
+    """
+    target = check_options(dtype, device, attn)
+    source, local = locate_model(name)
+    options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
+    with _one_line(name, "its config"):
+        config = AutoConfig.from_pretrained(source, **options)
+    _check_family(config, name)
+    with _one_line(name, "its processor"):
+        processor = AutoProcessor.from_pretrained(source, **options)
+    with _one_line(name, "its weights"):
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            source,
+            config=config,
+            dtype=_resolve_dtype(dtype, config, target),
+            attn_implementation=attn,
+            output_loading_info=True,
+            **options,
+        )
+    _check_weights(info, name)
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise ThinsightError(
+            f"model {str(name)!r} has no processor with a tokenizer: save its processor beside it"
+        )
+    tokenizer.padding_side = "left"  # generation continues a row at its right end
+    with _one_line(name, f"it onto {target}"):
+        model = model.to(target)
+    return model.eval(), processor
+
+
+def check_options(dtype: str, device: str, attn: str) -> torch.device:
+    """Check the three options without loading anything; returns the device meant.
+
+    Raises ThinsightError that lists the choices.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ThinsightError(f"dtype is {dtype!r}: choose one of auto, {', '.join(DTYPES)}")
+    if attn not in ATTENTION:
+        raise ThinsightError(f"attn is {attn!r}: choose one of {', '.join(ATTENTION)}")
+    return _resolve_device(device)
+
+
+def locate_model(name: str | Path) -> tuple[str, bool]:
+    """What to hand to ``from_pretrained``, and whether it is a folder on this machine.
+
+    Raises ThinsightError when it is neither a folder with a config.json nor the id of a reachable hub
+    repository.
+    """
+    if str(name) == DEMO:
+        if not (_DEMO_FOLDER / "config.json").is_file():
+            raise ThinsightError(
+                "the demo model is not part of this installation: reinstall thinsight, or give --model"
+            )
+        return str(_DEMO_FOLDER), True
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ThinsightError(
+                f"model {str(name)!r} has no config.json: give a folder written by save_pretrained"
+            )
+        return str(path), True
+    if path.exists():
+        raise ThinsightError(f"model {str(name)!r} is a file: give the folder that holds its config.json")
+    _check_hub_id(str(name))
+    return str(name), False
+
+
+def _check_hub_id(name: str) -> None:
+    """Ask the hub once, with a short timeout, unless the config is already in the local cache."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        raise ThinsightError(
+            f"model {name!r} is neither a folder that exists nor a hub id (owner/name)"
+        ) from None
+    if cached:
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise ThinsightError(
+            f"model {name!r} is not a folder, not in the local cache, and HF_HUB_OFFLINE forbids asking the "
+            "hub: unset it, or give a local folder"
+        )
+    try:
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+    except GatedRepoError:
+        raise ThinsightError(
+            f"model {name!r} is gated: accept its terms on the hub and run `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ThinsightError(
+            f"model {name!r} is neither a folder here nor a public model on the hub: check the spelling, "
+            "or run `hf auth login` if it is private"
+        ) from None
+    except HfHubHTTPError as error:
+        raise ThinsightError(
+            f"the hub refused model {name!r} ({_first_line(error)}): try again later"
+        ) from None
+    except Exception as error:  # every transport has its own kinds: httpx, requests, OSError ...
+        raise ThinsightError(
+            f"model {name!r} is not a local folder and the hub cannot be reached ({_first_line(error)}): "
+            "check the network, or give a local folder"
+        ) from None
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ThinsightError(f"device is {device!r}: choose auto, cpu, cuda or cuda:N") from None
+    if target.type not in ("cpu", "cuda"):
+        raise ThinsightError(f"device is {device!r}: choose auto, cpu, cuda or cuda:N")
+    if target.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (target.index or 0) >= count:
+            raise ThinsightError(
+                f"device is {device!r}, but torch sees {count} CUDA devices: use --device cpu"
+            )
+    return target
+
+
+def _resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype | str:
+    if dtype != "auto":
+        return DTYPES[dtype]
+    stored = config.dtype or config.get_text_config().dtype
+    return torch.float32 if stored == torch.float16 and device.type == "cpu" else "auto"
+
+
+def _check_family(config: Any, name: str | Path) -> None:
+    if config.model_type not in SUPPORTED:
+        raise ThinsightError(
+            f"model {str(name)!r} is of type {config.model_type!r}; supported types: {', '.join(SUPPORTED)}"
+        )
+
+
+def _check_weights(info: dict[str, Any], name: str | Path) -> None:
+    """transformers fills missing weights at random and only warns; a search on those would be worth
+    nothing.
+    """
+    for what in ("missing_keys", "mismatched_keys"):
+        bad = sorted(str(key) for key in info.get(what) or ())
+        if bad:
+            raise ThinsightError(
+                f"model {str(name)!r}: {len(bad)} weights are {what.removesuffix('_keys')}, "
+                f"such as {bad[0]}: download or save the checkpoint anew"
+            )
+
+
+@contextmanager
+def _one_line(name: str | Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except ThinsightError:
+        raise
+    except torch.cuda.OutOfMemoryError:
+        raise ThinsightError(
+            f"model {str(name)!r} does not fit on the device: use --dtype bfloat16 or --device cpu"
+        ) from None
+    except Exception as error:  # from_pretrained raises OSError, ValueError, SafetensorError and more
+        if "trust_remote_code" in str(error):
+            raise ThinsightError(
+                f"model {str(name)!r} brings its own code, which runs only if you say --trust-remote-code"
+            ) from error
+        raise ThinsightError(f"model {str(name)!r}: cannot load {what}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().split("\n")[0]
+    return text[:200] if text else type(error).__name__

@@ -1,0 +1,169 @@
+"""The contract of a ranker, and the registry of rankers by name.
+
+Knows nothing about models, hooks or schedules: a ranker is given tensors about the vision tokens that are
+still there and returns a score for each. How many are kept, and how they are taken out, is decided elsewhere.
+
+To add a ranker:
+1. write one small file with a subclass of `Ranker`: a `name`, what it `needs`, its settings as keywords of
+   `__init__`;
+2. put `@register` on the class;
+3. import the file in `ranking/__init__.py` (or, outside this package, anywhere before its name is used).
+The only hard contract: `score` returns a finite (batch, tokens) tensor, and depends on nothing but the
+context and the settings, so that a prompt is ranked alike whether alone or in a batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..errors import ThinsightError
+
+__all__ = [
+    "TEXT_ATTENTION",
+    "VISION_ATTENTION",
+    "Context",
+    "Ranker",
+    "choose",
+    "get_ranker",
+    "list_rankers",
+    "register",
+]
+
+TEXT_ATTENTION = "text-attention"
+"""A need: attention rows of the decoder layer just run (`Context.attention`, `Context.queries`)."""
+VISION_ATTENTION = "vision-attention"
+"""A need: attention inside the vision tower (`Context.vision_attention`)."""
+QUERIES = ("last", "instruction")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a ranker may look at when layer `layer` is about to get fewer vision tokens.
+
+    `tokens` counts all vision tokens of the longest row of the batch, in the order of the prompt. Entries
+    that are padding or were dropped by an earlier reduction have `valid` False; what a ranker returns there
+    is ignored.
+    """
+
+    layer: int
+    valid: Tensor  # (batch, tokens) bool: tokens that are still there
+    image: Tensor  # (batch, tokens) int64: which image of the prompt, from 0
+    index: Tensor  # (batch, tokens) int64: place within that image, from 0
+    size: Tensor  # (batch, tokens) int64: how many tokens that image has (its N)
+    attention: Tensor | None = None  # (batch, heads, queries, tokens) float32, a softmax
+    queries: Tensor | None = None  # (batch, queries) bool: rows of `attention` that are real
+    vision_attention: Tensor | None = None  # (batch, tokens) float32, received inside the vision tower
+
+
+class Ranker(ABC):
+    """Gives every vision token a score; the higher ones are kept.
+
+    Subclasses set `name` and `needs`, take their settings as keyword arguments and hand them to
+    `super().__init__`. `queries` says which rows of text attention are wanted, for rankers that need it:
+    ``"last"`` (the last prompt token) or ``"instruction"`` (all text tokens after the last image; the last
+    prompt token if there are none).
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    queries: str = "instruction"
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings: dict[str, Any] = settings
+
+    @abstractmethod
+    def score(self, context: Context) -> Tensor:
+        """Scores, (batch, tokens) float32, finite. Ties are broken in favour of the earlier token."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"name": ..., **settings}``: what a reduction stores, and `get_ranker` reads."""
+        return {"name": self.name, **self.settings}
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
+        return f"{type(self).__name__}({settings})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ranker) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.name, tuple(sorted(self.settings.items()))))
+
+
+_REGISTRY: dict[str, type[Ranker]] = {}
+R = TypeVar("R", bound=type[Ranker])
+
+
+def register(ranker: R) -> R:
+    """Class decorator: makes a ranker known by its `name`."""
+    known = _REGISTRY.get(ranker.name)
+    if known is not None and known.__qualname__ != ranker.__qualname__:
+        raise ThinsightError(f"ranker name {ranker.name!r} is taken by {known.__name__}; choose another name")
+    _REGISTRY[ranker.name] = ranker
+    return ranker
+
+
+def list_rankers() -> list[str]:
+    """The names of all known rankers, sorted."""
+    return sorted(_REGISTRY)
+
+
+def get_ranker(spec: str | Mapping[str, Any] | Ranker) -> Ranker:
+    """A ranker from its name, from ``{"name": ..., **settings}``, or itself.
+
+    Raises:
+        ThinsightError: unknown name, missing name, or a setting that the ranker does not have.
+    """
+    if isinstance(spec, Ranker):
+        return spec
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        known = ", ".join(list_rankers())
+        raise ThinsightError(f"ranker is {spec!r}; give a name ({known}) or a dict with 'name'")
+    settings = dict(spec)
+    name = settings.pop("name")
+    ranker = _REGISTRY.get(name)
+    if ranker is None:
+        raise ThinsightError(f"ranker is {name!r}; choose one of {', '.join(list_rankers())}")
+    parameters = inspect.signature(ranker).parameters.values()
+    allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    unknown = sorted(set(settings) - set(allowed))
+    if unknown:
+        raise ThinsightError(
+            f"ranker {name!r} has no setting {unknown[0]!r}; it has {', '.join(allowed) or 'none'}"
+        )
+    return ranker(**settings)
+
+
+def choose(scores: Tensor, valid: Tensor, group: Tensor, count: Tensor) -> Tensor:
+    """The `count` best valid tokens of each group.
+
+    Args:
+        scores: (batch, tokens) float, higher is better; ignored where `valid` is False.
+        valid: (batch, tokens) bool, the tokens to choose from.
+        group: (batch, tokens) int64, tokens with one number compete with each other (an image, or the whole
+            prompt).
+        count: (batch, tokens) int64, how many of the token's group are to be chosen.
+
+    Returns:
+        (batch, tokens) bool. Exactly `count` tokens of each group, or all its valid ones if they are fewer.
+        Equal scores fall to the earlier token; NaN is lower than any number.
+    """
+    ranked = scores.float()
+    ranked = ranked.nan_to_num(nan=torch.finfo(ranked.dtype).min).masked_fill(~valid, -math.inf)
+    order = ranked.argsort(dim=1, descending=True, stable=True)  # (batch, tokens)
+    by_group = group.gather(1, order).argsort(dim=1, stable=True)
+    order = order.gather(1, by_group)  # best first inside each group, groups one after the other
+    groups = group.gather(1, order).contiguous()
+    place = torch.arange(order.shape[1], device=order.device) - torch.searchsorted(groups, groups)
+    chosen = place < count.gather(1, order)
+    return torch.zeros_like(valid).scatter(1, order, chosen) & valid

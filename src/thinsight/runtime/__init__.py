@@ -1,0 +1,25 @@
+"""Runs a transformers model under a reduction. The only room that knows transformers' insides.
+
+`apply.py` puts a reduction on a model; `layout.py` holds the two token spaces, `cache.py` and `masks.py` keep
+cache and masks right between them, `scoring.py` reads attention, `encoding.py` the vision tower,
+`families.py` knows models. Knows nothing about searching, evaluating or reporting.
+"""
+
+from __future__ import annotations
+
+from .apply import Handle, apply
+from .encoding import EncodedImages, encode_images
+from .families import decoder_layers, num_layers, vision_token_mask
+from .observe import LayerScores, layer_scores
+
+__all__ = [
+    "EncodedImages",
+    "Handle",
+    "LayerScores",
+    "apply",
+    "decoder_layers",
+    "encode_images",
+    "layer_scores",
+    "num_layers",
+    "vision_token_mask",
+]

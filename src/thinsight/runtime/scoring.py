@@ -1,0 +1,228 @@
+"""Reads a few rows of one attention module's softmax, whatever attention implementation runs.
+
+A module is *armed* for one call: its config says "thinsight_scoring" for that long, a registered attention
+function that sees queries and keys as attention does (rotated, normalised, cached), computes the wanted rows
+and then calls the real implementation, whose result is returned untouched. Knows nothing about vision tokens,
+ranking or schedules.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from ..errors import ThinsightError
+
+__all__ = ["Probe", "Request", "TextRows", "VisionReceived", "attention_rows"]
+
+_NAME = "thinsight_scoring"
+_ROWS_AT_ONCE = 128  # bounds the memory of whole-matrix requests
+_wanted = threading.local()  # .requests: {id(module): [Request]}, of this thread
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    rows: Tensor,
+    *,
+    is_causal: bool,
+    softcap: float | None = None,
+) -> Tensor:
+    """The softmax of some query rows over all keys.
+
+    Args:
+        query: (batch, heads, queries, dim), as the attention implementation gets it.
+        key: (batch, key heads, keys, dim); key heads divide heads.
+        mask: (batch or 1, heads or 1, queries, keys) bool or float, (batch, keys) bool or int, or None.
+        scaling: factor of the dot products.
+        rows: (batch, rows) int64, which queries.
+        is_causal: whether a query sees only keys up to its own place, where the mask does not say.
+        softcap: tanh limit of the logits, for models that have one.
+
+    Returns:
+        (batch, heads, rows, keys) float32.
+    """
+    batch, heads, queries, dim = query.shape
+    keys = key.shape[2]
+    index = rows[:, None, :, None]
+    picked = query.gather(2, index.expand(batch, heads, -1, dim)).float()  # (batch, heads, rows, dim)
+    # heads that share a key head are put in one group, so that keys need not be repeated
+    grouped = picked.reshape(batch, key.shape[1], -1, dim)  # (batch, key heads, heads of each * rows, dim)
+    logits = (grouped @ key.float().transpose(2, 3)).view(batch, heads, -1, keys) * scaling
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    if (mask is None or mask.ndim == 2) and is_causal:
+        last_seen = rows + keys - queries  # (batch, rows)
+        later = torch.arange(keys, device=key.device) > last_seen[:, :, None]
+        logits = logits.masked_fill(later[:, None], -torch.inf)
+    if mask is not None and mask.ndim == 2:
+        logits = logits.masked_fill(~mask.bool()[:, None, None, :keys], torch.finfo(logits.dtype).min)
+    elif mask is not None:
+        mask = mask[..., :keys].expand(batch, -1, -1, -1)
+        mask = mask.gather(2, index.expand(batch, mask.shape[1], -1, keys))
+        lowest = torch.finfo(logits.dtype).min
+        logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask.float()
+    return logits.softmax(dim=-1)
+
+
+class Request:
+    """What is wanted from one attention call; holds the answer afterwards."""
+
+    result: Tensor | None = None
+
+    def read(self, rows_of: Callable[[Tensor], Tensor], query: Tensor, key: Tensor) -> None:
+        """Compute `result`, with `rows_of(rows (batch, n)) -> (batch, heads, n, keys)` at hand."""
+        raise NotImplementedError
+
+
+class TextRows(Request):
+    """Rows of new tokens over columns of new tokens: result (batch, heads, rows, columns) float32."""
+
+    def __init__(self, rows: Tensor, columns: Tensor, valid: Tensor) -> None:
+        self.rows = rows  # (batch, rows) physical columns of this pass
+        self.columns = columns  # (batch, columns) likewise
+        self.valid = valid  # (batch, columns) bool: the others receive nothing
+
+    def read(self, rows_of: Callable[[Tensor], Tensor], query: Tensor, key: Tensor) -> None:
+        cached = key.shape[2] - query.shape[2]
+        rows = rows_of(self.rows.to(query.device))
+        columns = (self.columns.to(query.device) + cached)[:, None, None, :]
+        valid = self.valid.to(query.device)[:, None, None, :]
+        self.result = rows.gather(3, columns.expand(*rows.shape[:3], -1)).masked_fill(~valid, 0)
+
+
+class VisionReceived(Request):
+    """What each column receives, mean over heads: from row 0 (a CLS token), or from the average row.
+
+    Result (batch, columns) float32.
+    """
+
+    def __init__(self, from_class_token: bool) -> None:
+        self.from_class_token = from_class_token
+
+    def read(self, rows_of: Callable[[Tensor], Tensor], query: Tensor, key: Tensor) -> None:
+        batch, _, queries, _ = query.shape
+        wanted = 1 if self.from_class_token else queries
+        total = query.new_zeros((batch, key.shape[2]), dtype=torch.float32)
+        for rows in torch.arange(wanted, device=query.device).split(_ROWS_AT_ONCE):
+            total += rows_of(rows.expand(batch, -1)).mean(1).sum(1)
+        self.result = total / wanted
+
+
+class _Arming:
+    """How many calls have one module armed; swaps its config for the first and back after the last."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.calls = 0
+        self.original: Any = None
+        self.implementation = ""  # outlives `down`: another thread may still be inside a call that it armed
+
+    def up(self, attention: nn.Module) -> None:
+        with self.lock:
+            self.calls += 1
+            if self.calls == 1:
+                self.original = attention.config
+                self.implementation = self.original._attn_implementation
+                armed = copy.copy(self.original)
+                # not through the public setter: that one also writes to the shared configs inside
+                armed._attn_implementation_internal = _NAME
+                attention.config = armed
+
+    def down(self, attention: nn.Module, calls: int) -> None:
+        with self.lock:
+            self.calls -= calls
+            if self.calls == 0 and calls:
+                attention.config = self.original
+
+
+_armings: weakref.WeakKeyDictionary[nn.Module, _Arming] = weakref.WeakKeyDictionary()
+
+
+class Probe:
+    """Arms one attention module, one call at a time. Each thread reads its own calls only."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        AttentionInterface.register(_NAME, _scoring_attention)
+        self.attention = attention
+        self._arming = _armings.setdefault(attention, _Arming())
+        self._own = threading.local()  # .request, of this thread's call
+        self._outstanding = 0  # calls armed and not disarmed, all threads
+
+    def arm(self, request: Request) -> None:
+        """From now on, this thread's calls of the module answer `request`."""
+        self.disarm()
+        self._own.request = request
+        _requests().setdefault(id(self.attention), []).append(request)
+        self._outstanding += 1
+        self._arming.up(self.attention)
+
+    def disarm(self) -> Request | None:
+        """Undo `arm`; the request with its answer, or None when this thread had not armed the module."""
+        request: Request | None = getattr(self._own, "request", None)
+        if request is not None:
+            self._own.request = None
+            _requests()[id(self.attention)].remove(request)
+            self._outstanding -= 1
+            self._arming.down(self.attention, 1)
+        return request
+
+    def restore(self) -> None:
+        """Put the config back whatever happened (an interrupt leaves no time to disarm)."""
+        self.disarm()
+        self._arming.down(self.attention, self._outstanding)
+        self._outstanding = 0
+
+
+def _requests() -> dict[int, list[Request]]:
+    if not hasattr(_wanted, "requests"):
+        _wanted.requests = {}
+    return _wanted.requests
+
+
+def _scoring_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The registered attention function: reads what is wanted, then lets the real implementation run."""
+    requests = _requests().get(id(module))
+    if requests:
+        scaling = kwargs.get("scaling")
+        is_causal = kwargs.get("is_causal")
+
+        def rows_of(rows: Tensor) -> Tensor:
+            return attention_rows(
+                query,
+                key,
+                attention_mask,
+                query.shape[-1] ** -0.5 if scaling is None else scaling,
+                rows,
+                is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+                softcap=kwargs.get("softcap"),
+            )
+
+        with torch.no_grad():
+            for request in requests:
+                request.read(rows_of, query, key)
+    return _real_attention(module)(module, query, key, value, attention_mask, **kwargs)
+
+
+def _real_attention(module: nn.Module) -> Callable[..., Any]:
+    """The implementation that the module would run if it were not armed."""
+    name = _armings[module].implementation
+    if name != "eager":
+        return AttentionInterface()[name]
+    for cls in type(module).__mro__:
+        eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if eager is not None:
+            return eager
+    raise ThinsightError(f"{type(module).__name__} has no eager attention to call; load the model with sdpa")

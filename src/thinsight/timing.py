@@ -1,0 +1,223 @@
+"""Measured time: the full model and the reduced one side by side in one run, alternating, medians.
+
+Knows models, batches and clocks. Knows nothing about scores, searches or where a reduction came from.
+
+Three things are measured, because the gain is in the first and thins out towards the last:
+*prefill* (the decoder over a prompt whose images are encoded already, what the FLOPs figures count),
+*prefill with images* (the vision encoder included), and the *whole answer* of a fixed number of new tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import ThinsightError
+from .reduction import Reduction
+from .runtime import apply, encode_images
+from .schedule import Schedule
+
+__all__ = ["Measurement", "Timing", "alternate", "cache_bytes", "measure"]
+
+PREFILL = "prefill"
+PREFILL_WITH_IMAGES = "prefill with images"
+ANSWER = "whole answer"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall times of one thing, full and reduced, in milliseconds, one entry per run in the order they were
+    run."""
+
+    what: str
+    full: tuple[float, ...]
+    reduced: tuple[float, ...]
+    batch: int
+
+    @property
+    def runs(self) -> int:
+        return len(self.full)
+
+    @property
+    def full_ms(self) -> float:
+        """Median of the full model's runs."""
+        return statistics.median(self.full)
+
+    @property
+    def reduced_ms(self) -> float:
+        """Median of the reduced model's runs."""
+        return statistics.median(self.reduced)
+
+    @property
+    def ratio(self) -> float:
+        """Median full time divided by median reduced time: above 1 is faster."""
+        return self.full_ms / self.reduced_ms
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times and the KV cache's measured size after prefill (bytes, whole batch), full and reduced."""
+
+    timings: tuple[Timing, ...]
+    kv_full: int
+    kv_reduced: int
+    batch: int
+    new_tokens: int
+    device: str
+    dtype: str
+    threads: int
+
+    @property
+    def kv_ratio(self) -> float:
+        return self.kv_full / self.kv_reduced
+
+    def timing(self, what: str) -> Timing:
+        """The timing of that name."""
+        return next(timing for timing in self.timings if timing.what == what)
+
+
+@torch.inference_mode()
+def measure(
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    reduction: Reduction | Schedule,
+    *,
+    runs: int = 7,
+    warmup: int = 2,
+    new_tokens: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measurement:
+    """Time ``model`` on one batch with and without ``reduction``.
+
+    Args:
+        model: a loaded model without a reduction in force.
+        inputs: what the processor gives for a batch, left-padded, ``pixel_values`` included; moved to the
+            model's device before any clock starts.
+        reduction: what is compared with the full model.
+        runs: measured runs of each side.
+        warmup: runs of each side before the measured ones.
+        new_tokens: length of the whole answer, the same for both sides (end-of-sequence tokens do not end
+            it).
+        progress: called with (runs done, runs in all).
+
+    Raises:
+        ThinsightError: counts below 1, inputs without images, or a reduction that does not fit the model.
+    """
+    for name, value in (("runs", runs), ("new_tokens", new_tokens), ("warmup + 1", warmup + 1)):
+        if value < 1:
+            raise ThinsightError(f"{name} is {value}: it must be at least 1")
+    if inputs.get("pixel_values") is None:
+        raise ThinsightError("the inputs to time hold no pixel_values: give prompts with images")
+    if isinstance(reduction, Schedule):
+        reduction = Reduction(reduction)
+    batch = {name: value.to(model.device) for name, value in inputs.items()}
+    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    size = int(batch["input_ids"].shape[0])
+    jobs = _jobs(model, batch, reduction, new_tokens)
+    in_all, done = 2 * len(jobs) * (runs + warmup), 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, in_all)
+
+    timings = []
+    for what, job in jobs.items():
+        full, reduced = alternate(
+            functools.partial(_clock, model, job),
+            lambda: apply(model, reduction),
+            runs=runs,
+            warmup=warmup,
+            tick=tick,
+        )
+        timings.append(Timing(what, full, reduced, size))
+    kv_full = cache_bytes(jobs[PREFILL]().past_key_values)
+    with apply(model, reduction):
+        kv_reduced = cache_bytes(jobs[PREFILL]().past_key_values)
+    return Measurement(
+        timings=tuple(timings),
+        kv_full=kv_full,
+        kv_reduced=kv_reduced,
+        batch=size,
+        new_tokens=new_tokens,
+        device=_device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+    )
+
+
+def alternate(
+    clock: Callable[[], float],
+    reduced: Callable[[], AbstractContextManager[Any]],
+    *,
+    runs: int,
+    warmup: int,
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Times of both sides, (full, reduced), ``runs`` each, in the unit that ``clock`` returns.
+
+    The sides take turns and swap who goes first in every round, so that a machine that warms up or slows down
+    treats both alike. ``reduced`` puts the reduction in force; putting it on and off is not timed.
+    """
+    full_times, reduced_times = [], []
+
+    def run_full() -> None:
+        full_times.append(clock())
+        tick()
+
+    def run_reduced() -> None:
+        with reduced():
+            reduced_times.append(clock())
+        tick()
+
+    for i in range(warmup + runs):
+        for run in (run_full, run_reduced) if i % 2 == 0 else (run_reduced, run_full):
+            run()
+    return tuple(full_times[warmup:]), tuple(reduced_times[warmup:])
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of all keys and values that a transformers cache holds."""
+    total = 0
+    for layer in cache.layers:
+        for tensor in (layer.keys, layer.values):
+            if tensor is not None:
+                total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def _jobs(
+    model: Any, batch: dict[str, torch.Tensor], reduction: Reduction, new_tokens: int
+) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name."""
+    text = {name: value for name, value in batch.items() if name not in ("pixel_values", "image_sizes")}
+    vision = encode_images(model, batch, reduction).model_inputs()
+    return {
+        PREFILL: lambda: model(**text, **vision, use_cache=True, logits_to_keep=1),
+        PREFILL_WITH_IMAGES: lambda: model(**batch, use_cache=True, logits_to_keep=1),
+        ANSWER: lambda: model.generate(
+            **batch, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1
+        ),
+    }
+
+
+def _clock(model: Any, job: Callable[[], Any]) -> float:
+    """Milliseconds that ``job`` takes, the device's queued work included."""
+    synchronize = torch.cuda.synchronize if model.device.type == "cuda" else lambda _: None
+    synchronize(model.device)
+    start = time.perf_counter()
+    job()
+    synchronize(model.device)
+    return 1000 * (time.perf_counter() - start)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -1,0 +1,33 @@
+"""Fixtures shared by all tests: offline, one thread, small random models.
+
+Knows nothing about any one area of the library; helpers to import by hand are in tiny.py beside this file.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+import pytest
+import torch
+from tiny import tiny_llava, tiny_processor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def llava() -> LlavaForConditionalGeneration:
+    """A fresh random LLaVA with sdpa attention, 4 decoder layers, 16 vision tokens."""
+    return tiny_llava()
+
+
+@pytest.fixture(scope="session")
+def processor() -> LlavaProcessor:
+    """A processor that fits `llava`, with a word-level tokenizer built in memory."""
+    return tiny_processor()

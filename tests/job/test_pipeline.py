@@ -1,0 +1,255 @@
+"""The main job on a small model: what it leaves, at which cost it compares, and that an interruption loses
+nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_run import SmallRun, make_small_run
+
+from thinsight import Evaluator, Reduction, load_examples, paired_bootstrap
+from thinsight.errors import ThinsightError
+from thinsight.job import pipeline
+from thinsight.job.pipeline import SearchOptions, SearchOutcome, search_and_report
+from thinsight.job.session import ModelOptions
+from thinsight.job.watching import Watcher
+from thinsight.loading import load_model
+from thinsight.report import load_report_data
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    return make_small_run(tmp_path_factory.mktemp("small"))
+
+
+def options_for(small: SmallRun, out: Path, **changes: Any) -> SearchOptions:
+    options = SearchOptions(
+        model=ModelOptions(small.model, device="cpu"),
+        data=small.calibration,
+        test_data=small.test,
+        max_drop=0.7,
+        max_new_tokens=2,
+        batch_size=4,
+        timing_runs=1,
+        new_tokens=2,
+        pictures=2,
+        out=out,
+    )
+    return replace(options, **changes)
+
+
+@pytest.fixture(scope="module")
+def outcome(small: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> SearchOutcome:
+    return search_and_report(
+        options_for(small, tmp_path_factory.mktemp("out") / "run", command="the command")
+    )
+
+
+def test_the_folder_is_a_reduction_and_a_report(outcome: SearchOutcome, small: SmallRun) -> None:
+    saved = Reduction.from_pretrained(outcome.folder)
+    assert saved == outcome.reduction
+    assert saved.base_model_name_or_path == small.model
+    assert saved.model_type == "llava"
+    assert not saved.schedule.is_full
+    page = outcome.report.read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "G-Search" in page
+    assert load_report_data(outcome.folder).keep_rates == saved.schedule.keep_rates
+    assert (outcome.folder / "study.jsonl").exists()
+
+
+def test_methods_stand_side_by_side_at_equal_cost(outcome: SearchOutcome) -> None:
+    full, found, *rivals = outcome.data.methods
+    assert [row.name for row in rivals] == ["FastV-like (one step at layer 2)", "Uniform", "Random"]
+    assert (full.kind, found.kind) == ("full", "found")
+    assert full.flops_ratio == 1.0
+    assert found.flops_ratio > 1.0
+    assert all(row.flops <= found.flops * (1 + 1e-12) for row in rivals)
+    assert all(row.flops == found.flops for row in rivals[1:])
+    steps = np.diff(rivals[0].keep_rates)
+    assert np.flatnonzero(steps).tolist() == [1]  # one step, between layers 1 and 2
+
+
+def test_scores_are_those_of_the_evaluator_on_the_test_set(outcome: SearchOutcome, small: SmallRun) -> None:
+    model, processor = load_model(small.model, device="cpu")
+    examples = load_examples(small.test)
+    evaluator = Evaluator(model, processor, examples, max_new_tokens=2, batch_size=4)
+    found = evaluator(outcome.reduction)
+    headline = outcome.data.headline
+    assert headline is not None
+    assert headline.score == found.score
+    assert headline.full_score == evaluator.full_score
+    drop = paired_bootstrap(
+        evaluator.full.per_example, found.per_example, groups=[example.group for example in examples]
+    )
+    assert headline.drop == drop
+
+
+def test_what_was_measured_is_saved_with_the_reduction(outcome: SearchOutcome) -> None:
+    measured, headline = outcome.reduction.measured, outcome.data.headline
+    assert measured is not None
+    assert headline is not None
+    assert measured["score"] == headline.score
+    assert measured["drop_interval_95"] == [headline.drop.low, headline.drop.high]
+    assert measured["test"]["examples"] == 12
+    assert measured["latency"]["device"] == "cpu"
+    assert measured["flops_ratio"] == headline.flops_ratio
+    assert outcome.reduction.search is not None
+    assert outcome.reduction.search["evaluations"] == len(outcome.data.trials)
+
+
+def test_every_section_of_the_report_has_its_data(outcome: SearchOutcome) -> None:
+    data = outcome.data
+    assert {row.task for row in data.per_task} == {"color", "count"}
+    assert [row.what for row in data.timing] == ["prefill", "prefill with images", "whole answer (2 tokens)"]
+    assert data.consistency is not None
+    assert len(data.consistency.tau) == 3
+    assert data.dataset is not None
+    assert (data.dataset.calibration_size, data.dataset.test_size) == (16, 12)
+    assert data.dataset.metric == "agreement"
+    assert data.commands == ("the command",)
+    assert data.environment["torch"] == torch.__version__
+
+
+def test_pictures_show_what_was_kept(outcome: SearchOutcome) -> None:
+    schedule = outcome.reduction.schedule
+    assert len(outcome.data.pictures) == 2
+    for picture in outcome.data.pictures:
+        assert picture.grid == (4, 4)
+        assert picture.layers == tuple(schedule.reductions(16))
+        counts = schedule.counts(16)
+        assert [len(kept) for kept in picture.kept] == [counts[layer] for layer in picture.layers]
+
+
+class Stop(Watcher):
+    """Interrupts when a stage begins, or after so many trials of the search."""
+
+    def __init__(self, stage: str = "", trials: int = 0) -> None:
+        self.stage, self.trials = stage, trials
+
+    def on_stage(self, title: str) -> None:
+        if self.stage and title.startswith(self.stage):
+            raise KeyboardInterrupt
+
+    def on_trial(self, trial: Any, progress: Any) -> None:
+        self.trials -= 1
+        if self.trials == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop", [Stop(trials=3), Stop("Testing FastV"), Stop("Looking")])
+def test_an_interrupted_run_continues_to_the_same_result(
+    stop: Stop, outcome: SearchOutcome, small: SmallRun, tmp_path: Path
+) -> None:
+    options = options_for(small, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        search_and_report(options, stop)
+    resumed = search_and_report(replace(options, resume=True))
+    assert resumed.reduction.schedule == outcome.reduction.schedule
+    assert resumed.data.methods == outcome.data.methods
+    assert resumed.data.consistency == outcome.data.consistency
+
+
+def test_resuming_runs_no_stage_again(
+    outcome: SearchOutcome, small: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("this stage was done already")
+
+    for name in ("gsearch", "measure", "rank_consistency"):
+        monkeypatch.setattr(pipeline, name, refuse)
+    monkeypatch.setattr(Evaluator, "_decode", refuse)
+    again = search_and_report(options_for(small, outcome.folder, resume=True, command="the command"))
+    assert again.reduction == outcome.reduction
+    assert replace(again.data, created="", pictures=()) == replace(outcome.data, created="", pictures=())
+
+
+def error_of(options: SearchOptions) -> str:
+    with pytest.raises(ThinsightError) as caught:
+        search_and_report(options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_finished_folder_is_not_overwritten_nor_mixed(outcome: SearchOutcome, small: SmallRun) -> None:
+    assert "--resume" in error_of(options_for(small, outcome.folder))
+    assert "max_drop" in error_of(options_for(small, outcome.folder, resume=True, max_drop=0.1))
+    assert "fingerprint" in error_of(options_for(small, outcome.folder, resume=True, max_new_tokens=3))
+
+
+def test_one_file_is_split_by_image(small: SmallRun, tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Notes(Watcher):
+        def on_note(self, text: str) -> None:
+            notes.append(text)
+
+    outcome = search_and_report(
+        options_for(small, tmp_path / "run", data=small.both, test_data=None), Notes()
+    )
+    dataset = outcome.data.dataset
+    assert dataset is not None
+    assert dataset.calibration_size == dataset.test_size == 14
+    assert dataset.calibration_hash != dataset.test_hash
+    assert any("split by image: 14 examples to calibrate on, 14 to test on" in note for note in notes)
+
+
+def test_a_rank_free_search_may_begin_at_layer_0(small: SmallRun, tmp_path: Path) -> None:
+    options = options_for(small, tmp_path / "run", ranker="uniform", first_layer=0, max_drop=1.0)
+    outcome = search_and_report(options)
+    assert outcome.reduction.schedule.keep_rates == (0.0,) * 4
+    assert (
+        outcome.data.methods[2].name == "FastV-like (one step at layer 0)"
+    )  # a step at 2 cannot be as cheap
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_drop": -0.1}, "max_drop is -0.1"),
+        ({"max_drop": math.nan}, "max_drop is nan"),
+        ({"first_layer": 4}, "first_layer is 4 but the model has layers 0 to 3"),
+        ({"first_layer": 0}, "layer 0 has none"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"ranker": "oracle"}, "ranker is 'oracle'"),
+        ({"ranker": {"name": "text-attention", "rows": 3}}, "no setting 'rows'"),
+        ({"solver": "guess"}, "solver is 'guess'"),
+        ({"metric": "vibes"}, "unknown metric 'vibes'"),
+        ({"metric": "exact_match"}, "has no answer"),
+        ({"data": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
+        ({"data": None}, "--test-data needs --data"),
+        ({"model": ModelOptions("./nowhere")}, "neither a folder that exists nor a hub id"),
+    ],
+)
+def test_bad_input_is_refused_before_long_work(
+    changes: dict[str, Any], words: str, small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("long work began")
+
+    monkeypatch.setattr(Evaluator, "_decode", refuse)
+    out = tmp_path / "run"
+    assert words in error_of(options_for(small, out, **changes))
+    assert not (out / "run.json").exists()  # so that the corrected command needs no --resume
+
+
+def test_bad_data_is_named(small: SmallRun, tmp_path: Path) -> None:
+    line = {"id": "a", "image": "picture.png", "question": "what ?"}
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps(line))
+    assert "'a': image" in error_of(options_for(small, tmp_path / "run", data=str(data)))
+    (tmp_path / "picture.png").write_bytes((small.folder / "test0.png").read_bytes()[:60])
+    assert "truncated or no image" in error_of(options_for(small, tmp_path / "run", data=str(data)))
+    (tmp_path / "picture.png").write_bytes((small.folder / "test0.png").read_bytes())
+    assert "2 test examples show an image of the calibration set" in error_of(
+        options_for(small, tmp_path / "run", data=str(data))
+    )
+    data.write_text("")
+    assert "no examples" in error_of(options_for(small, tmp_path / "run", data=str(data)))

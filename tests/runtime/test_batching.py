@@ -1,0 +1,194 @@
+"""A batch answers as its rows do one by one, and beams, samples and copies of a cache find their tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from reference import unpadded
+from tiny import EOS, PAD, tiny_inputs, tiny_llava
+
+from thinsight.errors import ThinsightError
+from thinsight.runtime import apply, encode_images
+from thinsight.schedule import Schedule
+
+ROWS = [[3, 5], [2, 3, 9], [7], [1, 2]]
+SCHEDULE = Schedule([1, 0.7, 0.7, 0.2])
+NEW = 8
+
+
+def alone(model, batch: dict[str, torch.Tensor], row: int, **options) -> torch.Tensor:
+    ids, pixels = unpadded(batch, row)
+    given = {} if pixels is None else {"pixel_values": pixels}
+    out = model.generate(
+        input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], **given, max_new_tokens=NEW, **options
+    )
+    return out[:, len(ids) :]
+
+
+def trimmed(tokens: torch.Tensor) -> list[int]:
+    """Generated tokens without what follows the end, which batches pad."""
+    listed = tokens.tolist()
+    listed = listed[: listed.index(EOS)] if EOS in listed else listed
+    while listed and listed[-1] == PAD:
+        listed.pop()
+    return listed
+
+
+@pytest.mark.parametrize("ranker", ["text-attention", "vision-attention", "random", "uniform"])
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_batch_equals_one_by_one(attn: str, beams: int, ranker: str) -> None:
+    model = tiny_llava(attn)
+    batch = tiny_inputs(ROWS, seed=11)
+    width = batch["input_ids"].shape[1]
+    with apply(model, SCHEDULE, ranker=ranker):
+        together = model.generate(**batch, max_new_tokens=NEW, do_sample=False, num_beams=beams)[:, width:]
+        for row in range(len(ROWS)):
+            one = alone(model, batch, row, do_sample=False, num_beams=beams)
+            assert trimmed(together[row]) == trimmed(one[0])
+
+
+def test_the_reduction_changes_answers() -> None:
+    """Guards the other tests here: with these weights, dropping tokens is visible."""
+    model = tiny_llava()
+    batch = tiny_inputs(ROWS, seed=11)
+    stock = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
+    with apply(model, SCHEDULE):
+        assert not torch.equal(model.generate(**batch, max_new_tokens=NEW, do_sample=False), stock)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_sampling_is_reproducible_and_expands_rows(sequences: int) -> None:
+    model = tiny_llava()
+    batch = tiny_inputs(ROWS, seed=12)
+    with apply(model, SCHEDULE, ranker="vision-attention") as handle:
+        runs = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            runs.append(
+                model.generate(**batch, max_new_tokens=NEW, do_sample=True, num_return_sequences=sequences)
+            )
+        kept = handle.kept(3)
+    assert torch.equal(*runs)
+    assert runs[0].shape[0] == len(ROWS) * sequences
+    for row in range(len(kept)):
+        assert torch.equal(kept[row], kept[row - row % sequences])
+
+
+def test_copied_cache_continues_alike() -> None:
+    model = tiny_llava()
+    batch = tiny_inputs(ROWS, seed=13)
+    mask = torch.cat([batch["attention_mask"], torch.ones(len(ROWS), 1).long()], dim=1)
+    with apply(model, SCHEDULE), torch.no_grad():
+        out = model(**batch, use_cache=True)
+        cache = out.past_key_values
+        copied = copy.deepcopy(cache)
+        token = out.logits[:, -1:].argmax(-1)
+        straight = model(input_ids=token, attention_mask=mask, past_key_values=cache).logits
+        again = model(input_ids=token, attention_mask=mask, past_key_values=copied).logits
+    assert torch.equal(straight, again)
+
+
+def test_cache_rows_can_be_selected_and_repeated() -> None:
+    model = tiny_llava()
+    batch = tiny_inputs(ROWS, seed=13)
+    mask = torch.cat([batch["attention_mask"], torch.ones(len(ROWS), 1).long()], dim=1)
+    order, around = torch.tensor([2, 0]), torch.tensor([3, 2, 1, 0])
+    with apply(model, SCHEDULE), torch.no_grad():
+        out = model(**batch, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+        picked, doubled, turned = (copy.deepcopy(out.past_key_values) for _ in range(3))
+        turned.reorder_cache(around)
+        picked.batch_select_indices(order)
+        doubled.batch_repeat_interleave(2)
+        plain = model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values).logits
+        round_ = model(input_ids=token[around], attention_mask=mask[around], past_key_values=turned).logits
+        some = model(input_ids=token[order], attention_mask=mask[order], past_key_values=picked).logits
+        twice = model(
+            input_ids=token.repeat_interleave(2, 0),
+            attention_mask=mask.repeat_interleave(2, 0),
+            past_key_values=doubled,
+        ).logits
+    torch.testing.assert_close(round_, plain[around])
+    torch.testing.assert_close(some, plain[order])
+    torch.testing.assert_close(twice, plain.repeat_interleave(2, 0))
+
+
+def test_cache_is_shorter_and_reports_logical_length() -> None:
+    model = tiny_llava()
+    batch = tiny_inputs([[3, 5]], seed=14)
+    seq = batch["input_ids"].shape[1]
+    with apply(model, Schedule([0.5, 0.5, 0.25, 0]), ranker="uniform"), torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [seq - 8, seq - 8, seq - 12, seq - 16]
+    assert [cache.get_seq_length(layer) for layer in range(4)] == [seq] * 4
+
+
+def test_running_twice_gives_the_same() -> None:
+    model = tiny_llava()
+    batch = tiny_inputs(ROWS, seed=15)
+    with apply(model, SCHEDULE):
+        first = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
+        assert torch.equal(first, model.generate(**batch, max_new_tokens=NEW, do_sample=False))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("ranker", ["text-attention", "vision-attention"])
+def test_encoded_images_answer_as_pixels_do(ranker: str, beams: int) -> None:
+    model = tiny_llava()
+    batch = tiny_inputs(ROWS, seed=16)
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": NEW, "do_sample": False, "num_beams": beams}
+    with apply(model, SCHEDULE, ranker=ranker):
+        encoded = encode_images(model, batch, ranker)
+        given = model.generate(**text, **encoded.model_inputs(), **options)
+        assert torch.equal(given, model.generate(**batch, **options))
+
+
+def test_cropping_stops_at_the_reduced_prompt() -> None:
+    model = tiny_llava()
+    batch = tiny_inputs([[3, 5]], seed=14)
+    seq = batch["input_ids"].shape[1]
+    tokens = torch.tensor([[7, 8, 9]])
+    with apply(model, SCHEDULE), torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        straight = model(input_ids=tokens, past_key_values=copy.deepcopy(cache)).logits
+        model(input_ids=tokens.flip(1), past_key_values=cache)
+        cache.crop(-3)
+        assert cache.get_seq_length(3) == seq
+        torch.testing.assert_close(model(input_ids=tokens, past_key_values=cache).logits, straight)
+        with pytest.raises(ThinsightError, match="cannot crop 4 tokens: only 3 came after"):
+            cache.crop(-4)
+
+
+def test_prompt_lookup_is_refused_with_the_reason() -> None:
+    model = tiny_llava()
+    batch = tiny_inputs([[3, 15]], seed=0)
+    batch["input_ids"][0, -6:] = batch["input_ids"][0, -12:-6]  # so that there is something to look up
+    with apply(model, SCHEDULE), pytest.raises(ThinsightError, match="without prompt lookup"):
+        model.generate(**batch, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3)
+
+
+def test_a_reset_cache_starts_anew() -> None:
+    model = tiny_llava()
+    batch = tiny_inputs([[3, 5]], seed=14)
+    other = tiny_inputs([[2, 4, 1]], seed=15)
+    with apply(model, SCHEDULE), torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        cache.reset()
+        again = model(**other, past_key_values=cache).logits
+        assert torch.equal(again, model(**other).logits)
+
+
+def test_bfloat16_keeps_all_exactly_and_reduces() -> None:
+    model = tiny_llava().bfloat16()
+    batch = tiny_inputs(ROWS, seed=17)
+    stock = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
+    with apply(model, Schedule([1, 0.99, 0.97, 0.95])):
+        assert torch.equal(model.generate(**batch, max_new_tokens=NEW, do_sample=False), stock)
+    with apply(model, SCHEDULE) as handle:
+        out = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
+        assert [len(row) for row in handle.kept(3)] == [4, 8, 0, 4]
+    assert out.shape == stock.shape

@@ -1,0 +1,139 @@
+"""Attention rows read beside any implementation are the rows that eager attention would return."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import IMAGE, tiny_inputs, tiny_llava
+
+from thinsight.runtime import apply, encode_images, layer_scores
+from thinsight.runtime.families import attention_of, decoder_layers
+from thinsight.runtime.scoring import Probe, TextRows, attention_rows
+from thinsight.schedule import Schedule
+
+ROWS = [[3, 5], [2, 3, 9], [7], [1, 2]]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("queries", ["last", "instruction"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_layer_scores_equal_eager_attentions(attn: str, queries: str, kv_heads: int) -> None:
+    batch = tiny_inputs(ROWS, seed=21)
+    scores = layer_scores(
+        tiny_llava(attn, kv_heads=kv_heads), batch, {"name": "text-attention", "queries": queries}
+    )
+    with torch.no_grad():
+        attentions = tiny_llava("eager", kv_heads=kv_heads)(**batch, output_attentions=True).attentions
+    for row, ids in enumerate(batch["input_ids"]):
+        vision = (ids == IMAGE).nonzero().flatten()
+        got = scores.row(row)
+        assert got.shape == (4, len(vision))
+        if len(vision) == 0:
+            continue
+        asked = slice(-1, None) if queries == "last" else slice(int(vision[-1]) + 1, None)
+        for layer, attention in enumerate(attentions):
+            wanted = attention[row, :, asked][:, :, vision].mean(dim=(0, 1))
+            torch.testing.assert_close(got[layer], wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_layer_scores_leave_no_trace() -> None:
+    model = tiny_llava()
+    configs = [attention_of(layer).config for layer in decoder_layers(model)]
+    layer_scores(model, tiny_inputs(ROWS))
+    assert all(attention_of(x).config is c for x, c in zip(decoder_layers(model), configs, strict=True))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_rows_of_the_softmax(is_causal: bool, masked: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 4, 5, 8, generator=draw)
+    key = torch.randn(2, 2, 9, 8, generator=draw)  # 4 cached columns before the 5 new ones
+    mask = None
+    seen = torch.ones(2, 5, 9, dtype=torch.bool)
+    if is_causal:
+        seen = seen.tril(diagonal=4)
+    if masked:
+        padding = torch.tensor([[1] * 9, [0, 0] + [1] * 7]).bool()
+        seen = seen & padding[:, None]
+        mask = padding
+    logits = query @ key.repeat_interleave(2, dim=1).transpose(2, 3) * 0.3
+    wanted = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
+    rows = torch.tensor([[4, 1], [3, 3]])
+    got = attention_rows(query, key, mask, 0.3, rows, is_causal=is_causal)
+    for batch in range(2):
+        torch.testing.assert_close(got[batch], wanted[batch][:, rows[batch]])
+    four = seen[:, None]
+    torch.testing.assert_close(attention_rows(query, key, four, 0.3, rows, is_causal=True), got)
+    added = torch.zeros(four.shape).masked_fill(~four, torch.finfo(torch.float32).min)
+    torch.testing.assert_close(attention_rows(query, key, added, 0.3, rows, is_causal=True), got)
+
+
+def test_vision_attention_is_what_the_class_token_gives() -> None:
+    batch = tiny_inputs(ROWS, seed=22)
+    encoded = encode_images(tiny_llava("sdpa"), batch, "vision-attention")
+    tower = tiny_llava("eager").model.vision_tower
+    with torch.no_grad():
+        attentions = tower(batch["pixel_values"], output_attentions=True).attentions
+    # feature layer -2 of 3 layers is the output of layer 1
+    wanted = attentions[1][:, :, 0, 1:].mean(dim=1)
+    assert encoded.received is not None
+    torch.testing.assert_close(torch.stack(encoded.received), wanted)
+    assert [len(feature) for feature in encoded.features] == [16] * 4
+
+
+def test_without_a_class_token_the_average_row_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import thinsight.runtime.encoding as encoding
+
+    batch = tiny_inputs(ROWS, seed=22)
+    source = encoding.vision_source
+    monkeypatch.setattr(
+        encoding, "vision_source", lambda m: type(source(m))(**{**vars(source(m)), "has_class_token": False})
+    )
+    encoded = encode_images(tiny_llava("sdpa"), batch, "vision-attention")
+    with torch.no_grad():
+        attentions = (
+            tiny_llava("eager").model.vision_tower(batch["pixel_values"], output_attentions=True).attentions
+        )
+    assert encoded.received is not None
+    torch.testing.assert_close(torch.stack(encoded.received), attentions[1].mean(dim=(1, 2))[:, 1:])
+
+
+def test_two_probes_on_one_module_both_read() -> None:
+    model = tiny_llava("eager")
+    attention = attention_of(decoder_layers(model)[1])
+    config = attention.config
+    first, second = Probe(attention), Probe(attention)
+    rows = torch.tensor([[5]])
+    requests = [TextRows(rows, torch.tensor([c]), torch.ones(1, len(c)).bool()) for c in ([1, 2], [3])]
+    first.arm(requests[0])
+    second.arm(requests[1])
+    with torch.no_grad():
+        wanted = model(**tiny_inputs([[8]]), output_attentions=True).attentions[1]
+    assert first.disarm() is requests[0]
+    assert attention.config is not config
+    assert second.disarm() is requests[1]
+    assert attention.config is config
+    for request, columns in zip(requests, ([1, 2], [3]), strict=True):
+        assert request.result is not None
+        torch.testing.assert_close(request.result[:, :, 0], wanted[:, :, 5, columns])
+
+
+def test_ranking_in_a_reduced_layer_sees_what_is_left() -> None:
+    """Weights of later rankings are a softmax over what is still there, not over the dropped tokens too."""
+    from thinsight.ranking import get_ranker
+
+    model = tiny_llava()
+    ranker = get_ranker("text-attention")
+    contexts = []
+    score = ranker.score
+    ranker.score = lambda context: contexts.append(context) or score(context)  # type: ignore[method-assign]
+    batch = tiny_inputs([[3, 1]])
+    with apply(model, Schedule([1, 0.5, 0.25, 0.25]), ranker=ranker), torch.no_grad():
+        model(**batch)
+    assert [context.layer for context in contexts] == [1, 2]
+    assert [int(context.valid.sum()) for context in contexts] == [16, 8]
+    attention = contexts[1].attention
+    assert attention.dtype == torch.float32
+    assert (attention[:, :, :, ~contexts[1].valid[0]] == 0).all()
+    assert (attention.sum(-1) < 1).all()

@@ -1,0 +1,269 @@
+"""The command: every subcommand on a small model, and every mistake as one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from small_run import SmallRun, make_small_run
+from typer.testing import CliRunner, Result
+
+from thinsight import Reduction, Schedule, __version__, loading
+from thinsight.cli import app
+from thinsight.evaluation import examples as example_files
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    return make_small_run(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test in its own folder, where the default output folder does not exist yet."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def error_of(*arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    line = result.stderr.strip().split("\n")[-1]
+    assert line.startswith("error: ")
+    assert "Traceback" not in result.output
+    return line
+
+
+def search(small: SmallRun, *more: object) -> Result:
+    options = [
+        "--model",
+        small.model,
+        "--data",
+        small.calibration,
+        "--test-data",
+        small.test,
+        "--device",
+        "cpu",
+    ]
+    return run("search", *options, "--max-drop", 0.7, "--max-new-tokens", 2, *more)
+
+
+# -- everything works ----------------------------------------------------------------------------------------
+
+
+def test_search_then_everything_else_on_its_folder(small: SmallRun, tmp_path: Path) -> None:
+    found = search(small, "--out", "run")
+    assert found.exit_code == 0
+    assert "G-Search" in found.stdout
+    assert "Report:    run/report.html" in found.stdout
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "thinsight search --model" in page  # the report says how it was made
+
+    on_it = ("--reduction", "run", "--model", small.model, "--data", small.test, "--device", "cpu")
+    evaluated = run("evaluate", *on_it, "--max-new-tokens", 2)
+    assert evaluated.exit_code == 0
+    measured = Reduction.from_pretrained("run").measured
+    assert measured is not None
+    assert f"{100 * measured['score']:.1f} %" in evaluated.stdout
+
+    timed = run("bench", *on_it, "--runs", 1, "--new-tokens", 1, "--batch-size", 2)
+    assert timed.exit_code == 0
+    assert "Decoder FLOPs of the median prompt" in timed.stdout
+    assert "KV cache after prefill, measured" in timed.stdout
+
+    (tmp_path / "run" / "report.html").unlink()
+    assert run("report", "run").exit_code == 0
+    assert "G-Search" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_analyze_writes_a_table_and_a_plot(small: SmallRun, tmp_path: Path) -> None:
+    result = run(
+        "analyze", "--model", small.model, "--data", small.test, "--out", "plots/tau.html", "--limit", 4
+    )
+    assert result.exit_code == 0
+    assert "tau" in result.stdout
+    assert "<svg" in (tmp_path / "plots" / "tau.html").read_text()
+
+
+def test_show_draws_a_picture_and_prints_both_answers(small: SmallRun, tmp_path: Path) -> None:
+    image = small.folder / "test0.png"
+    model = ("--model", small.model, "--device", "cpu")
+    result = run(
+        "show", image, "what color is the circle ?", *model, "--out", "kept.png", "--max-new-tokens", 2
+    )
+    assert result.exit_code == 0
+    for words in (
+        "Question:      what color is the circle ?",
+        "Full model:",
+        "Reduced model:",
+        "FastV at 50 %",
+    ):
+        assert words in result.stdout
+    with Image.open(tmp_path / "kept.png") as picture:
+        assert picture.width > 100
+
+
+def test_the_default_folder_is_found_for_its_own_model_only(small: SmallRun, tmp_path: Path) -> None:
+    schedule = Schedule([1.0, 1.0, 0.5, 0.25])
+    Reduction(schedule, base_model_name_or_path=small.model).save_pretrained("thinsight-out")
+    common = ("--data", small.test, "--runs", 1, "--new-tokens", 1, "--batch-size", 1)
+    assert "reduction: thinsight-out" in run("bench", "--model", small.model, *common).stdout
+    Reduction(schedule, base_model_name_or_path="another").save_pretrained("thinsight-out")
+    assert "reduction: FastV at 50 %" in run("bench", "--model", small.model, *common).stdout
+
+
+def test_every_command_runs_without_arguments(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo itself is large; here a small one stands in its place."""
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    for name in ("calibration", "test"):
+        lines = [json.loads(line) for line in Path(getattr(small, name)).read_text().splitlines()]
+        for line in lines:
+            line["image"] = str(small.folder / line["image"])
+        (demo / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(loading, "_DEMO_FOLDER", Path(small.model))
+    monkeypatch.setattr(example_files, "_DEMO_FOLDER", demo)
+    for command in ("search", "evaluate", "bench", "analyze", "show", "report"):
+        result = run(command)
+        assert result.exit_code == 0, result.output
+    assert Reduction.from_pretrained("thinsight-out").base_model_name_or_path == "demo"
+    assert (tmp_path / "thinsight-kept.png").exists()
+    assert (tmp_path / "thinsight-analysis.html").exists()
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout == f"thinsight {__version__}\n"
+    for arguments in ((), ("--help",)):
+        result = run(*arguments)
+        assert result.exit_code == 0
+        assert "evaluate" in result.stdout
+    assert "--max-drop" in run("search", "--help").stdout
+
+
+# -- mistakes ------------------------------------------------------------------------------------------------
+
+
+def test_unknown_commands_and_options_are_one_line() -> None:
+    for arguments in (
+        ["serch"],
+        ["search", "--max-dorp", "1"],
+        ["search", "--seed", "x"],
+        ["bench", "--runs", "0"],
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert result.stderr.count("\n") == 1
+        assert "thinsight --help" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("search", "--model", "./nowhere"), "neither a folder that exists nor a hub id"),
+        (("search", "--dtype", "int3"), "dtype is 'int3'"),
+        (("search", "--device", "tpu9"), "device is 'tpu9'"),
+        (("search", "--attn", "none"), "attn is 'none'"),
+        (("search", "--data", "nowhere.jsonl"), "'nowhere.jsonl' does not exist"),
+        (("search", "--max-drop", "-1"), "max_drop is -1.0"),
+        (("search", "--ranker", "oracle"), "ranker is 'oracle'"),
+        (("search", "--ranker", "random:seed"), "write settings as name:key=value"),
+        (("search", "--ranker", "text-attention:queries=first"), "queries is 'first'"),
+        (("search", "--metric", "vibes"), "unknown metric 'vibes'"),
+        (("evaluate", "--reduction", "./nowhere"), "there is no folder"),
+        (("evaluate", "--metric", "vibes"), "unknown metric 'vibes'"),
+        (("bench", "--data", "nowhere.jsonl"), "'nowhere.jsonl' does not exist"),
+        (("analyze", "--data", "nowhere.jsonl"), "'nowhere.jsonl' does not exist"),
+        (("show", "picture.png"), "without a question"),
+        (("show", "picture.png", "what ?"), "'picture.png' does not exist"),
+        (("report", "nowhere"), "no report.json in nowhere"),
+    ],
+)
+def test_bad_input(
+    arguments: tuple[str, ...], words: str, small: SmallRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_DEMO_FOLDER", Path(small.model))
+    assert words in error_of(*arguments)
+
+
+def test_unwritable_outputs(small: SmallRun, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    model = ("--model", small.model)
+    assert "is a file" in error_of("search", *model, "--out", "file")
+    assert "cannot be written" in error_of("analyze", *model, "--out", "file/plot.html")
+    assert "is a folder" in error_of("show", *model, "--out", tmp_path)
+
+
+def test_a_damaged_or_unfitting_reduction(small: SmallRun, tmp_path: Path) -> None:
+    model = ("--model", small.model, "--data", small.test)
+    Reduction(Schedule.full(9)).save_pretrained("nine")
+    assert "has 9 layers but model" in error_of("evaluate", *model, "--reduction", "nine")
+    Reduction(Schedule.full(4), model_type="other").save_pretrained("other")
+    assert "is for model type 'other'" in error_of("bench", *model, "--reduction", "other")
+    config = tmp_path / "nine" / "reduction_config.json"
+    config.write_text(config.read_text()[:40])
+    assert "not valid JSON" in error_of("evaluate", *model, "--reduction", "nine")
+
+
+def test_a_second_search_needs_resume(small: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("thinsight.job.pipeline.measure", interrupted)
+        first = search(small, "--out", "my run")
+    assert first.exit_code == 130
+    last = first.stderr.strip().split("\n")[-1]
+    assert last.startswith("interrupted: what is done is kept; continue with `thinsight search --model")
+    assert "--out 'my run' --resume`" in last
+    assert "holds a search already" in search(small, "--out", "my run").stderr
+    assert search(small, "--out", "my run", "--resume").exit_code == 0
+
+
+def test_ctrl_c_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("thinsight.report.load_report_data", interrupted)
+    result = run("report")
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+# -- as a process --------------------------------------------------------------------------------------------
+
+
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_as_a_process() -> None:
+    result = process("-m", "thinsight", "report", "./nowhere")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: no report.json in nowhere")
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from thinsight.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'numpy', 'optuna') if name in sys.modules])"
+    )
+    assert process("-c", code).stdout.strip().split("\n")[-1] == "[]"

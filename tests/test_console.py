@@ -1,0 +1,71 @@
+"""Progress on the terminal: one line per finished stage, a bar only where there is a terminal, and the
+search's ETA."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from thinsight.console import ConsoleWatcher
+from thinsight.schedule import Schedule
+from thinsight.search import Progress, SearchPlan, Trial
+
+
+def trial() -> Trial:
+    return Trial(
+        layer=3,
+        keep_rate=0.5,
+        count=8,
+        score=0.875,
+        complete=True,
+        accepted=True,
+        schedule=Schedule.full(4),
+        seconds=1.0,
+    )
+
+
+def job(watcher: ConsoleWatcher) -> None:
+    with watcher:
+        watcher.on_stage("Reading [the] data")
+        watcher.on_progress("examples", 3, 10)
+        watcher.on_stage("Searching")
+        plan = SearchPlan("gsearch", 4, 2, 16, 1.0, 0.01, recorded=5, expected=10)
+        watcher.on_start(plan)
+        watcher.on_trial(trial(), Progress(layer=3, evaluations=6, expected=10, seconds=6.0))
+        watcher.on_layer(3, 8, Progress(layer=4, evaluations=6, expected=6, seconds=6.0))
+
+
+def test_lines_without_a_terminal() -> None:
+    file = io.StringIO()
+    job(ConsoleWatcher(Console(file=file, width=100)))
+    lines = file.getvalue().splitlines()
+    assert lines[0].startswith("✓ Reading [the] data  0:0")
+    assert lines[1] == "5 evaluations are in the journal and will not be run again"
+    assert lines[2] == "  layer 3: 8 vision tokens (6 evaluations so far)"
+    assert lines[3].startswith("✓ Searching  0:0")
+    assert len(lines) == 4
+
+
+def test_the_bar_tells_layer_score_and_time_left() -> None:
+    file = io.StringIO()
+    watcher = ConsoleWatcher(Console(file=file, width=120, force_terminal=True))
+    with watcher:
+        watcher.on_stage("Searching")
+        watcher.on_trial(trial(), Progress(layer=3, evaluations=6, expected=10, seconds=6.0))
+        watcher._bar.refresh()
+    assert "layer 3, 8 tokens: score 0.875, at most 0:04 left" in file.getvalue()
+
+
+def test_a_stage_that_fails_is_not_ticked_off() -> None:
+    file = io.StringIO()
+
+    def failing_job() -> None:
+        with ConsoleWatcher(Console(file=file)) as watcher:
+            watcher.on_stage("Reading the data")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        failing_job()
+    assert "✓" not in file.getvalue()

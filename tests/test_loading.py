@@ -1,0 +1,165 @@
+"""Loading through from_pretrained: what comes back, and that every bad input is one line that says what to
+do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_llava, tiny_processor
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+
+from thinsight import loading
+from thinsight.errors import ThinsightError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    tiny_llava().half().save_pretrained(path)
+    tiny_processor().save_pretrained(path)
+    return path
+
+
+def test_local_folder(folder: Path) -> None:
+    model, processor = loading.load_model(folder, device="cpu")
+    assert isinstance(model, LlavaForConditionalGeneration)
+    assert not model.training
+    assert model.dtype == torch.float32  # float16 on disk
+    assert model.config._attn_implementation == "sdpa"
+    assert processor.tokenizer.padding_side == "left"
+
+
+def test_dtype_and_attention_are_taken(folder: Path) -> None:
+    model, _ = loading.load_model(str(folder), dtype="bfloat16", device="cpu", attn="eager")
+    assert model.dtype == torch.bfloat16
+    assert model.config.text_config._attn_implementation == "eager"
+
+
+def test_demo_is_read_from_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_DEMO_FOLDER", folder)
+    model, _ = loading.load_demo()
+    assert model.dtype == torch.float32
+    assert loading.load_demo("bfloat16")[0].dtype == torch.bfloat16
+
+
+def test_missing_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_DEMO_FOLDER", tmp_path)
+    with pytest.raises(ThinsightError, match="demo model is not part"):
+        loading.load_demo()
+
+
+def load_error(name: str | Path, **options: Any) -> str:
+    with pytest.raises(ThinsightError) as caught:
+        loading.load_model(name, **{"device": "cpu", **options})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float8"}, "dtype is 'float8': choose one of auto, float32"),
+        ({"attn": "magic"}, "attn is 'magic': choose one of eager, sdpa"),
+        ({"device": "abacus"}, "device is 'abacus': choose auto, cpu"),
+        ({"device": "cuda:99"}, "CUDA devices"),
+    ],
+)
+def test_bad_options(folder: Path, options: dict[str, str], words: str) -> None:
+    assert words in load_error(folder, **options)
+
+
+def test_unknown_paths(tmp_path: Path) -> None:
+    assert "neither a folder that exists nor a hub id" in load_error(tmp_path / "nowhere" / "at all")
+    assert "has no config.json" in load_error(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_text("")
+    assert "is a file" in load_error(file)
+
+
+def test_hub_id_while_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "HF_HUB_OFFLINE" in load_error("someone/some-model-that-is-not-cached")
+
+
+def _hub_answers(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def model_info(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+
+
+def _hub_error(kind: str) -> Exception:
+    import huggingface_hub.errors as errors
+
+    error = getattr(errors, kind).__new__(getattr(errors, kind))
+    Exception.__init__(error, "the server's words\nand more")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ConnectionError("no route\nto host"), "the hub cannot be reached (no route)"),
+        (lambda: _hub_error("RepositoryNotFoundError"), "nor a public model on the hub"),
+        (lambda: _hub_error("GatedRepoError"), "is gated"),
+        (lambda: _hub_error("HfHubHTTPError"), "the hub refused"),
+    ],
+)
+def test_what_the_hub_may_answer(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Exception], words: str
+) -> None:
+    _hub_answers(monkeypatch, make())
+    assert words in load_error("someone/some-model-that-is-not-cached")
+
+
+def test_unsupported_family(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    assert "is of type 'llama'; supported types: llava" in load_error(tmp_path)
+
+
+def test_model_type_nobody_knows(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "made-up"}))
+    assert "cannot load its config" in load_error(tmp_path)
+
+
+def test_broken_config(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    assert "cannot load its config" in load_error(tmp_path)
+
+
+def test_missing_and_broken_weights(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    assert "cannot load its weights" in load_error(tmp_path)
+    weights.unlink()
+    assert "cannot load its weights" in load_error(tmp_path)
+
+
+def test_incomplete_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    dropped = next(key for key in weights if "q_proj" in key)
+    del weights[dropped]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "1 weights are missing" in load_error(tmp_path)
+
+
+def test_remote_code_needs_a_word(tmp_path: Path) -> None:
+    config = {"model_type": "their-own", "auto_map": {"AutoConfig": "their.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "their.py").write_text("raise SystemExit('remote code was run')")
+    assert "--trust-remote-code" in load_error(tmp_path)
