@@ -85,9 +85,10 @@ def find(folder: Path) -> Findings:
         name: ts.Evaluator(model, processor, examples, batch_size=32, ranker=name)(probe)
         for name in ("text-attention", "random")
     }
-    gain = ts.paired_bootstrap(
-        ranked["text-attention"].per_example, ranked["random"].per_example, groups=[e.group for e in examples]
-    )
+    by_attention, by_chance = ranked["text-attention"].per_example, ranked["random"].per_example
+    assert by_attention is not None
+    assert by_chance is not None
+    gain = ts.paired_bootstrap(by_attention, by_chance, groups=[e.group for e in examples])
     return Findings(
         questions=len(examples),
         tasks={task: float(np.mean(scores)) for task, scores in sorted(tasks.items())},

@@ -35,7 +35,7 @@ def write_split(split: str, seed: int, folder: Path) -> Counter[str]:
     rng = np.random.default_rng((seed, zlib.crc32(split.encode())))
     assets = load_assets(split)
     asked: Counter[str] = Counter()
-    lines = []
+    lines: list[dict[str, str]] = []
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for number in range(IMAGES[split]):
         scene = draw_scene(rng, assets)

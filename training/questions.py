@@ -6,8 +6,9 @@ vocabulary of the demo model's tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -32,11 +33,16 @@ class Question:
     points: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
 
+T = TypeVar("T")
 Maker = Callable[[np.random.Generator, Scene], Question | None]
 
 
-def _pick(rng: np.random.Generator, options: list) -> object | None:
-    return options[rng.integers(len(options))] if options else None
+def _draw(rng: np.random.Generator, options: Sequence[T]) -> T:
+    return options[int(rng.integers(len(options)))]
+
+
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T | None:
+    return _draw(rng, options) if options else None
 
 
 def _unique(scene: Scene, key: Callable[[int], object]) -> list[int]:
@@ -93,8 +99,8 @@ def count(rng: np.random.Generator, scene: Scene) -> Question | None:
     for name in KINDS:
         members[f"{name} "] = tuple(i for i in shapes if scene.things[i].kind == name)
     # First the number, then what is counted: otherwise most answers would be "zero" or "one".
-    n = _pick(rng, sorted({len(m) for m in members.values()} & set(range(len(NUMBERS)))))
-    what = _pick(rng, [name for name, m in members.items() if len(m) == n])
+    n = _draw(rng, sorted({len(m) for m in members.values()} & set(range(len(NUMBERS)))))
+    what = _draw(rng, [name for name, m in members.items() if len(m) == n])
     return Question(
         "count",
         f"how many {what}shapes are there ?",
@@ -118,7 +124,7 @@ def relation(rng: np.random.Generator, scene: Scene) -> Question | None:
     direction = _pick(rng, [d for d in DIRECTIONS if pairs[d]])
     if direction is None:
         return None
-    a, b = _pick(rng, pairs[direction])
+    a, b = _draw(rng, pairs[direction])
     return Question(
         "relation",
         f"where is the {_name(scene, a)} from the {_name(scene, b)} ?",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from . import cost, search
+    from . import cost
     from .errors import ThinsightError
     from .evaluation import (
         Evaluation,
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from .reduction import Reduction
     from .runtime import Handle, apply, encode_images
     from .schedule import Schedule
-    from .search import SearchResult, gsearch
+    from .search.gsearch import gsearch
+    from .search.result import SearchResult
+    from .search.search import search
 
 _HOMES = {
     "Evaluation": "evaluation",
