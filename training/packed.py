@@ -18,7 +18,7 @@ from transformers import LlavaForConditionalGeneration
 
 from training.assets import Assets
 from training.model import BOS, EOS, IMAGE, MEAN, PAD, STD, VOCABULARY
-from training.questions import Question, ask
+from training.questions import ASKED, Question, ask
 from training.scenes import PATCH_LABELS, draw_scene, thing_labels
 
 QUESTIONS, LENGTH = 12, 15  # questions behind an image, tokens of each (padded)
@@ -40,6 +40,8 @@ class Batch:
     about: Tensor  # (B, Q, 256) bool: patches that hold the answer
     points: Tensor  # (B, Q, T, 256) bool: patches of what a word names; no patch at most words
     named: Tensor  # (B, Q, T, 6) int64: classes of the one thing that a word names, else -100
+    compared: Tensor  # (B, Q, T, 6) int64: classes of the thing that a word's is compared with, else -100
+    asked: Tensor  # (B, Q) int64: what is asked for
 
 
 def encode_question(question: Question) -> tuple[list[int], list[int]]:
@@ -69,6 +71,8 @@ def make_batch(
     about = np.zeros((size, QUESTIONS, VISION), dtype=bool)
     points = np.zeros((size, QUESTIONS, LENGTH, VISION), dtype=bool)
     named = np.full((size, QUESTIONS, LENGTH, len(PATCH_LABELS)), -100, dtype=np.int64)
+    compared = named.copy()
+    kind = np.zeros((size, QUESTIONS), dtype=np.int64)
     for b, scene in enumerate(scenes if with_questions else []):
         for q, question in enumerate(ask(rng, scene, QUESTIONS, weights)):
             asked, answer = encode_question(question)
@@ -82,15 +86,21 @@ def make_batch(
                 points[b, q, word] = scene.patches(list(things))
                 if len(things) == 1:
                     named[b, q, word] = thing_labels(scene.things[things[0]])
-    arrays = (np.stack([s.labels() for s in scenes]), tokens, targets, prompt, last, about, points, named)
+            kind[b, q] = ASKED.index(question.asked or question.task)
+            if question.compared is not None:
+                word, thing = question.compared
+                compared[b, q, word] = thing_labels(scene.things[thing])
+    patches = np.stack([s.labels() for s in scenes])
+    arrays = (patches, tokens, targets, prompt, last, about, points, named, compared, kind)
     return Batch(normalise(np.stack([s.pixels for s in scenes])), *map(torch.from_numpy, arrays))
 
 
 class AuxiliaryHead(nn.Module):
-    """Three linear probes that only training needs.
+    """Linear probes that only training needs.
 
     They name what each patch shows, from the projected vision features; what the image shows, from CLS; and
-    what a word of the question refers to, from its hidden state halfway up the decoder.
+    from hidden states halfway up the decoder: what a word of the question refers to, what it is compared
+    with, and what is asked for.
     """
 
     def __init__(self, width: int, vision_width: int) -> None:
@@ -99,16 +109,21 @@ class AuxiliaryHead(nn.Module):
         self.patch = nn.Linear(width, sum(PATCH_LABELS.values()))
         self.image = nn.Linear(vision_width, PATCH_LABELS["kind"] + PATCH_LABELS["color"])
         self.word = nn.Linear(width, sum(PATCH_LABELS.values()))
+        self.other = nn.Linear(width, sum(PATCH_LABELS.values()))
+        self.asked = nn.Linear(width, len(ASKED))
 
-    def reading_loss(self, hidden: Tensor, named: Tensor) -> Tensor:
-        """Mean cross-entropy of the six classes; hidden: (B, Q*T, width), named: (B, Q, T, 6)."""
-        refers = named[..., 0] != -100
-        states = F.layer_norm(hidden.float(), hidden.shape[-1:]).view(*refers.shape, -1)[refers]
-        logits = self.word(states).split(list(PATCH_LABELS.values()), -1)
-        labels = named[refers].unbind(-1)
-        return torch.stack(
-            [F.cross_entropy(x.float(), y) for x, y in zip(logits, labels, strict=True)]
-        ).mean()
+    def reading_loss(self, states: Tensor, named: Tensor) -> Tensor:
+        """From the words that name something, what they name. states: (B, Q, T, width), normed."""
+        return _thing_loss(self.word, states, named)
+
+    def context_loss(self, states: Tensor, batch: Batch) -> Tensor:
+        """From a word, what its thing is compared with; from the prompt's last row, what is asked for."""
+        rows = batch.last[..., None, None].expand(-1, -1, 1, states.shape[-1])
+        asked = self.asked(states.gather(2, rows).squeeze(2)).float()
+        kind = F.cross_entropy(asked.flatten(0, 1), batch.asked.flatten())
+        if bool((batch.compared == -100).all()):
+            return kind
+        return kind + _thing_loss(self.other, states, batch.compared)
 
     def patch_loss(self, features: Tensor, cls: Tensor, labels: Tensor) -> Tensor:
         logits = self.patch(self.norm(features.float())).split(list(PATCH_LABELS.values()), -1)
@@ -123,6 +138,14 @@ class AuxiliaryHead(nn.Module):
         present = torch.cat([kinds, colors], -1).float()
         seen = F.binary_cross_entropy_with_logits(self.image(cls.float()), present)
         return torch.stack(losses).mean() * 3 + seen
+
+
+def _thing_loss(probe: nn.Linear, states: Tensor, things: Tensor) -> Tensor:
+    """Mean cross-entropy of the six classes of a thing; things: (B, Q, T, 6) int64, -100 at most words."""
+    refers = things[..., 0] != -100
+    logits = probe(states[refers]).float().split(list(PATCH_LABELS.values()), -1)
+    labels = things[refers].unbind(-1)
+    return torch.stack([F.cross_entropy(x, y) for x, y in zip(logits, labels, strict=True)]).mean()
 
 
 def _clip_block(layer: nn.Module, x: Tensor) -> Tensor:
@@ -217,6 +240,7 @@ class Packed:
         features, cls = self.vision(batch.pixels)
         patch = self.head.patch_loss(features, cls, batch.patch_labels)
         hidden, halfway, seen = self.decode(features, batch.tokens, grounded)
+        states = F.layer_norm(halfway[:, START:].float(), halfway.shape[-1:]).view(*batch.tokens.shape, -1)
         logits = self.model.lm_head(hidden[:, START:]).float()
         answer = F.cross_entropy(logits.flatten(0, 1), batch.targets.reshape(-1), ignore_index=-100)
         correct = (logits.argmax(-1).view_as(batch.targets) == batch.targets) | (batch.targets == -100)
@@ -227,7 +251,8 @@ class Packed:
             "patch": patch,
             "grounding": grounding,
             "naming": naming,
-            "reading": self.head.reading_loss(halfway[:, START:], batch.named),
+            "reading": self.head.reading_loss(states, batch.named),
+            "context": self.head.context_loss(states, batch),
             "exact": correct.all(-1).float().mean(),
         }
 

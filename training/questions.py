@@ -14,6 +14,10 @@ import numpy as np
 
 from training.scenes import COLOR_NAMES, GRID, KINDS, Scene
 
+ASKED = (
+    "color", "shape", "row", "column", "lookup", "count", "relation", "printed", "handwritten",
+    "tallest", "shortest", "bar height",
+)  # fmt: skip
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 DIRECTIONS = ("left", "right", "above", "below")
 
@@ -24,6 +28,8 @@ class Question:
 
     ``about``: indices of the things in the scene that hold the answer; what the question as a whole looks at.
     ``points``: (word, things) pairs: the word of the question that names something, with what it names.
+    ``asked``: what is asked for, one of ASKED; the task where that says it all.
+    ``compared``: (word, thing): by that word, which other thing has been named before.
     """
 
     task: str
@@ -31,6 +37,8 @@ class Question:
     answer: str
     about: tuple[int, ...]
     points: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    asked: str = ""
+    compared: tuple[int, int] | None = None
 
 
 T = TypeVar("T")
@@ -79,7 +87,12 @@ def position(rng: np.random.Generator, scene: Scene) -> Question | None:
     axis = str(rng.choice(("row", "column")))
     place = scene.things[i].row if axis == "row" else scene.things[i].column
     return Question(
-        "position", f"which {axis} is the {_name(scene, i)} in ?", NUMBERS[place + 1], (i,), ((5, (i,)),)
+        "position",
+        f"which {axis} is the {_name(scene, i)} in ?",
+        NUMBERS[place + 1],
+        (i,),
+        ((5, (i,)),),
+        asked=axis,
     )
 
 
@@ -131,6 +144,7 @@ def relation(rng: np.random.Generator, scene: Scene) -> Question | None:
         direction,
         (a, b),
         ((4, (a,)), (8, (b,))),
+        compared=(8, a),
     )
 
 
@@ -155,7 +169,9 @@ def extreme(rng: np.random.Generator, scene: Scene) -> Question | None:
         return None
     word, best = ("tallest", max) if rng.random() < 0.5 else ("shortest", min)
     i = best(bars, key=lambda i: scene.things[i].height)
-    return Question("extreme bar", f"which bar is the {word} ?", scene.things[i].color, tuple(bars))
+    return Question(
+        "extreme bar", f"which bar is the {word} ?", scene.things[i].color, tuple(bars), asked=word
+    )
 
 
 def height(rng: np.random.Generator, scene: Scene) -> Question | None:

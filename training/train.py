@@ -33,7 +33,7 @@ class Recipe:
     workers: int = 2
     batch: int = 32  # images a step, over all workers
     vision_steps: int = 500
-    steps: int = 1700
+    steps: int = 2000
     warmup: int = 60
     later: int = 700  # the joint step from which hard tasks prevail and words must point at what they name
     decay: float = 0.6  # the last share of the steps in which the rate falls linearly to 0
@@ -46,6 +46,8 @@ class Recipe:
     naming_weight: float = 0.4
     reading: int = 900  # the joint step from which words must know what they name
     reading_weight: float = 0.5
+    context: int = 1100  # the joint step from which they must know the question they stand in
+    context_weight: float = 0.5
     grounded_layers: int = 5  # drawn anew each step among the layers after the first
     layers: int = 12
 
@@ -116,6 +118,8 @@ class Trainer:
             weights["naming"] = recipe.naming_weight
         if self._joint >= recipe.reading:
             weights["reading"] = recipe.reading_weight
+        if self._joint >= recipe.context:
+            weights["context"] = recipe.context_weight
         torch.stack(
             [weights[name] * loss for name, loss in losses.items() if name in weights]
         ).sum().backward()
