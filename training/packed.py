@@ -18,7 +18,7 @@ from transformers import LlavaForConditionalGeneration
 
 from training.assets import Assets
 from training.model import BOS, EOS, IMAGE, MEAN, PAD, STD, VOCABULARY
-from training.questions import ASKED, Question, ask
+from training.questions import ASKED, DIRECTIONS, Question, ask
 from training.scenes import PATCH_LABELS, draw_scene, thing_labels
 
 QUESTIONS, LENGTH = 12, 15  # questions behind an image, tokens of each (padded)
@@ -42,6 +42,9 @@ class Batch:
     named: Tensor  # (B, Q, T, 6) int64: classes of the one thing that a word names, else -100
     compared: Tensor  # (B, Q, T, 6) int64: classes of the thing that a word's is compared with, else -100
     asked: Tensor  # (B, Q) int64: what is asked for
+    direction: (
+        Tensor  # (B, Q, T) int64: the answer, at the word by which two things can be compared, else -100
+    )
 
 
 def encode_question(question: Question) -> tuple[list[int], list[int]]:
@@ -73,6 +76,7 @@ def make_batch(
     named = np.full((size, QUESTIONS, LENGTH, len(PATCH_LABELS)), -100, dtype=np.int64)
     compared = named.copy()
     kind = np.zeros((size, QUESTIONS), dtype=np.int64)
+    direction = np.full_like(tokens, -100)
     for b, scene in enumerate(scenes if with_questions else []):
         for q, question in enumerate(ask(rng, scene, QUESTIONS, weights)):
             asked, answer = encode_question(question)
@@ -90,8 +94,9 @@ def make_batch(
             if question.compared is not None:
                 word, thing = question.compared
                 compared[b, q, word] = thing_labels(scene.things[thing])
+                direction[b, q, word] = DIRECTIONS.index(question.answer)
     patches = np.stack([s.labels() for s in scenes])
-    arrays = (patches, tokens, targets, prompt, last, about, points, named, compared, kind)
+    arrays = (patches, tokens, targets, prompt, last, about, points, named, compared, kind, direction)
     return Batch(normalise(np.stack([s.pixels for s in scenes])), *map(torch.from_numpy, arrays))
 
 
@@ -100,7 +105,7 @@ class AuxiliaryHead(nn.Module):
 
     They name what each patch shows, from the projected vision features; what the image shows, from CLS; and
     from hidden states halfway up the decoder: what a word of the question refers to, what it is compared
-    with, and what is asked for.
+    with, and what is asked for; further up, what the comparison says.
     """
 
     def __init__(self, width: int, vision_width: int) -> None:
@@ -111,6 +116,7 @@ class AuxiliaryHead(nn.Module):
         self.word = nn.Linear(width, sum(PATCH_LABELS.values()))
         self.other = nn.Linear(width, sum(PATCH_LABELS.values()))
         self.asked = nn.Linear(width, len(ASKED))
+        self.direction = nn.Linear(width, len(DIRECTIONS))
 
     def reading_loss(self, states: Tensor, named: Tensor) -> Tensor:
         """From the words that name something, what they name. states: (B, Q, T, width), normed."""
@@ -124,6 +130,12 @@ class AuxiliaryHead(nn.Module):
         if bool((batch.compared == -100).all()):
             return kind
         return kind + _thing_loss(self.other, states, batch.compared)
+
+    def comparing_loss(self, states: Tensor, direction: Tensor) -> Tensor:
+        """From the word by which two things can be compared, the answer. states: (B, Q, T, width), normed."""
+        logits = self.direction(states).float().flatten(0, 2)  # (B*Q*T, 4)
+        total = F.cross_entropy(logits, direction.flatten(), ignore_index=-100, reduction="sum")
+        return total / (direction != -100).sum().clamp(min=1)
 
     def patch_loss(self, features: Tensor, cls: Tensor, labels: Tensor) -> Tensor:
         logits = self.patch(self.norm(features.float())).split(list(PATCH_LABELS.values()), -1)
@@ -239,8 +251,10 @@ class Packed:
         """``answer`` and ``patch`` losses, and ``grounding`` over the layers in ``grounded``; in nats."""
         features, cls = self.vision(batch.pixels)
         patch = self.head.patch_loss(features, cls, batch.patch_labels)
-        hidden, halfway, seen = self.decode(features, batch.tokens, grounded)
-        states = F.layer_norm(halfway[:, START:].float(), halfway.shape[-1:]).view(*batch.tokens.shape, -1)
+        hidden, inner, seen = self.decode(features, batch.tokens, grounded)
+        halfway, above = (
+            F.layer_norm(x[:, START:].float(), x.shape[-1:]).view(*batch.tokens.shape, -1) for x in inner
+        )
         logits = self.model.lm_head(hidden[:, START:]).float()
         answer = F.cross_entropy(logits.flatten(0, 1), batch.targets.reshape(-1), ignore_index=-100)
         correct = (logits.argmax(-1).view_as(batch.targets) == batch.targets) | (batch.targets == -100)
@@ -251,28 +265,30 @@ class Packed:
             "patch": patch,
             "grounding": grounding,
             "naming": naming,
-            "reading": self.head.reading_loss(states, batch.named),
-            "context": self.head.context_loss(states, batch),
+            "reading": self.head.reading_loss(halfway, batch.named),
+            "context": self.head.context_loss(halfway, batch),
+            "comparing": self.head.comparing_loss(above, batch.direction),
             "exact": correct.all(-1).float().mean(),
         }
 
     def decode(
         self, features: Tensor, tokens: Tensor, grounded: list[int]
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Hidden states at the end and halfway up, and attention rows of the layers in ``grounded``."""
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Hidden states at the end, those halfway and three quarters up, attention rows of ``grounded``."""
         language = self.model.model.language_model
         batch = len(features)
         prefix = language.embed_tokens(torch.tensor(PREFIX)).expand(batch, -1, -1)
         text = language.embed_tokens(tokens.flatten(1))
         x = torch.cat((prefix, features.to(prefix.dtype), text), 1)
-        seen, halfway = [], x
+        depth = len(language.layers)
+        seen, inner = [], []
         for i, layer in enumerate(language.layers):
             x, rows = self.llama_block(layer, x, self.cos, self.sin, self.mask, i in grounded)
             if rows is not None:
                 seen.append(rows)
-            if 2 * (i + 1) == len(language.layers):
-                halfway = x
-        return language.norm(x), halfway, seen
+            if i + 1 in (depth // 2, depth * 3 // 4):
+                inner.append(x)
+        return language.norm(x), inner, seen
 
 
 def grounding_loss(rows: Tensor, batch: Batch) -> Tensor:

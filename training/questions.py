@@ -215,6 +215,11 @@ LATER_WEIGHTS = {
     "printed": 2.0, "handwritten": 2.0, "extreme bar": 0.4, "bar height": 0.8,
 }  # fmt: skip
 
+LAST_WEIGHTS = {
+    "color": 0.3, "shape": 0.3, "position": 0.7, "lookup": 0.6, "count": 1.8, "relation": 3.0,
+    "printed": 2.0, "handwritten": 3.5, "extreme bar": 0.3, "bar height": 0.5,
+}  # fmt: skip
+
 assert len(NUMBERS) > GRID
 
 

@@ -226,7 +226,7 @@ class _Painter:
         if row < 0:
             return
         glyphs = []
-        for _ in range(int(self.rng.integers(2, 4))):
+        for _ in range(int(self.rng.integers(1, 3))):
             index = int(self.rng.integers(len(self.assets.digits)))
             side = int(self.rng.integers(28, 35))
             image = Image.fromarray((self.assets.digits[index] * 255).astype(np.uint8))

@@ -24,7 +24,7 @@ from torch.nn.utils import parameters_to_vector
 from training.assets import load_assets
 from training.model import build_model
 from training.packed import AuxiliaryHead, Packed, make_batch
-from training.questions import FIRST_WEIGHTS, LATER_WEIGHTS
+from training.questions import FIRST_WEIGHTS, LAST_WEIGHTS, LATER_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Recipe:
     workers: int = 2
     batch: int = 32  # images a step, over all workers
     vision_steps: int = 500
-    steps: int = 2000
+    steps: int = 2150
     warmup: int = 60
     later: int = 700  # the joint step from which hard tasks prevail and words must point at what they name
     decay: float = 0.6  # the last share of the steps in which the rate falls linearly to 0
@@ -48,6 +48,9 @@ class Recipe:
     reading_weight: float = 0.5
     context: int = 1100  # the joint step from which they must know the question they stand in
     context_weight: float = 0.5
+    last: int = 1600  # the joint step of the last change: the hardest tasks, and comparing them step by step
+    comparing_weight: float = 0.5
+    last_vision_rate: float = 1.0
     grounded_layers: int = 5  # drawn anew each step among the layers after the first
     layers: int = 12
 
@@ -86,14 +89,16 @@ class Trainer:
         else:
             left = (recipe.steps - joint) / (recipe.decay * recipe.steps)
             factor = min((joint + 1) / recipe.warmup, left, 1.0)
+        vision = recipe.vision_rate if joint < recipe.last else recipe.last_vision_rate
         for optimizer, base in zip(self.optimizers, (recipe.muon_rate, recipe.adam_rate), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = base * factor * (recipe.vision_rate if group["vision"] and joint >= 0 else 1.0)
+                group["lr"] = base * factor * (vision if group["vision"] and joint >= 0 else 1.0)
 
     def _losses(self) -> dict[str, torch.Tensor]:
         recipe = self.recipe
         rng = np.random.default_rng((recipe.seed, self.step, self.rank))
-        weights = LATER_WEIGHTS if self._joint >= recipe.later else FIRST_WEIGHTS
+        stage = (self._joint >= recipe.later) + (self._joint >= recipe.last)
+        weights = (FIRST_WEIGHTS, LATER_WEIGHTS, LAST_WEIGHTS)[stage]
         batch = make_batch(rng, self.assets, recipe.batch // recipe.workers, weights, self._joint >= 0)
         with torch.autocast("cpu", torch.bfloat16):
             if self._joint < 0:
@@ -120,6 +125,8 @@ class Trainer:
             weights["reading"] = recipe.reading_weight
         if self._joint >= recipe.context:
             weights["context"] = recipe.context_weight
+        if self._joint >= recipe.last:
+            weights["comparing"] = recipe.comparing_weight
         torch.stack(
             [weights[name] * loss for name, loss in losses.items() if name in weights]
         ).sum().backward()
