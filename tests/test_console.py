@@ -48,6 +48,12 @@ def test_lines_without_a_terminal() -> None:
     assert len(lines) == 4
 
 
+def test_a_note_in_a_log_is_one_line_however_long() -> None:
+    file = io.StringIO()
+    ConsoleWatcher(Console(file=file, width=20)).on_note("as long as it takes " * 5)
+    assert file.getvalue().count("\n") == 1
+
+
 def test_the_bar_tells_layer_score_and_time_left() -> None:
     file = io.StringIO()
     watcher = ConsoleWatcher(Console(file=file, width=120, force_terminal=True))

@@ -158,6 +158,28 @@ def test_incomplete_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     assert "1 weights are missing" in load_error(tmp_path)
 
 
+def test_weights_of_another_shape_are_named(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["intermediate_size"] *= 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = load_error(tmp_path)
+    assert "weights are mismatched, such as model.language_model.layers.0.mlp" in message
+    assert "does not fit its config.json" in message
+
+
+def test_long_words_of_other_libraries_are_cut_after_a_sentence() -> None:
+    long = RuntimeError("The file is bad. " + "It may be anything, really. " * 20 + "\nsecond line")
+    assert loading._first_line(long) == "The file is bad"
+    assert loading._first_line(RuntimeError("one of:\nthis")) == "one of"
+    assert loading._first_line(RuntimeError()) == "RuntimeError"
+
+
+def test_config_alone(folder: Path) -> None:
+    assert loading.load_config(folder).get_text_config().num_hidden_layers == 4
+
+
 def test_remote_code_needs_a_word(tmp_path: Path) -> None:
     config = {"model_type": "their-own", "auto_map": {"AutoConfig": "their.Config"}}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -149,6 +149,9 @@ are float16.
 ## How it was trained
 `make train`: {step} steps of {recipe["batch"]} images on two CPU cores, seed {recipe["seed"]}; the recipe is
 `training/train.py`, the scenes `training/scenes.py`, the questions `training/questions.py`.
+The shipped weights were made in several sittings while the recipe took shape: the losses joined at the steps
+that it names, its learning-rate decay was stretched twice, and handwritten numbers had up to three digits
+until step 2,100. `make train` therefore gives a model like this one, not the same weights.
 
 **Attention was grounded in training.** Beside the answers, an auxiliary loss names what each patch shows, and
 others pull attention over the vision tokens, in every decoder layer but the first: the question's as a whole

@@ -33,7 +33,7 @@ class Recipe:
     workers: int = 2
     batch: int = 32  # images a step, over all workers
     vision_steps: int = 500
-    steps: int = 2150
+    steps: int = 1950
     warmup: int = 60
     later: int = 700  # the joint step from which hard tasks prevail and words must point at what they name
     decay: float = 0.6  # the last share of the steps in which the rate falls linearly to 0
@@ -184,6 +184,13 @@ class Trainer:
         if not self.checkpoint.exists():
             return
         state = torch.load(self.checkpoint, weights_only=True)
+        if state["recipe"] != asdict(self.recipe):
+            before = state["recipe"]
+            changed = [name for name, value in asdict(self.recipe).items() if before.get(name) != value]
+            raise SystemExit(
+                f"{self.checkpoint} was made with another {', '.join(changed)}: "
+                "give the same recipe, or another --out"
+            )
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict(state["head"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):

@@ -7,6 +7,8 @@ input ends in one line on standard error and exit code 2, Ctrl-C in one line and
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -44,6 +46,12 @@ class _Group(TyperGroup):
             code = INTERRUPTED
         except ThinsightError as error:
             code = _fail(str(error))
+        except BrokenPipeError:  # the reader of our output left, as `head` does: nobody is there to be told
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            code = 1
+        except OSError as error:  # a name that is too long, a full disk, a folder taken away meanwhile
+            place = "" if error.filename is None else f"{str(error.filename)[:200]}: "
+            code = _fail(f"{place}{error.strerror or error}; check the path and the disk")
         except Exception as error:
             if not hasattr(
                 error, "format_message"
@@ -309,9 +317,10 @@ def show(
     """Draw which vision tokens a question keeps, layer by layer, and print both answers."""
     from .job import commands
     from .job.run_folder import check_writable_file
-    from .report import save_contact_strip
+    from .report import check_picture_name, save_contact_strip
 
     check_writable_file(out)
+    check_picture_name(out)
     options = commands.JobOptions(
         _model_options(model, dtype, device, attn, trust_remote_code), reduction=reduction
     )
@@ -374,7 +383,8 @@ def _ranker(text: str) -> dict[str, Any]:
         key, equals, value = item.partition("=")
         if not equals:
             raise ThinsightError(f"ranker is {text!r}: write settings as name:key=value,key=value")
-        ranker[key.strip()] = int(value) if value.strip().lstrip("-").isdigit() else value.strip()
+        value = value.strip()
+        ranker[key.strip()] = int(value) if re.fullmatch(r"-?[0-9]+", value) else value
     return ranker
 
 

@@ -58,7 +58,8 @@ class ConsoleWatcher(Watcher):
         self._task = self._bar.add_task(title, total=None, detail="")
 
     def on_note(self, text: str) -> None:
-        self._console.print(Text(text))
+        log = not self._console.is_terminal  # there, a line stays in one piece
+        self._console.print(Text(text), soft_wrap=log)
 
     def on_progress(self, what: str, done: int, total: int) -> None:
         if self._task is not None and not self._searching:

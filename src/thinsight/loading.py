@@ -6,22 +6,27 @@ its own: whatever stock transformers can read, it reads. Code from the hub runs 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from .errors import ThinsightError
 from .runtime.families import ATTENTION, SUPPORTED
 
-__all__ = ["DEMO", "DTYPES", "check_options", "load_demo", "load_model", "locate_model"]
+__all__ = ["DEMO", "DTYPES", "check_options", "load_config", "load_demo", "load_model", "locate_model"]
 
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).resolve().parent / "demo" / "model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LONGEST_REASON = 160  # characters of another library's message that a line of ours quotes
+_FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 _HUB_TIMEOUT = 10.0  # seconds for the one question "is it there?"
 
 
@@ -57,9 +62,7 @@ def load_model(
     target = check_options(dtype, device, attn)
     source, local = locate_model(name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
-    with _one_line(name, "its config"):
-        config = AutoConfig.from_pretrained(source, **options)
-    _check_family(config, name)
+    config = load_config(name, trust_remote_code)
     with _one_line(name, "its processor"):
         processor = AutoProcessor.from_pretrained(source, **options)
     with _one_line(name, "its weights"):
@@ -69,6 +72,7 @@ def load_model(
             dtype=_resolve_dtype(dtype, config, target),
             attn_implementation=attn,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `_check_weights` refuses them and says which
             **options,
         )
     _check_weights(info, name)
@@ -83,6 +87,21 @@ def load_model(
     return model.eval(), processor
 
 
+def load_config(name: str | Path, trust_remote_code: bool = False) -> Any:
+    """A model's config, without its weights; arguments as for `load_model`.
+
+    Raises:
+        ThinsightError: an unknown path or hub id, no network, or a family that is not supported.
+    """
+    source, local = locate_model(name)
+    with _one_line(name, "its config"):
+        config = AutoConfig.from_pretrained(
+            source, local_files_only=local, trust_remote_code=trust_remote_code
+        )
+    _check_family(config, name)
+    return config
+
+
 def check_options(dtype: str, device: str, attn: str) -> torch.device:
     """Check the three options without loading anything; returns the device meant.
 
@@ -92,6 +111,11 @@ def check_options(dtype: str, device: str, attn: str) -> torch.device:
         raise ThinsightError(f"dtype is {dtype!r}: choose one of auto, {', '.join(DTYPES)}")
     if attn not in ATTENTION:
         raise ThinsightError(f"attn is {attn!r}: choose one of {', '.join(ATTENTION)}")
+    if attn in _FLASH and not _FLASH[attn]():
+        raise ThinsightError(
+            f"attn is {attn!r}, whose package is not installed or finds no GPU: "
+            "install it, or use --attn sdpa"
+        )
     return _resolve_device(device)
 
 
@@ -107,7 +131,7 @@ def locate_model(name: str | Path) -> tuple[str, bool]:
                 "the demo model is not part of this installation: reinstall thinsight, or give --model"
             )
         return str(_DEMO_FOLDER), True
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ThinsightError(
@@ -202,11 +226,12 @@ def _check_weights(info: dict[str, Any], name: str | Path) -> None:
     nothing.
     """
     for what in ("missing_keys", "mismatched_keys"):
-        bad = sorted(str(key) for key in info.get(what) or ())
+        # a mismatched weight comes as (name, shape on disk, shape in the model)
+        bad = sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(what) or ())
         if bad:
             raise ThinsightError(
                 f"model {str(name)!r}: {len(bad)} weights are {what.removesuffix('_keys')}, "
-                f"such as {bad[0]}: download or save the checkpoint anew"
+                f"such as {bad[0]}: the checkpoint does not fit its config.json, download or save it anew"
             )
 
 
@@ -225,9 +250,15 @@ def _one_line(name: str | Path, what: str) -> Iterator[None]:
             raise ThinsightError(
                 f"model {str(name)!r} brings its own code, which runs only if you say --trust-remote-code"
             ) from error
-        raise ThinsightError(f"model {str(name)!r}: cannot load {what}: {_first_line(error)}") from error
+        raise ThinsightError(
+            f"model {str(name)!r}: cannot load {what} ({_first_line(error)}): "
+            "check the checkpoint's files, or download or save it anew"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().split("\n")[0]
-    return text[:200] if text else type(error).__name__
+    """The first line of what an error says, and only its first sentence where the line is long."""
+    text = str(error).strip().split("\n")[0].rstrip(".:; ")
+    if len(text) > _LONGEST_REASON:
+        text = shorten(text.split(". ")[0], _LONGEST_REASON, placeholder=" ...")
+    return text or type(error).__name__

@@ -83,6 +83,10 @@ def test_limit_takes_the_first_or_a_seeded_draw(folder):
         ([record(answers=[], answer=None)], "field 'answers' must be a list that is not empty"),
         ([record(image="gone.png")], "gone.png' does not exist"),
         ([record(image=".")], "does not exist"),
+        ([record(image="x" * 5000)], "example '1': image .* cannot be read"),
+        (["[" * 100_000], "line 1 is not JSON"),
+        ([record(question="half \ud800")], "example '1': .* half of a surrogate pair"),
+        ([record(answer="half \ud800")], "example '1': .* half of a surrogate pair"),
     ],
 )
 def test_bad_data_is_one_line_that_says_where(folder, lines, message):
@@ -143,6 +147,23 @@ def test_examples_made_by_hand_are_checked(folder):
         Example("1", (folder / "a.png",), "what ?", "red")
     with pytest.raises(ThinsightError, match="images must be a tuple"):
         Example("1", folder / "a.png", "what ?")
+
+
+@pytest.mark.parametrize("examples", [None, "demo:test", 5])
+def test_what_is_no_list_of_examples(examples):
+    with pytest.raises(ThinsightError, match="pass a list of Example"):
+        validate_examples(examples)
+
+
+def test_what_is_no_example():
+    with pytest.raises(ThinsightError, match="one is a dict"):
+        validate_examples([record()])
+    image = tiny_images(1)[0]
+    with pytest.raises(ThinsightError, match="question holds None; it must be a text"):
+        Example(id="1", images=(image,), question=None)
+    with pytest.raises(ThinsightError, match="answers holds 3; it must be a text"):
+        Example(id="1", images=(image,), question="how many ?", answers=(3,))
+    assert Example(id="1", images=(image,), question="how many ?", answers=None).answers == ()
 
 
 def test_images_open_as_rgb(folder):

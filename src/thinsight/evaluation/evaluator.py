@@ -33,7 +33,7 @@ from .metrics import Metric, get_metric
 from .result import Evaluation
 from .vision_cache import VisionCache
 
-__all__ = ["Evaluator", "FullAnswer"]
+__all__ = ["Evaluator", "FullAnswer", "check_metric"]
 
 _MIN_NEW_TOKENS = 4
 _NEW_TOKENS_MARGIN = 4  # the stop token, and room for a few tokens more than the longest right answer
@@ -97,6 +97,9 @@ class Evaluator:
             raise ThinsightError(
                 "the model is in training mode, where answers may be random: call model.eval() first"
             )
+        if not callable(processor):
+            raise ThinsightError(f"processor is {processor!r}: pass the model's own processor")
+        validate_examples(examples)
         self.model = model
         self.processor = processor
         self.examples = tuple(examples)
@@ -104,7 +107,6 @@ class Evaluator:
         self.ranker = get_ranker(ranker)
         self.progress = progress
         self._metrics = [_metric_of(example, metric) for example in self.examples]
-        validate_examples(self.examples)
         self.rules = DecodingRules.of(
             model.generation_config, _max_new_tokens(max_new_tokens, processor, self.examples)
         )
@@ -373,6 +375,16 @@ class Evaluator:
     def _report(self, what: str, done: int) -> None:
         if self.progress is not None:
             self.progress(what, done, len(self.examples))
+
+
+def check_metric(examples: Sequence[Example], metric: str | None) -> None:
+    """Check that ``metric`` (None: each example's own) can score the examples; needs no model.
+
+    Raises:
+        ThinsightError: an unknown metric, or one that needs answers on an example without.
+    """
+    for example in examples:
+        _metric_of(example, metric)
 
 
 def _metric_of(example: Example, metric: str | None) -> Metric:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,15 @@ from PIL import Image
 from ..errors import ThinsightError
 from .metrics import get_metric
 
-__all__ = ["DEMO_PREFIX", "Example", "ImageSource", "load_examples", "open_image", "validate_examples"]
+__all__ = [
+    "DEMO_PREFIX",
+    "Example",
+    "ImageSource",
+    "check_image_file",
+    "load_examples",
+    "open_image",
+    "validate_examples",
+]
 
 DEMO_PREFIX = "demo:"
 _DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
@@ -66,7 +75,11 @@ class Example:
             raise ThinsightError(
                 f"example {self.id!r}: answers is a text; pass a tuple of texts, ({self.answers!r},)"
             )
-        object.__setattr__(self, "answers", tuple(self.answers))
+        object.__setattr__(self, "answers", tuple(self.answers or ()))
+        for name, texts in (("question", (self.question,)), ("answers", self.answers)):
+            wrong = [text for text in texts if not isinstance(text, str)]
+            if wrong:
+                raise ThinsightError(f"example {self.id!r}: {name} holds {wrong[0]!r}; it must be a text")
         if not self.group:
             object.__setattr__(self, "group", "+".join(_group_name(image) for image in self.images))
 
@@ -116,10 +129,18 @@ def validate_examples(examples: Sequence[Example], source: str = "the examples")
         ThinsightError: no examples, a duplicate id, an empty question, no image, an unknown metric, a metric
             that needs answers without any, or an image that is missing or cannot be decoded.
     """
+    if isinstance(examples, str) or not isinstance(examples, Sequence):
+        raise ThinsightError(
+            f"examples is {examples!r}; pass a list of Example, such as load_examples(...) returns"
+        )
     if len(examples) == 0:
         raise ThinsightError(f"{source} has no examples: give at least one")
     seen: set[str] = set()
     for example in examples:
+        if not isinstance(example, Example):
+            raise ThinsightError(
+                f"{source}: one is a {type(example).__name__}; pass thinsight.Example objects"
+            )
         if example.id in seen:
             raise ThinsightError(f"{source}: id {example.id!r} occurs twice: ids must be unique")
         seen.add(example.id)
@@ -145,7 +166,7 @@ def _locate(source: str | Path) -> Path:
             choices = " or ".join(DEMO_PREFIX + known for known in _DEMO_SETS)
             raise ThinsightError(f"unknown demo data {source!r}: use {choices}")
         return _DEMO_FOLDER / f"{name}.jsonl"
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         raise ThinsightError(
             f"data {str(source)!r} is a folder: give the JSON-lines file in it, each line {_FORMAT}"
@@ -169,10 +190,9 @@ def _parse_line(line: str, path: Path, number: int) -> Example:
     where = f"{path}, line {number}"
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ThinsightError(
-            f"{where} is not JSON ({error.msg}, column {error.colno}): each line is {_FORMAT}"
-        ) from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = f"{error.msg}, column {error.colno}" if isinstance(error, ValueError) else "nested too deep"
+        raise ThinsightError(f"{where} is not JSON ({reason}): each line is {_FORMAT}") from None
     if not isinstance(record, dict):
         raise ThinsightError(f"{where} is not a JSON object: each line is {_FORMAT}")
     _refuse_misspelt(record, where)
@@ -246,6 +266,13 @@ def _check_fields(example: Example, source: str) -> None:
     where = f"{source}: example {example.id!r}"
     if not example.question.strip():
         raise ThinsightError(f"{where} has an empty question: give it a text")
+    for text in (example.question, *example.answers):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ThinsightError(
+                f"{where}: {text!r} holds half of a surrogate pair: write the character itself"
+            ) from None
     if not example.images:
         raise ThinsightError(
             f"{where} has no image: vision tokens cannot be reduced without one; give it an image"
@@ -271,14 +298,30 @@ def _check_images(examples: Iterable[Example], source: str) -> None:
                 )
             if image not in checked:
                 checked.add(image)
-                _check_image_file(image, where)
+                check_image_file(image, where)
 
 
-def _check_image_file(path: Path, where: str) -> None:
-    if not path.is_file():
+def check_image_file(
+    path: Path, where: str, missing: str = "image paths are relative to the data file"
+) -> None:
+    """Check that a file is an image that can be decoded to its end.
+
+    Args:
+        path: the file.
+        where: what the message begins with.
+        missing: what to do when there is no such file.
+
+    Raises:
+        ThinsightError: a file that is missing, truncated or no image.
+    """
+    try:
+        exists = path.is_file()
+    except OSError as error:
         raise ThinsightError(
-            f"{where}: image {str(path)!r} does not exist: image paths are relative to the data file"
-        )
+            f"{where}: image {str(path)[:80]!r} cannot be read ({error.strerror}): {missing}"
+        ) from None
+    if not exists:
+        raise ThinsightError(f"{where}: image {str(path)!r} does not exist: {missing}")
     try:
         with Image.open(path) as image:
             image.verify()

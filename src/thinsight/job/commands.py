@@ -7,6 +7,7 @@ nothing about terminals; the main job is pipeline.py's.
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,8 +16,8 @@ from .. import cost
 from ..errors import ThinsightError
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.encoding import encode_prompt
-from ..evaluation.evaluator import Evaluator
-from ..evaluation.examples import Example, load_examples, validate_examples
+from ..evaluation.evaluator import Evaluator, check_metric
+from ..evaluation.examples import Example, check_image_file, load_examples, validate_examples
 from ..evaluation.metrics import get_metric
 from ..report import words
 from ..report.data import DatasetInfo, Headline, Picture, ReportData
@@ -112,7 +113,7 @@ def evaluate(
     watcher = watcher or Watcher()
     if metric is not None:
         get_metric(metric)
-    examples, opened, found = _open(options, watcher)
+    examples, opened, found = _open(options, watcher, metric)
     evaluator = Evaluator(
         opened.model,
         opened.processor,
@@ -160,6 +161,7 @@ def analyze(options: JobOptions, *, watcher: Watcher | None = None) -> ReportDat
         ThinsightError: bad input.
     """
     watcher = watcher or Watcher()
+    options.model.check()
     examples = _examples(options, watcher)
     opened = _opened(options, watcher)
     watcher.on_stage("Measuring rank consistency")
@@ -224,15 +226,13 @@ def show(
         raise ThinsightError(f"max_new_tokens is {max_new_tokens}: it must be a whole number of at least 1")
     if image is not None and question is None:
         raise ThinsightError(f"image {image!r} comes without a question: thinsight show IMAGE QUESTION")
-    found = find_reduction(options.reduction, options.model.model)
-    options.model.check()
+    fitted = _fitted(options)
     example = (
         varied(load_examples(options.data_name, options.limit), 1)[0]
         if image is None
         else _asked(image, question)
     )
     opened = _opened(options, watcher)
-    fitted = fit_reduction(found, opened)
     watcher.on_stage("Looking at kept tokens")
     picture = picture_of(
         opened.model, opened.processor, example, fitted.reduction, max_new_tokens=max_new_tokens
@@ -241,23 +241,32 @@ def show(
 
 
 def _asked(image: str, question: str | None) -> Example:
-    example = Example(id="question", images=(Path(image).expanduser(),), question=question or "")
+    path = Path(os.path.expanduser(image))
+    check_image_file(path, "show", "give the path of an image file")
+    example = Example(id="question", images=(path,), question=question or "")
     validate_examples([example], "the command")
     return example
 
 
-def _open(options: JobOptions, watcher: Watcher) -> tuple[list[Example], Opened, Sourced]:
+def _open(
+    options: JobOptions, watcher: Watcher, metric: str | None = None
+) -> tuple[list[Example], Opened, Sourced]:
     """Everything a job runs on, checked cheapest first."""
-    found = find_reduction(options.reduction, options.model.model)
+    fitted = _fitted(options)
     examples = _examples(options, watcher)
+    check_metric(examples, metric)
     opened = _opened(options, watcher)
-    fitted = fit_reduction(found, opened)
     watcher.on_note(f"Reduction: {fitted.where}, ranker {ranker_words(fitted.reduction.ranker)}")
     return examples, opened, fitted
 
 
+def _fitted(options: JobOptions) -> Sourced:
+    """The reduction to run, checked against the model's config: no weights are loaded."""
+    found = find_reduction(options.reduction, options.model.model)
+    return fit_reduction(found, options.model.model, options.model.check())
+
+
 def _examples(options: JobOptions, watcher: Watcher) -> list[Example]:
-    options.model.check()
     watcher.on_stage("Reading the data")
     return load_examples(options.data_name, options.limit)
 

@@ -19,11 +19,11 @@ import numpy as np
 from .. import baselines, cost
 from ..errors import ThinsightError
 from ..evaluation.consistency import rank_consistency
-from ..evaluation.evaluator import Evaluator
+from ..evaluation.evaluator import Evaluator, check_metric
 from ..evaluation.examples import Example
 from ..evaluation.metrics import get_metric
 from ..evaluation.result import Evaluation
-from ..ranking import get_ranker
+from ..ranking import TEXT_ATTENTION, Ranker, get_ranker
 from ..reduction import Reduction
 from ..report import save_report_data, write_report
 from ..report.data import (
@@ -60,6 +60,7 @@ from .session import (
     Opened,
     Sets,
     environment,
+    layers_of,
     load_sets,
     open_model,
     timing_inputs,
@@ -122,11 +123,10 @@ class SearchOptions:
                 raise ThinsightError(
                     f"{name} is {getattr(self, name)}: it must be a whole number of at least {low}"
                 )
-        get_ranker(self.ranker)
         get_solver(self.solver, step=self.step, trade_off=self.trade_off, n_trials=self.n_trials)
         if self.metric is not None:
             get_metric(self.metric)
-        self.model.check()
+        _check_first_layer(self.first_layer, get_ranker(self.ranker), layers_of(self.model.check()))
 
 
 @dataclass(frozen=True)
@@ -189,10 +189,11 @@ def search_and_report(options: SearchOptions, watcher: Watcher | None = None) ->
     sets = load_sets(options.data, options.test_data, options.limit)
     if sets.note:
         watcher.on_note(sets.note)
+    check_metric([*sets.calibration, *sets.test], options.metric)
     watcher.on_stage("Loading the model")
     opened = open_model(options.model)
     calibration = _evaluator(opened, sets.calibration, options, watcher)
-    _check_first_layer(options.first_layer, opened, calibration)
+    _check_runs(options.first_layer, opened, calibration)
     test = _evaluator(opened, sets.test, options, watcher)
     folder.bind(_settings(options, opened, sets, calibration, test))
     return _Run(options, watcher, folder, sets, opened, calibration, test).run()
@@ -431,14 +432,23 @@ def _evaluator(
     )
 
 
-def _check_first_layer(first_layer: int, opened: Opened, evaluator: Evaluator) -> None:
-    """Refuse now what the model or the ranker cannot do at the first layer that may be reduced."""
-    layers = int(opened.info.num_layers or 0)
+def _check_runs(first_layer: int, opened: Opened, evaluator: Evaluator) -> None:
+    """Refuse now what the loaded model or the ranker cannot do at the first layer that may be reduced."""
+    schedule = Schedule.step(int(opened.info.num_layers or 0), first_layer, 0.5)
+    apply(opened.model, evaluator.reduction(schedule)).remove()
+
+
+def _check_first_layer(first_layer: int, ranker: Ranker, layers: int) -> None:
+    """Refuse, before weights are loaded, a first layer that is not there or that the ranker cannot rank."""
     if first_layer >= layers:
         raise ThinsightError(
             f"first_layer is {first_layer} but the model has layers 0 to {layers - 1}: choose one of them"
         )
-    apply(opened.model, evaluator.reduction(Schedule.step(layers, first_layer, 0.5))).remove()
+    if first_layer == 0 and TEXT_ATTENTION in ranker.needs:
+        raise ThinsightError(
+            f"first_layer is 0, but ranker {ranker.name!r} reads the layer before, which layer 0 has not: "
+            "choose 1 or more, or rank by vision-attention, random or uniform"
+        )
 
 
 def _settings(

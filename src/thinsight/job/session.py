@@ -20,10 +20,11 @@ from ..baselines import fastv
 from ..errors import ThinsightError
 from ..evaluation.encoding import prompt_text
 from ..evaluation.examples import Example, load_examples, open_image
-from ..loading import DEMO, check_options, load_model, locate_model
+from ..loading import DEMO, check_options, load_config, load_model
+from ..ranking import get_ranker
 from ..reduction import CONFIG_NAME, Reduction
 from ..report.data import ModelInfo
-from ..runtime import num_layers
+from ..runtime import check_rankable, num_layers
 from ..version import __version__
 from .splits import check_disjoint, split_by_image
 
@@ -38,6 +39,7 @@ __all__ = [
     "environment",
     "find_reduction",
     "fit_reduction",
+    "layers_of",
     "load_sets",
     "open_model",
     "timing_inputs",
@@ -59,13 +61,13 @@ class ModelOptions:
     attn: str = "sdpa"
     trust_remote_code: bool = False
 
-    def check(self) -> None:
-        """Check what can be checked without loading weights.
+    def check(self) -> Any:
+        """Check what can be checked without loading weights; returns the model's config.
 
         Raises ThinsightError.
         """
         check_options(self.dtype, self.device, self.attn)
-        locate_model(self.model)
+        return load_config(self.model, self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -158,28 +160,38 @@ def find_reduction(source: str | None, model: str, default: Path = DEFAULT_OUT) 
     return None
 
 
-def fit_reduction(found: Sourced | None, opened: Opened) -> Sourced:
-    """The found reduction, checked against the model; without one FastV's published 50 % step.
+def layers_of(config: Any) -> int:
+    """How many decoder layers a model of this config has."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def fit_reduction(found: Sourced | None, model: str, config: Any) -> Sourced:
+    """The found reduction, checked against the model's config; without one FastV's published 50 % step.
 
     So a command has something to run on a model that nobody has searched yet, and says so.
 
     Raises:
-        ThinsightError: a reduction for another number of layers or another model family.
+        ThinsightError: a reduction for another number of layers or another model family, or whose ranker is
+            unknown or cannot rank where tokens are dropped.
     """
-    layers, model_type = int(opened.info.num_layers or 0), opened.info.model_type
+    layers, model_type = layers_of(config), config.model_type
     if found is None:
         return Sourced(fastv(layers), "FastV at 50 % (no --reduction given, none in the default folder)")
     has = found.reduction.schedule.num_layers
     if has != layers:
         raise ThinsightError(
-            f"the reduction {found.where} has {has} layers but model {opened.info.name!r} has {layers}: "
+            f"the reduction {found.where} has {has} layers but model {model!r} has {layers}: "
             "give the model that it was searched for"
         )
     if found.reduction.model_type not in (None, model_type):
         raise ThinsightError(
             f"the reduction {found.where} is for model type {found.reduction.model_type!r}, "
-            f"model {opened.info.name!r} is {model_type!r}: give the model that it was searched for"
+            f"model {model!r} is {model_type!r}: give the model that it was searched for"
         )
+    try:
+        check_rankable(found.reduction.schedule, get_ranker(found.reduction.ranker))
+    except ThinsightError as error:
+        raise ThinsightError(f"the reduction {found.where}: {error}") from None
     return found
 
 

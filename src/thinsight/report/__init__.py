@@ -20,7 +20,7 @@ from .data import (
     TrialRow,
 )
 from .html import render, write_report
-from .pictures import contact_strip, draw_kept, save_contact_strip
+from .pictures import check_picture_name, contact_strip, draw_kept, save_contact_strip
 from .store import load_report_data, save_report_data
 from .terminal import print_report
 
@@ -37,6 +37,7 @@ __all__ = [
     "TaskRow",
     "TimingRow",
     "TrialRow",
+    "check_picture_name",
     "contact_strip",
     "draw_kept",
     "load_report_data",

@@ -160,8 +160,20 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     return lines
 
 
+def check_picture_name(path: str | Path) -> None:
+    """Refuse now a file name whose ending is no image format that can be written.
+
+    Raises:
+        ThinsightError: as said.
+    """
+    ending = Path(path).suffix.lower()
+    Image.init()
+    if Image.registered_extensions().get(ending) not in Image.SAVE:
+        raise ThinsightError(f"out {path} does not end like a picture: name a .png file")
+
+
 def save_contact_strip(path: str | Path, picture: Picture, **settings: int) -> Path:
-    """Writes the contact strip as an image file, PNG unless the name says otherwise; returns its path.
+    """Writes the contact strip as an image file of the format that its name says; returns its path.
 
     Raises:
         ThinsightError: the file cannot be written, or its ending is no image format.

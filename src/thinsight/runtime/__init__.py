@@ -7,7 +7,7 @@ cache and masks right between them, `scoring.py` reads attention, `encoding.py` 
 
 from __future__ import annotations
 
-from .apply import Handle, apply
+from .apply import Handle, apply, check_rankable
 from .encoding import EncodedImages, encode_images
 from .families import decoder_layers, num_layers, vision_token_mask
 from .observe import LayerScores, layer_scores
@@ -17,6 +17,7 @@ __all__ = [
     "Handle",
     "LayerScores",
     "apply",
+    "check_rankable",
     "decoder_layers",
     "encode_images",
     "layer_scores",

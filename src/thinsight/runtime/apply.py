@@ -23,7 +23,14 @@ from ..schedule import Schedule
 from .cache import Kept, append, expect, kept_before, thin
 from .call import Call, encode_pixels, named_arguments, read_call
 from .encoding import VisionTap
-from .families import attention_implementation, attention_of, base_model, check_supported, decoder_layers
+from .families import (
+    attention_implementation,
+    attention_of,
+    base_model,
+    check_recomputation,
+    check_supported,
+    decoder_layers,
+)
 from .layout import Columns, query_columns, shrink
 from .masks import causal, gather_tokens, reduce_mask, scatter_tokens
 from .scoring import Probe, TextRows
@@ -31,7 +38,7 @@ from .scoring import Probe, TextRows
 if TYPE_CHECKING:
     from ..reduction import Reduction
 
-__all__ = ["Handle", "apply"]
+__all__ = ["Handle", "apply", "check_rankable"]
 
 PER = ("image", "prompt")
 _applied: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # base models with a reduction on
@@ -72,18 +79,27 @@ def apply(model: Any, reduction: Reduction | Schedule, *, ranker: Any = None, pe
         )
     if per not in PER:
         raise ThinsightError(f"per is {per!r}; choose one of {', '.join(PER)}")
-    if TEXT_ATTENTION in chosen.needs and schedule.keep_rates[0] < 1:
-        raise ThinsightError(
-            f"keep_rates[0] is {schedule.keep_rates[0]}, but ranker {chosen.name!r} needs attention of the "
-            "layer before and layer 0 has none; keep all at layer 0, or rank by vision-attention, random "
-            "or uniform"
-        )
+    check_rankable(schedule, chosen)
     with _applied_lock:
         if base_model(model) in _applied:
             raise ThinsightError("this model has a reduction on already; remove() that one first")
         handle = Handle(model, schedule, chosen, per)
         _applied.add(base_model(model))
     return handle
+
+
+def check_rankable(schedule: Schedule, ranker: Ranker) -> None:
+    """Refuse a schedule that drops tokens where the ranker has nothing to rank them by; needs no model.
+
+    Raises:
+        ThinsightError: tokens dropped at layer 0 by a ranker that reads the layer before.
+    """
+    if TEXT_ATTENTION in ranker.needs and schedule.keep_rates[0] < 1:
+        raise ThinsightError(
+            f"keep_rates[0] is {schedule.keep_rates[0]}, but ranker {ranker.name!r} needs attention of the "
+            "layer before and layer 0 has none; keep all at layer 0, or rank by vision-attention, random "
+            "or uniform"
+        )
 
 
 def _schedule_and_ranker(model: Any, reduction: Any, ranker: Any) -> tuple[Schedule, Ranker]:
@@ -238,6 +254,8 @@ class Handle:
         prompt = getattr(self._local, "prompt", None)
         call = read_call(self.model, arguments, prompt, attention_implementation(self.model))
         run = _Run(call)
+        if call.layout is not None:
+            check_recomputation(self.model)
         if call.layout is not None and self._probes:
             assert call.prompt is not None
             run.queries = query_columns(call.layout, call.prompt, self.ranker.queries)

@@ -35,6 +35,8 @@ class ThinnedLayer(DynamicLayer):
     owns the record.
     """
 
+    keys: Tensor
+    values: Tensor
     schedule: Schedule
     dropped: int  # logical columns that have no physical one
     kept: Kept | None  # on the first layer of a stage
@@ -55,18 +57,24 @@ class ThinnedLayer(DynamicLayer):
         length = super().get_seq_length()
         return length + self.dropped if length else 0
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens: int) -> None:
+        """Remove the last `-tokens`; a positive number is the length to leave (early transformers)."""
+        removed = -tokens if tokens <= 0 else self.get_seq_length() - tokens
+        if removed <= 0 or not self.is_initialized:
+            return
         tail = self.get_seq_length() - (self.kept.covered if self.kept is not None else 0)
-        if self.kept is not None and abs(tokens_to_remove) > tail:
+        if self.kept is not None and removed > tail:
             raise ThinsightError(
-                f"cannot crop {abs(tokens_to_remove)} tokens: only {tail} came after the reduced prompt; "
+                f"cannot crop {removed} tokens: only {tail} came after the reduced prompt; "
                 "decode without an assistant and without prompt lookup under a reduction"
             )
-        super().crop(tokens_to_remove)
+        self.keys = self.keys[..., :-removed, :]
+        self.values = self.values[..., :-removed, :]
 
     def reset(self) -> None:
         super().reset()
-        self.dropped, self.kept, self.expected = 0, None, False
+        if not self.is_initialized:  # early transformers zero the tokens but do not remove them
+            self.dropped, self.kept, self.expected = 0, None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..errors import ThinsightError
 from ..ranking import VISION_ATTENTION, get_ranker
+from .backport import accept_outputs
 from .families import base_model, vision_source
 from .scoring import Probe, VisionReceived
 
@@ -124,6 +125,7 @@ def image_outputs(model: PreTrainedModel, call: Mapping[str, Any]) -> Any:
     Returns:
         The tower's output; `pooler_output` is a list of (tokens, hidden), one per image.
     """
+    accept_outputs(model)  # what is made here is for this model
     encoder = base_model(model).get_image_features
     wanted = [name for name in inspect.signature(encoder).parameters if name != "kwargs"]
     given = {name: call[name] for name in wanted if call.get(name) is not None}

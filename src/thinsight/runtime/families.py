@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import ThinsightError
 
@@ -22,6 +23,7 @@ __all__ = [
     "attention_implementation",
     "attention_of",
     "base_model",
+    "check_recomputation",
     "check_supported",
     "decoder_layers",
     "num_layers",
@@ -137,3 +139,18 @@ def check_supported(model: Any) -> None:
 def model_device(model: PreTrainedModel) -> torch.device:
     """The device that holds the decoder's first weights."""
     return next(decoder(model).parameters()).device
+
+
+def check_recomputation(model: PreTrainedModel) -> None:
+    """Refuse gradient checkpointing where the backward pass would run the hooks a second time.
+
+    Raises:
+        ThinsightError: transformers before 5.23, which checkpoints a layer together with its hooks.
+    """
+    last = decoder_layers(model)[-1]
+    recomputes = last.training and getattr(last, "gradient_checkpointing", False)
+    if recomputes and "__call__" in vars(GradientCheckpointingLayer):
+        raise ThinsightError(
+            "gradient checkpointing under a reduction needs transformers 5.23 or later; upgrade it, or call "
+            "model.gradient_checkpointing_disable()"
+        )
