@@ -6,7 +6,7 @@ OUT ?= out/demo
 .PHONY: demo test lint bench train data clean
 
 demo: .venv/ready
-	$(BIN)/thinsight search --out $(OUT) --resume
+	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
 	@echo "The report: $(OUT)/report.html"
 
 test: .venv/ready
@@ -20,7 +20,7 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.prefill
 
-# Trains the embedded demo model from scratch (about 70 minutes on two cores) and tests what came out.
+# Trains the embedded demo model from scratch (one to two hours on two cores) and tests what came out.
 train: .venv/ready
 	$(BIN)/python -m training.train --out runs/demo
 	$(BIN)/python -m training.check --run runs/demo

@@ -25,6 +25,7 @@ from training.make_data import DEMO
 from training.model import build_model, build_processor
 
 MEAN_ACCURACY, TASK_ACCURACY, BLIND_ACCURACY = 0.90, 0.75, 0.30
+BLIND_BATCH = 64
 PROBE_RATE, PROBE_LAYER = 0.25, 2  # the step under which rankers are compared
 
 
@@ -104,16 +105,17 @@ def find(folder: Path) -> Findings:
 def blind_accuracy(model: LlavaForConditionalGeneration, processor: Any, examples: list[ts.Example]) -> float:
     """Exact match when the prompt holds the question alone."""
     right = 0
-    for example in examples:
-        message = {"role": "user", "content": [{"type": "text", "text": example.question}]}
-        text = processor.apply_chat_template([message], add_generation_prompt=True)
-        inputs = processor.tokenizer(text, return_tensors="pt")
+    for start in range(0, len(examples), BLIND_BATCH):
+        batch = examples[start : start + BLIND_BATCH]
+        messages = [[{"role": "user", "content": [{"type": "text", "text": e.question}]}] for e in batch]
+        texts = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor.tokenizer(texts, return_tensors="pt", padding=True)
         inputs.pop("token_type_ids", None)
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        answer = processor.tokenizer.decode(
-            output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        answers = processor.tokenizer.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
-        right += answer.strip() == example.answers[0]
+        right += sum(answer.strip() == e.answers[0] for answer, e in zip(answers, batch, strict=True))
     return right / len(examples)
 
 

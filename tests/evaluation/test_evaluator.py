@@ -142,9 +142,9 @@ def test_the_schedules_above_tell_answers_apart(labeled):
 def test_repetition_penalty_is_that_of_generate(labeled):
     model = make_model()
     model.generation_config.repetition_penalty = 1.7
-    plain = reference(make_model(), labeled, Schedule.full(LAYERS), 4)
+    plain = reference(make_model(), labeled, Schedule.full(LAYERS), 1)
     for schedule in (Schedule.full(LAYERS), SCHEDULES["stairs"]):
-        expected = reference(model, labeled, schedule, 4)
+        expected = reference(model, labeled, schedule, 1)  # alone: some versions penalize padding too
         assert expected != plain
         evaluator = Evaluator(model, tiny_processor(), labeled, batch_size=3, max_new_tokens=NEW_TOKENS)
         assert evaluator.predictions(schedule) == [text for _, text in expected]
@@ -427,7 +427,7 @@ def test_a_prompt_without_image_token_is_refused():
     processor.chat_template = (
         "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
     )
-    with pytest.raises(ThinsightError, match="prompt of example 'e0' does not fit its 1 images"):
+    with pytest.raises(ThinsightError, match=r"prompt of example 'e0' (does not fit|has no image token)"):
         Evaluator(make_model(), processor, make_examples(1))
 
 

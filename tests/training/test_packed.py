@@ -28,7 +28,7 @@ from training.questions import FIRST_WEIGHTS
 
 @pytest.fixture(scope="module")
 def packed() -> Packed:
-    return Packed(build_model(0, layers=2).eval(), AuxiliaryHead(192, 192), compiled=False)
+    return Packed(build_model(0, layers=4).eval(), AuxiliaryHead(192, 192), compiled=False)
 
 
 @pytest.fixture(scope="module")
