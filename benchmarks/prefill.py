@@ -78,7 +78,8 @@ def prompt(shape: Shape, batch: int) -> dict[str, torch.Tensor]:
 def run(shape: Shape, batch: int, runs: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """One row: measured ratio, FLOPs ratio and their quotient."""
     model = build(shape, dtype, device)
-    schedule = PAPER_GSEARCH.resample(shape.layers)
+    # Layer 0 keeps all at any depth: text attention cannot rank before it.
+    schedule = Schedule([1.0, *PAPER_GSEARCH.resample(shape.layers).keep_rates[1:]])
     measured = measure(model, prompt(shape, batch), Reduction(schedule), runs=runs, new_tokens=8)
     config, n = model.config, shape.vision_tokens
     full, reduced = (flops(config, n_vision=n, n_text=TEXT_TOKENS, schedule=s) for s in (None, schedule))
