@@ -152,15 +152,16 @@ are float16.
 `make train`: {step} steps of {recipe["batch"]} images on two CPU cores, seed {recipe["seed"]}; the recipe is
 `training/train.py`, the scenes `training/scenes.py`, the questions `training/questions.py`.
 The shipped weights were made in several sittings while the recipe took shape: the losses joined at the steps
-that it names, its learning-rate decay was stretched twice, and handwritten numbers had up to three digits
-until step 2,100. `make train` therefore gives a model like this one, not the same weights.
+that it names, its learning-rate decay was stretched twice and shortened once, and handwritten numbers had up
+to three digits until step 2,100. The final recipe has not been run from scratch in one go: `make train` is
+meant to give a model like this one, not the same weights.
 
 **Attention was grounded in training.** Beside the answers, an auxiliary loss names what each patch shows, and
 others pull attention over the vision tokens, in every decoder layer but the first: the question's as a whole
-towards the patches that it is about, and that of a word that names something towards what it names. Without
-them a model this small uses arbitrary vision tokens as scratch paper, and ranking by attention is no better
-than random. Large pretrained models show the paper's finding by themselves: run
-`thinsight analyze --model ...` on yours and do not infer it from this one.
+towards the patches that it is about, and that of a word that names something towards what it names. Linear
+probes on hidden states add what a word refers to, what it is compared with, and what is asked for. So that
+attention ranks well here was built in, not found: run `thinsight analyze --model ...` to learn whether it
+does on your model, and do not infer it from this one.
 
 ## Accuracy on the frozen test set
 {findings.questions} questions, exact match, percent.

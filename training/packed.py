@@ -2,7 +2,7 @@
 
 The questions of an image are packed behind it, each sees the image and itself only and restarts its
 positions, so one pass over the vision tokens pays for all of them. Computes the same function as the stock
-model (`tests/test_training.py` holds it to that), and the three losses. Knows nothing about optimisers.
+model (`tests/test_training.py` holds it to that), and the losses. Knows nothing about optimisers.
 """
 
 from __future__ import annotations
