@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: demo test lint bench train data clean
+.PHONY: demo test conformance lint bench train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
@@ -11,6 +11,12 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+# Every family of models x every behaviour; prints the table of cells.
+conformance: .venv/ready
+	@mkdir -p out
+	$(BIN)/python -m pytest tests/conformance -m "" --junitxml=out/conformance.xml
+	PYTHONPATH=src:tests $(BIN)/python -m conformance.table out/conformance.xml
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -24,6 +30,11 @@ bench: .venv/ready
 train: .venv/ready
 	$(BIN)/python -m training.train --out runs/demo
 	$(BIN)/python -m training.check --run runs/demo
+
+# The same for the embedded InternVL, whose decoder starts from the embedded LLaVA's.
+train-internvl: .venv/ready
+	$(BIN)/python -m training.train --model internvl --out runs/demo-internvl
+	$(BIN)/python -m training.check --run runs/demo-internvl
 
 # Draws the frozen calibration and test sets anew; the same seed gives the same files.
 data: .venv/ready

@@ -135,7 +135,7 @@ def test_every_command_runs_without_arguments(
         for line in lines:
             line["image"] = str(small.folder / line["image"])
         (demo / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(loading, "_DEMO_FOLDER", Path(small.model))
+    monkeypatch.setitem(loading.DEMOS, "demo", Path(small.model))
     monkeypatch.setattr(example_files, "_DEMO_FOLDER", demo)
     for command in ("search", "evaluate", "bench", "analyze", "show", "report"):
         result = run(command)
@@ -203,7 +203,7 @@ def test_unknown_commands_and_options_are_one_line() -> None:
 def test_bad_input(
     arguments: tuple[str, ...], words: str, small: SmallRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "_DEMO_FOLDER", Path(small.model))
+    monkeypatch.setitem(loading.DEMOS, "demo", Path(small.model))
     monkeypatch.setattr(loading, "AutoModelForImageTextToText", None)  # found before any weight is loaded
     assert words.lower() in error_of(*arguments).lower()
 

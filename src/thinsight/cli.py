@@ -84,7 +84,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Search the fewest vision tokens a multimodal LLM needs, layer by layer, and run the model with "
-    "just those. Every command runs without arguments, on the embedded demo model and data.",
+    "just those. Every command but convert runs without arguments, on the embedded demo model and data.",
 )
 
 
@@ -352,6 +352,20 @@ def report(
     path = write_report(folder / "report.html", data)
     print_report(data, Console())
     _print(f"Report: {path}")
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="An original InternVL 2, 2.5 or 3 checkpoint: a local folder, or a hub id.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+) -> None:
+    """Convert an original InternVL checkpoint for stock transformers, running none of its code."""
+    from .convert import convert as convert_checkpoint
+
+    folder = _watched(lambda watcher: convert_checkpoint(source, out, watcher=watcher))
+    _print(f"Model: {folder}", f"Use it with: thinsight search --model {shlex.quote(str(folder))}")
 
 
 # -- helpers ---------------------------------------------------------------------------------------------

@@ -1,0 +1,282 @@
+"""An original InternVL config.json as an `InternVLConfig`.
+
+Whatever cannot be said exactly in the stock config is refused. Defaults are those of the original config
+classes, since a saved config may leave them out. Knows nothing about weights, tokenizers or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import InternVLConfig, LlamaConfig, Phi3Config, Qwen2Config
+
+from ..errors import ThinsightError
+
+__all__ = ["architecture_of", "check_original", "convert_config", "image_size_of", "vision_depths"]
+
+_SHARED_TEXT = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+_INTERNLM2_DEFAULTS = {
+    "vocab_size": 103168,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "bias": True,
+}
+_VISION_DEFAULTS = {
+    "num_channels": 3,
+    "patch_size": 14,
+    "image_size": 224,
+    "qkv_bias": False,
+    "hidden_size": 3200,
+    "num_attention_heads": 25,
+    "intermediate_size": 12800,
+    "qk_normalization": True,
+    "num_hidden_layers": 48,
+    "hidden_act": "gelu",
+    "norm_type": "rms_norm",
+    "layer_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "initializer_factor": 0.1,
+}
+_QK_NORM_EPS = 1e-6  # fixed in InternVLVisionAttention
+_ROPE_TYPES = {
+    "InternLM2ForCausalLM": ("linear", "dynamic"),
+    "Phi3ForCausalLM": ("su", "longrope"),  # the first is the second's name in the original code
+}
+
+
+def check_original(config: Mapping[str, Any], name: str) -> None:
+    """Refuse what is not an original InternVL checkpoint, or is one that stock transformers cannot run.
+
+    Args:
+        config: config.json.
+        name: the checkpoint's, for the message.
+
+    Raises:
+        ThinsightError: with the reason.
+    """
+    kind = config.get("model_type")
+    if kind == "internvl":
+        raise ThinsightError(f"model {name!r} is converted already (model_type 'internvl'): use it as it is")
+    if kind != "internvl_chat":
+        raise ThinsightError(
+            f"model {name!r} has model_type {kind!r}: convert takes original InternVL checkpoints, whose "
+            "model_type is 'internvl_chat'"
+        )
+    for part in ("vision_config", "llm_config"):
+        if not isinstance(config.get(part), dict):
+            raise ThinsightError(f"model {name!r} has no {part} in config.json: download the checkpoint anew")
+        if config[part].get("quantization_config") is not None:
+            raise ThinsightError(f"model {name!r} is quantized: convert the original checkpoint instead")
+    for lora in ("use_backbone_lora", "use_llm_lora"):
+        if config.get(lora):
+            raise ThinsightError(
+                f"model {name!r} has {lora} {config[lora]!r}: merge its LoRA weights before converting it"
+            )
+    if config.get("ps_version", "v1") != "v2":
+        raise ThinsightError(
+            f"model {name!r} has ps_version {config.get('ps_version', 'v1')!r}: InternVL 2 and later have "
+            "'v2', and transformers knows no other pixel shuffle"
+        )
+    if config.get("pad2square"):
+        raise ThinsightError(f"model {name!r} has pad2square, which stock image processors do not do")
+    if _tiles(config) > 1 and not config.get("use_thumbnail", False):
+        raise ThinsightError(
+            f"model {name!r} has use_thumbnail false with {_tiles(config)} tiles: the stock image processor "
+            "always adds the thumbnail; set dynamic_image_size to false in a copy of its config.json"
+        )
+    architecture_of(config)
+
+
+def _tiles(config: Mapping[str, Any]) -> int:
+    return int(config.get("max_dynamic_patch", 6)) if config.get("dynamic_image_size", False) else 1
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """The original text model's class name.
+
+    Raises:
+        ThinsightError: one that is not supported.
+    """
+    architectures = config["llm_config"].get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if name not in _TEXT_CONFIGS:
+        raise ThinsightError(
+            f"llm_config.architectures is {architectures!r} in config.json; supported: "
+            f"{', '.join(_TEXT_CONFIGS)}"
+        )
+    return str(name)
+
+
+def image_size_of(config: Mapping[str, Any]) -> int:
+    """Height and width in pixels of the tiles that the vision tower reads."""
+    own = config["vision_config"].get("image_size", _VISION_DEFAULTS["image_size"])
+    return int(config.get("force_image_size") or own)
+
+
+def vision_depths(config: Mapping[str, Any]) -> tuple[int, int]:
+    """How many vision layers are needed for ``select_layer``, and how many there are.
+
+    Hidden state i is the output of i layers, and nothing follows the last layer, so the layers behind the
+    selected state can go.
+
+    Raises:
+        ThinsightError: ``select_layer`` is not a hidden state of the tower, or is its input.
+    """
+    stored = int(config["vision_config"].get("num_hidden_layers", _VISION_DEFAULTS["num_hidden_layers"]))
+    selected = config.get("select_layer", -1)
+    needed = selected if selected >= 0 else stored + 1 + selected
+    if not 1 <= needed <= stored:
+        raise ThinsightError(
+            f"select_layer is {selected} in config.json, but the vision tower has {stored} layers"
+        )
+    return needed, stored
+
+
+def convert_config(
+    config: Mapping[str, Any], *, tied: bool, image_token_id: int, dtype: str
+) -> InternVLConfig:
+    """The stock config.
+
+    Args:
+        config: config.json of a checkpoint that `check_original` let through.
+        tied: the checkpoint stores no output embeddings, because they are the input embeddings.
+        image_token_id: id of the token that stands for one vision token.
+        dtype: "bfloat16", "float16" or "float32", as the weights are stored.
+
+    Raises:
+        ThinsightError: a field that is missing, of the wrong kind, or without a counterpart.
+    """
+    image_size, patch_size = image_size_of(config), _vision_field(config, "patch_size")
+    ratio = config.get("downsample_ratio", 0.5)
+    try:
+        text = _TEXT_CONFIGS[architecture_of(config)](config["llm_config"])
+        text.tie_word_embeddings = tied
+        return InternVLConfig(
+            vision_config=_convert_vision(config),
+            text_config=text,
+            image_token_id=image_token_id,
+            image_seq_length=int((image_size // patch_size) ** 2 * ratio**2),
+            downsample_ratio=ratio,
+            projector_hidden_act="gelu",
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="default",
+            tie_word_embeddings=tied,
+            architectures=["InternVLForConditionalGeneration"],
+            dtype=dtype,
+        )
+    except ThinsightError:
+        raise
+    except Exception as error:  # transformers' own validation has several kinds
+        reason = " ".join(str(error).split())[:200]
+        raise ThinsightError(
+            f"config.json does not make a valid InternVLConfig ({reason}): download the checkpoint anew"
+        ) from error
+
+
+# -- parts -----------------------------------------------------------------------------------------------
+
+
+def _vision_field(config: Mapping[str, Any], name: str) -> Any:
+    return config["vision_config"].get(name, _VISION_DEFAULTS[name])
+
+
+def _convert_vision(config: Mapping[str, Any]) -> dict[str, Any]:
+    vision = {name: _vision_field(config, name) for name in _VISION_DEFAULTS}
+    if vision["qk_normalization"] and vision["layer_norm_eps"] != _QK_NORM_EPS:
+        raise ThinsightError(
+            f"vision_config.layer_norm_eps is {vision['layer_norm_eps']} with qk_normalization: transformers "
+            f"fixes it to {_QK_NORM_EPS} there"
+        )
+    return {
+        "hidden_size": vision["hidden_size"],
+        "num_hidden_layers": vision_depths(config)[0],
+        "num_attention_heads": vision["num_attention_heads"],
+        "attention_bias": vision["qkv_bias"],
+        "use_qk_norm": vision["qk_normalization"],
+        "intermediate_size": vision["intermediate_size"],
+        "hidden_act": vision["hidden_act"],
+        "initializer_range": vision["initializer_range"],
+        "norm_type": vision["norm_type"],
+        "layer_norm_eps": vision["layer_norm_eps"],
+        "image_size": vision["image_size"],
+        "patch_size": vision["patch_size"],
+        "num_channels": vision["num_channels"],
+        "layer_scale_init_value": vision["initializer_factor"],
+    }
+
+
+def _pick(llm: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: llm[name] for name in (*_SHARED_TEXT, *names) if name in llm}
+
+
+def _check_rope(llm: Mapping[str, Any], architecture: str) -> None:
+    scaling = llm.get("rope_scaling")
+    if scaling is None:
+        return
+    kind = scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, dict) else scaling
+    if kind not in _ROPE_TYPES[architecture]:
+        raise ThinsightError(
+            f"llm_config.rope_scaling is of type {kind!r} in config.json; supported for {architecture}: "
+            f"{', '.join(_ROPE_TYPES[architecture])}"
+        )
+
+
+def _from_internlm2(llm: Mapping[str, Any]) -> LlamaConfig:
+    """InternLM2 computes what Llama computes; ``bias`` is on all four attention projections."""
+    _check_rope(llm, "InternLM2ForCausalLM")
+    fields = {**_INTERNLM2_DEFAULTS, **llm}
+    return LlamaConfig(**_pick(fields), attention_bias=fields["bias"])
+
+
+def _from_llama(llm: Mapping[str, Any]) -> LlamaConfig:
+    return LlamaConfig(**_pick(llm, "attention_bias", "mlp_bias", "head_dim"))
+
+
+def _from_qwen2(llm: Mapping[str, Any]) -> Qwen2Config:
+    return Qwen2Config(**_pick(llm, "use_sliding_window", "sliding_window", "max_window_layers"))
+
+
+def _from_phi3(llm: Mapping[str, Any]) -> Phi3Config:
+    """A window as long as the longest sequence never hides a key; without it the cache stays a plain one."""
+    _check_rope(llm, "Phi3ForCausalLM")
+    fields = _pick(llm, "original_max_position_embeddings", "sliding_window")
+    window, longest = fields.get("sliding_window"), fields.get("max_position_embeddings", 4096)
+    if window is not None and window >= longest:
+        fields["sliding_window"] = None
+    if fields.get("rope_scaling") is not None:
+        factors = {name: fields["rope_scaling"][name] for name in ("short_factor", "long_factor")}
+        fields["rope_scaling"] = {"rope_type": "longrope", **factors}
+    return Phi3Config(**fields)
+
+
+_TEXT_CONFIGS: dict[str, Any] = {
+    "InternLM2ForCausalLM": _from_internlm2,
+    "Qwen2ForCausalLM": _from_qwen2,
+    "Phi3ForCausalLM": _from_phi3,
+    "LlamaForCausalLM": _from_llama,
+}
