@@ -191,6 +191,8 @@ def test_unknown_commands_and_options_are_one_line() -> None:
         (("search", "--metric", "vibes"), "unknown metric 'vibes'"),
         (("evaluate", "--reduction", "./nowhere"), "there is no folder"),
         (("evaluate", "--metric", "vibes"), "unknown metric 'vibes'"),
+        (("evaluate", "--cache-gib", "nan"), "cache_gib is nan"),
+        (("search", "--cache-gib", "-1"), "cache_gib is -1.0"),
         (("bench", "--data", "nowhere.jsonl"), "'nowhere.jsonl' does not exist"),
         (("analyze", "--data", "nowhere.jsonl"), "'nowhere.jsonl' does not exist"),
         (("show", "picture.png"), "without a question"),
@@ -282,8 +284,8 @@ def test_ctrl_c_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- as a process --------------------------------------------------------------------------------------------
 
 
-def process(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+def process(*arguments: str, path: str = str(ROOT / "src")) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
@@ -304,3 +306,38 @@ def test_help_loads_nothing_heavy() -> None:
         "print([name for name in ('torch', 'transformers', 'numpy', 'optuna') if name in sys.modules])"
     )
     assert process("-c", code).stdout.strip().split("\n")[-1] == "[]"
+
+
+@pytest.mark.parametrize("module", ["typer", "torch"])
+def test_ctrl_c_during_an_import_is_quiet(module: str, tmp_path: Path) -> None:
+    """In place of the package stands one that is interrupted while it is imported."""
+    (tmp_path / f"{module}.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    for _ in range(10**6): pass\n"
+        "except KeyboardInterrupt:\n"
+        "    raise ImportError('no traceback is worse than this one') from None\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
+    result = process("-m", "thinsight", "search", path=path)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
+
+
+def test_ctrl_c_in_the_work_is_an_exception_again() -> None:
+    code = (
+        "import os, signal; from thinsight.interrupts import end_on_interrupt, raise_on_interrupt\n"
+        "end_on_interrupt(); raise_on_interrupt()\n"
+        "try: os.kill(os.getpid(), signal.SIGINT); [None for _ in range(10**6)]\n"
+        "except KeyboardInterrupt: print('raised')"
+    )
+    assert process("-c", code).stdout == "raised\n"
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    code = (
+        "import os, signal; from thinsight.interrupts import end_on_interrupt\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN); end_on_interrupt()\n"
+        "os.kill(os.getpid(), signal.SIGINT); print('went on')"
+    )
+    assert process("-c", code).stdout == "went on\n"

@@ -28,31 +28,42 @@ if TYPE_CHECKING:
     from .reduction import Reduction
     from .runtime import Handle, apply, encode_images
     from .schedule import Schedule
+    from .search.frontier import Frontier, frontier
     from .search.gsearch import gsearch
+    from .search.psigmoid import psigmoid
+    from .search.random_search import random_search
     from .search.result import SearchResult
     from .search.search import search
+    from .supported import SupportedModel, models
 
 _HOMES = {
     "Evaluation": "evaluation",
     "Evaluator": "evaluation",
     "Example": "evaluation",
+    "Frontier": "search",
     "Handle": "runtime",
     "RankConsistency": "evaluation",
     "Ranker": "ranking",
     "Reduction": "reduction",
     "Schedule": "schedule",
     "SearchResult": "search",
+    "SupportedModel": "supported",
     "ThinsightError": "errors",
     "apply": "runtime",
     "encode_images": "runtime",
+    "frontier": "search",
     "get_ranker": "ranking",
     "gsearch": "search",
     "list_rankers": "ranking",
     "load_demo": "loading",
     "load_examples": "evaluation",
     "load_model": "loading",
+    "models": "supported",
     "paired_bootstrap": "evaluation",
+    "psigmoid": "search",
+    "random_search": "search",
     "rank_consistency": "evaluation",
+    "sensitivity_search": "search",
 }
 _MODULES = ("cost", "search")  # `thinsight.search` is a package that can be called like a function
 
@@ -60,26 +71,33 @@ __all__ = [
     "Evaluation",
     "Evaluator",
     "Example",
+    "Frontier",
     "Handle",
     "RankConsistency",
     "Ranker",
     "Reduction",
     "Schedule",
     "SearchResult",
+    "SupportedModel",
     "ThinsightError",
     "__version__",
     "apply",
     "cost",
     "encode_images",
+    "frontier",
     "get_ranker",
     "gsearch",
     "list_rankers",
     "load_demo",
     "load_examples",
     "load_model",
+    "models",
     "paired_bootstrap",
+    "psigmoid",
+    "random_search",
     "rank_consistency",
     "search",
+    "sensitivity_search",
 ]
 
 

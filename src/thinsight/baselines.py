@@ -3,70 +3,54 @@
 Knows cost and schedules. Knows nothing about torch, models, data or searches: a baseline is a ``Reduction``
 like any other and is run, scored and saved like one.
 
-A comparison is only worth printing at equal cost. ``FlopsBudget`` says what may be spent, and each function
-takes ``budget=`` and then solves its one free parameter so that the decoder FLOPs come to the budget within
-one token per layer, never above it.
+A comparison is only worth printing at equal cost: each function takes a ``budget=`` (see budget.py) and then
+solves its one free parameter so that the cost comes to the budget within one token per layer, never above
+it. Where a paper's layers were chosen for 32 of them, the paper's numbers are the default, and
+``scale_layers=True`` brings them to the model's depth: layer K of 32 becomes ``max(1, round(K * L / 32))``.
 
 To add a method: write one function that returns a ``Reduction``; give it one parameter that raises its cost
-and, for ``budget=``, hand ``_most_within`` the function from that parameter to a schedule.
+and, for ``budget=``, hand ``budget.fit`` the function from that parameter to a schedule; enter it in
+``BASELINES``.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import cost
+from .budget import Budget, fill, fit, fit_rate
 from .errors import ThinsightError
 from .reduction import Reduction
 from .schedule import Schedule
 
+__all__ = [
+    "BASELINES",
+    "Baseline",
+    "cdpruner",
+    "dart",
+    "divprune",
+    "downsample",
+    "fastervlm",
+    "fastv",
+    "fitprune",
+    "get_baseline",
+    "pyramiddrop",
+    "random",
+    "sparsevlm",
+    "uniform",
+    "visionzip",
+    "vispruner",
+    "vtw",
+]
+
 RankerSpec = str | Mapping[str, Any]
 
-
-@dataclass(frozen=True)
-class FlopsBudget:
-    """Decoder prefill FLOPs that a schedule may cost on one stated prompt.
-
-    ``shape`` is the decoder, ``n_vision`` and ``n_text`` the prompt's tokens (medians over a data set, as a
-    rule), ``flops`` the limit. Build one with ``like`` or ``ratio``.
-    """
-
-    shape: cost.DecoderShape
-    n_vision: int
-    n_text: int
-    flops: float
-
-    @classmethod
-    def like(cls, config: Any, schedule: Schedule, *, n_vision: int, n_text: int) -> FlopsBudget:
-        """The budget that ``schedule`` itself spends."""
-        shape = cost.decoder_shape(config)
-        return cls(shape, n_vision, n_text, shape.prefill_flops(n_vision, n_text, schedule))
-
-    @classmethod
-    def ratio(cls, config: Any, ratio: float, *, n_vision: int, n_text: int) -> FlopsBudget:
-        """The full model's FLOPs divided by ``ratio`` (2.0 = half of them).
-
-        Raises ThinsightError when the ratio is below 1 or not finite.
-        """
-        if not math.isfinite(ratio) or ratio < 1:
-            raise ThinsightError(f"flops_ratio must be at least 1 (full / reduced), got {ratio}")
-        shape = cost.decoder_shape(config)
-        return cls(shape, n_vision, n_text, shape.prefill_flops(n_vision, n_text) / ratio)
-
-    @property
-    def num_layers(self) -> int:
-        return self.shape.num_layers
-
-    def spent(self, schedule: Schedule) -> float:
-        """Decoder FLOPs of ``schedule`` on this prompt."""
-        return self.shape.prefill_flops(self.n_vision, self.n_text, schedule)
-
-    def holds(self, schedule: Schedule) -> bool:
-        """Whether ``schedule`` stays within the budget (float rounding of one part in 10^12 allowed)."""
-        return self.spent(schedule) <= self.flops * (1 + 1e-12)
+_PAPER_DEPTH = 32  # layers of the decoders for which the papers chose theirs
+_SPARSEVLM = {2: 300 / 576, 6: 200 / 576, 15: 110 / 576}  # its setting of 192 tokens on average
 
 
 def fastv(
@@ -74,27 +58,29 @@ def fastv(
     *,
     rate: float = 0.5,
     layer: int = 2,
-    budget: FlopsBudget | None = None,
+    budget: Budget | None = None,
     ranker: RankerSpec | None = None,
+    scale_layers: bool = False,
 ) -> Reduction:
     """FastV (Chen et al., ECCV 2024, arXiv 2403.06764): one step to ``rate`` before layer K = ``layer``.
 
     Its constants: K = 2, 50 % kept, ranked by the attention of the last prompt token at the layer before,
-    averaged over heads. With ``budget`` the rate is solved and ``num_layers`` is the budget's. ``ranker``
-    replaces the published one, for a comparison of schedules alone.
+    averaged over heads. With ``budget`` the rate is solved and ``num_layers`` is the budget's. On a shallow
+    decoder the layers above K may cost more than the budget alone; it is then refused, unless
+    ``scale_layers`` takes K for one of 32 layers. ``ranker`` replaces the published one, for a comparison of
+    schedules alone.
     """
-    layers = _layers(num_layers, budget)
+    depth = _layers(num_layers, budget)
+    layer = _scaled(layer, depth) if scale_layers else layer
     if budget is not None:
-        rate = _most_kept(
-            budget, lambda r: Schedule.step(layers, layer, r), f"FastV (one step at layer {layer})"
-        )
+        rate = _step_rate(budget, layer, f"FastV (one step at layer {layer})")
     return Reduction(
-        Schedule.step(layers, layer, rate), ranker or {"name": "text-attention", "queries": "last"}
+        Schedule.step(depth, layer, rate), ranker or {"name": "text-attention", "queries": "last"}
     )
 
 
 def vtw(
-    num_layers: int | None = None, *, layer: int | None = None, budget: FlopsBudget | None = None
+    num_layers: int | None = None, *, layer: int | None = None, budget: Budget | None = None
 ) -> Reduction:
     """VTW, visual tokens withdrawal (Lin et al., AAAI 2025, arXiv 2405.05803): every vision token leaves at
     one layer.
@@ -111,7 +97,7 @@ def vtw(
     def withdraw(depth: float) -> Schedule:
         return Schedule([min(1.0, max(0.0, depth - i)) for i in range(layers)])
 
-    return Reduction(_most_within(budget, withdraw, 0.0, float(layers), "VTW"), "uniform")
+    return Reduction(fit(budget, withdraw, 0.0, float(layers), "VTW"), "uniform")
 
 
 def pyramiddrop(
@@ -119,7 +105,7 @@ def pyramiddrop(
     *,
     ratio: float = 0.5,
     layers: Sequence[int] | None = None,
-    budget: FlopsBudget | None = None,
+    budget: Budget | None = None,
     ranker: RankerSpec | None = None,
 ) -> Reduction:
     """PyramidDrop (Xing et al., CVPR 2025, arXiv 2410.17247): a staircase, each stage keeps ``ratio`` of the
@@ -138,22 +124,215 @@ def pyramiddrop(
     schedule = (
         staircase(ratio)
         if budget is None
-        else _most_within(budget, staircase, 0.0, 1.0, f"PyramidDrop (steps at {steps})")
+        else fit(budget, staircase, 0.0, 1.0, f"PyramidDrop (steps at {steps})")
     )
     return Reduction(schedule, ranker or {"name": "text-attention", "queries": "last"})
 
 
-def random(schedule: Schedule, *, seed: int = 0) -> Reduction:
-    """Random dropping under the same schedule, hence at the same cost: the floor any ranker has to beat."""
-    return Reduction(schedule, {"name": "random", "seed": seed})
+def sparsevlm(
+    num_layers: int | None = None, *, budget: Budget | None = None, scale_layers: bool = True
+) -> Reduction:
+    """SparseVLM (Zhang et al., ICML 2025, arXiv 2410.04417): a staircase, ranked by selected text tokens.
+
+    Its constants: steps at layers 2, 6 and 15 of 32, to 300, 200 and 110 of 576 tokens (the setting of 192
+    tokens on average). With ``budget`` the three rates keep these proportions, none above 1. The layers are
+    brought to the model's depth, as they span half of it; ``scale_layers=False`` takes them as they are.
+    Departures: steps lie before those layers, where the public code runs them in full and drops behind them;
+    and those of the `sparsevlm` ranker.
+    """
+    depth = _layers(num_layers, budget)
+    steps = {_scaled(layer, depth) if scale_layers else layer: rate for layer, rate in _SPARSEVLM.items()}
+
+    def staircase(factor: float) -> Schedule:
+        return Schedule.stages(depth, {layer: min(1.0, factor * rate) for layer, rate in steps.items()})
+
+    highest = 1 / min(_SPARSEVLM.values())
+    name = f"SparseVLM (steps at {tuple(steps)})"
+    return Reduction(
+        staircase(1.0) if budget is None else fit(budget, staircase, 0.0, highest, name), "sparsevlm"
+    )
 
 
-def uniform(schedule: Schedule) -> Reduction:
-    """Tokens spread evenly over the image under the same schedule: the dumb baseline that is hard to beat."""
-    return Reduction(schedule, "uniform")
+def fitprune(statistics: Iterable[Iterable[float]], budget: Budget) -> Reduction:
+    """FitPrune (Ye et al., AAAI 2025, arXiv 2409.10197): counts per layer from attention statistics.
+
+    One threshold serves all layers: as many of the least attended tokens go at each layer as leave at least
+    1 - threshold of the attention that the vision tokens receive there. It is bisected until the budget is
+    met. What a layer's attention says takes effect in the next one, so layer 0 keeps all tokens. Ranked by
+    text attention.
+
+    Departures: the paper watches attention from the text and from vision tokens and drops what both would
+    drop, with the highest head's attention, of each example; here it is the text's, mean over heads, averaged
+    over examples, and the layers' rankings count as one (a dropped token is among the least attended ones of
+    later layers too). What the threshold leaves of the budget is spent one token at a time.
+
+    Args:
+        statistics: per layer, the attention that its vision tokens receive: ``attention_statistics(model,
+            processor, examples)``. In any order and at any scale.
+        budget: what the reduction may cost.
+
+    Raises:
+        ThinsightError: statistics of another depth, or that are no attention.
+    """
+    profiles = _profiles(statistics, budget.num_layers)
+
+    def pruned(attention: float) -> Schedule:  # 1 - threshold
+        kept = [1.0, *(_needed(profile, attention) for profile in profiles[:-1])]
+        return Schedule(list(itertools.accumulate(kept, min)))
+
+    return Reduction(fill(budget, fit(budget, pruned, 0.0, 1.0, "FitPrune"), first_layer=1), "text-attention")
 
 
-def _layers(num_layers: int | None, budget: FlopsBudget | None) -> int:
+def visionzip(*, budget: Budget) -> Reduction:
+    """VisionZip (Yang et al., CVPR 2025, arXiv 2412.04467): all at layer 0, by the `visionzip` ranker."""
+    rate = _step_rate(budget, 0, "VisionZip")
+    return _at_layer_0(budget, rate, {"name": "visionzip", "keep": rate})
+
+
+def fastervlm(*, budget: Budget) -> Reduction:
+    """FasterVLM (Zhang et al., 2024, arXiv 2412.01818, first version): all at layer 0, by the attention of
+    the vision tower's CLS token (of the average token where there is none)."""
+    return _at_layer_0(budget, _step_rate(budget, 0, "FasterVLM"), "vision-attention")
+
+
+def vispruner(*, budget: Budget) -> Reduction:
+    """VisPruner (Zhang et al., ICCV 2025, arXiv 2412.01818): all at layer 0, by the `vispruner` ranker."""
+    rate = _step_rate(budget, 0, "VisPruner")
+    return _at_layer_0(budget, rate, {"name": "vispruner", "keep": rate})
+
+
+def divprune(*, budget: Budget) -> Reduction:
+    """DivPrune (Alvar et al., CVPR 2025, arXiv 2503.02175): all at layer 0, by the `divprune` ranker."""
+    return _at_layer_0(budget, _step_rate(budget, 0, "DivPrune"), "divprune")
+
+
+def cdpruner(*, budget: Budget) -> Reduction:
+    """CDPruner (Zhang et al., NeurIPS 2025, arXiv 2506.10967): all at layer 0, by the `cdpruner` ranker."""
+    return _at_layer_0(budget, _step_rate(budget, 0, "CDPruner"), "cdpruner")
+
+
+def dart(*, budget: Budget, layer: int = 2, scale_layers: bool = False) -> Reduction:
+    """DART (Wen et al., 2025, arXiv 2502.11494): one step, by the `dart` ranker.
+
+    Its constants: the step is before layer 2. On a shallow decoder the layers above may cost more than the
+    budget alone; it is then refused, unless ``scale_layers`` takes ``layer`` for one of 32.
+    """
+    layer = _scaled(layer, budget.num_layers) if scale_layers else layer
+    rate = _step_rate(budget, layer, f"DART (one step at layer {layer})")
+    return Reduction(Schedule.step(budget.num_layers, layer, rate), "dart")
+
+
+def random(schedule: Schedule | None = None, *, budget: Budget | None = None, seed: int = 0) -> Reduction:
+    """Random dropping: the floor any ranker has to beat.
+
+    Under a given schedule, hence at the same cost; with ``budget`` instead, all at layer 0.
+    """
+    return Reduction(_given(schedule, budget, "Random"), {"name": "random", "seed": seed})
+
+
+def uniform(schedule: Schedule | None = None, *, budget: Budget | None = None) -> Reduction:
+    """Tokens spread evenly over the image: the dumb baseline that is hard to beat.
+
+    Under a given schedule, hence at the same cost; with ``budget`` instead, all at layer 0.
+    """
+    return Reduction(_given(schedule, budget, "Uniform"), "uniform")
+
+
+def downsample(*, budget: Budget) -> Reduction:
+    """The image at a lower resolution, by pooling its tokens before layer 0: the `downsample` ranker."""
+    return _at_layer_0(budget, _step_rate(budget, 0, "Downsampling"), "downsample")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One method of a comparison.
+
+    Attributes:
+        name: as in `BASELINES`.
+        title: for tables and figures.
+        paper: authors, venue; empty where there is none.
+        arxiv: its number; empty where there is none.
+        function: the function of this file.
+        needs_statistics: whether `make` has to be given ``statistics=``.
+        has_layers: whether `make` takes ``scale_layers=``.
+    """
+
+    name: str
+    title: str
+    paper: str
+    arxiv: str
+    function: Callable[..., Reduction]
+    needs_statistics: bool = False
+    has_layers: bool = False
+
+    def make(
+        self,
+        budget: Budget,
+        *,
+        statistics: Iterable[Iterable[float]] | None = None,
+        scale_layers: bool | None = None,
+        **options: Any,
+    ) -> Reduction:
+        """The method at this budget. All methods can be called alike: what one has no use for is left aside.
+
+        Args:
+            budget: what it may cost.
+            statistics: `attention_statistics`, for methods that need them.
+            scale_layers: for methods whose layers are numbered for 32; None: the function's default.
+            options: the function's own, such as ``seed``.
+
+        Raises:
+            ThinsightError: a budget that it cannot reach, or statistics that are missing.
+        """
+        if self.needs_statistics:
+            if statistics is None:
+                raise ThinsightError(
+                    f"{self.title} needs statistics=: attention_statistics(model, processor, examples)"
+                )
+            options["statistics"] = statistics
+        if self.has_layers and scale_layers is not None:
+            options["scale_layers"] = scale_layers
+        return self.function(budget=budget, **options)
+
+
+BASELINES: dict[str, Baseline] = {
+    each.name: each
+    for each in (
+        Baseline("fastv", "FastV", "Chen et al., ECCV 2024", "2403.06764", fastv, has_layers=True),
+        Baseline("vtw", "VTW", "Lin et al., AAAI 2025", "2405.05803", vtw),
+        Baseline("pyramiddrop", "PyramidDrop", "Xing et al., CVPR 2025", "2410.17247", pyramiddrop),
+        Baseline(
+            "sparsevlm", "SparseVLM", "Zhang et al., ICML 2025", "2410.04417", sparsevlm, has_layers=True
+        ),
+        Baseline(
+            "fitprune", "FitPrune", "Ye et al., AAAI 2025", "2409.10197", fitprune, needs_statistics=True
+        ),
+        Baseline("visionzip", "VisionZip", "Yang et al., CVPR 2025", "2412.04467", visionzip),
+        Baseline("fastervlm", "FasterVLM", "Zhang et al., 2024", "2412.01818", fastervlm),
+        Baseline("vispruner", "VisPruner", "Zhang et al., ICCV 2025", "2412.01818", vispruner),
+        Baseline("divprune", "DivPrune", "Alvar et al., CVPR 2025", "2503.02175", divprune),
+        Baseline("cdpruner", "CDPruner", "Zhang et al., NeurIPS 2025", "2506.10967", cdpruner),
+        Baseline("dart", "DART", "Wen et al., 2025", "2502.11494", dart, has_layers=True),
+        Baseline("random", "Random", "", "", random),
+        Baseline("uniform", "Uniform", "", "", uniform),
+        Baseline("downsample", "Downsampling", "", "", downsample),
+    )
+}
+
+
+def get_baseline(name: str) -> Baseline:
+    """A baseline by its name.
+
+    Raises:
+        ThinsightError: there is no such baseline.
+    """
+    try:
+        return BASELINES[name]
+    except (KeyError, TypeError):
+        raise ThinsightError(f"baseline is {name!r}; choose one of {', '.join(BASELINES)}") from None
+
+
+def _layers(num_layers: int | None, budget: Budget | None) -> int:
     if budget is None and num_layers is None:
         raise ThinsightError("a baseline needs num_layers= or budget=")
     if budget is not None and num_layers not in (None, budget.num_layers):
@@ -161,33 +340,45 @@ def _layers(num_layers: int | None, budget: FlopsBudget | None) -> int:
     return budget.num_layers if budget is not None else int(num_layers or 0)
 
 
-def _most_kept(budget: FlopsBudget, make: Callable[[float], Schedule], name: str) -> float:
-    """The highest count / n_vision whose schedule holds the budget: exact, as counts are whole tokens."""
-    n = budget.n_vision
-    low, high = 0, n
-    _refuse_unreachable(budget, make(0.0), name)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if budget.holds(make(middle / n)) else (low, middle - 1)
-    return low / n if n else 0.0
+def _scaled(layer: int, depth: int) -> int:
+    """A layer of 32 at another depth; never layer 0, where no attention has been paid."""
+    return max(1, math.floor(layer * depth / _PAPER_DEPTH + 0.5))
 
 
-def _most_within(
-    budget: FlopsBudget, make: Callable[[float], Schedule], low: float, high: float, name: str
-) -> Schedule:
-    """The costliest schedule of a one-parameter family within the budget, its parameter in [low, high]."""
-    _refuse_unreachable(budget, make(low), name)
-    if budget.holds(make(high)):
-        return make(high)
-    for _ in range(60):  # halves the interval down to float64's resolution
-        middle = (low + high) / 2
-        low, high = (middle, high) if budget.holds(make(middle)) else (low, middle)
-    return make(low)
+def _step_rate(budget: Budget, layer: int, name: str) -> float:
+    """The rate of one step that spends the budget."""
+    return fit_rate(budget, lambda rate: Schedule.step(budget.num_layers, layer, rate), name)
 
 
-def _refuse_unreachable(budget: FlopsBudget, cheapest: Schedule, name: str) -> None:
-    if not budget.holds(cheapest):
-        raise ThinsightError(
-            f"{name} cannot go below {budget.spent(cheapest):.4g} decoder FLOPs, "
-            f"the budget is {budget.flops:.4g}: reduce at an earlier layer"
-        )
+def _at_layer_0(budget: Budget, rate: float, ranker: RankerSpec) -> Reduction:
+    return Reduction(Schedule.step(budget.num_layers, 0, rate), ranker)
+
+
+def _given(schedule: Schedule | None, budget: Budget | None, name: str) -> Schedule:
+    if (schedule is None) == (budget is None):
+        raise ThinsightError(f"{name} dropping needs either a schedule or budget=")
+    if schedule is not None:
+        return schedule
+    assert budget is not None
+    return Schedule.step(budget.num_layers, 0, _step_rate(budget, 0, name))
+
+
+def _profiles(statistics: Iterable[Iterable[float]], depth: int) -> list[list[float]]:
+    """Per layer, the attention of its best 0, 1, ... N tokens, as shares of all."""
+    layers = [sorted(map(float, layer), reverse=True) for layer in statistics]
+    if len(layers) != depth:
+        raise ThinsightError(f"statistics have {len(layers)} layers, the budget's model has {depth}")
+    for number, layer in enumerate(layers):
+        # NaN fails both comparisons
+        if not (layer and all(0 <= value < math.inf for value in layer) and sum(layer) > 0):
+            raise ThinsightError(
+                f"statistics[{number}] is no attention: give at least one value, none below 0, not all 0"
+            )
+    return [[value / sum(layer) for value in itertools.accumulate(layer, initial=0.0)] for layer in layers]
+
+
+def _needed(profile: list[float], attention: float) -> float:
+    """The smallest share of the tokens that holds so much of the attention."""
+    if attention <= 0:
+        return 0.0
+    return min(bisect.bisect_left(profile, attention), len(profile) - 1) / (len(profile) - 1)

@@ -2,7 +2,7 @@
 
 Everything heavy is imported inside the commands, so that `--help` and a misspelt option answer at once. Bad
 input ends in one line on standard error and exit code 2, Ctrl-C in one line and 130; both are dealt with in
-`_Group.main` alone.
+`_Group.main` alone, but for Ctrl-C before the work begins (interrupts.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
 from .errors import ThinsightError
+from .interrupts import INTERRUPTED, raise_on_interrupt
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT = 2
 _DEFAULT_OUT = "thinsight-out"
 
 
@@ -111,6 +113,10 @@ Metric = Annotated[
     str | None, typer.Option("--metric", help="One metric for all examples, such as agreement.")
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per forward pass.")]
+CacheGib = Annotated[
+    float,
+    typer.Option("--cache-gib", help="Vision features kept in memory, in GiB; more go into temporary files."),
+]
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")
 ]
@@ -154,8 +160,27 @@ def search(
         ),
     ] = None,
     max_drop: Annotated[
-        float, typer.Option("--max-drop", help="Largest drop of the calibration score; 0.01 is one point.")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            "--max-drop",
+            help="Largest drop of the calibration score; 0.01, one point, if no budget is given.",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option("--budget", help="What a prefill may cost, in place of --max-drop; 0.25 keeps 25 %."),
+    ] = None,
+    budget_unit: Annotated[
+        str,
+        typer.Option(
+            "--budget-unit",
+            help="keep (mean keep rate), flops (up to 1 a fraction of the full decoder's) or ms.",
+        ),
+    ] = "keep",
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="gsearch; for a budget sensitivity (the default), psigmoid or random."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the reduction and the report.")] = Path(
         _DEFAULT_OUT
     ),
@@ -164,22 +189,28 @@ def search(
         str,
         typer.Option(
             "--ranker",
-            help="text-attention, vision-attention, random or uniform; settings as name:key=value,...",
+            help="text-attention, vision-attention, random ...; settings as name:key=value,... "
+            "auto: chosen by the sensitivity search.",
         ),
     ] = "text-attention",
     solver: Annotated[str, typer.Option("--solver", help="bisect, or bayes (the paper's).")] = "bisect",
     first_layer: Annotated[
-        int, typer.Option("--first-layer", min=0, help="The first layer that may see fewer tokens, from 0.")
-    ] = 2,
+        int | None,
+        typer.Option("--first-layer", min=0, help="The first layer that may see fewer tokens, from 0."),
+    ] = None,
     step: Annotated[int, typer.Option("--step", min=1, help="bisect: counts are multiples of this.")] = 1,
     trade_off: Annotated[
         float, typer.Option("--trade-off", help="bayes: weight of the cost (lambda).")
     ] = 0.1,
-    n_trials: Annotated[int, typer.Option("--n-trials", min=1, help="bayes: trials per layer.")] = 8,
+    n_trials: Annotated[
+        int | None,
+        typer.Option("--n-trials", min=1, help="Evaluations under a budget (20); bayes: per layer (8)."),
+    ] = None,
     limit: Limit = None,
     metric: Metric = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 8,
+    cache_gib: CacheGib = 4.0,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -198,6 +229,9 @@ def search(
         metric=metric,
         max_new_tokens=max_new_tokens,
         max_drop=max_drop,
+        budget=budget,
+        budget_unit=budget_unit,
+        method=method,
         ranker=_ranker(ranker),
         solver=solver,
         first_layer=first_layer,
@@ -206,6 +240,7 @@ def search(
         n_trials=n_trials,
         seed=seed,
         batch_size=batch_size,
+        cache_gib=cache_gib,
         out=out,
         resume=resume,
         command=shlex.join(["thinsight", *context.obj]),
@@ -224,6 +259,7 @@ def evaluate(
     metric: Metric = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 8,
+    cache_gib: CacheGib = 4.0,
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn: Attn = "sdpa",
@@ -238,10 +274,89 @@ def evaluate(
     )
     report = _watched(
         lambda watcher: commands.evaluate(
-            options, metric=metric, batch_size=batch_size, max_new_tokens=max_new_tokens, watcher=watcher
+            options,
+            metric=metric,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            cache_gib=cache_gib,
+            watcher=watcher,
         )
     )
     print_report(report, Console())
+
+
+@app.command()
+def compare(
+    budget: Annotated[
+        list[float] | None,
+        typer.Option("--budget", help="May be repeated. Default: 0.5 0.25 0.125 0.0625."),
+    ] = None,
+    budget_unit: Annotated[
+        str,
+        typer.Option(
+            "--budget-unit",
+            help="keep (mean keep rate), flops (up to 1 a fraction of the full decoder's) or ms.",
+        ),
+    ] = "keep",
+    methods: Annotated[
+        str, typer.Option("--methods", help="all, or names with commas, such as search-sensitivity,fastv.")
+    ] = "all",
+    model: Model = "demo",
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Calibration examples: JSON-lines file. Default: demo:calibration."),
+    ] = None,
+    test_data: Annotated[
+        str | None,
+        typer.Option(
+            "--test-data", help="Test examples. Default: the demo's, or half of --data, split by image."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder for tables and figure.")] = Path(
+        "thinsight-compare"
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the comparison in --out.")] = False,
+    ranker: Annotated[str, typer.Option("--ranker", help="Of the searches that do not choose it.")] = (
+        "text-attention"
+    ),
+    n_trials: Annotated[int, typer.Option("--n-trials", min=8, help="Evaluations of each search.")] = 20,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of what is random, seeds from 0.")] = 1,
+    limit: Limit = None,
+    metric: Metric = None,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = 8,
+    cache_gib: CacheGib = 4.0,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    attn: Attn = "sdpa",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Searches and published methods side by side at equal cost, scored on test data."""
+    from .job.compare import BUDGETS, CompareOptions
+    from .job.compare import compare as run
+    from .report.terminal import print_comparison
+
+    options = CompareOptions(
+        model=_model_options(model, dtype, device, attn, trust_remote_code),
+        data=data,
+        test_data=test_data,
+        limit=limit,
+        metric=metric,
+        max_new_tokens=max_new_tokens,
+        budgets=tuple(budget) if budget else BUDGETS,
+        budget_unit=budget_unit,
+        methods=tuple(filter(None, methods.split(","))),
+        seeds=tuple(range(seeds)),
+        n_trials=n_trials,
+        ranker=_ranker(ranker),
+        batch_size=batch_size,
+        cache_gib=cache_gib,
+        out=out,
+        resume=resume,
+    )
+    outcome = _watched(lambda watcher: run(options, watcher))
+    print_comparison(outcome.comparison, Console())
+    _print(*(f"Written: {path}" for path in outcome.files), *filter(None, [outcome.note]))
 
 
 @app.command()
@@ -368,6 +483,19 @@ def convert(
     _print(f"Model: {folder}", f"Use it with: thinsight search --model {shlex.quote(str(folder))}")
 
 
+@app.command("models")
+def list_models() -> None:
+    """List the families of models that run under a reduction."""
+    from .supported import models
+
+    columns = ("model", "transformers class", "model_type", "takes", "notes")
+    table = Table(*columns, title="Models that run under a reduction", title_justify="left")
+    for each in models():
+        row = (each.name, each.model_class, each.model_type, ", ".join(each.modalities), each.notes)
+        table.add_row(*map(Text, row))
+    Console().print(table)
+
+
 # -- helpers ---------------------------------------------------------------------------------------------
 
 
@@ -379,6 +507,7 @@ def _watched(job: Callable[[Any], Any]) -> Any:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    raise_on_interrupt()  # all is loaded, and what is done from here on is kept
     with ConsoleWatcher(Console(stderr=True)) as watcher:
         return job(watcher)
 

@@ -74,7 +74,8 @@ class ConsoleWatcher(Watcher):
         if self._task is None:
             return
         left = "" if progress.seconds_left is None else f", at most {_clock(progress.seconds_left)} left"
-        detail = f"layer {progress.layer}, {trial.count} tokens: score {trial.score:.3f}{left}"
+        where = trial.why if progress.layer is None else f"layer {progress.layer}, {trial.count} tokens"
+        detail = f"{where}: score {trial.score:.3f}{left}"
         self._bar.update(self._task, completed=progress.evaluations, total=progress.expected, detail=detail)
 
     def on_layer(self, layer: int, count: int, progress: SearchProgress) -> None:

@@ -7,6 +7,7 @@ its own: whatever stock transformers can read, it reads. Code from the hub runs 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,27 +16,47 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.utils import is_accelerate_available, is_flash_attn_2_available, is_flash_attn_3_available
 
 from .errors import ThinsightError
-from .runtime.families import ATTENTION, SUPPORTED
+from .runtime.families import ATTENTION, refusal
 
-__all__ = ["DEMO", "DTYPES", "check_options", "load_config", "load_demo", "load_model", "locate_model"]
+__all__ = [
+    "DEMO",
+    "DEMOS",
+    "DTYPES",
+    "check_options",
+    "load_config",
+    "load_demo",
+    "load_model",
+    "locate_model",
+]
 
 DEMO = "demo"
-_DEMO_FOLDER = Path(__file__).resolve().parent / "demo" / "model"
+_EMBEDDED = Path(__file__).resolve().parent / "demo"
+DEMOS = {DEMO: _EMBEDDED / "model", "demo-internvl": _EMBEDDED / "model-internvl"}
+"""The embedded models, and where they lie: a LLaVA, and an InternVL that answers the same questions."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST_REASON = 160  # characters of another library's message that a line of ours quotes
 _FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+_LAYER = re.compile(r"\b(layers?|blocks)\.\d+\.")  # in a weight's name
 _HUB_TIMEOUT = 10.0  # seconds for the one question "is it there?"
 
 
-def load_demo(dtype: str | None = None, *, device: str = "cpu", attn: str = "sdpa") -> tuple[Any, Any]:
-    """The embedded demo model and its processor, read from the package without a network.
+def load_demo(
+    dtype: str | None = None, *, name: str = DEMO, device: str = "cpu", attn: str = "sdpa"
+) -> tuple[Any, Any]:
+    """An embedded demo model and its processor, read from the package without a network.
 
-    Its weights are stored in float16 and run in float32 unless ``dtype`` says otherwise.
+    ``name`` is one of `DEMOS`: "demo" (LLaVA, 256 vision tokens) or "demo-internvl" (InternVL, 64). Its
+    weights are stored in float16 and run in float32 unless ``dtype`` says otherwise.
+
+    Raises:
+        ThinsightError: a name that is not an embedded model's; otherwise as `load_model`.
     """
-    return load_model(DEMO, dtype or "float32", device, attn)
+    if name not in DEMOS:
+        raise ThinsightError(f"name is {name!r}: the embedded models are {', '.join(DEMOS)}")
+    return load_model(name, dtype or "float32", device, attn)
 
 
 def load_model(
@@ -44,22 +65,27 @@ def load_model(
     device: str = "auto",
     attn: str = "sdpa",
     trust_remote_code: bool = False,
+    device_map: str | dict[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """A model in eval mode and its processor (left padding).
 
     Args:
-        name: "demo", a folder written by ``save_pretrained``, or a hub id.
+        name: "demo" or "demo-internvl", a folder written by ``save_pretrained``, or a hub id.
         dtype: "float32", "bfloat16", "float16", or "auto": as stored, but float32 instead of float16 on a
             CPU.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
         attn: attention implementation, "sdpa", "eager", "flash_attention_2" ...
         trust_remote_code: let the checkpoint bring its own Python code. Off unless asked for.
+        device_map: spread a model that is larger than one device, "auto" or a dict, as in transformers; then
+            ``device`` says nothing. Needs the package accelerate.
 
     Raises:
         ThinsightError: an unknown path or hub id, no network, a family that is not supported, weights that
-            are missing or broken, or an unknown dtype, device or attention.
+            are missing, broken or more than the config says, or an unknown dtype, device or attention.
     """
     target = check_options(dtype, device, attn)
+    if device_map is not None and not is_accelerate_available():
+        raise ThinsightError("device_map needs the package accelerate: pip install accelerate")
     source, local = locate_model(name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     config = load_config(name, trust_remote_code)
@@ -73,17 +99,20 @@ def load_model(
             attn_implementation=attn,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `_check_weights` refuses them and says which
+            device_map=device_map,
             **options,
         )
     _check_weights(info, name)
+    _check_depth(info, config, name)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         raise ThinsightError(
             f"model {str(name)!r} has no processor with a tokenizer: save its processor beside it"
         )
     tokenizer.padding_side = "left"  # generation continues a row at its right end
-    with _one_line(name, f"it onto {target}"):
-        model = model.to(target)
+    if device_map is None:
+        with _one_line(name, f"it onto {target}"):
+            model = model.to(target)
     return model.eval(), processor
 
 
@@ -125,12 +154,13 @@ def locate_model(name: str | Path) -> tuple[str, bool]:
     Raises ThinsightError when it is neither a folder with a config.json nor the id of a reachable hub
     repository.
     """
-    if str(name) == DEMO:
-        if not (_DEMO_FOLDER / "config.json").is_file():
+    if (embedded := DEMOS.get(str(name))) is not None:
+        if not (embedded / "config.json").is_file():
             raise ThinsightError(
-                "the demo model is not part of this installation: reinstall thinsight, or give --model"
+                f"the demo model {str(name)!r} is not part of this installation: "
+                "reinstall thinsight, or give --model"
             )
-        return str(_DEMO_FOLDER), True
+        return str(embedded), True
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -215,10 +245,9 @@ def _resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype
 
 
 def _check_family(config: Any, name: str | Path) -> None:
-    if config.model_type not in SUPPORTED:
-        raise ThinsightError(
-            f"model {str(name)!r} is of type {config.model_type!r}; supported types: {', '.join(SUPPORTED)}"
-        )
+    reason = refusal(config)
+    if reason is not None:
+        raise ThinsightError(f"model {str(name)!r} cannot run under a reduction: {reason}")
 
 
 def _check_weights(info: dict[str, Any], name: str | Path) -> None:
@@ -235,6 +264,21 @@ def _check_weights(info: dict[str, Any], name: str | Path) -> None:
             )
 
 
+def _check_depth(info: dict[str, Any], config: Any, name: str | Path) -> None:
+    """A config with fewer layers than the checkpoint loads without a word: the model is cut short.
+
+    Layers that a checkpoint has for predicting several tokens at once are no part of the model.
+    """
+    extra = sorted(key for key in info.get("unexpected_keys") or () if _LAYER.search(key))
+    numbers = {match.group() for key in extra for match in [_LAYER.search(key)] if match}
+    ahead = getattr(config.get_text_config(), "num_nextn_predict_layers", 0) or 0
+    if len(numbers) > ahead:
+        raise ThinsightError(
+            f"model {str(name)!r}: the checkpoint has {len(numbers)} layers that its config.json does not "
+            f"count, such as {extra[0]}: restore num_hidden_layers, download or save it anew"
+        )
+
+
 @contextmanager
 def _one_line(name: str | Path, what: str) -> Iterator[None]:
     try:
@@ -249,6 +293,11 @@ def _one_line(name: str | Path, what: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise ThinsightError(
                 f"model {str(name)!r} brings its own code, which runs only if you say --trust-remote-code"
+            ) from error
+        if "torchvision" in str(error).lower():
+            raise ThinsightError(
+                f"model {str(name)!r}: {what} needs torchvision, which is not installed: "
+                "pip install torchvision"
             ) from error
         raise ThinsightError(
             f"model {str(name)!r}: cannot load {what} ({_first_line(error)}): "

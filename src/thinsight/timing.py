@@ -10,21 +10,25 @@ Three things are measured, because the gain is in the first and thins out toward
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from .budget import LatencyModel
 from .errors import ThinsightError
 from .reduction import Reduction
-from .runtime import apply, encode_images
+from .runtime import apply, encode_images, num_layers, vision_token_mask
+from .runtime.encoding import has_pixels
+from .runtime.families import MODALITIES
 from .schedule import Schedule
 
-__all__ = ["Measurement", "Timing", "alternate", "cache_bytes", "measure"]
+__all__ = ["Measurement", "Timing", "alternate", "cache_bytes", "measure", "on_device", "profile"]
 
 PREFILL = "prefill"
 PREFILL_WITH_IMAGES = "prefill with images"
@@ -86,7 +90,7 @@ class Measurement:
 @torch.inference_mode()
 def measure(
     model: Any,
-    inputs: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, Any],
     reduction: Reduction | Schedule,
     *,
     runs: int = 7,
@@ -98,8 +102,8 @@ def measure(
 
     Args:
         model: a loaded model without a reduction in force.
-        inputs: what the processor gives for a batch, left-padded, ``pixel_values`` included; moved to the
-            model's device before any clock starts.
+        inputs: what the processor gives for a batch, left-padded, pixels included; moved to the model's
+            device before any clock starts.
         reduction: what is compared with the full model.
         runs: measured runs of each side.
         warmup: runs of each side before the measured ones.
@@ -113,12 +117,11 @@ def measure(
     for name, value in (("runs", runs), ("new_tokens", new_tokens), ("warmup + 1", warmup + 1)):
         if value < 1:
             raise ThinsightError(f"{name} is {value}: it must be at least 1")
-    if inputs.get("pixel_values") is None:
+    if not any(has_pixels(model, inputs, modality) for modality in MODALITIES):
         raise ThinsightError("the inputs to time hold no pixel_values: give prompts with images")
     if isinstance(reduction, Schedule):
         reduction = Reduction(reduction)
-    batch = {name: value.to(model.device) for name, value in inputs.items()}
-    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    batch = on_device(model, inputs)
     size = int(batch["input_ids"].shape[0])
     jobs = _jobs(model, batch, reduction, new_tokens)
     in_all, done = 2 * len(jobs) * (runs + warmup), 0
@@ -152,6 +155,63 @@ def measure(
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
     )
+
+
+@torch.inference_mode()
+def profile(
+    model: Any,
+    inputs: Mapping[str, Any],
+    *,
+    rates: Sequence[float] = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0),
+    runs: int = 5,
+    warmup: int = 1,
+) -> LatencyModel:
+    """Fit a latency model of the decoder's prefill on this device: the whole model at a few keep rates.
+
+    The same rate in every layer, the median of alternating runs; a layer's time is its share of the whole, so
+    what does not depend on the layers is spread over them. Never falls where tokens rise.
+
+    Args:
+        model: a loaded model without a reduction in force.
+        inputs: what the processor gives for a batch, left-padded, pixels included.
+        rates: keep rates to time, rising.
+        runs: measured runs of each.
+        warmup: runs of each before those.
+
+    Raises:
+        ThinsightError: inputs without images, or a model that is not supported.
+    """
+    batch = on_device(model, inputs)
+    vision = vision_token_mask(model, batch["input_ids"]).sum(1).median().item()
+    text = batch["attention_mask"].sum(1).median().item() - vision
+    layers = num_layers(model)
+    schedules = [Schedule([rate] * layers) for rate in rates]
+    job = _jobs(model, batch, Reduction(schedules[0], "uniform"), 1)[PREFILL]
+    times: list[list[float]] = [[] for _ in rates]
+    for _ in range(warmup + runs):
+        for schedule, taken in zip(schedules, times, strict=True):
+            with apply(model, Reduction(schedule, "uniform")):
+                taken.append(_clock(model, job) / 1e3)
+    medians = [statistics.median(taken[warmup:]) / layers for taken in times]
+    return LatencyModel(
+        device=_device_name(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        batch=int(batch["input_ids"].shape[0]),
+        constant=0.0,
+        tokens=tuple(text + schedule.counts(int(vision))[0] for schedule in schedules),
+        seconds=tuple(itertools.accumulate(medians, max)),
+    )
+
+
+def on_device(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A processor's output on the model's device, floating pixels in the model's dtype."""
+    moved = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor):
+            pixels = name.startswith("pixel_") and value.is_floating_point()
+            value = value.to(model.device, model.dtype) if pixels else value.to(model.device)
+        moved[name] = value
+    return moved
 
 
 def alternate(
@@ -195,10 +255,10 @@ def cache_bytes(cache: Any) -> int:
 
 
 def _jobs(
-    model: Any, batch: dict[str, torch.Tensor], reduction: Reduction, new_tokens: int
+    model: Any, batch: dict[str, Any], reduction: Reduction, new_tokens: int
 ) -> dict[str, Callable[[], Any]]:
     """What is timed, by name."""
-    text = {name: value for name, value in batch.items() if name not in ("pixel_values", "image_sizes")}
+    text = {name: value for name, value in batch.items() if not name.startswith("pixel_")}
     vision = encode_images(model, batch, reduction).model_inputs()
     return {
         PREFILL: lambda: model(**text, **vision, use_cache=True, logits_to_keep=1),

@@ -218,6 +218,7 @@ def test_a_rank_free_search_may_begin_at_layer_0(small: SmallRun, tmp_path: Path
         ({"first_layer": 4}, "first_layer is 4 but the model has layers 0 to 3"),
         ({"first_layer": 0}, "first_layer is 0, but ranker 'text-attention'"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"cache_gib": -1.0}, "cache_gib is -1.0"),
         ({"ranker": "oracle"}, "ranker is 'oracle'"),
         ({"ranker": {"name": "text-attention", "rows": 3}}, "no setting 'rows'"),
         ({"solver": "guess"}, "solver is 'guess'"),

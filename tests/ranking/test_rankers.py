@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from thinsight.errors import ThinsightError
-from thinsight.ranking import Context, Ranker, choose, get_ranker, list_rankers, register
+from thinsight.ranking import STATES, Context, Ranker, choose, get_ranker, list_rankers, register
 
+HIDDEN = 12
 SIZES = [[16], [16, 9], [], [1]]  # per row, N of each image
 
 
@@ -37,7 +38,18 @@ def context(sizes: list[list[int]] = SIZES, seed: int = 0, alive: torch.Tensor |
         attention=attention,
         queries=queries,
         vision_attention=torch.rand(len(sizes), tokens, generator=draw),
+        states=torch.randn(len(sizes), tokens, HIDDEN, generator=draw),
+        text_states=torch.randn(len(sizes), 5, HIDDEN, generator=draw),
     )
+
+
+def changed(given: Context, **what: torch.Tensor | None) -> Context:
+    return Context(**{**vars(given), **what})
+
+
+def where_true(mask: torch.Tensor, tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """`tensor` (batch, tokens, ...) with `other` where `mask` (batch, tokens) is True."""
+    return torch.where(mask.view(*mask.shape, *(1,) * (tensor.ndim - 2)), other, tensor)
 
 
 def kept(ranker: Ranker, given: Context, rate: float) -> torch.Tensor:
@@ -50,7 +62,20 @@ def ranker(request: pytest.FixtureRequest) -> Ranker:
 
 
 def test_all_rankers_of_the_design_are_there() -> None:
-    assert {"random", "text-attention", "uniform", "vision-attention"} <= set(list_rankers())
+    assert set(list_rankers()) == {
+        "cdpruner",
+        "dart",
+        "divprune",
+        "downsample",
+        "random",
+        "sparsevlm",
+        "staged",
+        "text-attention",
+        "uniform",
+        "vision-attention",
+        "visionzip",
+        "vispruner",
+    }
 
 
 def test_scores_are_finite_float32_and_deterministic(ranker: Ranker) -> None:
@@ -98,10 +123,60 @@ def test_a_row_is_ranked_alike_alone_and_in_a_batch(ranker: Ranker) -> None:
 
 def test_half_dropped_is_scored_like_whole(ranker: Ranker) -> None:
     """What was dropped before does not disturb the ranking of what is left."""
+    if STATES in ranker.needs and ranker.name != "downsample":
+        pytest.skip("compares tokens with each other, so its ranking depends on which ones there are")
     whole = context([[16]])
     left = torch.arange(16)[None] % 2 == 0
-    part = Context(**{**vars(whole), "valid": left})
+    part = changed(whole, valid=left)
     assert torch.equal(ranker.score(part)[left], ranker.score(whole)[left])
+
+
+def test_what_dropped_tokens_hold_is_not_looked_at(ranker: Ranker) -> None:
+    whole = context([[16, 9], [16]])
+    left = whole.valid & (whole.index % 3 != 0)
+    given, noise = changed(whole, valid=left), context([[16, 9], [16]], seed=1)
+    other = changed(
+        given,
+        states=where_true(~left, whole.states, noise.states * 100),
+        vision_attention=where_true(~left, whole.vision_attention, noise.vision_attention + 5),
+    )
+    torch.testing.assert_close(ranker.score(other)[left], ranker.score(given)[left])
+
+
+def test_rows_do_not_depend_on_their_place(ranker: Ranker) -> None:
+    given = context()
+    order = torch.tensor([2, 0, 3, 1])
+    turned = Context(
+        **{name: v[order] if isinstance(v, torch.Tensor) else v for name, v in vars(given).items()}
+    )
+    valid = turned.valid
+    torch.testing.assert_close(ranker.score(turned)[valid], ranker.score(given)[order][valid])
+    whole, part = (ranker.merge(each, kept(ranker, each, 0.4)) for each in (turned, given))
+    if whole is not None and part is not None:
+        chosen = kept(ranker, turned, 0.4)
+        torch.testing.assert_close(whole[chosen], part[order][chosen])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.4, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_states_are_finite_and_stay_where_nothing_is_dropped(
+    ranker: Ranker, rate: float, dtype: torch.dtype
+) -> None:
+    whole = context()
+    given = changed(whole, states=whole.states.to(dtype), text_states=whole.text_states.to(dtype))
+    chosen = kept(ranker, given, rate) & given.valid
+    merged = ranker.merge(given, chosen)
+    if type(ranker).merge is Ranker.merge or merged is None:
+        assert merged is None
+        return
+    assert merged.shape == given.states.shape
+    assert merged.dtype == dtype
+    assert merged[chosen].isfinite().all()
+    if rate == 1.0:
+        assert torch.equal(merged[given.valid], given.states[given.valid])
+    noise = context(seed=1).states.to(dtype) * 100
+    padded = ranker.merge(changed(given, states=where_true(~given.valid, given.states, noise)), chosen)
+    assert torch.equal(padded[chosen], merged[chosen])
 
 
 def test_text_attention_is_the_mean_over_heads_and_real_queries() -> None:
@@ -112,11 +187,33 @@ def test_text_attention_is_the_mean_over_heads_and_real_queries() -> None:
         torch.testing.assert_close(scores[row], wanted)
 
 
-@pytest.mark.parametrize("name", ["text-attention", "vision-attention"])
-def test_a_missing_need_is_named(name: str) -> None:
-    given = Context(**{**vars(context()), "attention": None, "vision_attention": None})
-    with pytest.raises(ThinsightError, match=f"{name} needs attention"):
-        get_ranker(name).score(given)
+@pytest.mark.parametrize(
+    ("name", "missing", "need"),
+    [
+        ("text-attention", "attention", "attention"),
+        ("vision-attention", "vision_attention", "attention"),
+        ("sparsevlm", "attention", "attention"),
+        ("sparsevlm", "states", "hidden states"),
+        ("divprune", "states", "hidden states"),
+        ("cdpruner", "states", "hidden states"),
+        ("cdpruner", "text_states", "hidden states of the text"),
+        ("dart", "states", "hidden states"),
+        ("dart", "text_states", "hidden states of the text"),
+        ("vispruner", "states", "hidden states"),
+        ("vispruner", "vision_attention", "attention"),
+        ("visionzip", "vision_attention", "attention"),
+    ],
+)
+def test_a_missing_need_is_named(name: str, missing: str, need: str) -> None:
+    with pytest.raises(ThinsightError, match=f"{name} needs {need}"):
+        get_ranker(name).score(changed(context(), **{missing: None}))
+
+
+@pytest.mark.parametrize("name", ["downsample", "visionzip"])
+def test_merging_needs_states(name: str) -> None:
+    given = changed(context(), states=None)
+    with pytest.raises(ThinsightError, match=f"{name} needs hidden states"):
+        get_ranker(name).merge(given, given.valid)
 
 
 def test_random_depends_on_seed_and_image() -> None:
@@ -176,6 +273,12 @@ def test_groups_compete_apart() -> None:
         ({"name": "random", "seed": -1}, "seed is -1"),
         ({"name": "random", "seed": 1.5}, "seed is 1.5"),
         ({"name": "text-attention", "queries": "first"}, "choose one of last, instruction"),
+        ({"name": "dart", "vision_pivots": -1}, "vision_pivots is -1"),
+        ({"name": "dart", "vision_pivots": 0, "text_pivots": 0}, "there must be a pivot"),
+        ({"name": "vispruner", "keep": 1.5}, "keep is 1.5"),
+        ({"name": "vispruner", "important": "half"}, "important is 'half'"),
+        ({"name": "visionzip", "contextual": -0.1}, "contextual is -0.1"),
+        ({"name": "cdpruner", "invert": 1}, "invert is 1"),
     ],
 )
 def test_bad_specifications(spec, message: str) -> None:

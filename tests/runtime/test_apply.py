@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from tiny import IMAGE, tiny_inputs, tiny_llava
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from thinsight.errors import ThinsightError
@@ -161,8 +162,8 @@ def test_models_that_are_not_supported_are_refused_with_the_reason() -> None:
     model = tiny_llava()
     with pytest.raises(ThinsightError, match="model_type is 'llama'"):
         apply(model.model.language_model, SCHEDULE)
-    model.model.language_model.config._attn_implementation = "flex_attention"
-    with pytest.raises(ThinsightError, match="attn_implementation is 'flex_attention'"):
+    model.model.language_model.config._attn_implementation = "paged|sdpa"
+    with pytest.raises(ThinsightError, match="continuous batching"):
         apply(model, SCHEDULE)
 
 
@@ -310,13 +311,16 @@ def test_a_cache_does_not_outlive_its_reduction() -> None:
         model(input_ids=token, past_key_values=cache)
 
 
+class Hoarder(DynamicLayer):
+    """A cache layer of a kind that the runtime does not know."""
+
+
 def test_caches_that_cannot_be_thinned_are_refused() -> None:
     model = tiny_llava()
-    with (
-        apply(model, SCHEDULE),
-        pytest.raises(ThinsightError, match="StaticLayer; use the default dynamic cache"),
-    ):
-        generate(model, tiny_inputs([[3, 5]]), cache_implementation="static")
+    cache = DynamicCache(config=model.config)
+    cache.layers = [Hoarder() for _ in cache.layers]
+    with apply(model, SCHEDULE), pytest.raises(ThinsightError, match="is a Hoarder, from which tokens"):
+        generate(model, tiny_inputs([[3, 5]]), past_key_values=cache)
 
 
 def test_embeddings_without_ids_are_refused() -> None:

@@ -152,28 +152,53 @@ def test_encoded_images_answer_as_pixels_do(ranker: str, beams: int) -> None:
         assert torch.equal(given, model.generate(**batch, **options))
 
 
-def test_cropping_stops_at_the_reduced_prompt() -> None:
+@pytest.mark.parametrize("length", [4, 10, 22])
+def test_a_cache_can_be_cropped_to_any_place(length: int) -> None:
+    """In front of the image (columns 4 to 19), inside it, behind it."""
     model = tiny_llava()
     batch = tiny_inputs([[3, 5]], seed=14)
-    seq = batch["input_ids"].shape[1]
+    tokens = torch.tensor([[7, 8, 9]])
+    with apply(model, SCHEDULE) as handle, torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        held = copy.deepcopy(cache)
+        cache.crop(length - cache.get_seq_length())
+        for layer in range(4):
+            assert cache.get_seq_length(layer) == length
+            before = sum(4 + token < length for token in handle.kept(layer)[0].tolist())
+            width = min(4, length) + before + max(0, length - 20)
+            assert torch.equal(cache.layers[layer].keys, held.layers[layer].keys[..., :width, :])
+        assert model(input_ids=tokens, past_key_values=cache).logits.isfinite().all()
+
+
+def test_cropping_behind_an_answer_undoes_it() -> None:
+    model = tiny_llava()
+    batch = tiny_inputs([[3, 5]], seed=14)
     tokens = torch.tensor([[7, 8, 9]])
     with apply(model, SCHEDULE), torch.no_grad():
         cache = model(**batch, use_cache=True).past_key_values
         straight = model(input_ids=tokens, past_key_values=copy.deepcopy(cache)).logits
         model(input_ids=tokens.flip(1), past_key_values=cache)
         cache.crop(-3)
-        assert cache.get_seq_length(3) == seq
         torch.testing.assert_close(model(input_ids=tokens, past_key_values=cache).logits, straight)
-        with pytest.raises(ThinsightError, match="cannot crop 4 tokens: only 3 came after"):
-            cache.crop(-4)
 
 
-def test_prompt_lookup_is_refused_with_the_reason() -> None:
+def test_a_crop_that_rows_do_not_share_is_refused() -> None:
+    model = tiny_llava()
+    batch = tiny_inputs([[3, 5], [2, 3, 1]], seed=14)
+    with apply(model, SCHEDULE), torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        with pytest.raises(ThinsightError, match="rows kept different numbers"):
+            cache.crop(-3)
+
+
+def test_prompt_lookup_equals_greedy_decoding() -> None:
     model = tiny_llava()
     batch = tiny_inputs([[3, 15]], seed=0)
     batch["input_ids"][0, -6:] = batch["input_ids"][0, -12:-6]  # so that there is something to look up
-    with apply(model, SCHEDULE), pytest.raises(ThinsightError, match="without prompt lookup"):
-        model.generate(**batch, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3)
+    with apply(model, SCHEDULE):
+        greedy = model.generate(**batch, max_new_tokens=NEW, do_sample=False)
+        looked_up = model.generate(**batch, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3)
+    assert torch.equal(looked_up, greedy)
 
 
 def test_a_reset_cache_starts_anew() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from thinsight.runtime.cache import Kept, append
-from thinsight.runtime.layout import Columns, build_layout, query_columns, shrink
+from thinsight.runtime.layout import Columns, Vision, build_layout, query_columns, shrink
 from thinsight.runtime.masks import causal, gather_tokens, reduce_mask, scatter_tokens
 
 # row 0: pad pad t v v v t t; row 1: t v v v v v t t (images of 2 and 3); row 2: text and padding
@@ -15,7 +15,7 @@ REAL = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8, [0, 0, 0, 0, 0, 1, 1, 1]
 
 
 def layout(lengths: list[int] | None = None):
-    made = build_layout(VISION, REAL, [3, 2, 3] if lengths is None else lengths)
+    made = build_layout([Vision(VISION, [3, 2, 3] if lengths is None else lengths)], REAL)
     assert made is not None
     return made
 
@@ -38,13 +38,13 @@ def test_lengths_that_do_not_fit_fall_back_to_unbroken_runs(lengths: list[int]) 
 
 
 def test_unbroken_runs() -> None:
-    made = build_layout(torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1]]).bool(), torch.ones(1, 8).bool())
+    made = build_layout([Vision(torch.tensor([[1, 1, 0, 1, 0, 0, 1, 1]]).bool())], torch.ones(1, 8).bool())
     assert made is not None
     assert made.sizes == ((2, 1, 2),)
 
 
 def test_no_vision_no_layout() -> None:
-    assert build_layout(VISION & False, REAL) is None
+    assert build_layout([Vision(VISION & False)], REAL) is None
 
 
 def test_queries() -> None:
@@ -116,7 +116,7 @@ def test_masks_are_reduced_column_by_column(kind: str) -> None:
         "float": torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min),
         "flash": seen[:, 0, -1].long(),
     }[kind]
-    got = reduce_mask(mask, 6, past, new)
+    got = reduce_mask(mask, append(past, 6, new, 3).columns, new)
     keys = torch.tensor([[0, 3, 4, 5, 6, 8], [1, 2, 4, 5, 7, 8]])
     hidden = torch.tensor([[0] * 6, [1, 0, 0, 0, 0, 0]]).bool()
     for row in range(2):

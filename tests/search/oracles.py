@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations_with_replacement
 
+import numpy as np
+
 from thinsight.evaluation.result import Evaluation
 from thinsight.schedule import Schedule
 
@@ -102,3 +104,43 @@ def all_counts(n: int, num_layers: int, first_layer: int) -> Iterator[tuple[int,
     """Every count vector that a schedule may have."""
     for tail in combinations_with_replacement(range(n, -1, -1), num_layers - first_layer):
         yield (n,) * first_layer + tail
+
+
+class SmoothOracle:
+    """An evaluator with a smooth signal: example e loses ``weight[e]`` times the tokens that leave too soon.
+
+    Token t (ranked, 0 the best of ``n``) is wanted up to layer ``leaves[t]``; each layer that it lacks before
+    costs the answer's log-probability ``weight[e] / n``. An example is answered where the probability stays
+    above a half. ``sample`` runs the first share of the examples.
+    """
+
+    first_layer = 1
+
+    def __init__(self, n: int, num_layers: int, leaves: Sequence[float], weights: Sequence[float]) -> None:
+        self.num_vision_tokens, self.num_layers = n, num_layers
+        self.leaves = np.asarray(leaves, dtype=float)
+        self.weights = np.asarray(weights, dtype=float)
+        self.full_score = 1.0
+        self.full_cost = float(len(weights))
+        self.calls: list[tuple[Schedule, float]] = []
+
+    def lacking(self, schedule: Schedule) -> float:
+        """Layers that tokens lack, per token."""
+        counts = np.array(schedule.counts(self.num_vision_tokens))
+        stays = np.array([(counts > token).sum() for token in range(self.num_vision_tokens)])
+        return float(np.clip(self.leaves - stays, 0, None).mean())
+
+    def sample(self, schedule: Schedule, share: float) -> Evaluation:
+        self.calls.append((schedule, share))
+        weights = self.weights[: max(1, round(share * len(self.weights)))]
+        probability = np.exp(-weights * self.lacking(schedule))
+        return Evaluation(
+            score=float((probability > 0.5).mean()),
+            agreement=float(probability.mean()),
+            share=len(weights) / len(self.weights),
+            cost=len(weights) * schedule.mean_keep_rate,
+            full_score=1.0,
+        )
+
+    def __call__(self, schedule: Schedule) -> Evaluation:
+        return self.sample(schedule, 1.0)

@@ -12,6 +12,7 @@ from .result import Evaluation
 from .statistics import Interval, paired_bootstrap
 
 if TYPE_CHECKING:
+    from .attention import attention_statistics
     from .consistency import RankConsistency, rank_consistency
     from .evaluator import Evaluator
     from .examples import Example, load_examples
@@ -24,6 +25,7 @@ __all__ = [
     "Example",
     "Interval",
     "RankConsistency",
+    "attention_statistics",
     "get_metric",
     "load_examples",
     "paired_bootstrap",
@@ -35,6 +37,7 @@ _LAZY = {
     "Evaluator": "evaluator",
     "Example": "examples",
     "RankConsistency": "consistency",
+    "attention_statistics": "attention",
     "get_metric": "metrics",
     "load_examples": "examples",
     "rank_consistency": "consistency",

@@ -15,13 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ThinsightError
-from ..runtime import LayerScores, apply, layer_scores, num_layers
+from ..runtime import num_layers
 from ..runtime.families import check_supported
-from ..schedule import Schedule
-from .encoding import PromptBatch, encode_prompt, pad_batch
-from .examples import Example, validate_examples
+from .attention import prompt_scores
+from .examples import Example
 from .ranks import kendall_tau_b, tied_share, top_k_overlap
-from .vision_cache import VisionCache
 
 __all__ = ["RankConsistency", "rank_consistency"]
 
@@ -123,30 +121,15 @@ def rank_consistency(
         ThinsightError: bad examples, an unknown ranker, a prompt without image token or with fewer than two
             vision tokens, a model with one layer or one that is not supported.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ThinsightError(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
     check_supported(model)
     if num_layers(model) < 2:
         raise ThinsightError(
             "the model has one decoder layer: rank consistency compares layers, use a deeper model"
         )
-    validate_examples(examples)
-    prompts = [encode_prompt(model, processor, example) for example in examples]
-    smallest = min(range(len(prompts)), key=lambda index: prompts[index].n_vision)
-    if prompts[smallest].n_vision < 2:
-        raise ThinsightError(
-            f"example {examples[smallest].id!r} has one vision token: give an image with more"
-        )
-    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    images = VisionCache(model, processor)
-    statistics: list[_Statistics] = []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        vision = images.inputs([examples[index] for index in rows], ranker)
-        found = _scores(model, pad_batch([prompts[index] for index in rows], pad_token_id=0), vision, ranker)
-        statistics += [_statistics(found.row(row).double().cpu().numpy()) for row in range(len(rows))]
-        if progress is not None:
-            progress("rank consistency", start + len(rows), len(order))
+    found = prompt_scores(
+        model, processor, examples, ranker, batch_size, progress, "rank consistency", least_tokens=2
+    )
+    statistics = [_statistics(scores) for scores in found]
     tau, overlap, ties = (np.mean(values, axis=0) for values in zip(*statistics, strict=True))
     return RankConsistency(
         tau=np.diag(tau, k=1).copy(),
@@ -154,7 +137,7 @@ def rank_consistency(
         topk_overlap=overlap,
         tied_share=ties,
         top_rate=TOP_RATE,
-        examples=len(prompts),
+        examples=len(statistics),
     )
 
 
@@ -170,15 +153,3 @@ def _statistics(scores: Array) -> _Statistics:
     """scores: (layers, N)."""
     top = math.ceil(TOP_RATE * scores.shape[1])
     return _Statistics(kendall_tau_b(scores), top_k_overlap(scores, top), tied_share(scores))
-
-
-def _scores(model: Any, batch: PromptBatch, vision: dict[str, Any], ranker: Any) -> LayerScores:
-    inputs = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "position_ids": (batch.attention_mask.cumsum(-1) - 1).clamp(min=0),
-        **vision,
-    }
-    # a full schedule leaves the model as it is, and makes sure that no other reduction is on it
-    with apply(model, Schedule.full(num_layers(model))):
-        return layer_scores(model, inputs, ranker)

@@ -5,7 +5,8 @@ The draft is appended to the prompt (teacher forcing). Causal attention makes th
 the same as in step-by-step decoding as long as the tokens before it are the ones greedy decoding would have
 chosen; so the answer up to and including the first token that differs from the draft is exactly that of
 ``generate()``. From there on, decoding continues step by step on the same KV cache, with the rejected
-positions masked out.
+positions masked out. A sliding window counts the columns of rejected positions too, so where it is shorter
+than the row the prompt and the exact answer so far are read anew, without them.
 
 Knows nothing about reductions, examples or scores: a reduction is in force in the model that it is given, or
 not.
@@ -13,16 +14,20 @@ not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import ThinsightError
 from ..runtime import vision_token_mask
+from ..runtime.families import sliding_layers
 from .encoding import PromptBatch
+from .passes import pass_inputs, prompt_positions
 
 __all__ = ["DecodingRules", "GreedyAnswer", "decode"]
 
@@ -32,7 +37,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
     "bad_words_ids": (None,),
-    "suppress_tokens": (None, []),
     "begin_suppress_tokens": (None, []),
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
@@ -54,6 +58,7 @@ class DecodingRules:
     stop_tokens: frozenset[int]
     pad_token: int
     repetition_penalty: float = 1.0
+    suppressed: tuple[int, ...] = ()  # tokens that are never chosen
 
     @classmethod
     def of(cls, generation_config: Any, max_new_tokens: int) -> DecodingRules:
@@ -75,7 +80,10 @@ class DecodingRules:
         if pad is None:
             pad = min(stop_tokens, default=0)  # padding is masked, so any token will do
         penalty = getattr(generation_config, "repetition_penalty", None)
-        return cls(max_new_tokens, stop_tokens, int(pad), 1.0 if penalty is None else float(penalty))
+        suppressed = tuple(getattr(generation_config, "suppress_tokens", None) or ())
+        return cls(
+            max_new_tokens, stop_tokens, int(pad), 1.0 if penalty is None else float(penalty), suppressed
+        )
 
     def ends(self, tokens: Sequence[int]) -> bool:
         """Whether an answer is over after these tokens."""
@@ -91,11 +99,14 @@ class GreedyAnswer:
             and the first token that differs.
         finished: whether ``tokens`` is the whole answer.
         margin: the smallest gap between the best and the second best logit over ``tokens``.
+        log_likelihood: natural logarithm of the probability that the model gives to the draft, each token
+            after the draft's own before it; to ``tokens`` where there was no draft.
     """
 
     tokens: tuple[int, ...]
     finished: bool
     margin: float
+    log_likelihood: float
 
 
 @torch.no_grad()
@@ -128,12 +139,12 @@ def decode(
     forced = [_feedable(model, draft) for draft in expected]
     cut_short = any(len(fed) < len(draft) - 1 for fed, draft in zip(forced, expected, strict=True))
     run = _Run(model, batch, rules)
-    run.check(vision, forced, keep_cache=cut_short or any(wanted), prompt_scope=prompt_scope)
+    run.check(vision, forced, expected, keep_cache=cut_short or any(wanted), prompt_scope=prompt_scope)
     while rows_left := run.open_rows(expected, wanted):
         run.step(rows_left)
     return [
-        GreedyAnswer(tuple(tokens), rules.ends(tokens), margin)
-        for tokens, margin in zip(run.answers, run.margins, strict=True)
+        GreedyAnswer(tuple(tokens), rules.ends(tokens), margin, likelihood)
+        for tokens, margin, likelihood in zip(run.answers, run.margins, run.likelihoods, strict=True)
     ]
 
 
@@ -147,6 +158,33 @@ def _feedable(model: Any, draft: tuple[int, ...]) -> list[int]:
     return fed[0].tolist()[: placeholders.index(True) if True in placeholders else None]
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """The tokens of a first forward pass."""
+
+    ids: torch.Tensor  # (batch, columns)
+    mask: torch.Tensor  # (batch, columns): 1 where one may be attended to
+    positions: torch.Tensor  # (batch, columns) or (axes, batch, columns)
+    types: dict[str, torch.Tensor]  # (batch, columns)
+    is_prompt: torch.Tensor  # (batch, columns) bool
+
+    def without_gaps(self) -> _Columns:
+        """The same tokens with all that is not attended to on the left, and no more of it than needed."""
+        width = int(self.mask.sum(-1).max())
+        order = self.mask.argsort(dim=-1, stable=True)[:, -width:]  # (batch, width)
+
+        def ordered(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.gather(-1, order.expand(*tensor.shape[:-1], width))
+
+        return _Columns(
+            ordered(self.ids),
+            ordered(self.mask),
+            ordered(self.positions),
+            {name: ordered(types) for name, types in self.types.items()},
+            ordered(self.is_prompt),
+        )
+
+
 class _Run:
     """The state of one batch while it is decoded; columns are prompt, draft, then one per step."""
 
@@ -155,50 +193,93 @@ class _Run:
         self.model = model
         self.rules = rules
         self.prompt = batch.input_ids.to(device)  # (batch, prompt)
-        self.mask = batch.attention_mask.to(
-            device
-        )  # (batch, columns so far): 1 where a column may be attended to
+        self.mask = batch.attention_mask.to(device)  # (batch, columns so far): 1 where one may be attended to
         self.prompt_lengths = self.mask.sum(-1)  # (batch,)
+        self.positions = prompt_positions(model, batch)  # (batch, prompt) or (axes, batch, prompt)
+        self.last_position = self.positions[..., -1:]  # all prompts end in the last column
+        self.types = {name: types.to(device) for name, types in batch.per_token.items()}  # (batch, prompt)
+        self.reread: Callable[[], None] | None = None  # to be done before the next step
         self.answers: list[list[int]] = []
         self.margins: list[float] = []
+        self.likelihoods: list[float] = []
+        self.drafted = False
         self.cache: Any = None
 
     def check(
         self,
         vision: dict[str, Any],
         forced: Sequence[Sequence[int]],
+        expected: Sequence[Sequence[int]],
         *,
         keep_cache: bool,
         prompt_scope: PromptScope | None,
     ) -> None:
         """The one forward pass over prompt and draft; each answer is then exact up to its first new token."""
         extra = max(map(len, forced))
-        draft = torch.full(
-            (len(forced), extra), self.rules.pad_token, device=self.prompt.device
-        )  # (batch, extra)
+        draft = self.prompt.new_full((len(forced), extra), self.rules.pad_token)  # (batch, extra)
         for row, tokens in enumerate(forced):
-            draft[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long, device=draft.device)
-        # draft columns all count as real: no earlier row can see them, and an unpadded batch needs no mask
-        mask = torch.cat([self.mask, torch.ones_like(draft)], dim=-1)
-        is_prompt = torch.arange(mask.shape[1], device=mask.device).expand_as(mask) < self.prompt.shape[1]
-        with prompt_scope(is_prompt) if prompt_scope is not None else nullcontext():
-            outputs = self.model(
-                input_ids=torch.cat([self.prompt, draft], dim=-1),
-                attention_mask=_needed(mask),
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                use_cache=keep_cache,
-                logits_to_keep=extra + 1,
-                **vision,
-            )
+            draft[row, : len(tokens)] = draft.new_tensor(list(tokens))
+        ahead = torch.arange(1, extra + 1, device=draft.device)
+        columns = _Columns(
+            ids=torch.cat([self.prompt, draft], dim=-1),
+            # draft columns all count as real: no earlier row can see them, an unpadded batch needs no mask
+            mask=torch.cat([self.mask, torch.ones_like(draft)], dim=-1),
+            positions=torch.cat([self.positions, self.last_position + ahead], dim=-1),
+            types={name: torch.cat([t, self._type_of(name, draft)], -1) for name, t in self.types.items()},
+            is_prompt=torch.cat([torch.ones_like(self.mask), torch.zeros_like(draft)], dim=-1).bool(),
+        )
+        outputs = self._read(columns, vision, prompt_scope, use_cache=keep_cache, logits_to_keep=extra + 1)
         self.cache = outputs.past_key_values if keep_cache else None
-        predicted, gaps = self._predict_all(outputs.logits, draft)  # both (batch, extra + 1)
+        self.drafted = any(expected)
+        predicted, gaps, likely = self._predict_all(outputs.logits, draft, expected)  # (batch, extra + 1)
         accepted = torch.zeros_like(draft)
         for row, tokens in enumerate(forced):
             agreed = _shared_length(predicted[row], tokens)
             self.answers.append(predicted[row][: agreed + 1])
             self.margins.append(min(gaps[row][: agreed + 1]))
+            self.likelihoods.append(math.fsum(likely[row][: len(tokens) + 1]))
             accepted[row, :agreed] = 1
         self.mask = torch.cat([self.mask, accepted], dim=-1)
+        if self._windows_reach_too_short():
+            exact = replace(columns, mask=self.mask).without_gaps()
+            self.reread = partial(self._reread, exact, vision, prompt_scope)
+
+    def _read(
+        self, columns: _Columns, vision: dict[str, Any], prompt_scope: PromptScope | None, **more: Any
+    ) -> Any:
+        """A first forward pass."""
+        with prompt_scope(columns.is_prompt) if prompt_scope is not None else nullcontext():
+            inputs = pass_inputs(
+                self.model,
+                columns.ids,
+                columns.mask,
+                columns.positions,
+                token_types=columns.types,
+                **vision,
+                **more,
+            )
+            return self.model(**inputs)
+
+    def _type_of(self, name: str, draft: torch.Tensor) -> torch.Tensor:
+        """Token types of an answer: ordinary text that sees nothing behind itself."""
+        causal = getattr(self.model.config, "model_type", None) == "paligemma" and name == "token_type_ids"
+        return torch.full_like(
+            draft, int(causal)
+        )  # PaliGemma's prompts see all of themselves, its answers not
+
+    def _windows_reach_too_short(self) -> bool:
+        """Whether a layer with a sliding window would lose tokens to the columns of rejected positions."""
+        if bool(self.mask[:, self.prompt.shape[1] :].all()) or not sliding_layers(self.model):
+            return False
+        window = self.model.get_decoder().config.sliding_window
+        return self.mask.shape[1] + self.rules.max_new_tokens > int(window)
+
+    def _reread(self, columns: _Columns, vision: dict[str, Any], prompt_scope: PromptScope | None) -> None:
+        """Prompt and exact answers once more, with no column between them that is not attended to."""
+        self.cache = self._read(
+            columns, vision, prompt_scope, use_cache=True, logits_to_keep=1
+        ).past_key_values
+        self.mask = columns.mask
 
     def open_rows(self, drafts: Sequence[tuple[int, ...]], wanted: Sequence[bool]) -> list[int]:
         """Rows whose answer is not over and is wanted whole, or has not left its draft yet."""
@@ -211,43 +292,60 @@ class _Run:
 
     def step(self, rows: Sequence[int]) -> None:
         """One more token for the given rows; the others run along and are ignored."""
-        last = torch.tensor(
-            [[answer[-1]] for answer in self.answers], device=self.prompt.device
-        )  # (batch, 1)
-        ahead = torch.tensor([len(answer) - 1 for answer in self.answers], device=self.prompt.device)
+        if self.reread is not None:
+            self.reread()
+            self.reread = None
+        last = self.prompt.new_tensor([[answer[-1]] for answer in self.answers])  # (batch, 1)
+        ahead = self.prompt.new_tensor([[len(answer)] for answer in self.answers])  # (batch, 1)
         self.mask = torch.cat([self.mask, torch.ones_like(last)], dim=-1)
-        outputs = self.model(
-            input_ids=last,
-            attention_mask=_needed(self.mask),
-            position_ids=(self.prompt_lengths + ahead)[:, None],
-            past_key_values=self.cache,
+        inputs = pass_inputs(
+            self.model,
+            last,
+            self.mask,
+            self.last_position + ahead,
+            token_types={name: self._type_of(name, last) for name in self.types},
+            cache=self.cache,
             use_cache=True,
             logits_to_keep=1,
         )
+        outputs = self.model(**inputs)
         self.cache = outputs.past_key_values
-        scores = self._penalized(outputs.logits[:, -1].float(), self.answers)
+        scores = self._adjusted(outputs.logits[:, -1].float(), self.answers)
         chosen, gaps = scores.argmax(-1).tolist(), _lead(scores).tolist()
+        likely = scores.log_softmax(-1).amax(-1).tolist()
         for row in rows:
             self.answers[row].append(chosen[row])
             self.margins[row] = min(self.margins[row], gaps[row])
+            if not self.drafted:
+                self.likelihoods[row] += likely[row]
 
     def _predict_all(
-        self, logits: torch.Tensor, draft: torch.Tensor
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """For every answer position, the greedy token given the draft before it, and its lead."""
+        self, logits: torch.Tensor, draft: torch.Tensor, expected: Sequence[Sequence[int]]
+    ) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
+        """For every answer position, the greedy token given the draft before it, its lead, and the
+        log-probability of the token that was expected there (of the greedy one where none was)."""
         # logits: (batch, extra + 1, vocabulary)
         before = draft.tolist()
-        tokens, gaps = [], []
+        tokens, gaps, likely = [], [], []
         for position in range(logits.shape[1]):
-            scores = self._penalized(logits[:, position].float(), [row[:position] for row in before])
+            scores = self._adjusted(logits[:, position].float(), [row[:position] for row in before])
             tokens.append(scores.argmax(-1))
             gaps.append(_lead(scores))
-        return torch.stack(tokens, dim=-1).tolist(), torch.stack(gaps, dim=-1).tolist()
+            wanted = [row[position] if position < len(row) else -1 for row in expected]
+            here = torch.where(draft.new_tensor(wanted) < 0, tokens[-1], draft.new_tensor(wanted))
+            likely.append(scores.log_softmax(-1).gather(-1, here[:, None])[:, 0])
+        return tuple(torch.stack(each, dim=-1).tolist() for each in (tokens, gaps, likely))
+
+    def _adjusted(self, scores: torch.Tensor, answers: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits as ``generate()`` adjusts them: the repetition penalty (CTRL, arXiv 1909.05858) over prompt
+        and answer, and suppressed tokens.
+        """
+        if self.rules.repetition_penalty != 1.0:
+            scores = self._penalized(scores, answers)
+        scores[:, list(self.rules.suppressed)] = -torch.inf
+        return scores
 
     def _penalized(self, scores: torch.Tensor, answers: Sequence[Sequence[int]]) -> torch.Tensor:
-        """The repetition penalty (CTRL, arXiv 1909.05858) over prompt and answer, as in ``generate()``."""
-        if self.rules.repetition_penalty == 1.0:
-            return scores
         penalty = self.rules.repetition_penalty
         width = self.prompt.shape[1]
         for row, answer in enumerate(answers):
@@ -262,11 +360,6 @@ def _lead(scores: torch.Tensor) -> torch.Tensor:
     """The gap between the best and the second best score: (batch, vocabulary) -> (batch,)."""
     best = scores.topk(2, dim=-1).values  # (batch, 2)
     return best[:, 0] - best[:, 1]
-
-
-def _needed(mask: torch.Tensor) -> torch.Tensor | None:
-    """The mask, or None where it hides nothing: attention without a mask is faster."""
-    return None if bool(mask.all()) else mask
 
 
 def _shared_length(predicted: Sequence[int], tokens: Sequence[int]) -> int:

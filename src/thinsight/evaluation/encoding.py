@@ -5,27 +5,43 @@ Knows the processor only through its public call. Knows nothing about reductions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median_low
 from typing import Any
 
 import torch
 
 from ..errors import ThinsightError
 from ..runtime import vision_token_mask
+from ..runtime.families import base_model
 from .examples import Example, open_image
 
-__all__ = ["Prompt", "PromptBatch", "encode_prompt", "image_token", "pad_batch", "prompt_text"]
+__all__ = [
+    "Prompt",
+    "PromptBatch",
+    "encode_prompt",
+    "image_token",
+    "pad_batch",
+    "process",
+    "prompt_text",
+    "typical_batch",
+]
 
 _PLAIN_PROMPT = "USER: {images}{question} ASSISTANT:"  # LLaVA-1.5's own format
+_WITHOUT_ROLES = frozenset({"PaliGemmaProcessor"})  # a task and nothing else follows the image
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One example's prompt: token ids, int64, shape (seq,), on the CPU; and how many are vision tokens."""
+    """One example's prompt, on the CPU: all that the model takes except the pixels."""
 
-    input_ids: torch.Tensor
-    n_vision: int
+    input_ids: torch.Tensor  # (seq,) int64
+    n_vision: int  # how many of them are vision tokens
+    per_token: Mapping[str, torch.Tensor] = field(default_factory=dict)  # token types: (seq,)
+    per_image: Mapping[str, torch.Tensor] = field(default_factory=dict)  # sizes, grids: (images, ...)
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -37,10 +53,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Left-padded prompts: ``input_ids`` and ``attention_mask`` int64, shape (batch, seq)."""
+    """Left-padded prompts."""
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    input_ids: torch.Tensor  # (batch, seq) int64
+    attention_mask: torch.Tensor  # (batch, seq) int64
+    per_token: Mapping[str, torch.Tensor] = field(default_factory=dict)  # (batch, seq), 0 at padding
+    per_image: Mapping[str, torch.Tensor] = field(default_factory=dict)  # (images of all prompts, ...)
 
     @property
     def width(self) -> int:
@@ -79,8 +97,26 @@ def prompt_text(processor: Any, example: Example) -> str:
         content = [*images, {"type": "text", "text": example.question}]
         messages = [{"role": "user", "content": content}]
         return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+    if type(processor).__name__ in _WITHOUT_ROLES:
+        return ("" if placed else token * len(example.images)) + example.question
     images_first = "" if placed else f"{token}\n" * len(example.images)
     return _PLAIN_PROMPT.format(images=images_first, question=example.question)
+
+
+def process(processor: Any, examples: Sequence[Example]) -> dict[str, Any]:
+    """What the processor makes of the examples' prompts and images: one left-padded batch.
+
+    Raises:
+        ThinsightError: a question with too many or too few image tokens.
+        ValueError: the processor's own words, where the prompt's image tokens do not fit the images.
+    """
+    texts = [prompt_text(processor, example) for example in examples]
+    images = [[open_image(image) for image in example.images] for example in examples]
+    options: dict[str, Any] = {"padding": True} if len(examples) > 1 else {}
+    start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
+    if start and all(text.startswith(start) for text in texts):
+        options["add_special_tokens"] = False  # the chat template has written them already
+    return dict(processor(text=texts, images=images, return_tensors="pt", **options))
 
 
 def encode_prompt(model: Any, processor: Any, example: Example) -> Prompt:
@@ -89,12 +125,11 @@ def encode_prompt(model: Any, processor: Any, example: Example) -> Prompt:
     Raises:
         ThinsightError: the prompt has no image token where an image belongs, or none that the model knows.
     """
-    text, images = prompt_text(processor, example), [open_image(image) for image in example.images]
     try:
-        inputs = processor(text=[text], images=images, return_tensors="pt")
+        inputs = process(processor, [example])
     except ValueError as error:  # the processor's own check of images against image tokens
         raise ThinsightError(
-            f"the prompt of example {example.id!r} does not fit its {len(images)} images ({error}): "
+            f"the prompt of example {example.id!r} does not fit its {len(example.images)} images ({error}): "
             f"the chat template must put {image_token(processor)!r} where an image belongs"
         ) from error
     input_ids = inputs["input_ids"]  # (1, seq)
@@ -104,15 +139,47 @@ def encode_prompt(model: Any, processor: Any, example: Example) -> Prompt:
             f"the prompt of example {example.id!r} has no image token that {type(model).__name__} knows: "
             "pass the processor that belongs to the model"
         )
-    return Prompt(input_ids=input_ids[0], n_vision=n_vision)
+    taken = {**inspect.signature(base_model(model).forward).parameters}
+    rest = {
+        name: value for name, value in inputs.items() if name in taken and isinstance(value, torch.Tensor)
+    }
+    return Prompt(
+        input_ids=input_ids[0],
+        n_vision=n_vision,
+        per_token={name: rest[name][0] for name in _TOKEN_TYPES if name in rest},
+        per_image={
+            name: value
+            for name, value in rest.items()
+            if name not in (*_TOKEN_TYPES, "input_ids", "attention_mask") and not name.startswith("pixel_")
+        },
+    )
 
 
 def pad_batch(prompts: Sequence[Prompt], pad_token_id: int) -> PromptBatch:
     """Prompts side by side, padded on the left so that all end in the last column."""
-    width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
-    attention_mask = torch.zeros((len(prompts), width), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, width - len(prompt) :] = prompt.input_ids
-        attention_mask[row, width - len(prompt) :] = 1
-    return PromptBatch(input_ids, attention_mask)
+    return PromptBatch(
+        _pad([prompt.input_ids for prompt in prompts], pad_token_id),
+        _pad([torch.ones_like(prompt.input_ids) for prompt in prompts], 0),
+        {name: _pad([prompt.per_token[name] for prompt in prompts], 0) for name in prompts[0].per_token},
+        {name: torch.cat([prompt.per_image[name] for prompt in prompts]) for name in prompts[0].per_image},
+    )
+
+
+def _pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
+    """(seq,) each -> (batch, longest seq)."""
+    width = max(len(row) for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=value) for row in rows])
+
+
+def typical_batch(processor: Any, examples: Sequence[Example], batch: int) -> dict[str, Any]:
+    """One left-padded batch of the examples whose prompts are closest to the median length.
+
+    When there are fewer examples than ``batch`` they are repeated. Tensors as the processor gives them, on
+    the CPU.
+    """
+    texts = [prompt_text(processor, example) for example in examples]
+    lengths = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
+    middle = median_low(lengths)
+    order = sorted(range(len(examples)), key=lambda i: (abs(lengths[i] - middle), i))
+    chosen = [order[i % len(order)] for i in range(batch)]
+    return process(processor, [examples[i] for i in chosen])

@@ -7,6 +7,7 @@ Knows nothing about searches, nor about how the runtime drops tokens.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -29,6 +30,7 @@ from ..schedule import Schedule
 from .decoding import DecodingRules, GreedyAnswer, decode
 from .encoding import Prompt, encode_prompt, pad_batch
 from .examples import Example, validate_examples
+from .feature_store import DEFAULT_CACHE_GIB
 from .metrics import Metric, get_metric
 from .result import Evaluation
 from .vision_cache import VisionCache
@@ -72,6 +74,8 @@ class Evaluator:
         max_new_tokens: cuts every answer, the full model's too. None: the longest right answer's tokens + 4,
             at least 4; 32 if no example has an answer.
         progress: called as ``progress(what, done, total)`` after each batch, in examples.
+        cache_gib: how much of the images' vision features is kept in main memory, in GiB; more goes into
+            temporary files. No score depends on it.
 
     Raises:
         ThinsightError: bad examples (see ``validate_examples``), unknown metric or ranker, a prompt without
@@ -89,6 +93,7 @@ class Evaluator:
         ranker: Any = "text-attention",
         max_new_tokens: int | None = None,
         progress: Progress | None = None,
+        cache_gib: float = DEFAULT_CACHE_GIB,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ThinsightError(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
@@ -110,8 +115,8 @@ class Evaluator:
         self.rules = DecodingRules.of(
             model.generation_config, _max_new_tokens(max_new_tokens, processor, self.examples)
         )
+        self._vision = VisionCache(model, processor, cache_gib)
         self._prompts = [encode_prompt(model, processor, example) for example in self.examples]
-        self._vision = VisionCache(model, processor)
         self._memo: dict[tuple[Any, ...], dict[int, GreedyAnswer]] = {}
         self._failures = np.zeros(len(self.examples))
         self._calls = 0
@@ -134,6 +139,21 @@ class Evaluator:
         return [(prompt.n_vision, prompt.n_text) for prompt in self._prompts]
 
     @property
+    def first_layer(self) -> int:
+        """The first layer at which the ranker can rank."""
+        return self.first_layer_of(self.ranker)
+
+    @staticmethod
+    def first_layer_of(ranker: Any) -> int:
+        """The first layer at which another ranker can rank: its name, dict or object."""
+        return 0 if get_ranker(ranker).ranks_at_layer_0 else 1
+
+    @property
+    def full_cost(self) -> float:
+        """Decoder prefill FLOPs of one full evaluation of the full model."""
+        return float(self.full.cost or 0.0)
+
+    @property
     def full_score(self) -> float:
         """The full model's score; its answers are computed when first asked for."""
         return self.full.score
@@ -144,7 +164,13 @@ class Evaluator:
         scores = [self._score(index, answer) for index, answer in enumerate(self._full)]
         score = float(np.mean(scores))
         spent = self._flops(range(len(self.examples)), None, drafted=False)
-        return Evaluation(score=score, per_example=np.array(scores), full_score=score, cost=spent)
+        return Evaluation(
+            score=score,
+            per_example=np.array(scores),
+            full_score=score,
+            cost=spent,
+            agreement=_agreement(self._full),
+        )
 
     @cached_property
     def full_answers(self) -> list[FullAnswer]:
@@ -168,6 +194,32 @@ class Evaluator:
         ``complete=True`` is the very one of a call.
         """
         return self._evaluate(self._bind(schedule), floor=float(floor))
+
+    def sample(self, schedule: Schedule | Reduction, share: float) -> Evaluation:
+        """The exact score on a share of the examples, the same ones every time; a larger share holds a
+        smaller one.
+
+        Whole batches are run, evenly spread over lengths and over how sure the full model is.
+
+        Raises:
+            ThinsightError: ``share`` is not in (0, 1], or as for a call.
+        """
+        if not 0 < share <= 1:
+            raise ThinsightError(f"share is {share!r}: it must be above 0 and at most 1")
+        count = max(1, round(share * len(self._batches)))
+        chosen = sorted(self._spread[:count])
+        return self._evaluate(self._bind(schedule), floor=None, batches=[self._batches[i] for i in chosen])
+
+    def with_ranker(self, ranker: Any) -> Evaluator:
+        """This evaluator with another ranker for bare schedules; what was computed is shared.
+
+        Raises:
+            ThinsightError: no such ranker.
+        """
+        other = copy.copy(self)
+        other.ranker = get_ranker(ranker)
+        other.__dict__.pop("fingerprint", None)
+        return other
 
     def predictions(self, schedule: Schedule | Reduction) -> list[str]:
         """The greedy answers as texts, in the order of the examples."""
@@ -230,6 +282,14 @@ class Evaluator:
 
         return list(_chunks(sorted(range(len(self.examples)), key=place), self.batch_size))
 
+    @cached_property
+    def _spread(self) -> list[int]:
+        """The batches in an order of which every beginning is spread over all of them."""
+        count = len(self._batches)
+        bits = max(1, (count - 1).bit_length())
+        mirrored = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
+        return [number for number in mirrored if number < count]
+
     def _size(self, index: int) -> tuple[int, int]:
         prompt = self._prompts[index]
         return len(prompt), prompt.n_vision
@@ -245,28 +305,35 @@ class Evaluator:
             )
         return reduction
 
-    def _evaluate(self, reduction: Reduction, floor: float | None) -> Evaluation:
-        if reduction.schedule.is_full:
+    def _evaluate(
+        self, reduction: Reduction, floor: float | None, batches: Sequence[list[int]] | None = None
+    ) -> Evaluation:
+        """On all examples or on the given batches, giving up below ``floor`` if there is one."""
+        if reduction.schedule.is_full and batches is None:
             return self.full
         scores = np.full(len(self.examples), np.nan)
+        likely: list[GreedyAnswer] = []
         known = set(self._memo.get(self._key(reduction), {}))
-        batches = self._batches if floor is None else self._hardest_first
-        with closing(self._answers(reduction, batches)) as stream:
+        ordered = batches or (self._batches if floor is None else self._hardest_first)
+        with closing(self._answers(reduction, ordered)) as stream:
             for batch, answers in stream:
+                likely += answers
                 for index, answer in zip(batch, answers, strict=True):
                     scores[index] = self._score(index, answer)
                 if floor is not None and self._upper_bound(scores) < floor - _ROUNDING_SLACK:
                     break
         run = np.flatnonzero(~np.isnan(scores))
         self._note_failures(scores, run)
-        complete = len(run) == len(scores)
+        complete = batches is not None or len(run) == len(scores)
         spent = self._flops([index for index in run.tolist() if index not in known], reduction.schedule)
         return Evaluation(
-            score=float(np.mean(scores)) if complete else self._upper_bound(scores),
+            score=float(np.mean(scores[run])) if complete else self._upper_bound(scores),
             per_example=scores,
             complete=complete,
             full_score=self.full_score,
             cost=spent,
+            agreement=_agreement(likely),
+            share=1.0 if batches is None else len(run) / len(scores),
         )
 
     def _answers(
@@ -375,6 +442,11 @@ class Evaluator:
     def _report(self, what: str, done: int) -> None:
         if self.progress is not None:
             self.progress(what, done, len(self.examples))
+
+
+def _agreement(answers: Sequence[GreedyAnswer]) -> float:
+    """Mean probability of the full model's answers."""
+    return float(np.mean(np.exp([answer.log_likelihood for answer in answers])))
 
 
 def check_metric(examples: Sequence[Example], metric: str | None) -> None:

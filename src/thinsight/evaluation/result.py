@@ -27,6 +27,9 @@ class Evaluation:
         complete: False when the run was stopped early because the score could not reach the floor asked for.
         full_score: the full model's score on the same examples, if known.
         cost: decoder FLOPs spent to obtain this evaluation, if known.
+        agreement: mean over the examples run of the probability that is given to the full model's answer, in
+            [0, 1]: a smooth signal where scores are equal. None if unknown.
+        share: of the examples, how many the score is about; below 1 for a sample.
 
     Raises:
         ThinsightError: a score that is not a finite number, or ``per_example`` that is not one-dimensional.
@@ -37,6 +40,8 @@ class Evaluation:
     complete: bool = True
     full_score: float | None = None
     cost: float | None = None
+    agreement: float | None = None
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "score", _finite(self.score, "score"))

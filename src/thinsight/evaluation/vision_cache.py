@@ -1,65 +1,92 @@
-"""Vision features of the examples' images: the tower runs once per distinct image, its output is kept.
+"""Vision features of the examples' images: the encoder runs once per distinct set of images, and is kept.
 
-Knows the processor's public call and the runtime's `encode_images`. Knows nothing about schedules, answers
-or scores.
+An example's images are encoded together, because some families treat one image otherwise than several.
+Knows the processor's public call and `encode_images`. Knows nothing about schedules, answers or scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from ..errors import ThinsightError
 from ..ranking import VISION_ATTENTION, get_ranker
-from ..runtime import EncodedImages, encode_images
-from .encoding import image_token
-from .examples import Example, ImageSource, open_image
+from ..runtime import EncodedImages, encode_images, vision_token_mask
+from .encoding import process
+from .examples import Example
+from .feature_store import DEFAULT_CACHE_GIB, FeatureStore
 
 __all__ = ["VisionCache"]
 
-_ENCODE_BATCH = 8  # images per run of the tower
+_ENCODE_BATCH = 8  # examples per run of the encoder
 
 
 class VisionCache:
-    """Encoded images by identity, in main memory, handed out as a batch of prompts needs them.
+    """Encoded images by identity, handed out as a batch of prompts needs them.
 
     Attention inside the tower is read only once a ranker asks for it; what was encoded before is then encoded
     again, and replaced.
+
+    Args:
+        model: a transformers vision-language model.
+        processor: its own processor.
+        cache_gib: how much is kept in main memory, in GiB; more goes into temporary files.
+
+    Raises:
+        ThinsightError: ``cache_gib`` is no number of at least 0.
     """
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, cache_gib: float = DEFAULT_CACHE_GIB) -> None:
         self._model = model
         self._processor = processor
-        self._kept: dict[str, EncodedImages] = {}
+        self._kept = FeatureStore(cache_gib)
 
     def inputs(self, examples: Sequence[Example], ranker: Any = None) -> dict[str, Any]:
         """Keyword arguments for a forward pass over these examples' prompts, in place of their pixels.
 
         ``ranker`` is the one that will rank their tokens, None if none will.
+
+        Raises:
+            ThinsightError: the encoder makes other token counts than the processor writes into the prompts,
+                or a temporary file cannot be written.
         """
         ranked = ranker is not None and VISION_ATTENTION in get_ranker(ranker).needs
-        images = {
-            key: image
-            for example in examples
-            for key, image in zip(example.image_keys, example.images, strict=True)
-        }
-        missing = [key for key in images if not self._has(key, ranked)]
+        by_images = {tuple(example.image_keys): example for example in examples}
+        missing = [
+            example for key, example in by_images.items() if not self._kept.holds(key, received=ranked)
+        ]
         for start in range(0, len(missing), _ENCODE_BATCH):
-            chosen = {key: images[key] for key in missing[start : start + _ENCODE_BATCH]}
-            self._encode(chosen, ranker if ranked else None)
-        wanted = [self._kept[key] for example in examples for key in example.image_keys]
+            self._encode(missing[start : start + _ENCODE_BATCH], ranker if ranked else None)
+        wanted = [self._entry(example) for example in examples]
         return EncodedImages.concat(wanted).to(self._model.device).model_inputs()
 
-    def _has(self, key: str, ranked: bool) -> bool:
-        kept = self._kept.get(key)
-        return kept is not None and (not ranked or kept.received is not None)
+    def _entry(self, example: Example) -> EncodedImages:
+        entry = self._kept.get(tuple(example.image_keys))
+        assert entry is not None
+        return entry
 
-    def _encode(self, images: Mapping[str, ImageSource], ranker: Any) -> None:
-        inputs = self._processor(
-            text=[image_token(self._processor)] * len(images),
-            images=[open_image(image) for image in images.values()],
-            return_tensors="pt",
-            padding=True,
-        )
+    def _encode(self, examples: Sequence[Example], ranker: Any) -> None:
+        inputs = process(self._processor, examples)
         encoded = encode_images(self._model, inputs, ranker).to("cpu")
-        for row, key in enumerate(images):
-            self._kept[key] = encoded.rows(row)
+        counts = vision_token_mask(self._model, inputs["input_ids"]).sum(1).tolist()
+        for example, entries in zip(examples, _split(encoded, counts), strict=True):
+            self._kept.put(tuple(example.image_keys), encoded.rows(entries))
+
+
+def _split(encoded: EncodedImages, counts: Sequence[int]) -> list[list[int]]:
+    """Which entries belong to each prompt, from how many vision tokens the prompts have."""
+    sizes = [len(feature) for feature in encoded.features]
+    result: list[list[int]] = []
+    entry = 0
+    for count in counts:
+        mine: list[int] = []
+        while entry < len(sizes) and sum(sizes[i] for i in mine) < count:
+            mine.append(entry)
+            entry += 1
+        if sum(sizes[i] for i in mine) != count:
+            raise ThinsightError(
+                f"the vision encoder makes entries of {sizes} tokens, which do not fit prompts with {counts} "
+                "image tokens: pass the processor that belongs to the model"
+            )
+        result.append(mine)
+    return result

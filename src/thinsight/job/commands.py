@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .. import cost
 from ..errors import ThinsightError
 from ..evaluation.consistency import rank_consistency
-from ..evaluation.encoding import encode_prompt
+from ..evaluation.encoding import encode_prompt, typical_batch
 from ..evaluation.evaluator import Evaluator, check_metric
 from ..evaluation.examples import Example, check_image_file, load_examples, validate_examples
+from ..evaluation.feature_store import DEFAULT_CACHE_GIB, FeatureStore
 from ..evaluation.metrics import get_metric
 from ..report import words
 from ..report.data import DatasetInfo, Headline, Picture, ReportData
@@ -43,7 +43,6 @@ from .session import (
     find_reduction,
     fit_reduction,
     open_model,
-    timing_inputs,
 )
 from .splits import content_hash
 from .watching import Watcher
@@ -103,6 +102,7 @@ def evaluate(
     metric: str | None = None,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
+    cache_gib: float = DEFAULT_CACHE_GIB,
     watcher: Watcher | None = None,
 ) -> ReportData:
     """Full against reduced on a set of examples, with the drop's interval.
@@ -113,6 +113,7 @@ def evaluate(
     watcher = watcher or Watcher()
     if metric is not None:
         get_metric(metric)
+    FeatureStore(cache_gib)
     examples, opened, found = _open(options, watcher, metric)
     evaluator = Evaluator(
         opened.model,
@@ -122,6 +123,7 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         progress=watcher.on_progress,
+        cache_gib=cache_gib,
     )
     watcher.on_stage("Full model")
     full = evaluator.full
@@ -146,7 +148,7 @@ def evaluate(
             flops_ratio=rows[1].flops_ratio,
             flops_full=rows[0].flops,
             flops=rows[1].flops,
-            vision_flops=cost.vision_flops(opened.model.config),
+            vision_flops=prompt.vision_flops(),
         ),
         keep_rates=schedule.keep_rates,
         methods=rows,
@@ -188,7 +190,7 @@ def bench(
         if value < 1:
             raise ThinsightError(f"{name} is {value}: it must be a whole number of at least 1")
     examples, opened, found = _open(options, watcher)
-    inputs = timing_inputs(opened.processor, examples, batch_size)
+    inputs = typical_batch(opened.processor, examples, batch_size)
     watcher.on_stage("Timing full against reduced")
     measurement = measure(
         opened.model,

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..errors import ThinsightError
-from ..evaluation.encoding import prompt_text
-from ..evaluation.examples import Example, open_image
+from ..evaluation.encoding import process
+from ..evaluation.examples import Example
 from ..reduction import Reduction
 from ..report.data import Picture
 from ..runtime import Handle, apply, vision_token_mask
+from ..timing import on_device
+from .grid import grid_of
 
 __all__ = ["picture_of", "spread", "varied"]
 
@@ -44,18 +45,13 @@ def picture_of(
         most_layers: show at most so many layers, evenly chosen among those where tokens are dropped.
 
     Raises:
-        ThinsightError: a prompt without an image, or an image whose tokens are no grid of the vision tower's
-            patches.
+        ThinsightError: a prompt without an image, or an image whose tokens form no grid.
     """
     if not example.images:
         raise ThinsightError(f"example {example.id!r} has no image: there are no vision tokens to show")
-    images = [open_image(image) for image in example.images]
-    inputs = processor(text=[prompt_text(processor, example)], images=images, return_tensors="pt").to(
-        model.device
-    )
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs = on_device(model, process(processor, [example]))
     n_vision = int(vision_token_mask(model, inputs["input_ids"]).sum())
-    grid = _grid(model, inputs["pixel_values"], n_vision, len(images))
+    grid = grid_of(model, processor, example, inputs, n_vision)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
     full = model.generate(**inputs, **options)  # (1, prompt + answer)
     layers = _layers(reduction, n_vision, most_layers)
@@ -64,9 +60,9 @@ def picture_of(
         kept = [_kept(handle, layer, n_vision) for layer in layers]
     length = inputs["input_ids"].shape[1]
     return Picture(
-        image=_as_seen(processor, inputs["pixel_values"][0]),
-        grid=grid,
-        kept=tuple(tuple(i for i in indices if i < grid[0] * grid[1]) for indices in kept),
+        image=grid.image,
+        grid=grid.size,
+        kept=tuple(grid.inside(indices) for indices in kept),
         layers=tuple(layers),
         question=example.question,
         answer_full=_text(processor, full[0, length:]),
@@ -111,27 +107,6 @@ def _kept(handle: Handle, layer: int, n_vision: int) -> list[int]:
 def _layers(reduction: Reduction, n_vision: int, most: int) -> list[int]:
     dropping = sorted(reduction.schedule.reductions(n_vision))
     return spread(dropping, most) if dropping else [reduction.schedule.num_layers - 1]
-
-
-def _grid(model: Any, pixels: torch.Tensor, n_vision: int, images: int) -> tuple[int, int]:
-    """(rows, columns) of one image's vision tokens; ``pixels`` (images, channels, height, width)."""
-    patch = model.config.vision_config.patch_size
-    rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-    if rows * columns * images != n_vision:
-        raise ThinsightError(
-            f"{n_vision} vision tokens of {images} images are no grid of {rows} x {columns} patches: "
-            "pictures need one token per patch"
-        )
-    return rows, columns
-
-
-def _as_seen(processor: Any, pixels: torch.Tensor) -> Image.Image:
-    """The image after the processor's crop and resize; ``pixels`` (channels, height, width), normalized."""
-    settings = processor.image_processor
-    mean = torch.tensor(settings.image_mean)[:, None, None]
-    std = torch.tensor(settings.image_std)[:, None, None]
-    unit = (pixels.float().cpu() * std + mean).clamp(0, 1)  # (channels, height, width) in [0, 1]
-    return Image.fromarray((unit * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def _text(processor: Any, tokens: torch.Tensor) -> str:

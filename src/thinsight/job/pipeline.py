@@ -12,18 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import numpy as np
 
-from .. import baselines, cost
+from .. import baselines
+from ..budget import Budget, LatencyModel, TimeBudget, check_budget_value, make_budget
 from ..errors import ThinsightError
 from ..evaluation.consistency import rank_consistency
+from ..evaluation.encoding import typical_batch
 from ..evaluation.evaluator import Evaluator, check_metric
 from ..evaluation.examples import Example
+from ..evaluation.feature_store import DEFAULT_CACHE_GIB, FeatureStore
 from ..evaluation.metrics import get_metric
 from ..evaluation.result import Evaluation
-from ..ranking import TEXT_ATTENTION, Ranker, get_ranker
+from ..ranking import Ranker, get_ranker
 from ..reduction import Reduction
 from ..report import save_report_data, write_report
 from ..report.data import (
@@ -38,7 +42,8 @@ from ..report.data import (
 )
 from ..runtime import apply
 from ..schedule import Schedule
-from ..search import gsearch
+from ..search import SearchResult, gsearch
+from ..search.search import DEFAULT_MAX_DROP, METHODS, budget_of, choose_method
 from ..search.solvers import get_solver
 from ..timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement, measure
 from .kept import picture_of, varied
@@ -63,15 +68,25 @@ from .session import (
     layers_of,
     load_sets,
     open_model,
-    timing_inputs,
 )
 from .splits import content_hash
 from .watching import Watcher
 
 __all__ = ["SearchOptions", "SearchOutcome", "search_and_report"]
 
-FOUND = "G-Search"
+TITLES = {
+    "gsearch": "G-Search",
+    "psigmoid": "P-Sigmoid",
+    "random": "Random search",
+    "sensitivity": "Sensitivity search",
+}
 CONSISTENCY_EXAMPLES = 64
+AUTO_RANKERS: list[dict[str, Any]] = [
+    {"name": "text-attention", "queries": "instruction"},
+    {"name": "text-attention", "queries": "last"},
+    get_ranker("staged").to_dict(),
+]
+"""What `ranker` "auto" chooses from."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +99,19 @@ class SearchOptions:
     limit: int | None = None
     metric: str | None = None
     max_new_tokens: int | None = None
-    max_drop: float = 0.01
+    max_drop: float | None = None
+    budget: float | None = None
+    budget_unit: str = "keep"
+    method: str | None = None
     ranker: str | dict[str, Any] = "text-attention"
     solver: str = "bisect"
-    first_layer: int = 2
+    first_layer: int | None = None
     step: int = 1
     trade_off: float = 0.1
-    n_trials: int = 8
+    n_trials: int | None = None
     seed: int = 0
     batch_size: int = 8
+    cache_gib: float = DEFAULT_CACHE_GIB
     timing_runs: int = 7
     new_tokens: int = 16
     pictures: int = 6
@@ -106,12 +125,16 @@ class SearchOptions:
         Raises:
             ThinsightError: naming the first option that cannot be right.
         """
-        if not math.isfinite(self.max_drop) or self.max_drop < 0:
+        choose_method(self.method, self.max_drop, self.budget)
+        if self.chooses_ranker and self.chosen != "sensitivity":
+            raise ThinsightError("ranker 'auto' needs a budget and the sensitivity search, which chooses it")
+        if self.budget is not None:
+            check_budget_value(self.budget, self.budget_unit)
+        if not math.isfinite(self.tolerance) or self.tolerance < 0:
             raise ThinsightError(
                 f"max_drop is {self.max_drop}: it must be a number of at least 0, such as 0.01"
             )
         least = {
-            "first_layer": 0,
             "batch_size": 1,
             "timing_runs": 1,
             "new_tokens": 1,
@@ -123,10 +146,51 @@ class SearchOptions:
                 raise ThinsightError(
                     f"{name} is {getattr(self, name)}: it must be a whole number of at least {low}"
                 )
-        get_solver(self.solver, step=self.step, trade_off=self.trade_off, n_trials=self.n_trials)
+        FeatureStore(self.cache_gib)
+        get_solver(self.solver, step=self.step, trade_off=self.trade_off, n_trials=self.solver_trials)
+        if self.n_trials is not None and self.n_trials < 1:
+            raise ThinsightError(f"n_trials is {self.n_trials}: it must be a whole number of at least 1")
         if self.metric is not None:
             get_metric(self.metric)
-        _check_first_layer(self.first_layer, get_ranker(self.ranker), layers_of(self.model.check()))
+        if self.first_layer is not None or self.searches_layers:
+            _check_first_layer(
+                self.gsearch_layer, get_ranker(self.first_ranker), layers_of(self.model.check())
+            )
+
+    @property
+    def chosen(self) -> str:
+        """The method that runs."""
+        return choose_method(self.method, self.max_drop, self.budget)
+
+    @property
+    def chooses_ranker(self) -> bool:
+        """Whether the search is to choose among `AUTO_RANKERS`."""
+        return (self.ranker if isinstance(self.ranker, str) else self.ranker.get("name")) == "auto"
+
+    @property
+    def first_ranker(self) -> str | dict[str, Any]:
+        """The ranker that was asked for, or the first of those to choose from."""
+        return AUTO_RANKERS[0] if self.chooses_ranker else self.ranker
+
+    @property
+    def searches_layers(self) -> bool:
+        """Whether the search goes layer by layer, under a tolerance."""
+        return self.chosen == "gsearch"
+
+    @property
+    def tolerance(self) -> float:
+        """The drop that a search without a budget allows."""
+        return DEFAULT_MAX_DROP if self.max_drop is None else self.max_drop
+
+    @property
+    def gsearch_layer(self) -> int:
+        """The first layer that may see fewer tokens; the paper's where none is given."""
+        return 2 if self.first_layer is None else self.first_layer
+
+    @property
+    def solver_trials(self) -> int:
+        """Trials per layer of the bayes solver."""
+        return 8 if self.n_trials is None else self.n_trials
 
 
 @dataclass(frozen=True)
@@ -162,6 +226,27 @@ class _Scores:
 
 
 @dataclass(frozen=True)
+class _Limit:
+    """A budget as the run folder keeps it."""
+
+    value: float
+    unit: str
+    n_vision: int
+    n_text: int
+    latency: LatencyModel | None
+
+    def budget(self, config: Any) -> Budget:
+        return make_budget(
+            self.value,
+            self.unit,
+            config=config,
+            n_vision=self.n_vision,
+            n_text=self.n_text,
+            latency=self.latency,
+        )
+
+
+@dataclass(frozen=True)
 class _Tested:
     """One method on the test set."""
 
@@ -193,7 +278,7 @@ def search_and_report(options: SearchOptions, watcher: Watcher | None = None) ->
     watcher.on_stage("Loading the model")
     opened = open_model(options.model)
     calibration = _evaluator(opened, sets.calibration, options, watcher)
-    _check_runs(options.first_layer, opened, calibration)
+    _check_runs(options.gsearch_layer, opened, calibration)
     test = _evaluator(opened, sets.test, options, watcher)
     folder.bind(_settings(options, opened, sets, calibration, test))
     return _Run(options, watcher, folder, sets, opened, calibration, test).run()
@@ -235,28 +320,57 @@ class _Run:
 
     def _run_search(self) -> _Search:
         options = self.options
-        result = gsearch(
-            self.calibration,
-            options.max_drop,
-            first_layer=options.first_layer,
-            solver=options.solver,
-            step=options.step,
-            trade_off=options.trade_off,
-            n_trials=options.n_trials,
-            seed=options.seed,
-            study=self.folder.path / "study.jsonl",
-            resume=options.resume,
-            observer=self.watcher,
-        )
+        result = self._result()
         reduction = replace(result.reduction, base_model_name_or_path=options.model.model)
         reduction.save_pretrained(self.folder.path)
-        if result.schedule.is_full:
+        if result.schedule.is_full and options.budget is None:
             self.watcher.on_note(
-                f"No vision token can go within a drop of {options.max_drop}: allow more with --max-drop, "
+                f"No vision token can go within a drop of {options.tolerance}: allow more with --max-drop, "
                 "or calibrate on more examples"
             )
         return _Search(
             result.method, result.full_score, result.score, result.seconds, trial_rows(result.trials)
+        )
+
+    def _result(self) -> SearchResult:
+        options = self.options
+        journal: dict[str, Any] = {
+            "seed": options.seed,
+            "study": self.folder.path / "study.jsonl",
+            "resume": options.resume,
+            "observer": self.watcher,
+        }
+        if options.budget is None:
+            return gsearch(
+                self.calibration,
+                options.tolerance,
+                first_layer=options.gsearch_layer,
+                solver=options.solver,
+                step=options.step,
+                trade_off=options.trade_off,
+                n_trials=options.solver_trials,
+                **journal,
+            )
+        budget = self.folder.once("budget", _Limit, self._limit).budget(self.opened.model.config)
+        if options.n_trials is not None:
+            journal["n_trials"] = options.n_trials
+        if options.chooses_ranker:
+            journal["rankers"] = AUTO_RANKERS
+        found: SearchResult = METHODS[options.chosen](
+            self.calibration, budget, first_layer=options.first_layer, **journal
+        )
+        return found
+
+    def _limit(self) -> _Limit:
+        """The budget in numbers; a latency model is measured once and kept, so that a resumed search has the
+        same one."""
+        options = self.options
+        assert options.budget is not None
+        budget = budget_of(self.calibration, options.budget, options.budget_unit)
+        latency = budget.latency if isinstance(budget, TimeBudget) else None
+        n_text = median_low(text for _, text in self.calibration.prompt_sizes)
+        return _Limit(
+            options.budget, options.budget_unit, self.calibration.num_vision_tokens, n_text, latency
         )
 
     def _test(self, reduction: Reduction) -> list[_Tested]:
@@ -264,10 +378,14 @@ class _Run:
         full = Reduction(Schedule.full(reduction.schedule.num_layers))
         methods = [
             ("full", "Full model", "full", full, ""),
-            ("found", FOUND, "found", reduction, "found on the calibration set"),
+            ("found", self._found, "found", reduction, "found on the calibration set"),
             *((key, name, "baseline", rival, note) for key, name, rival, note in self._rivals(reduction)),
         ]
         return [self._tested(*method) for method in methods]
+
+    @property
+    def _found(self) -> str:
+        return TITLES[self.options.chosen]
 
     def _tested(self, key: str, name: str, kind: str, reduction: Reduction, note: str) -> _Tested:
         self.watcher.on_stage(f"Testing {name}")
@@ -288,7 +406,7 @@ class _Run:
         try:
             fastv = baselines.fastv(budget=budget, layer=layer, ranker=reduction.ranker)
         except ThinsightError:  # the search may begin above layer 2 and go where a step at 2 cannot follow
-            layer = self.options.first_layer
+            layer = next(i for i, rate in enumerate(schedule.keep_rates) if rate < 1)
             fastv = baselines.fastv(budget=budget, layer=layer, ranker=reduction.ranker)
         return [
             ("fastv", f"FastV-like (one step at layer {layer})", fastv, "the found ranker, one step"),
@@ -307,7 +425,7 @@ class _Run:
         def run() -> Measurement:
             return measure(
                 self.opened.model,
-                timing_inputs(self.opened.processor, self.sets.test, self.options.batch_size),
+                typical_batch(self.opened.processor, self.sets.test, self.options.batch_size),
                 reduction,
                 runs=self.options.timing_runs,
                 new_tokens=self.options.new_tokens,
@@ -331,10 +449,17 @@ class _Run:
     def _pictures(self, reduction: Reduction) -> tuple[Picture, ...]:
         self.watcher.on_stage("Looking at kept tokens")
         longest = self.test.rules.max_new_tokens
-        return tuple(
-            picture_of(self.opened.model, self.opened.processor, example, reduction, max_new_tokens=longest)
-            for example in varied(self.sets.test, self.options.pictures)
-        )
+        pictures = []
+        for example in varied(self.sets.test, self.options.pictures):
+            try:
+                picture = picture_of(
+                    self.opened.model, self.opened.processor, example, reduction, max_new_tokens=longest
+                )
+            except ThinsightError as error:  # the report goes on without it
+                self.watcher.on_note(f"No picture of example {example.id!r}: {error}")
+            else:
+                pictures.append(picture)
+        return tuple(pictures)
 
     # -- the report --------------------------------------------------------------------------------------
 
@@ -359,12 +484,13 @@ class _Run:
             dataset=self._dataset(),
             headline=self._headline(rows[0], rows[1], measurement),
             search=SearchInfo(
-                method=FOUND,
-                max_drop=options.max_drop,
-                solver=options.solver,
+                method=self._found,
+                max_drop=options.tolerance if options.budget is None else None,
+                budget=_budget_words(options),
+                solver=options.solver if options.budget is None else "",
                 ranker=ranker_words(found.reduction.ranker),
                 seed=options.seed,
-                evaluations=len(search.trials),
+                evaluations=round(math.fsum(trial.share for trial in search.trials)),
                 seconds=search.seconds,
                 calibration_full_score=search.full_score,
                 calibration_score=search.score,
@@ -413,7 +539,7 @@ class _Run:
             answer_ratio=measurement.timing(ANSWER).ratio,
             flops_full=full.flops,
             flops=found.flops,
-            vision_flops=cost.vision_flops(self.opened.model.config),
+            vision_flops=self._prompt.vision_flops(),
         )
 
 
@@ -426,9 +552,10 @@ def _evaluator(
         examples,
         metric=options.metric,
         batch_size=options.batch_size,
-        ranker=options.ranker,
+        ranker=options.first_ranker,
         max_new_tokens=options.max_new_tokens,
         progress=watcher.on_progress,
+        cache_gib=options.cache_gib / 2,  # two sets
     )
 
 
@@ -444,7 +571,7 @@ def _check_first_layer(first_layer: int, ranker: Ranker, layers: int) -> None:
         raise ThinsightError(
             f"first_layer is {first_layer} but the model has layers 0 to {layers - 1}: choose one of them"
         )
-    if first_layer == 0 and TEXT_ATTENTION in ranker.needs:
+    if first_layer == 0 and not ranker.ranks_at_layer_0:
         raise ThinsightError(
             f"first_layer is 0, but ranker {ranker.name!r} reads the layer before, which layer 0 has not: "
             "choose 1 or more, or rank by vision-attention, random or uniform"
@@ -456,9 +583,13 @@ def _settings(
 ) -> dict[str, Any]:
     """What a run is made of: a resumed one must agree in all of it."""
     solver = get_solver(
-        options.solver, step=options.step, trade_off=options.trade_off, n_trials=options.n_trials
+        options.solver, step=options.step, trade_off=options.trade_off, n_trials=options.solver_trials
     )
     return {
+        "method": options.chosen,
+        "budget": options.budget,
+        "budget_unit": options.budget_unit if options.budget is not None else None,
+        "n_trials": options.n_trials if options.budget is not None else None,
         "model": options.model.model,
         "dtype": opened.info.dtype,
         "attn": options.model.attn,
@@ -466,14 +597,25 @@ def _settings(
         "test_data": sets.test_name,
         "limit": options.limit,
         "metric": options.metric,
-        "max_drop": options.max_drop,
-        "ranker": calibration.ranker.to_dict(),
+        "max_drop": options.tolerance if options.budget is None else None,
+        "ranker": "auto" if options.chooses_ranker else calibration.ranker.to_dict(),
         "solver": dict(solver.settings),
-        "first_layer": options.first_layer,
+        "first_layer": options.gsearch_layer if options.budget is None else options.first_layer,
         "seed": options.seed,
         "calibration fingerprint": calibration.fingerprint,
         "test fingerprint": test.fingerprint,
     }
+
+
+def _budget_words(options: SearchOptions) -> str:
+    if options.budget is None:
+        return ""
+    if options.budget_unit == "ms":
+        return f"{options.budget:g} ms of prefill"
+    if options.budget_unit == "flops" and options.budget > 1:
+        return f"{options.budget:.4g} decoder FLOPs"
+    of = "of the decoder's FLOPs" if options.budget_unit == "flops" else "mean keep rate"
+    return f"{100 * options.budget:g} % {of}"
 
 
 def _measured(data: ReportData, measurement: Measurement) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import cost
-from ..baselines import FlopsBudget
+from ..budget import FlopsBudget
+from ..errors import ThinsightError
 from ..evaluation.examples import Example
 from ..evaluation.result import Evaluation
 from ..evaluation.statistics import Interval, paired_bootstrap
@@ -54,6 +55,16 @@ class MedianPrompt:
     def flops(self, schedule: Schedule | None = None) -> float:
         """Decoder prefill FLOPs of this prompt."""
         return cost.flops(self.config, n_vision=self.n_vision, n_text=self.n_text, schedule=schedule)
+
+    def vision_flops(self) -> float | None:
+        """FLOPs of the vision encoder, this prompt's vision tokens taken as one image's.
+
+        None where they cannot be told from config and token count.
+        """
+        try:
+            return cost.vision_flops(self.config, n_vision=self.n_vision)
+        except ThinsightError:
+            return None
 
     def budget(self, schedule: Schedule) -> FlopsBudget:
         """What ``schedule`` spends on this prompt, for methods that are to cost the same."""
@@ -146,6 +157,8 @@ def trial_rows(trials: Sequence[Trial]) -> tuple[TrialRow, ...]:
             complete=trial.complete,
             accepted=trial.accepted,
             seconds=trial.seconds,
+            share=trial.share,
+            why=trial.why,
         )
         for trial in trials
     )

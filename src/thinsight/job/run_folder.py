@@ -108,6 +108,15 @@ class RunFolder:
         self._write(path, encode(result))
         return result
 
+    def save_json(self, name: str, value: Any) -> Path:
+        """Write a dataclass as a JSON file of the folder, whole or not at all.
+
+        Raises:
+            ThinsightError: it cannot be written.
+        """
+        self._write(self.path / name, encode(value))
+        return self.path / name
+
     def _stage_path(self, stage: str) -> Path:
         return self.path / _STAGES / f"{stage}.json"
 

@@ -7,10 +7,8 @@ searches, reports or terminals.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median_low
 from typing import Any
 
 import torch
@@ -18,8 +16,7 @@ import transformers
 
 from ..baselines import fastv
 from ..errors import ThinsightError
-from ..evaluation.encoding import prompt_text
-from ..evaluation.examples import Example, load_examples, open_image
+from ..evaluation.examples import Example, load_examples
 from ..loading import DEMO, check_options, load_config, load_model
 from ..ranking import get_ranker
 from ..reduction import CONFIG_NAME, Reduction
@@ -42,7 +39,6 @@ __all__ = [
     "layers_of",
     "load_sets",
     "open_model",
-    "timing_inputs",
 ]
 
 DEFAULT_OUT = Path("thinsight-out")
@@ -193,21 +189,6 @@ def fit_reduction(found: Sourced | None, model: str, config: Any) -> Sourced:
     except ThinsightError as error:
         raise ThinsightError(f"the reduction {found.where}: {error}") from None
     return found
-
-
-def timing_inputs(processor: Any, examples: Sequence[Example], batch: int) -> dict[str, torch.Tensor]:
-    """One left-padded batch of the examples whose prompts are closest to the median length.
-
-    When there are fewer examples than ``batch`` they are repeated. Tensors as the processor gives them, on
-    the CPU.
-    """
-    texts = [prompt_text(processor, example) for example in examples]
-    lengths = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
-    middle = median_low(lengths)
-    order = sorted(range(len(examples)), key=lambda i: (abs(lengths[i] - middle), i))
-    chosen = [order[i % len(order)] for i in range(batch)]
-    images = [open_image(image) for i in chosen for image in examples[i].images]
-    return dict(processor(text=[texts[i] for i in chosen], images=images, padding=True, return_tensors="pt"))
 
 
 def environment(opened: Opened) -> dict[str, str]:

@@ -6,6 +6,7 @@ Knows nothing about how many are kept, nor about models.
 from __future__ import annotations
 
 from .base import (
+    STATES,
     TEXT_ATTENTION,
     VISION_ATTENTION,
     Context,
@@ -15,20 +16,37 @@ from .base import (
     list_rankers,
     register,
 )
+from .cdpruner import CDPruner
+from .dart import Dart
+from .divprune import DivPrune
+from .downsample import Downsample
 from .random import Random
+from .sparsevlm import SparseVLM
+from .staged import Staged
 from .text_attention import TextAttention
 from .uniform import Uniform
 from .vision_attention import VisionAttention
+from .visionzip import VisionZip
+from .vispruner import VisPruner
 
 __all__ = [
+    "STATES",
     "TEXT_ATTENTION",
     "VISION_ATTENTION",
+    "CDPruner",
     "Context",
+    "Dart",
+    "DivPrune",
+    "Downsample",
     "Random",
     "Ranker",
+    "SparseVLM",
+    "Staged",
     "TextAttention",
     "Uniform",
+    "VisPruner",
     "VisionAttention",
+    "VisionZip",
     "choose",
     "get_ranker",
     "list_rankers",

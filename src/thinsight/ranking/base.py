@@ -15,6 +15,7 @@ context and the settings, so that a prompt is ranked alike whether alone or in a
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -27,6 +28,7 @@ from torch import Tensor
 from ..errors import ThinsightError
 
 __all__ = [
+    "STATES",
     "TEXT_ATTENTION",
     "VISION_ATTENTION",
     "Context",
@@ -41,6 +43,9 @@ TEXT_ATTENTION = "text-attention"
 """A need: attention rows of the decoder layer just run (`Context.attention`, `Context.queries`)."""
 VISION_ATTENTION = "vision-attention"
 """A need: attention inside the vision tower (`Context.vision_attention`)."""
+STATES = "states"
+"""A need: hidden states of the vision and text tokens where they are about to be reduced (`Context.states`,
+`Context.text_states`, `Context.queries`)."""
 QUERIES = ("last", "instruction")
 
 
@@ -59,8 +64,10 @@ class Context:
     index: Tensor  # (batch, tokens) int64: place within that image, from 0
     size: Tensor  # (batch, tokens) int64: how many tokens that image has (its N)
     attention: Tensor | None = None  # (batch, heads, queries, tokens) float32, a softmax
-    queries: Tensor | None = None  # (batch, queries) bool: rows of `attention` that are real
+    queries: Tensor | None = None  # (batch, queries) bool: rows of `attention`, `text_states` that are real
     vision_attention: Tensor | None = None  # (batch, tokens) float32, received inside the vision tower
+    states: Tensor | None = None  # (batch, tokens, hidden): what enters layer `layer`, before its norm
+    text_states: Tensor | None = None  # (batch, queries, hidden): likewise, of the text that ranks
 
 
 class Ranker(ABC):
@@ -73,7 +80,7 @@ class Ranker(ABC):
     """
 
     name: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     queries: str = "instruction"
 
     def __init__(self, **settings: Any) -> None:
@@ -82,6 +89,23 @@ class Ranker(ABC):
     @abstractmethod
     def score(self, context: Context) -> Tensor:
         """Scores, (batch, tokens) float32, finite. Ties are broken in favour of the earlier token."""
+
+    @property
+    def ranks_at_layer_0(self) -> bool:
+        """Whether it can rank before the first decoder layer, where no attention has been paid yet."""
+        return TEXT_ATTENTION not in self.needs
+
+    def merge(self, context: Context, kept: Tensor) -> Tensor | None:
+        """What kept tokens are to hold from here on, for methods that merge dropped tokens into kept ones.
+
+        Args:
+            context: as in `score`; a ranker that merges needs `STATES`.
+            kept: (batch, tokens) bool.
+
+        Returns:
+            (batch, tokens, hidden), read where `kept` is True; None: every kept token stays as it is.
+        """
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """``{"name": ..., **settings}``: what a reduction stores, and `get_ranker` reads."""
@@ -95,7 +119,7 @@ class Ranker(ABC):
         return isinstance(other, Ranker) and self.to_dict() == other.to_dict()
 
     def __hash__(self) -> int:
-        return hash((self.name, tuple(sorted(self.settings.items()))))
+        return hash(json.dumps(self.to_dict(), sort_keys=True, default=repr))
 
 
 _REGISTRY: dict[str, type[Ranker]] = {}

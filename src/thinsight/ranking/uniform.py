@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .base import Context, Ranker, register
 
-__all__ = ["Uniform"]
+__all__ = ["Uniform", "grid"]
 
 _SIGMA = 1.5  # in tokens, Ulichney's value
 _MIRROR = 0.4  # at 0 the border is taken too early, at 1 too late
@@ -41,13 +41,18 @@ class Uniform(Ranker):
         return scores
 
 
-@lru_cache(maxsize=64)
-def _spread(size: int) -> Tensor:
-    """(size,) float32: minus the turn at which each token is taken."""
+def grid(size: int) -> tuple[int, int]:
+    """Rows and columns of an image of `size` tokens, as far as its size tells."""
     rows = max(r for r in range(1, math.isqrt(size) + 1) if size % r == 0)
     if size > 4 * rows * rows:
         rows = 1
-    columns = size // rows
+    return rows, size // rows
+
+
+@lru_cache(maxsize=64)
+def _spread(size: int) -> Tensor:
+    """(size,) float32: minus the turn at which each token is taken."""
+    rows, columns = grid(size)
     down, along = _pull(rows), _pull(columns)  # (rows, rows), (columns, columns)
     # at first a token feels its own mirror images only, which draws the first choice to the middle
     filled = torch.outer(down.diagonal(), along.diagonal())  # (rows, columns)

@@ -104,6 +104,7 @@ class SearchInfo:
 
     method: str
     max_drop: float | None = None
+    budget: str = ""
     solver: str = ""
     ranker: str = ""
     seed: int | None = None
@@ -171,16 +172,19 @@ class TimingRow:
 @dataclass(frozen=True)
 class TrialRow:
     """One evaluation of the search: `complete` is False where it stopped early, its score then being
-    an upper bound.
+    an upper bound. `layer` is None where a whole schedule was tried, `why` saying how it came about; `share`
+    of the examples it was run on.
     """
 
-    layer: int
+    layer: int | None
     keep_rate: float
     count: int
     score: float
     complete: bool
     accepted: bool
     seconds: float
+    share: float = 1.0
+    why: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..schedule import Schedule
 from . import plots, words
-from .data import MethodRow, Picture, ReportData
+from .data import MethodRow, Picture, ReportData, TrialRow
 from .markup import Markup, join, tag
 from .parts import fact_list, figure, line_legend, table_box
 from .pictures import data_uri, draw_kept
@@ -239,6 +239,11 @@ def _timing(data: ReportData) -> Markup | None:
             f" The vision encoder ({words.flops(data.headline.vision_flops)} per prompt) is not reduced; "
             "the FLOPs above count the decoder only."
         )
+    elif data.headline is not None:
+        note += (
+            " The vision encoder is not reduced, and its FLOPs are not counted: the FLOPs above are the "
+            "decoder's only."
+        )
     return join(
         tag(
             "p",
@@ -321,6 +326,7 @@ def _search(data: ReportData) -> Markup | None:
             ("Method", " · ".join(text for text in (found.method, found.solver) if text)),
             ("Ranker", found.ranker),
             ("Allowed drop", f"{words.points(found.max_drop)} points" if found.max_drop is not None else ""),
+            ("Budget", found.budget),
             ("Seed", "" if found.seed is None else str(found.seed)),
             ("Evaluations", "" if found.evaluations is None else words.count(found.evaluations)),
             ("Time", "" if found.seconds is None else words.duration(found.seconds)),
@@ -337,20 +343,28 @@ def _known(value: float | None) -> str:
 def _trials(data: ReportData) -> Markup:
     headers = [("Trial", False), ("Layer", True), ("Keep rate", True), ("Tokens", True), ("Score", True)]
     headers += [("Verdict", False), ("Time", True)]
+    if any(row.layer is None for row in data.trials):
+        headers[1], headers[-2] = ("Candidate", False), ("Examples", True)
     rows = [
         [
             str(place + 1),
-            str(row.layer),
+            row.why if row.layer is None else str(row.layer),
             words.percent(row.keep_rate),
             words.count(row.count),
             words.percent(row.score) if row.complete else f"≤ {words.percent(row.score)}",
-            ("accepted" if row.accepted else "rejected") + ("" if row.complete else ", stopped early"),
+            _verdict(row),
             words.duration(row.seconds),
         ]
         for place, row in enumerate(data.trials)
     ]
     title = f"All {words.count(len(rows))} trials of the search"
     return tag("details", tag("summary", title), table_box(headers, rows, "Trials, on the calibration set"))
+
+
+def _verdict(row: TrialRow) -> str:
+    if row.layer is None:
+        return words.percent(row.share)
+    return ("accepted" if row.accepted else "rejected") + ("" if row.complete else ", stopped early")
 
 
 def _measured(data: ReportData) -> Markup | None:

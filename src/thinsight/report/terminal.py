@@ -13,6 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from . import comparison as compared
 from . import words
 from .data import Consistency, DatasetInfo, Headline, MethodRow, ReportData, TaskRow, TimingRow
 
@@ -84,6 +85,30 @@ def methods_table(methods: Sequence[MethodRow]) -> Table:
             style="bold" if row.kind == "found" else None,
         )
     return table
+
+
+def print_comparison(comparison: compared.Comparison, console: Console) -> None:
+    """One table per budget, best score first; our search in bold."""
+    lines = compared.table(comparison)
+    for budget in dict.fromkeys(line.budget for line in lines):
+        full = words.percent(comparison.full_score)
+        title = f"{compared.budget_title(budget, comparison.unit)}; full model {full}"
+        columns = ("method", "score", "drop [95 %]", "ours minus this [95 %]", "full / this")
+        table = _table(title, columns)
+        for line in (line for line in lines if line.budget == budget and not line.refused):
+            _add(
+                table,
+                line.title,
+                words.percent(line.score),
+                words.NOTHING if line.drop is None else words.interval(line.drop),
+                words.NOTHING if line.behind is None else words.interval(line.behind),
+                words.ratio(line.flops_ratio),
+                style="bold" if line.method == compared.OURS else None,
+            )
+        console.print(table)
+        for line in (line for line in lines if line.budget == budget and line.refused):
+            console.print(Text(f"{line.title}: {line.refused}", style="dim"), soft_wrap=True)
+        console.print()
 
 
 def tasks_table(per_task: Sequence[TaskRow]) -> Table:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,21 +19,24 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ThinsightError
-from ..ranking import TEXT_ATTENTION, VISION_ATTENTION, Context, Ranker, choose, get_ranker
+from ..ranking import STATES, TEXT_ATTENTION, VISION_ATTENTION, Context, Ranker, choose, get_ranker
 from ..schedule import Schedule
-from .cache import Kept, append, expect, kept_before, thin
-from .call import Call, encode_pixels, named_arguments, read_call
+from .cache import Kept, Thinned, append, filled, kept_before, thin, thinned
+from .call import Call, Said, encode_pixels, named_arguments, read_call
 from .encoding import VisionTap
 from .families import (
     attention_implementation,
     attention_of,
     base_model,
+    check_attention,
     check_recomputation,
     check_supported,
     decoder_layers,
+    sliding_layers,
+    writes_vision_after,
 )
-from .layout import Columns, query_columns, shrink
-from .masks import causal, gather_tokens, reduce_mask, scatter_tokens
+from .layout import Columns, last_of_prompt, query_columns, shrink
+from .masks import causal, gather_tokens, reduce_mask, replace_tokens, scatter_tokens
 from .scoring import Probe, TextRows
 
 if TYPE_CHECKING:
@@ -45,15 +49,30 @@ _applied: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # base models with a r
 _applied_lock = threading.Lock()
 
 
-def apply(model: Any, reduction: Reduction | Schedule, *, ranker: Any = None, per: str = "image") -> Handle:
+def apply(
+    model: Any,
+    reduction: Reduction | Schedule,
+    *,
+    ranker: Any = None,
+    per: str = "image",
+    rerank: bool = True,
+) -> Handle:
     """Run a model under a reduction: its layers see fewer vision tokens, its interface stays the same.
 
     ``with apply(model, reduction): model.generate(**inputs)``, or ``handle = apply(...)`` and
-    ``handle.remove()``. Works for `forward` and `generate` with a dynamic cache: greedy, sampling, beams,
-    padded batches, several images in a prompt, prompts without an image, later turns on the same cache.
-    Assisted and prompt-lookup decoding are not supported. Logits of dropped positions are zeros. With
+    ``handle.remove()``. Works for `forward` and for everything that `generate` does: sampling, beams,
+    assisted and prompt-lookup decoding, padded batches, several images or videos in a prompt, prompts without
+    one, later turns on the same cache, dynamic and static caches. Logits of dropped positions are zeros. With
     ``use_cache=False`` each step ranks anew, generated tokens included; `Handle.prompt` says which are the
-    prompt.
+    prompt. A copy of the model, pickled or deep, is a plain model without the reduction.
+
+    Where a prompt ends in an image, its last vision token is kept, for it is what the answer is read from.
+
+    Each part of a prompt that ``generate(prefill_chunk_size=...)`` reads at once is ranked as a turn of its
+    own, by its own last words: keep an image and its question in one part, or leave that option out.
+
+    A pass with an empty cache of the caller's own and ``logits_to_keep=K``, K above 1, is read as assisted
+    decoding does it: its last K - 1 tokens are proposals, not prompt, and do not rank.
 
     Args:
         model: a supported multimodal model (see `families.SUPPORTED`).
@@ -61,6 +80,7 @@ def apply(model: Any, reduction: Reduction | Schedule, *, ranker: Any = None, pe
         ranker: for a schedule only: a ranker, its name, or a dict; "text-attention" if not given.
         per: "image": the keep rate holds for each image of a prompt; "prompt": for all its vision tokens
             together.
+        rerank: rank anew at every reduction; False: the first one's ranking serves all that follow.
 
     Returns:
         The handle, which is also a context manager.
@@ -80,12 +100,24 @@ def apply(model: Any, reduction: Reduction | Schedule, *, ranker: Any = None, pe
     if per not in PER:
         raise ThinsightError(f"per is {per!r}; choose one of {', '.join(PER)}")
     check_rankable(schedule, chosen)
+    _check_windows(model, schedule)
     with _applied_lock:
         if base_model(model) in _applied:
             raise ThinsightError("this model has a reduction on already; remove() that one first")
-        handle = Handle(model, schedule, chosen, per)
+        handle = Handle(model, schedule, chosen, per, rerank)
         _applied.add(base_model(model))
     return handle
+
+
+def _check_windows(model: PreTrainedModel, schedule: Schedule) -> None:
+    """Flash attention counts a window in the tokens that are there, not in those that were dropped."""
+    implementation = attention_implementation(model)
+    reduced = [layer for layer in sorted(sliding_layers(model)) if schedule.keep_rates[layer] < 1]
+    if reduced and implementation.startswith("flash"):
+        raise ThinsightError(
+            f"decoder layer {reduced[0]} has a sliding window, which {implementation} would count in kept "
+            "tokens; load the model with attn_implementation='sdpa'"
+        )
 
 
 def check_rankable(schedule: Schedule, ranker: Ranker) -> None:
@@ -94,7 +126,7 @@ def check_rankable(schedule: Schedule, ranker: Ranker) -> None:
     Raises:
         ThinsightError: tokens dropped at layer 0 by a ranker that reads the layer before.
     """
-    if TEXT_ATTENTION in ranker.needs and schedule.keep_rates[0] < 1:
+    if schedule.keep_rates[0] < 1 and not ranker.ranks_at_layer_0:
         raise ThinsightError(
             f"keep_rates[0] is {schedule.keep_rates[0]}, but ranker {ranker.name!r} needs attention of the "
             "layer before and layer 0 has none; keep all at layer 0, or rank by vision-attention, random "
@@ -122,28 +154,79 @@ def _schedule_and_ranker(model: Any, reduction: Any, ranker: Any) -> tuple[Sched
 
 
 class _Run:
-    """One forward pass under a reduction: where it stands between its layers."""
+    """One forward pass with vision tokens: where it stands between its layers."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.alive = None if call.layout is None else call.layout.valid  # (batch, tokens) bool
+        self.alive = call.layout.valid  # (batch, tokens) bool
         self.columns: Columns | None = None  # of the pass's own tokens; None: all are there
-        self.past: Kept | None = None  # of the cache's tokens, at this stage; None: all are there
+        self.take: Tensor | None = None  # (batch, physical) int64, columns of the states that go on
+        self.kept: Kept | None = None  # the cache's record after this pass, at this stage
+        self.spread = False  # whether hidden states are in logical columns although tokens were dropped
         self.attention: Tensor | None = None  # (batch, heads, queries, tokens) float32, of the layer before
+        self.scores: Tensor | None = None  # (batch, tokens) float32, of the last ranking
         self.queries: tuple[Tensor, Tensor] | None = None  # logical columns (batch, queries), which are real
-        self.masks: dict[int, tuple[Tensor | None, Tensor | None]] = {}  # by id, this stage: given, reduced
-        self.trace: list[tuple[int, Tensor]] = []  # from which layer on, alive
+        self.trace: list[tuple[int, Tensor]] = [(0, self.alive)]  # from which layer on, alive
+        self.last = last_of_prompt(call.layout, call.prompt)  # (batch, tokens) bool
+
+
+class _Hook:
+    """A hook that a copy of the model, pickled or deep, does not inherit.
+
+    Where torch.compile traces a pass, a hook runs outside the graph (with `fullgraph=True` the compiler says
+    so), but for passes of one new token per row, which is how tokens are decoded: those stay one graph.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], leading: tuple[Any, ...], decode: Callable[..., Any] | None = None
+    ) -> None:
+        self.function = function
+        self.leading = leading
+        self.decode = decode  # what `function` comes to for one new token per row; None if to nothing
+        self.outside = torch.compiler.disable(function)
+
+    def __call__(self, *args: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return self.function(*self.leading, *args)
+        if _new_tokens(*args) > 1:
+            return self.outside(*self.leading, *args)
+        return None if self.decode is None else self.decode(*self.leading, *args)
+
+    def __reduce__(self) -> Any:
+        return _nothing, ()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return _ignore
+
+
+def _nothing() -> Any:
+    return _ignore
+
+
+def _ignore(*args: Any) -> None:
+    """What a hook is in a copy."""
+
+
+def _new_tokens(module: nn.Module, args: tuple[Any, ...], last: Any) -> int:
+    """How many tokens per row pass a module: of its arguments, or of its output where `last` is that."""
+    if type(last) is dict:
+        named = (last.get(name) for name in ("input_ids", "inputs_embeds", "hidden_states"))
+        given = next((value for value in (*args[:1], *named) if value is not None), None)
+    else:
+        given = last if isinstance(last, Tensor) else last[0]
+    return 1 if given is None else given.shape[1]
 
 
 class Handle:
     """A reduction that is on a model. `remove()`, or leaving the `with` block, restores the model exactly."""
 
-    def __init__(self, model: Any, schedule: Schedule, ranker: Ranker, per: str) -> None:
+    def __init__(self, model: Any, schedule: Schedule, ranker: Ranker, per: str, rerank: bool = True) -> None:
         self.model: PreTrainedModel = model
         self.schedule = schedule
         self.ranker = ranker
         self.per = per
-        self._local = threading.local()  # .run, .prompt, .trace: of this thread
+        self.rerank = rerank
+        self._local = threading.local()  # .run, .masks, .said, .candidates, .trace: of this thread
         self._counts: dict[int, tuple[int, ...]] = {}
         self._hooks: list[Any] = []
         self._probes: dict[int, Probe] = {}
@@ -152,6 +235,7 @@ class Handle:
         rates = schedule.keep_rates
         # a stage is a run of layers with one keep rate below 1
         self._starts = [i for i, rate in enumerate(rates) if rate < (rates[i - 1] if i else 1.0)]
+        self._written = writes_vision_after(model)
         try:
             self._install()
         except BaseException:
@@ -164,21 +248,33 @@ class Handle:
         if not self._starts:
             return  # a full schedule leaves the stock model as it is
         base, layers = base_model(self.model), decoder_layers(self.model)
-        self._hooks.append(base.register_forward_pre_hook(self._enter, with_kwargs=True))
-        self._hooks.append(base.register_forward_hook(self._leave, always_call=True))
+        if base is not self.model:
+            self._before(self.model, self._ask)
+        self._before(base, self._enter)
+        self._after(base, self._leave)
         if VISION_ATTENTION in self.ranker.needs:
             self._tap = VisionTap(self.model)
-        for start in self._starts:
-            if TEXT_ATTENTION in self.ranker.needs:
-                self._probes[start - 1] = Probe(attention_of(layers[start - 1]))
+        for start in filter(None, self._starts if TEXT_ATTENTION in self.ranker.needs else ()):
+            self._probes[start - 1] = Probe(attention_of(layers[start - 1]))
         for index, layer in enumerate(layers):
             if index >= self._starts[0]:
-                self._hooks.append(layer.register_forward_pre_hook(self._before(index), with_kwargs=True))
+                self._before(layer, self._reduce, index, decode=self._decode)
             if index in self._probes:
                 # after the reducing hook, so that rows and columns are those that the layer sees
-                self._hooks.append(layer.register_forward_pre_hook(self._arm(index)))
-                self._hooks.append(layer.register_forward_hook(self._disarm(index), always_call=True))
-        self._hooks.append(layers[-1].register_forward_hook(self._spread_out))
+                self._before(layer, self._arm, index)
+                self._after(layer, self._disarm, index)
+            if index in self._written or index == len(layers) - 1:
+                self._after(layer, self._spread_out)
+
+    def _before(
+        self, module: nn.Module, function: Callable[..., Any], *leading: Any, decode: Any = None
+    ) -> None:
+        hook = _Hook(function, leading, decode)
+        self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _after(self, module: nn.Module, function: Callable[..., Any], *leading: Any) -> None:
+        always = function != self._spread_out
+        self._hooks.append(module.register_forward_hook(_Hook(function, leading), always_call=always))
 
     def _uninstall(self) -> None:
         for hook in self._hooks:
@@ -218,12 +314,29 @@ class Handle:
             mask: (batch, seq) bool, the shape of `input_ids`; False at the continuation. Padding may be
                 either.
         """
-        before = getattr(self._local, "prompt", None)
-        self._local.prompt = mask
+        with self._saying(prompt=mask):
+            yield
+
+    @contextmanager
+    def vision(self, mask: Tensor) -> Iterator[None]:
+        """Say which positions of `inputs_embeds` are vision tokens, where there are no `input_ids` to tell.
+
+        Args:
+            mask: (batch, seq) bool, True at vision tokens; an image is an unbroken run of them. Where other
+                tokens stand among an image's, int64: the number of each token's image, from 1 in each row
+                and ascending, and 0 at text.
+        """
+        with self._saying(vision=mask):
+            yield
+
+    @contextmanager
+    def _saying(self, **what: Tensor) -> Iterator[None]:
+        before: Said = getattr(self._local, "said", Said())
+        self._local.said = replace(before, **what)
         try:
             yield
         finally:
-            self._local.prompt = before
+            self._local.said = before
 
     def kept(self, layer: int) -> list[Tensor]:
         """Which vision tokens entered a layer, in this thread's last pass that had an image.
@@ -246,67 +359,92 @@ class Handle:
 
     # --- hooks, in the order in which they fire
 
-    def _enter(
-        self, module: nn.Module, args: Any, kwargs: dict[str, Any]
-    ) -> tuple[tuple[()], dict[str, Any]]:
+    def _ask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Learn from the whole model's call how many of its last tokens an assistant proposed."""
+        keep, cache = kwargs.get("logits_to_keep"), kwargs.get("past_key_values")
+        first = cache is not None and not cache.get_seq_length()
+        self._local.candidates = max(0, keep - 1) if first and isinstance(keep, int) else 0
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self._local.run = None
+        self._local.masks = {}
         arguments = encode_pixels(self.model, named_arguments(module, args, kwargs))
-        prompt = getattr(self._local, "prompt", None)
-        call = read_call(self.model, arguments, prompt, attention_implementation(self.model))
-        run = _Run(call)
-        if call.layout is not None:
+        said: Said = getattr(self._local, "said", Said())
+        candidates = getattr(self._local, "candidates", 0)
+        self._local.candidates = 0
+        call = read_call(self.model, arguments, replace(said, candidates=candidates))
+        if call is not None:
+            # generate_batch() changes the implementation on its way, or passes a cache of its own
+            check_attention(self.model, paged=arguments.get("cache") is not None)
             check_recomputation(self.model)
-        if call.layout is not None and self._probes:
-            assert call.prompt is not None
-            run.queries = query_columns(call.layout, call.prompt, self.ranker.queries)
-        if run.alive is not None:
-            run.trace.append((0, run.alive))
-        self._local.run = run
+            run = _Run(call)
+            if self.ranker.needs & {TEXT_ATTENTION, STATES}:
+                run.queries = query_columns(call.layout, call.prompt, self.ranker.queries)
+            self._local.run = run
         return (), arguments
 
-    def _before(self, layer: int) -> Any:
-        start = max(s for s in self._starts if s <= layer)
+    def _run(self) -> _Run | None:
+        """This thread's pass; None where no vision token passes, as in decoding."""
+        run: _Run | None = getattr(self._local, "run", None)
+        return run
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            run: _Run | None = getattr(self._local, "run", None)
-            if run is None:
-                return None
-            cache = kwargs.get("past_key_values")
-            if layer == start:
-                args, kwargs = self._start_stage(run, layer, args, kwargs)
-            if run.columns is not None and cache is not None:
-                held = thin(cache, layer, self.schedule, run.call.seq - run.columns.length)
-                if layer == start:
-                    held.kept = append(run.past, run.call.past, run.columns, run.call.seq)
-            elif run.past is not None:
-                expect(cache, layer)
-            if run.columns is None and run.past is None:
-                return None
-            return args, self._reduced_arguments(run, args, kwargs)
+    def _reduce(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        cache = kwargs.get("past_key_values")
+        run = self._run()
+        if run is not None:
+            if layer in self._starts:
+                states = self._start_stage(run, layer, cache, states)
+            if run.columns is not None:
+                return self._reduce_vision(run, run.columns, layer, states, args, kwargs)
+        return self._decode(layer, module, args, kwargs)
 
-        return hook
+    def _decode(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`_reduce` where no vision token passes."""
+        held = thinned(kwargs.get("past_key_values"), layer)
+        if held is None:
+            return None
+        return self._reduce_text(held, args[0] if args else kwargs["hidden_states"], args, kwargs)
 
-    def _start_stage(
-        self, run: _Run, layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        run.masks.clear()
-        run.past = kept_before(kwargs.get("past_key_values"), layer, self.schedule)
-        if run.call.layout is None or not self._falls(run.call, layer):
-            return args, kwargs
-        take = self._drop(run, layer)
-        assert run.alive is not None
-        run.trace.append((layer, run.alive))
-        if args:
-            return (gather_tokens(args[0], take), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": gather_tokens(kwargs["hidden_states"], take)}
+    def _start_stage(self, run: _Run, layer: int, cache: Any, states: Tensor) -> Tensor:
+        """Drop what this layer does not get; the states, which a ranker that merges has changed."""
+        before = kept_before(cache, layer, self.schedule)
+        if self._falls(run.call, layer):
+            states = self._drop(run, layer, states)
+            run.trace.append((layer, run.alive))
+        if run.columns is not None and cache is not None:
+            run.kept = append(before, run.call.past, run.columns, run.call.seq)
+        return states
 
-    @torch.no_grad()
-    def _drop(self, run: _Run, layer: int) -> Tensor:
-        """Rank what is alive, keep the best; (batch, physical) int64, the columns that go on."""
+    def _drop(self, run: _Run, layer: int, states: Tensor) -> Tensor:
+        """Rank what is alive and keep the best, as `run.take` and `run.columns` say; the states as above."""
+        layout, places = run.call.layout, self._places(run, run.call.layout.column)
+        merges = type(self.ranker).merge is not Ranker.merge
+        with torch.no_grad():
+            context = self._context(run, layer, states, places)
+            if run.scores is None or self.rerank:
+                run.scores = self.ranker.score(context).to(run.alive.device)
+            run.attention = None
+            kept = [sum(self._count(n, layer) for n in self._groups(sizes)) for sizes in layout.sizes]
+            scores = run.scores if run.last is None else run.scores.masked_fill(run.last, torch.inf)
+            run.alive = choose(scores, run.alive, *self._quota(run.call, layer))
+            if run.last is not None and bool((run.last & ~run.alive).any()):
+                raise ThinsightError(
+                    f"a prompt ends in an image of which layer {layer} keeps no token, so nothing is left to "
+                    "answer from; let text follow on the image"
+                )
+            run.take, run.columns = shrink(layout, run.alive, kept, run.columns)
+        merged = self.ranker.merge(context, run.alive) if merges else None
+        return states if merged is None else replace_tokens(states, places, run.alive, merged)
+
+    def _context(self, run: _Run, layer: int, states: Tensor, places: Tensor) -> Context:
         layout = run.call.layout
-        assert layout is not None
-        assert run.alive is not None
-        context = Context(
+        seen = text = None
+        if STATES in self.ranker.needs:
+            assert run.queries is not None
+            seen = gather_tokens(states, places)
+            text = gather_tokens(states, self._places(run, run.queries[0]))
+        return Context(
             layer=layer,
             valid=run.alive,
             image=layout.image,
@@ -315,80 +453,130 @@ class Handle:
             attention=run.attention,
             queries=None if run.queries is None else run.queries[1],
             vision_attention=run.call.received,
+            states=seen,
+            text_states=text,
         )
-        scores = self.ranker.score(context).to(run.alive.device)
-        run.attention = None
-        kept = [sum(self._count(n, layer) for n in self._groups(sizes)) for sizes in layout.sizes]
-        run.alive = choose(scores, run.alive, *self._quota(run.call, layer))
-        take, run.columns = shrink(layout, run.alive, kept, run.columns)
-        return take
 
-    def _reduced_arguments(self, run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def _places(run: _Run, columns: Tensor) -> Tensor:
+        """Where logical columns (batch, any) stand in the states that come next; dropped ones: anywhere."""
+        if run.columns is None or run.spread:
+            return columns
+        return run.columns.physical(columns, run.call.seq)
+
+    def _reduce_vision(
+        self, run: _Run, columns: Columns, layer: int, states: Tensor, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        """The arguments of a layer in a pass some of whose vision tokens are dropped."""
+        take = columns.index if run.spread else run.take
+        run.take, run.spread = None, False
+        states = states if take is None else gather_tokens(states, take)
+        reduced, cache = dict(kwargs), kwargs.get("past_key_values")
+        seq, total = run.call.seq, run.call.past + run.call.seq
+        held = None
+        if cache is not None:
+            held = thin(cache, layer, self.schedule)
+            held.expect(states.shape[0], seq, columns, run.kept)
+        reduced["attention_mask"] = self._mask(kwargs, held, columns, seq, total, states.device)
+        embeddings = kwargs.get("position_embeddings")
+        if embeddings is not None:
+            parts = (gather_tokens(part, columns.index) for part in embeddings)
+            reduced["position_embeddings"] = tuple(parts)
+        return self._arguments(states, args, reduced)
+
+    def _reduce_text(self, held: Thinned, states: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
+        """The arguments of a layer in a pass that is all there, behind a thinned cache."""
+        held.check(self.schedule)
+        batch, seq = states.shape[:2]
+        mask = kwargs.get("attention_mask")
+        ragged = held.kept is not None and held.kept.columns.valid is not None
+        total = int(held.get_seq_length()) + seq if mask is None and ragged else 0
+        held.expect(batch, seq)
+        if held.kept is None:
+            return None
         reduced = dict(kwargs)
-        reduced["attention_mask"] = self._reduced_mask(run, args, kwargs)
-        if "position_ids" in kwargs:
+        if mask is not None or ragged:
+            reduced["attention_mask"] = self._mask(kwargs, held, None, seq, total, states.device)
+        return self._arguments(states, args, reduced)
+
+    @staticmethod
+    def _arguments(states: Tensor, args: tuple[Any, ...], reduced: dict[str, Any]) -> Any:
+        if "position_ids" in reduced:
             # flash attention would read gaps in them as packed sequences; rotary tables say it all
             reduced["position_ids"] = None
-        embeddings = kwargs.get("position_embeddings")
-        if run.columns is not None and embeddings is not None:
-            index = run.columns.index
-            reduced["position_embeddings"] = tuple(gather_tokens(part, index) for part in embeddings)
-        return reduced
+        if args:
+            return (states, *args[1:]), reduced
+        return args, {**reduced, "hidden_states": states}
 
-    def _reduced_mask(self, run: _Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        given: Tensor | None = kwargs.get("attention_mask")
-        if id(given) in run.masks:
-            return run.masks[id(given)][1]
-        mask = given
-        columns = (run.columns, None if run.past is None else run.past.columns)
-        ragged = any(held is not None and held.valid is not None for held in columns)
-        if mask is None and ragged:
-            device = (args[0] if args else kwargs["hidden_states"]).device
-            mask = causal(run.call.seq, run.call.past + run.call.seq, run.call.implementation, device)
-        if mask is not None:
-            mask = reduce_mask(mask, run.call.past, run.past, run.columns)
-        run.masks[id(given)] = (given, mask)  # the given one is kept so that its id stays its own
-        return mask
+    def _mask(
+        self,
+        kwargs: dict[str, Any],
+        held: Thinned | None,
+        columns: Columns | None,
+        seq: int,
+        total: int,
+        device: torch.device,
+    ) -> Any:
+        """A layer's mask in physical columns, made once for the layers of a stage."""
+        mask = kwargs.get("attention_mask")
+        if torch.compiler.is_compiling():  # ids of tensors would tie the graph to these very tensors
+            return self._reduced_mask(mask, held, columns, seq, total, device)
+        made: dict[Any, Any] = self._local.masks
+        kept = None if held is None else held.kept
+        key = (id(mask), type(held), id(kept), id(columns))
+        if key not in made:
+            # what the ids belong to is held on to, so that they stay its own
+            made[key] = self._reduced_mask(mask, held, columns, seq, total, device), mask, kept, columns
+        return made[key][0]
 
-    def _arm(self, layer: int) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            run: _Run | None = getattr(self._local, "run", None)
-            if run is None or run.queries is None or not self._falls(run.call, layer + 1):
-                return
-            layout = run.call.layout
-            assert layout is not None
-            assert run.alive is not None
-            rows, columns = run.queries[0], layout.column
-            if run.columns is not None:
-                rows = run.columns.physical(rows, run.call.seq)
-                columns = run.columns.physical(columns, run.call.seq)
-            self._probes[layer].arm(TextRows(rows, columns, run.alive))
+    def _reduced_mask(
+        self,
+        mask: Any,
+        held: Thinned | None,
+        columns: Columns | None,
+        seq: int,
+        total: int,
+        device: torch.device,
+    ) -> Any:
+        keys = columns if held is None else held.columns()
+        assert keys is not None
+        if mask is None and keys.valid is not None:
+            mask = causal(seq, total, attention_implementation(self.model), device)
+        return None if mask is None else reduce_mask(mask, keys, columns, 0 if held is None else held.offset)
 
-        return hook
+    def _arm(self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        run = self._run()
+        if run is None or run.queries is None or not self._falls(run.call, layer + 1):
+            return
+        if run.scores is not None and not self.rerank:
+            return
+        rows, columns = (self._places(run, each) for each in (run.queries[0], run.call.layout.column))
+        self._probes[layer].arm(
+            TextRows(rows, columns, run.alive, filled(kwargs.get("past_key_values"), layer))
+        )
 
-    def _disarm(self, layer: int) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            probe = self._probes.get(layer)
-            request = None if probe is None else probe.disarm()
-            run: _Run | None = getattr(self._local, "run", None)
-            if request is not None and run is not None:
-                run.attention = request.result
-
-        return hook
+    def _disarm(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        probe = self._probes.get(layer)
+        request = None if probe is None else probe.disarm()
+        run = self._run()
+        if request is not None and run is not None:
+            run.attention = request.result
 
     def _spread_out(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """The last layer's output in logical columns, so that logits and labels line up with the input."""
-        run: _Run | None = getattr(self._local, "run", None)
+        """A layer's output in logical columns: the last one's, so that logits and labels line up with the
+        input, and those after which the decoder itself writes to vision positions."""
+        run = self._run()
         if run is None or run.columns is None:
             return None
-        if isinstance(output, tuple):
-            return (scatter_tokens(output[0], run.columns, run.call.seq), *output[1:])
-        return scatter_tokens(output, run.columns, run.call.seq)
+        run.spread = True
+        states = output[0] if isinstance(output, tuple) else output
+        states = scatter_tokens(states, run.columns, run.call.seq)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        run: _Run | None = getattr(self._local, "run", None)
-        self._local.run = None
-        if run is not None and run.trace:
+        run, self._local.run = self._run(), None
+        self._local.masks = {}
+        if run is not None:
             self._local.trace = run.trace
 
     # --- how many
@@ -404,14 +592,12 @@ class Handle:
 
     def _falls(self, call: Call, layer: int) -> bool:
         """Whether any group has fewer tokens in this layer than in the one before."""
-        assert call.layout is not None
         sizes = {n for row in call.layout.sizes for n in self._groups(row)}
         return any(self._count(n, layer) < (self._count(n, layer - 1) if layer else n) for n in sizes)
 
     def _quota(self, call: Call, layer: int) -> tuple[Tensor, Tensor]:
         """The group of each token and how many its group may keep, (batch, tokens) int64 both."""
         layout = call.layout
-        assert layout is not None
         if self.per == "prompt":
             totals = torch.tensor(
                 [self._count(sum(row), layer) for row in layout.sizes], device=layout.image.device

@@ -1,8 +1,8 @@
 """Lets a model of transformers before 5.18 take the vision tower's output in place of pixels.
 
 Later versions have the keyword `mm_encoder_outputs`; earlier ones take it in `forward` and ignore it. Here
-their classes learn it, and nothing else about them changes. Delete this file once pyproject.toml asks for a
-later version. Knows nothing about reductions.
+the classes of LLaVA learn it, and nothing else about them changes; other families are refused. Delete this
+file once pyproject.toml asks for a later version. Knows nothing about reductions.
 """
 
 from __future__ import annotations
@@ -14,21 +14,48 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import ThinsightError
 from .families import base_model, vision_token_mask
 
-__all__ = ["accept_outputs"]
+__all__ = ["accept_outputs", "check_version"]
 
 _KEYWORD = "mm_encoder_outputs"
+_TAUGHT = frozenset({"llava"})  # families that `_forward` below fits
+
+
+def check_version(model: PreTrainedModel) -> None:
+    """Refuse a family whose class in the installed transformers cannot take the vision encoder's output.
+
+    Raises:
+        ThinsightError: as said, with the version that can.
+    """
+    family = model.config.model_type
+    if family not in _TAUGHT and not _takes_outputs(type(base_model(model))):
+        raise ThinsightError(
+            f"model_type {family!r} needs transformers 5.18 or later, and {transformers.__version__} is "
+            "installed: pip install -U transformers"
+        )
+
+
+def _takes_outputs(base: type) -> bool:
+    forward: Callable[..., Any] = getattr(base, "forward")  # noqa: B009
+    return _KEYWORD in inspect.signature(forward).parameters
 
 
 def accept_outputs(model: PreTrainedModel) -> None:
-    """From now on, the model's class and its base take `mm_encoder_outputs`. Nothing to do where they do."""
+    """From now on, the model's class and its base take `mm_encoder_outputs`. Nothing to do where they do.
+
+    Raises:
+        ThinsightError: as `check_version` does.
+    """
     whole, base = type(model), type(base_model(model))
-    if _KEYWORD in inspect.signature(base.forward).parameters:
+    if _takes_outputs(base):
         return
+    check_version(model)
     setattr(base, "forward", _with_keyword(base.forward, _forward))  # noqa: B010
     if whole is not base:
         prepare = _with_keyword(whole.prepare_inputs_for_generation, _prepare)

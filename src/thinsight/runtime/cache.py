@@ -1,4 +1,4 @@
-"""A cache layer that holds fewer tokens than it reports: keys and values physical, lengths logical.
+"""Cache layers that hold fewer tokens than they report: keys and values physical, lengths logical.
 
 What was kept lives on the cache itself, so that decoding, beam search, copies and later turns find it.
 Knows nothing about models, hooks or how tokens were chosen.
@@ -6,18 +6,27 @@ Knows nothing about models, hooks or how tokens were chosen.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from ..errors import ThinsightError
 from ..schedule import Schedule
 from .layout import Columns
 
-__all__ = ["Kept", "ThinnedLayer", "append", "expect", "kept_before", "thin"]
+__all__ = ["Kept", "Thinned", "append", "filled", "kept_before", "thin", "thinned"]
 
 
 @dataclass(frozen=True)
@@ -27,31 +36,124 @@ class Kept:
     columns: Columns  # (batch, physical): logical columns of the cache
     covered: int  # how many logical columns these stand for
 
+    def until(self, total: int) -> Columns:
+        """What a cache of `total` logical columns holds."""
+        index = self.columns.index
+        later = torch.arange(self.covered, total, device=index.device).expand(index.shape[0], -1)
+        return self.columns.join(later)
 
-class ThinnedLayer(DynamicLayer):
-    """A DynamicLayer some of whose tokens were never cached. Made by `thin` out of a stock one.
+    def beyond(self, length: int) -> int:
+        """How many physical columns stand at or behind a logical column.
 
-    Layers of one stage of a schedule (a run of equal keep rates) hold the same columns; the first of them
-    owns the record.
+        Raises:
+            ThinsightError: the rows differ in it.
+        """
+        if length >= self.covered:
+            return 0
+        counts = (self.columns.index >= length).sum(1)
+        if self.columns.valid is not None or bool((counts != counts[0]).any()):
+            raise ThinsightError(
+                f"cannot crop the cache to {length} tokens: its rows kept different numbers of vision tokens "
+                "behind them; crop to a place after the images, or cache one prompt at a time"
+            )
+        return int(counts[0])
+
+    def crop(self, length: int) -> Kept:
+        """The record of a cache cut to `length` logical columns."""
+        if length >= self.covered:
+            return self
+        width = self.columns.length - self.beyond(length)
+        return Kept(Columns(self.columns.index[:, :width], None), length)
+
+    def select(self, rows: Tensor) -> Kept:
+        """The record of the given batch rows (repeats allowed)."""
+        return replace(self, columns=self.columns.select(rows))
+
+
+class Thinned(CacheLayerMixin):
+    """What is common to cache layers some of whose tokens were never cached. Made by `thin` of stock ones.
+
+    Layers of one stage of a schedule (a run of equal keep rates) hold the same columns and share the record.
     """
 
-    keys: Tensor
-    values: Tensor
     schedule: Schedule
     dropped: int  # logical columns that have no physical one
-    kept: Kept | None  # on the first layer of a stage
+    kept: Kept | None
     expected: bool  # the hook of this layer has prepared the update that comes next
+    coming: int  # physical columns of that update
+    offset: int  # the logical column at which the mask of that update begins
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def become(self, schedule: Schedule) -> None:
+        """Initialise what the stock layer does not have."""
+        self.schedule = schedule
+        self._forget()
+
+    def expect(self, batch: int, seq: int, new: Columns | None = None, kept: Kept | None = None) -> None:
+        """Announce an update of `seq` logical columns.
+
+        Args:
+            batch: rows.
+            seq: logical columns.
+            new: which of them are there; None for all.
+            kept: the record as it will be then; None leaves it.
+        """
+        self.expected = True
+        self.coming = seq if new is None else new.length
+        self.dropped += seq - self.coming
+        if kept is not None:
+            self.kept = kept
+
+    def columns(self) -> Columns:
+        """The logical columns of the keys that the announced update returns."""
+        raise NotImplementedError
+
+    def check(self, schedule: Schedule) -> None:
+        """Refuse another schedule than the one the layer was filled under.
+
+        Raises:
+            ThinsightError: it is another one.
+        """
+        if self.schedule is not schedule and self.schedule != schedule:
+            raise ThinsightError("this cache was filled under another schedule; start a new cache")
+
+    def _claim(self) -> None:
         if not self.expected:
             raise ThinsightError(
                 "this cache was filled under a reduction that is not applied now; "
                 "continue it inside the same `apply`, or start a new cache"
             )
         self.expected = False
+
+    def _forget(self) -> None:
+        self.kept, self.expected = None, False
+        self.dropped = self.coming = self.offset = 0
+
+    def _select(self, rows: Tensor) -> None:
+        if self.kept is not None:
+            self.kept = self.kept.select(rows)
+
+    def _repeat(self, repeats: int) -> None:
+        if self.kept is not None:
+            index = self.kept.columns.index
+            self._select(torch.arange(index.shape[0], device=index.device).repeat_interleave(repeats))
+
+
+class ThinnedLayer(Thinned, DynamicLayer):
+    """A thinned `DynamicLayer`."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._claim()
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def columns(self) -> Columns:
+        assert self.kept is not None
+        cached = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+        return self.kept.until(cached + self.dropped + self.coming)
 
     def get_seq_length(self) -> int:
         length = super().get_seq_length()
@@ -59,22 +161,26 @@ class ThinnedLayer(DynamicLayer):
 
     def crop(self, tokens: int) -> None:
         """Remove the last `-tokens`; a positive number is the length to leave (early transformers)."""
-        removed = -tokens if tokens <= 0 else self.get_seq_length() - tokens
-        if removed <= 0 or not self.is_initialized:
+        total = self.get_seq_length()
+        length = total + tokens if tokens <= 0 else min(tokens, total)
+        if length >= total or not self.is_initialized:
             return
-        tail = self.get_seq_length() - (self.kept.covered if self.kept is not None else 0)
-        if self.kept is not None and removed > tail:
-            raise ThinsightError(
-                f"cannot crop {removed} tokens: only {tail} came after the reduced prompt; "
-                "decode without an assistant and without prompt lookup under a reduction"
-            )
-        self.keys = self.keys[..., :-removed, :]
-        self.values = self.values[..., :-removed, :]
+        self._cut(total, max(0, length))
+
+    def _cut(self, total: int, length: int) -> None:
+        covered = total if self.kept is None else min(total, self.kept.covered)
+        removed = total - max(length, covered)
+        if self.kept is not None:
+            removed += self.kept.beyond(length)
+            self.kept = self.kept.crop(length)
+        self.dropped -= total - length - removed
+        self.keys = self.keys[..., : self.keys.shape[-2] - removed, :]
+        self.values = self.values[..., : self.values.shape[-2] - removed, :]
 
     def reset(self) -> None:
         super().reset()
         if not self.is_initialized:  # early transformers zero the tokens but do not remove them
-            self.dropped, self.kept, self.expected = 0, None, False
+            self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -86,39 +192,193 @@ class ThinnedLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
+        self._repeat(repeats)
+
+
+class ThinnedSlidingLayer(ThinnedLayer, DynamicSlidingWindowLayer):
+    """A thinned `DynamicSlidingWindowLayer`: the window is one of logical columns, as the full model's is.
+
+    What no row's window reaches any more is removed before the next update, so that a crop in between finds
+    everything.
+    """
+
+    held: Columns | None  # the logical columns of `keys`, after the announced update
+    ends: deque[int]  # the last logical column, over the rows, of each of them
+    cumulative_length: int
+
+    def expect(self, batch: int, seq: int, new: Columns | None = None, kept: Kept | None = None) -> None:
+        super().expect(batch, seq, new, kept)
+        start = self.cumulative_length
+        self.offset = max(start - self.sliding_window + 1, 0)
+        self._adopt()
+        self._evict()
+        if new is None:
+            index = torch.arange(start, start + seq, device=self._device()).expand(batch, -1)
+            self._hold(index, None, range(start, start + seq))
+        else:
+            index = new.index + start
+            self._hold(index, new.valid, index.amax(0).tolist())
+        self.cumulative_length = start + seq
+
+    def columns(self) -> Columns:
+        assert self.held is not None
+        return self.held
+
+    def get_seq_length(self) -> int:
+        return int(self.cumulative_length)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._claim()
+        return DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
+
+    def _device(self) -> torch.device | None:
+        return None if self.held is None else self.held.index.device
+
+    def _hold(self, index: Tensor, valid: Tensor | None, ends: Iterable[int]) -> None:
+        self.held = Columns(index, valid) if self.held is None else self.held.join(index, valid)
+        self.ends.extend(ends)
+
+    def _adopt(self) -> None:
+        """The columns that the stock layer held before it was thinned: the last of its logical ones."""
+        if self.held is not None or not self.is_initialized or self.keys.numel() == 0:
+            return
+        count = self.keys.shape[-2]
+        columns = range(self.cumulative_length - count, self.cumulative_length)
+        index = torch.tensor(columns, device=self.keys.device).expand(self.keys.shape[0], -1)
+        self._hold(index, None, columns)
+
+    def _evict(self) -> None:
+        if self.record_past or self.held is None:
+            return
+        before = len(self.ends)
+        while self.ends and self.ends[0] < self.offset:  # they ascend
+            self.ends.popleft()
+        gone = before - len(self.ends)
+        if gone:
+            self.keys, self.values = self.keys[..., gone:, :], self.values[..., gone:, :]
+            self.held = self.held.drop_first(gone)
+
+    def _cut(self, total: int, length: int) -> None:
+        assert self.held is not None
+        whole = Kept(self.held, total)
+        removed = whole.beyond(length)
+        self.held = whole.crop(length).columns
+        for _ in range(removed):
+            self.ends.pop()
         if self.kept is not None:
-            rows = torch.arange(self.kept.columns.index.shape[0], device=self.kept.columns.index.device)
-            self._select(rows.repeat_interleave(repeats))
+            self.kept = self.kept.crop(length)
+        self.dropped -= total - length - removed
+        self.cumulative_length = length
+        self.keys = self.keys[..., : self.keys.shape[-2] - removed, :]
+        self.values = self.values[..., : self.values.shape[-2] - removed, :]
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.held, self.ends = None, deque()
 
     def _select(self, rows: Tensor) -> None:
-        if self.kept is not None:
-            self.kept = Kept(self.kept.columns.select(rows), self.kept.covered)
+        super()._select(rows)
+        if self.held is not None:
+            self.held = self.held.select(rows)
+
+    def _repeat(self, repeats: int) -> None:
+        super()._repeat(repeats)
+        if self.held is not None and self.kept is None:
+            index = self.held.index
+            self.held = self.held.select(
+                torch.arange(index.shape[0], device=index.device).repeat_interleave(repeats)
+            )
+
+
+class ThinnedStaticLayer(Thinned, StaticLayer):
+    """A thinned `StaticLayer`: its buffer is allocated without room for what the first prompt drops."""
+
+    logical_length: int  # of the stock layer's buffer
+    fixed: Columns | None  # logical columns of the whole buffer, filled or not
+    is_initialized: bool
+
+    def become(self, schedule: Schedule) -> None:
+        super().become(schedule)
+        self.logical_length, self.fixed = self.max_cache_len, None
+
+    def expect(self, batch: int, seq: int, new: Columns | None = None, kept: Kept | None = None) -> None:
+        super().expect(batch, seq, new, kept)
+        if new is not None and not self.is_initialized:
+            self.max_cache_len = self.logical_length - self.dropped
+        if kept is not None:
+            # columns that are not filled yet have no query that sees them
+            self.fixed = kept.until(kept.covered + self.max_cache_len - kept.columns.length)
+
+    def columns(self) -> Columns:
+        assert self.fixed is not None
+        return self.fixed
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self._claim()
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> Any:
+        return self.cumulative_length + self.dropped if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.logical_length, 0
+
+    def get_max_length(self) -> int:
+        return self.logical_length
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+        # the next prompt may drop fewer tokens, and then needs a larger buffer
+        self.max_cache_len, self.fixed, self.is_initialized = self.logical_length, None, False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+        if self.fixed is not None:
+            self.fixed = self.fixed.select(beam_idx)
+
+
+_THINNED: dict[type, type[Thinned]] = {
+    DynamicLayer: ThinnedLayer,
+    DynamicSlidingWindowLayer: ThinnedSlidingLayer,
+    StaticLayer: ThinnedStaticLayer,
+}
+
+
+def thinned(cache: Cache | None, layer: int) -> Thinned | None:
+    """The layer of a cache if it is thinned."""
+    held = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
+    return held if isinstance(held, Thinned) else None
+
+
+def filled(cache: Cache | None, layer: int) -> int | None:
+    """How many tokens a static cache layer has been given; None where its keys end with the last one."""
+    held = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
+    if isinstance(held, StaticSlidingWindowLayer):
+        return int(held.cumulative_length_int)
+    return int(held.cumulative_length) if isinstance(held, StaticLayer) else None
 
 
 def kept_before(cache: Cache | None, layer: int, schedule: Schedule) -> Kept | None:
-    """What the cache records for the layer at the start of a stage; None when it holds every column.
+    """What the cache records for a layer; None when it holds every column.
 
     Raises:
         ThinsightError: the cache was filled under another schedule.
     """
-    held = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
-    if not isinstance(held, ThinnedLayer):
+    held = thinned(cache, layer)
+    if held is None:
         return None
-    _check_schedule(held, schedule)
+    held.check(schedule)
     return held.kept
 
 
-def expect(cache: Cache | None, layer: int) -> None:
-    """Announce that the next update of a thinned layer is made with masks that fit it."""
-    held = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
-    if isinstance(held, ThinnedLayer):
-        held.expected = True
-
-
-def thin(cache: Cache, layer: int, schedule: Schedule, dropped: int) -> ThinnedLayer:
-    """Announce that the next update of a layer leaves `dropped` tokens out.
-
-    Turns a stock layer into a thinned one.
+def thin(cache: Cache, layer: int, schedule: Schedule) -> Thinned:
+    """The layer of a cache, made one that can be thinned.
 
     Raises:
         ThinsightError: the cache keeps its tokens in a way that cannot be thinned.
@@ -126,36 +386,21 @@ def thin(cache: Cache, layer: int, schedule: Schedule, dropped: int) -> ThinnedL
     while layer >= len(cache.layers) and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())  # a lazily built cache
     held = cache.layers[layer]
-    if type(held) is DynamicLayer:
-        held.__class__ = ThinnedLayer
-        held.schedule, held.dropped, held.kept = schedule, 0, None
-    if not isinstance(held, ThinnedLayer):
+    if type(held) in _THINNED:
+        held.__class__ = _THINNED[type(held)]
+        held.become(schedule)
+    if not isinstance(held, Thinned):
         raise ThinsightError(
-            f"cache layer {layer} is a {type(held).__name__}; use the default dynamic cache under a reduction"
+            f"cache layer {layer} is a {type(held).__name__}, from which tokens cannot be left out; use the "
+            "default dynamic cache, or a static one on a model without sliding windows"
         )
-    _check_schedule(held, schedule)
-    held.dropped += dropped
-    held.expected = True
+    held.check(schedule)
     return held
-
-
-def _check_schedule(held: ThinnedLayer, schedule: Schedule) -> None:
-    if held.schedule != schedule:
-        raise ThinsightError("this cache was filled under another schedule; start a new cache")
 
 
 def append(before: Kept | None, past: int, new: Columns, seq: int) -> Kept:
     """The record after a pass that kept `new` of its `seq` tokens, behind `past` logical columns."""
-    batch, device = new.index.shape[0], new.index.device
-    start = 0 if before is None else before.covered
-    full = torch.arange(start, past, device=device).expand(batch, -1)  # cached in full since the last record
-    index = [full, new.index + past]
-    valid = [None, new.valid]
-    if before is not None:
-        index.insert(0, before.columns.index.to(device))
-        valid.insert(0, before.columns.valid)
-    known = [
-        torch.ones_like(i, dtype=torch.bool) if v is None else v for i, v in zip(index, valid, strict=True)
-    ]
-    ragged = any(v is not None for v in valid)
-    return Kept(Columns(torch.cat(index, 1), torch.cat(known, 1) if ragged else None), past + seq)
+    if before is None:
+        cached = torch.arange(past, device=new.index.device).expand(new.index.shape[0], -1)
+        return Kept(Columns(cached, None).join(new.index + past, new.valid), past + seq)
+    return Kept(before.until(past).join(new.index + past, new.valid), past + seq)

@@ -1,4 +1,4 @@
-"""Vision features computed once: the tower's output for a set of images, kept and passed in again.
+"""Vision features computed once: the encoder's output for some images and videos, kept and passed in again.
 
 Also carries what the tower's attention says of each token, for rankers that want it. Knows nothing about the
 decoder, schedules or hooks there.
@@ -7,7 +7,8 @@ decoder, schedules or hooks there.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,70 +21,127 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..errors import ThinsightError
 from ..ranking import VISION_ATTENTION, get_ranker
 from .backport import accept_outputs
-from .families import base_model, vision_source
+from .families import MODALITIES, base_model, vision_source
 from .scoring import Probe, VisionReceived
 
-__all__ = ["EncodedImages", "VisionTap", "encode_images", "image_outputs", "received_of"]
+__all__ = [
+    "EncodedImages",
+    "VisionTap",
+    "encode_images",
+    "encoder_inputs",
+    "has_pixels",
+    "received_of",
+    "vision_outputs",
+]
 
-_RECEIVED = "thinsight_received"  # attribute of the tower's output: attention received, per image
+_MARKERS = "visual_indicator_features"  # attribute of Ovis2's encoder output
+_RECEIVED = "thinsight_received"  # attribute of an encoder's output: attention received, per entry
 
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Features of some images, in order, ready for the decoder.
+    """Features of some images (and videos), ready for the decoder.
 
     Pass them instead of pixels: ``model.generate(input_ids=..., attention_mask=...,
-    **encoded.model_inputs())``.
+    **encoded.model_inputs())``. An entry is what the family's encoder lists: an image, a tile, or (Idefics3,
+    SmolVLM) all images of a prompt; images come before videos.
     """
 
-    features: tuple[Tensor, ...]  # one per image: (tokens, hidden), the model's dtype
-    received: tuple[Tensor, ...] | None = None  # one per image: (tokens,) float32, attention inside the tower
+    features: tuple[Tensor, ...]  # one per entry: (tokens, hidden), the model's dtype
+    received: tuple[Tensor, ...] | None = None  # one per entry: (tokens,) float32, attention inside the tower
+    deepstack: tuple[tuple[Tensor, ...], ...] = ()  # per entry, (tokens, hidden) of each deepstack layer
+    modalities: tuple[str, ...] = ()  # of each entry; empty: all are images
+    stacked: frozenset[str] = frozenset()  # modalities whose features the family takes as one tensor
+    markers: Tensor | None = None  # (markers, hidden), what Ovis2 puts at the tokens around every image
 
     def __len__(self) -> int:
         return len(self.features)
 
     def rows(self, images: int | slice | Sequence[int]) -> EncodedImages:
-        """Some of the images, by number, slice or list of numbers."""
+        """Some of the entries, by number, slice or list of numbers."""
         if isinstance(images, slice):
             images = range(len(self))[images]
         elif isinstance(images, int):
             images = [images]
-        received = self.received
         return EncodedImages(
             tuple(self.features[i] for i in images),
-            None if received is None else tuple(received[i] for i in images),
+            None if self.received is None else tuple(self.received[i] for i in images),
+            tuple(self.deepstack[i] for i in images) if self.deepstack else (),
+            tuple(self.modalities[i] for i in images) if self.modalities else (),
+            self.stacked,
+            self.markers,
         )
 
     @staticmethod
     def concat(parts: Iterable[EncodedImages]) -> EncodedImages:
-        """All images of several, in order. Attention is kept only if all have it."""
+        """All entries of several parts of one model, in order. Attention is kept only if all have it."""
         listed = list(parts)
         received = [part.received for part in listed if part.received is not None]
         return EncodedImages(
             tuple(feature for part in listed for feature in part.features),
             tuple(row for rows in received for row in rows) if len(received) == len(listed) else None,
+            tuple(layers for part in listed for layers in part.deepstack),
+            tuple(name for part in listed for name in part._names),
+            frozenset(name for part in listed for name in part.stacked),
+            next((part.markers for part in listed if part.markers is not None), None),
         )
 
     def to(self, device: torch.device | str) -> EncodedImages:
         """The same on another device."""
+        return self.mapped(lambda _, tensor: tensor.to(device))
+
+    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> EncodedImages:
+        """The same with every tensor changed; ``change`` gets its name, which no other tensor here has."""
         return EncodedImages(
-            tuple(feature.to(device) for feature in self.features),
-            None if self.received is None else tuple(row.to(device) for row in self.received),
+            tuple(change(f"features.{i}", feature) for i, feature in enumerate(self.features)),
+            None
+            if self.received is None
+            else tuple(change(f"received.{i}", row) for i, row in enumerate(self.received)),
+            tuple(
+                tuple(change(f"deepstack.{i}.{j}", layer) for j, layer in enumerate(layers))
+                for i, layers in enumerate(self.deepstack)
+            ),
+            self.modalities,
+            self.stacked,
+            None if self.markers is None else change("markers", self.markers),
         )
 
     @property
     def num_bytes(self) -> int:
         """Memory that the tensors take."""
-        return sum(t.numel() * t.element_size() for t in (*self.features, *(self.received or ())))
+        deepstack = [layer for layers in self.deepstack for layer in layers]
+        markers = [] if self.markers is None else [self.markers]
+        tensors = (*self.features, *(self.received or ()), *deepstack, *markers)
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments for the model's `forward` or `generate`, in place of `pixel_values`."""
-        if not self.features:
-            return {}
-        output = BaseModelOutputWithPooling(pooler_output=list(self.features))
+        outputs = {}
+        for modality in dict.fromkeys(self._names):
+            mine = [i for i, name in enumerate(self._names) if name == modality]
+            outputs[modality] = self._output(mine, modality in self.stacked)
+        return {"mm_encoder_outputs": outputs} if outputs else {}
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self.modalities or ("image",) * len(self)
+
+    def _output(self, entries: list[int], stacked: bool) -> BaseModelOutputWithPooling:
+        features = [self.features[i] for i in entries]
+        if stacked and len({len(feature) for feature in features}) > 1:
+            raise ThinsightError(
+                "the model takes all images or videos as one tensor, but their token counts differ: give "
+                "each the same number of tiles or frames"
+            )
+        output = BaseModelOutputWithPooling(pooler_output=torch.stack(features) if stacked else features)
+        if self.deepstack:
+            layers = zip(*(self.deepstack[i] for i in entries), strict=True)
+            setattr(output, "deepstack_features", [list(layer) for layer in layers])  # noqa: B010
+        if self.markers is not None:
+            setattr(output, _MARKERS, self.markers)
         if self.received is not None:
-            setattr(output, _RECEIVED, list(self.received))
-        return {"mm_encoder_outputs": {"image": output}}
+            setattr(output, _RECEIVED, [self.received[i] for i in entries])
+        return output
 
 
 class VisionTap:
@@ -115,51 +173,136 @@ class VisionTap:
 
 
 def received_of(output: Any) -> list[Tensor] | None:
-    """The attention that a `VisionTap` left on the tower's output: one (tokens,) float32 per image."""
+    """The attention that a `VisionTap` left on an encoder's output: one (tokens,) float32 per entry."""
     return getattr(output, _RECEIVED, None)
 
 
-def image_outputs(model: PreTrainedModel, call: Mapping[str, Any]) -> Any:
-    """Run the vision tower on a call's pixels, as the model itself would.
-
-    Returns:
-        The tower's output; `pooler_output` is a list of (tokens, hidden), one per image.
-    """
-    accept_outputs(model)  # what is made here is for this model
-    encoder = base_model(model).get_image_features
-    wanted = [name for name in inspect.signature(encoder).parameters if name != "kwargs"]
-    given = {name: call[name] for name in wanted if call.get(name) is not None}
-    return encoder(**{**given, "return_dict": True})
-
-
-def encode_images(model: PreTrainedModel, inputs: Mapping[str, Any], reduction: Any = None) -> EncodedImages:
-    """Run the vision tower and projector once on the images of a processor's output.
+def vision_outputs(model: PreTrainedModel, call: Mapping[str, Any], modality: str) -> Any:
+    """Run the vision encoder on a call's images or videos, as the model itself would.
 
     Args:
         model: the multimodal model.
-        inputs: a processor's output, or anything with `pixel_values`.
+        call: keyword arguments of its forward pass, with the pixels.
+        modality: "image" or "video".
+
+    Returns:
+        The encoder's output. `pooler_output` holds entries of (tokens, hidden), as a list, a tuple or one
+        tensor; attention that a `VisionTap` read is there for each entry's tokens.
+
+    Raises:
+        ThinsightError: attention was read, but the tower's rows cannot be told apart in the projector's
+            tokens.
+    """
+    accept_outputs(model)  # what is made here is for this model
+    encoder = getattr(base_model(model), f"get_{modality}_features")
+    given = {name: call[name] for name in encoder_inputs(model, modality) if call.get(name) is not None}
+    output = encoder(**{**given, "return_dict": True})
+    received = received_of(output)
+    if received is not None:
+        if hasattr(base_model(model), "image_newline"):
+            raise _no_fit("its projector cuts padding away and adds line ends")
+        setattr(output, _RECEIVED, _fit(received, [len(entry) for entry in output.pooler_output]))
+    return output
+
+
+def encoder_inputs(model: PreTrainedModel, modality: str) -> list[str]:
+    """The keyword arguments that the encoder of a modality takes; none where the family has none."""
+    encoder = getattr(base_model(model), f"get_{modality}_features", None)
+    if encoder is None:
+        return []
+    return [name for name in inspect.signature(encoder).parameters if name != "kwargs"]
+
+
+def has_pixels(model: PreTrainedModel, call: Mapping[str, Any], modality: str) -> bool:
+    """Whether a call brings images or videos for the encoder."""
+    names = [name for name in encoder_inputs(model, modality) if name.startswith("pixel_values")]
+    return any(call.get(name) is not None for name in names)
+
+
+def encode_images(model: PreTrainedModel, inputs: Mapping[str, Any], reduction: Any = None) -> EncodedImages:
+    """Run the vision encoder and projector once on the images and videos of a processor's output.
+
+    Args:
+        model: the multimodal model.
+        inputs: a processor's output, or anything with `pixel_values` or `pixel_values_videos` and what else
+            the encoder takes.
         reduction: the reduction (or ranker, or ranker name) that will run on the features, if it ranks by the
             tower's attention.
 
     Returns:
-        Features on the model's device, without gradient; empty when `inputs` has no `pixel_values`.
+        Features on the model's device, without gradient; empty when `inputs` has no pixels.
 
     Raises:
         ThinsightError: unknown ranker, or a tower whose attention cannot be read.
     """
-    if inputs.get("pixel_values") is None:
+    present = [name for name in MODALITIES if has_pixels(model, inputs, name)]
+    if not present:
         return EncodedImages((), ())
     ranker = None if reduction is None else get_ranker(getattr(reduction, "ranker", reduction))
+    taken = {name for modality in present for name in encoder_inputs(model, modality)}
+    moved = {name: _moved(inputs[name], model) for name in taken if name in inputs}
     with torch.no_grad(), _tapped(model, ranker is not None and VISION_ATTENTION in ranker.needs):
-        pixels = inputs["pixel_values"].to(model.device, model.dtype)
-        output = image_outputs(model, {**inputs, "pixel_values": pixels})
-    features = tuple(feature.clone() for feature in output.pooler_output)
+        parts = [_kept(vision_outputs(model, moved, name), name) for name in present]
+    return EncodedImages.concat(parts)
+
+
+def _kept(output: Any, modality: str) -> EncodedImages:
+    """An encoder's output as entries that hold no memory but their own."""
+    pooled = output.pooler_output
     received = received_of(output)
-    if received is not None and [len(r) for r in received] != [len(f) for f in features]:
-        raise ThinsightError(
-            "the vision tower's tokens do not match the projector's; rank with text-attention instead"
-        )
-    return EncodedImages(features, None if received is None else tuple(row.clone() for row in received))
+    layers = getattr(output, "deepstack_features", None) or ()
+    deepstack = zip(*layers, strict=True)  # per entry
+    return EncodedImages(
+        tuple(entry.clone() for entry in pooled),
+        None if received is None else tuple(row.clone() for row in received),
+        tuple(tuple(layer.clone() for layer in entry) for entry in deepstack),
+        (modality,) * len(pooled),
+        frozenset([modality] if isinstance(pooled, Tensor) else ()),
+        getattr(output, _MARKERS, None),
+    )
+
+
+def _moved(value: Any, model: PreTrainedModel) -> Any:
+    """Tensors onto the model's device, floating ones in its dtype; lists of tensors too."""
+    if isinstance(value, Tensor):
+        return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+        return [_moved(item, model) for item in value]
+    return value
+
+
+def _fit(received: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    """Attention per row of the tower -> per token of the projector.
+
+    Args:
+        received: (rows,) float32 for each image that the tower saw.
+        lengths: tokens of each entry of the projector's output; an entry holds one or more whole images.
+
+    Returns:
+        (tokens,) float32 for each entry. A token that stands for a block of rows (pixel shuffle, average
+        pooling) gets their mean.
+
+    Raises:
+        ThinsightError: the tokens are no grid of such blocks.
+    """
+    rows, tokens = len(received[0]), sum(lengths) // len(received)
+    block = math.isqrt(rows // tokens) if tokens else 0
+    side = math.isqrt(rows)
+    whole = block > 0 and not any(length % tokens for length in lengths)
+    grid = block == 1 or (side**2 == rows and block > 0 and side % block == 0)
+    if not (whole and grid and tokens * len(received) == sum(lengths) and tokens * block**2 == rows):
+        raise _no_fit(f"{len(received)} images of {rows} rows against {sum(lengths)} tokens")
+    pooled = torch.stack(list(received))  # (images, rows)
+    if block > 1:
+        blocks = pooled.view(len(received), side // block, block, side // block, block)
+        pooled = blocks.mean(dim=(2, 4)).flatten(1)  # (images, tokens)
+    return list(pooled.flatten().split(list(lengths)))
+
+
+def _no_fit(why: str) -> ThinsightError:
+    return ThinsightError(
+        f"the vision tower's tokens do not match the projector's ({why}); rank with text-attention instead"
+    )
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 The only place that knows how model families differ. Knows nothing about schedules, rankers or hooks.
 
-To add a family whose parts are found by the rules below, add its `model_type` to `SUPPORTED`.
+To add a family: put its `model_type` into `SUPPORTED`, an entry into `tests/conformance/families.py`, and run
+the suite. Most need no more; what is special about a few is in the tables below.
 """
 
 from __future__ import annotations
@@ -18,23 +19,65 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..errors import ThinsightError
 
 __all__ = [
+    "MODALITIES",
     "SUPPORTED",
     "VisionSource",
     "attention_implementation",
     "attention_of",
     "base_model",
+    "check_attention",
     "check_recomputation",
     "check_supported",
     "decoder_layers",
+    "model_device",
     "num_layers",
+    "refusal",
+    "sliding_layers",
+    "tiles_stand_apart",
+    "vision_placeholders",
     "vision_source",
     "vision_token_mask",
+    "writes_vision_after",
 ]
 
-SUPPORTED = ("llava",)
-"""`config.model_type` of the families that are tested."""
+SUPPORTED = (
+    "aya_vision",
+    "cohere2_vision",
+    "deepseek_vl",
+    "gemma3",
+    "glm46v",
+    "glm4v",
+    "glm4v_moe",
+    "idefics2",
+    "idefics3",
+    "internvl",
+    "lighton_ocr",
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "mistral3",
+    "ovis2",
+    "paligemma",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "smolvlm",
+    "video_llava",
+    "vipllava",
+)
+"""`config.model_type` of the families that the conformance suite holds."""
 
-ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+
+MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
+"""What a vision encoder reads, by modality."""
+
+# The encoder lists tiles, or a whole row's images as one: an image is an unbroken run of vision tokens.
+_RUNS = frozenset({"cohere2_vision", "idefics2", "idefics3", "internvl", "smolvlm"})
+# Videos stand behind the placeholder of images.
+_ONE_PLACEHOLDER = frozenset({"glm46v", "glm4v", "glm4v_moe"})
 
 
 @dataclass(frozen=True)
@@ -59,7 +102,8 @@ def decoder(model: PreTrainedModel) -> PreTrainedModel:
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers, layer 0 first."""
-    return list(decoder(model).layers)
+    text = decoder(model)
+    return list(text.layers)[: text.config.num_hidden_layers]
 
 
 def num_layers(model: PreTrainedModel) -> int:
@@ -83,33 +127,92 @@ def attention_implementation(model: PreTrainedModel) -> str:
     return str(decoder(model).config._attn_implementation)
 
 
+def vision_placeholders(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
+    """Which positions of a prompt are vision tokens, by modality: (batch, seq) int64 -> (batch, seq) bool."""
+    ids = {name: getattr(model.config, f"{name}_token_id", None) for name in MODALITIES}
+    if model.config.model_type in _ONE_PLACEHOLDER:
+        ids["video"] = None
+    return {name: input_ids == token for name, token in ids.items() if token is not None}
+
+
 def vision_token_mask(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Which positions of a prompt are vision tokens: (batch, seq) int64 -> (batch, seq) bool."""
-    return input_ids == model.config.image_token_id
+    masks = list(vision_placeholders(model, input_ids).values())
+    return torch.stack(masks).any(0)
+
+
+def tiles_stand_apart(model: PreTrainedModel) -> bool:
+    """Whether an image is an unbroken run of vision tokens, not an entry of the encoder's output."""
+    return model.config.model_type in _RUNS
+
+
+def writes_vision_after(model: PreTrainedModel) -> range:
+    """After which decoder layers the decoder itself adds vision features to all vision positions (DeepStack,
+    arXiv 2406.04334)."""
+    if not hasattr(decoder(model), "_deepstack_process"):
+        return range(0)
+    return range(len(getattr(model.config.vision_config, "deepstack_visual_indexes", ())))
+
+
+def sliding_layers(model: PreTrainedModel) -> frozenset[int]:
+    """The decoder layers whose attention sees a window only."""
+    config: Any = decoder(model).config
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        windowed = getattr(config, "sliding_window", None) is not None
+        return frozenset(range(num_layers(model)) if windowed else ())
+    return frozenset(i for i, kind in enumerate(types) if "sliding" in kind)
 
 
 def vision_source(model: PreTrainedModel) -> VisionSource:
     """Where to read attention inside the vision tower.
 
     Raises:
-        ThinsightError: the projector reads the tower's embeddings, which no attention made.
+        ThinsightError: a tower that packs its images into one sequence, or a projector that reads the tower's
+            embeddings, which no attention made.
     """
     config: Any = model.config
-    tower = base_model(model).vision_tower
-    depth = tower.config.num_hidden_layers
+    tower = getattr(base_model(model), "vision_tower", None)
+    tower = getattr(base_model(model), "vision_model", None) if tower is None else tower
+    depth = getattr(getattr(tower, "config", None), "num_hidden_layers", None)
+    if tower is None or depth is None or tower.config.model_type == "pixtral":
+        raise ThinsightError(
+            f"the vision tower of {config.model_type!r} runs all images as one sequence, so its attention "
+            "cannot be told per image; rank by text-attention, random or uniform"
+        )
     layers = next(m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    selected = config.vision_feature_layer
+    selected = getattr(config, "vision_feature_layer", -1)
     deepest = max(i % (depth + 1) for i in (selected if isinstance(selected, (list, tuple)) else [selected]))
     if deepest == 0:
         raise ThinsightError(
             "vision_feature_layer is the tower's input, which has no attention; rank by text-attention"
         )
+    class_token = any(hasattr(m, "class_embedding") or hasattr(m, "cls_token") for m in tower.modules())
+    strategy = getattr(config, "vision_feature_select_strategy", "default" if class_token else "full")
     return VisionSource(
         tower=tower,
         attention=attention_of(layers[deepest - 1]),  # hidden state i is the output of layer i - 1
-        has_class_token=any(hasattr(m, "class_embedding") for m in tower.modules()),
-        drops_first=config.vision_feature_select_strategy == "default",
+        has_class_token=class_token,
+        drops_first=strategy == "default",
     )
+
+
+def refusal(config: Any) -> str | None:
+    """Why a model of this config cannot run under a reduction; None when it can."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(config, "is_encoder_decoder", False):
+        return (
+            f"{config.model_type!r} is an encoder-decoder: its vision tokens are in the encoder, and the "
+            "decoder reads them by cross-attention; use a decoder-only model"
+        )
+    if getattr(text, "cross_attention_layers", None):
+        return (
+            f"{config.model_type!r} reads images by cross-attention: its decoder's input has no vision "
+            "tokens to drop; use a decoder-only model"
+        )
+    if config.model_type not in SUPPORTED:
+        return f"model_type is {config.model_type!r}; supported: {', '.join(SUPPORTED)}"
+    return None
 
 
 def check_supported(model: Any) -> None:
@@ -120,19 +223,35 @@ def check_supported(model: Any) -> None:
     """
     if not isinstance(model, PreTrainedModel):
         raise ThinsightError(f"model is a {type(model).__name__}; pass a loaded transformers model")
-    model_type = getattr(model.config, "model_type", None)
-    if model_type not in SUPPORTED:
+    reason = refusal(model.config)
+    if reason is not None:
+        raise ThinsightError(f"{type(model).__name__}: {reason}")
+    if not hasattr(model, "get_image_features") and not hasattr(base_model(model), "get_image_features"):
         raise ThinsightError(
-            f"model_type is {model_type!r} ({type(model).__name__}); supported so far: {', '.join(SUPPORTED)}"
+            f"{type(model).__name__} has no vision encoder; pass the whole model, not its text part"
         )
+    check_attention(model)
+
+
+def check_attention(model: PreTrainedModel, paged: bool = False) -> None:
+    """Refuse an attention implementation that cannot run on fewer tokens than it was told of.
+
+    Args:
+        model: whose decoder's implementation is looked at.
+        paged: whether a pass brings the cache of continuous batching.
+
+    Raises:
+        ThinsightError: with the reason.
+    """
     implementation = attention_implementation(model)
+    if paged or implementation.startswith("paged"):
+        raise ThinsightError(
+            f"attn_implementation is {implementation!r} on a paged cache: continuous batching keeps its own, "
+            "from which tokens cannot be left out; call generate() with a padded batch instead"
+        )
     if implementation not in ATTENTION:
         raise ThinsightError(
             f"attn_implementation is {implementation!r}; load the model with one of {', '.join(ATTENTION)}"
-        )
-    if not all(isinstance(layer, nn.Module) for layer in decoder_layers(model)):
-        raise ThinsightError(
-            f"{type(model).__name__} has no decoder layers to reduce; pass a decoder-only model"
         )
 
 

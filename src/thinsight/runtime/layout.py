@@ -7,13 +7,15 @@ logical; hidden states, keys and values are physical. Knows nothing about models
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Columns", "Layout", "build_layout", "query_columns", "shrink"]
+__all__ = ["Columns", "Layout", "Vision", "build_layout", "last_of_prompt", "query_columns", "shrink"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,19 @@ class Columns:
         """The columns of the given batch rows (repeats allowed)."""
         rows = rows.to(self.index.device)
         return Columns(self.index[rows], None if self.valid is None else self.valid[rows])
+
+    def join(self, index: Tensor, valid: Tensor | None = None) -> Columns:
+        """These and, behind them, others: index (batch, n), valid (batch, n) or None for all."""
+        joined = torch.cat([self.index, index.to(self.index.device)], dim=1)
+        if self.valid is None and valid is None:
+            return Columns(joined, None)
+        first = torch.ones_like(self.index, dtype=torch.bool) if self.valid is None else self.valid
+        second = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+        return Columns(joined, torch.cat([first, second.to(first.device)], dim=1))
+
+    def drop_first(self, count: int) -> Columns:
+        """Without the first `count`."""
+        return Columns(self.index[:, count:], None if self.valid is None else self.valid[:, count:])
 
     def physical(self, logical: Tensor, seq: int) -> Tensor:
         """Where logical columns (batch, n) are now; meaningless for those that were dropped."""
@@ -67,54 +82,73 @@ class Layout:
         return marks.scatter_add(1, self.column, (tokens & self.valid).long()) > 0
 
 
-def build_layout(vision: Tensor, real: Tensor, lengths: list[int] | None = None) -> Layout | None:
+@dataclass(frozen=True)
+class Vision:
+    """Vision tokens of one modality in a pass."""
+
+    mask: Tensor  # (batch, seq) bool
+    lengths: list[int] | None = None  # tokens of each image or video over the whole batch, where known
+
+
+def build_layout(parts: Sequence[Vision], real: Tensor, by_run: bool = False) -> Layout | None:
     """Describe a pass from its vision positions.
 
     Args:
-        vision: (batch, seq) bool.
+        parts: the vision tokens, by modality; no position belongs to two.
         real: (batch, seq) bool, False at padding.
-        lengths: tokens of each image, in the order of the prompt, row after row. Without it (or when it does
-            not fit the rows) every unbroken run of vision tokens counts as one image.
+        by_run: an image is an unbroken run of vision tokens, whatever the lengths say.
 
     Returns:
-        The layout, or None when there is no vision token.
+        The layout, or None when there is no vision token. Where lengths are not known or do not fit the rows,
+        an image is an unbroken run.
     """
-    vision = vision & real
-    per_row: list[int] = vision.sum(1).tolist()
-    tokens = max(per_row)
+    device, batch = real.device, real.shape[0]
+    sizes: list[list[int]] = [[] for _ in range(batch)]
+    tables: list[list[np.ndarray]] = [[] for _ in range(batch)]  # (4, n) each: column, image, index, size
+    for part in parts:
+        marks = (part.mask & real).cpu().numpy()
+        columns = [row.nonzero()[0] for row in marks]
+        split = None if by_run else _split([len(c) for c in columns], part.lengths)
+        for row, places in enumerate(columns):
+            groups = _runs(places) if split is None else split[row]
+            tables[row].append(_table(places, groups, first=len(sizes[row])))
+            sizes[row] += groups
+    rows = [np.concatenate(row, axis=1) for row in tables]
+    counts = [row.shape[1] for row in rows]
+    tokens = max(counts)
     if tokens == 0:
         return None
-    text = (real & ~vision).sum(1).tolist()
-    sizes = _split(per_row, lengths) or _runs(vision)
-    image = torch.full((len(per_row), tokens), 0)
-    index, size = image.clone(), image.clone()  # (batch, tokens) each
-    for row, row_sizes in enumerate(sizes):
-        ends = torch.tensor(row_sizes, dtype=torch.long)
-        count = per_row[row]
-        image[row, :count] = torch.repeat_interleave(torch.arange(len(row_sizes)), ends)
-        size[row, :count] = torch.repeat_interleave(ends, ends)
-        starts = torch.repeat_interleave(ends.cumsum(0) - ends, ends)
-        index[row, :count] = torch.arange(count) - starts
-    device = vision.device
-    column = (~vision).long().argsort(dim=1, stable=True)[:, :tokens]  # vision columns first, in order
-    valid = torch.arange(tokens, device=device) < torch.tensor(per_row, device=device)[:, None]
+    table = np.zeros((4, batch, tokens), dtype=np.int64)
+    for number, found in enumerate(rows):
+        table[:, number, : counts[number]] = found[:, found[0].argsort()]
+    column, image, index, size = torch.from_numpy(table).to(device)
+    text = (real.sum(1).cpu() - torch.tensor(counts)).tolist()
+    valid = torch.arange(tokens) < torch.tensor(counts)[:, None]
     return Layout(
         real=real,
-        column=column.masked_fill(~valid, 0),
-        valid=valid,
-        image=image.to(device),
-        index=index.to(device),
-        size=size.to(device),
+        column=column,
+        valid=valid.to(device),
+        image=image,
+        index=index,
+        size=size,
         sizes=tuple(map(tuple, sizes)),
         text=tuple(text),
     )
+
+
+def _table(columns: np.ndarray, groups: list[int], first: int) -> np.ndarray:
+    """Column, image, index and size of a row's tokens of one modality, (4, n) int64."""
+    lengths = np.array(groups, dtype=np.int64)
+    image = np.repeat(np.arange(first, first + len(groups)), lengths)
+    start = np.repeat(lengths.cumsum() - lengths, lengths)
+    return np.stack([columns, image, np.arange(len(columns)) - start, np.repeat(lengths, lengths)])
 
 
 def _split(per_row: list[int], lengths: list[int] | None) -> list[list[int]] | None:
     """Image sizes per row, from sizes over the whole batch; None when they do not fit the rows."""
     if lengths is None:
         return None
-    queue = list(lengths)
+    queue = [length for length in lengths if length]
     rows: list[list[int]] = []
     for wanted in per_row:
         row: list[int] = []
@@ -126,20 +160,12 @@ def _split(per_row: list[int], lengths: list[int] | None) -> list[list[int]] | N
     return None if queue else rows
 
 
-def _runs(vision: Tensor) -> list[list[int]]:
-    """Lengths of the unbroken runs of vision tokens, per row."""
-    rows: list[list[int]] = []
-    for row in vision.tolist():
-        lengths: list[int] = []
-        before = False
-        for here in row:
-            if here and before:
-                lengths[-1] += 1
-            elif here:
-                lengths.append(1)
-            before = here
-        rows.append(lengths)
-    return rows
+def _runs(columns: np.ndarray) -> list[int]:
+    """Lengths of the unbroken runs in ascending columns."""
+    if not len(columns):
+        return []
+    ends = (np.diff(columns) != 1).nonzero()[0] + 1
+    return np.diff(np.array([0, *ends, len(columns)])).tolist()
 
 
 def query_columns(layout: Layout, prompt: Tensor, queries: str) -> tuple[Tensor, Tensor]:
@@ -167,6 +193,19 @@ def query_columns(layout: Layout, prompt: Tensor, queries: str) -> tuple[Tensor,
     width = int(asked.sum(1).max())
     columns = (~asked).long().argsort(dim=1, stable=True)[:, :width]
     return columns, asked.gather(1, columns)
+
+
+def last_of_prompt(layout: Layout, prompt: Tensor) -> Tensor | None:
+    """Which vision token is the last token of its prompt: (batch, tokens) bool, or None if none is.
+
+    Args:
+        layout: of the pass.
+        prompt: (batch, seq) bool, as for `query_columns`.
+    """
+    place = torch.arange(prompt.shape[1], device=prompt.device).expand_as(prompt)
+    last = torch.where(prompt, place, -1).amax(dim=1, keepdim=True)  # (batch, 1)
+    found = layout.valid & (layout.column == last)
+    return found if bool(found.any()) else None
 
 
 def shrink(layout: Layout, alive: Tensor, kept: list[int], before: Columns | None) -> tuple[Tensor, Columns]:

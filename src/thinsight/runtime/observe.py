@@ -16,7 +16,7 @@ from ..errors import ThinsightError
 from ..ranking import VISION_ATTENTION, Context, get_ranker
 from .call import Call, encode_pixels, read_call
 from .encoding import VisionTap
-from .families import attention_implementation, attention_of, check_supported, decoder_layers, model_device
+from .families import attention_of, check_supported, decoder_layers, model_device
 from .layout import query_columns
 from .scoring import Probe, TextRows
 
@@ -62,10 +62,9 @@ def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-atte
     finally:
         if tap is not None:
             tap.remove()
-    call = read_call(model, arguments, None, attention_implementation(model))
-    if call.layout is None:
+    call = read_call(model, arguments)
+    if call is None:
         raise ThinsightError("no prompt has an image; layer_scores needs vision tokens to score")
-    assert call.prompt is not None
     rows, real = query_columns(call.layout, call.prompt, chosen.queries)
     probes = [Probe(attention_of(layer)) for layer in layers]
     requests = [TextRows(rows, call.layout.column, call.layout.valid) for _ in layers]
@@ -82,7 +81,6 @@ def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-atte
 
 def _score(ranker: Any, call: Call, layer: int, attention: Tensor | None, queries: Tensor) -> Tensor:
     layout = call.layout
-    assert layout is not None
     context = Context(
         layer=layer,
         valid=layout.valid,

@@ -13,10 +13,12 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 from ..errors import ThinsightError
@@ -31,11 +33,12 @@ _wanted = threading.local()  # .requests: {id(module): [Request]}, of this threa
 def attention_rows(
     query: Tensor,
     key: Tensor,
-    mask: Tensor | None,
+    mask: Tensor | BlockMask | None,
     scaling: float,
     rows: Tensor,
     *,
     is_causal: bool,
+    cached: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
     """The softmax of some query rows over all keys.
@@ -43,10 +46,12 @@ def attention_rows(
     Args:
         query: (batch, heads, queries, dim), as the attention implementation gets it.
         key: (batch, key heads, keys, dim); key heads divide heads.
-        mask: (batch or 1, heads or 1, queries, keys) bool or float, (batch, keys) bool or int, or None.
+        mask: (batch or 1, heads or 1, queries, keys) bool or float, (batch, keys) bool or int, a
+            `BlockMask`, or None.
         scaling: factor of the dot products.
         rows: (batch, rows) int64, which queries.
         is_causal: whether a query sees only keys up to its own place, where the mask does not say.
+        cached: the place of the first query among the keys; the last queries' if not given.
         softcap: tanh limit of the logits, for models that have one.
 
     Returns:
@@ -61,8 +66,10 @@ def attention_rows(
     logits = (grouped @ key.float().transpose(2, 3)).view(batch, heads, -1, keys) * scaling
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
+    if isinstance(mask, BlockMask):
+        return logits.masked_fill(~_seen(mask, rows, keys), torch.finfo(logits.dtype).min).softmax(dim=-1)
     if (mask is None or mask.ndim == 2) and is_causal:
-        last_seen = rows + keys - queries  # (batch, rows)
+        last_seen = rows + (keys - queries if cached is None else cached)  # (batch, rows)
         later = torch.arange(keys, device=key.device) > last_seen[:, :, None]
         logits = logits.masked_fill(later[:, None], -torch.inf)
     if mask is not None and mask.ndim == 2:
@@ -75,10 +82,25 @@ def attention_rows(
     return logits.softmax(dim=-1)
 
 
+def _seen(mask: BlockMask, rows: Tensor, keys: int) -> Tensor:
+    """What some query rows (batch, rows) see by flex attention's mask, a function: (batch, 1, rows, keys)."""
+    key = torch.arange(keys, device=rows.device)
+    row = torch.arange(rows.shape[0], device=rows.device)[:, None, None]
+    shape = (*rows.shape, keys)
+    seen = mask.mask_mod(row, torch.zeros_like(row), rows[:, :, None], key.expand(shape))
+    return seen.expand(shape)[:, None]
+
+
 class Request:
     """What is wanted from one attention call; holds the answer afterwards."""
 
     result: Tensor | None = None
+    filled: int | None = None  # tokens in a static cache, whose keys go on behind the new ones
+
+    def cached(self, query: Tensor, key: Tensor) -> int:
+        """How many keys stand in front of those of the queries."""
+        most = key.shape[2] - query.shape[2]
+        return most if self.filled is None else min(most, self.filled)  # a window shows the last ones only
 
     def read(self, rows_of: Callable[[Tensor], Tensor], query: Tensor, key: Tensor) -> None:
         """Compute `result`, with `rows_of(rows (batch, n)) -> (batch, heads, n, keys)` at hand."""
@@ -88,15 +110,15 @@ class Request:
 class TextRows(Request):
     """Rows of new tokens over columns of new tokens: result (batch, heads, rows, columns) float32."""
 
-    def __init__(self, rows: Tensor, columns: Tensor, valid: Tensor) -> None:
+    def __init__(self, rows: Tensor, columns: Tensor, valid: Tensor, filled: int | None = None) -> None:
         self.rows = rows  # (batch, rows) physical columns of this pass
         self.columns = columns  # (batch, columns) likewise
         self.valid = valid  # (batch, columns) bool: the others receive nothing
+        self.filled = filled
 
     def read(self, rows_of: Callable[[Tensor], Tensor], query: Tensor, key: Tensor) -> None:
-        cached = key.shape[2] - query.shape[2]
         rows = rows_of(self.rows.to(query.device))
-        columns = (self.columns.to(query.device) + cached)[:, None, None, :]
+        columns = (self.columns.to(query.device) + self.cached(query, key))[:, None, None, :]
         valid = self.valid.to(query.device)[:, None, None, :]
         self.result = rows.gather(3, columns.expand(*rows.shape[:3], -1)).masked_fill(~valid, 0)
 
@@ -190,6 +212,7 @@ def _requests() -> dict[int, list[Request]]:
     return _wanted.requests
 
 
+@torch.compiler.disable
 def _scoring_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -199,7 +222,7 @@ def _scoring_attention(
         scaling = kwargs.get("scaling")
         is_causal = kwargs.get("is_causal")
 
-        def rows_of(rows: Tensor) -> Tensor:
+        def rows_of(request: Request, rows: Tensor) -> Tensor:
             return attention_rows(
                 query,
                 key,
@@ -207,12 +230,13 @@ def _scoring_attention(
                 query.shape[-1] ** -0.5 if scaling is None else scaling,
                 rows,
                 is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+                cached=request.cached(query, key),
                 softcap=kwargs.get("softcap"),
             )
 
         with torch.no_grad():
             for request in requests:
-                request.read(rows_of, query, key)
+                request.read(partial(rows_of, request), query, key)
     return _real_attention(module)(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -10,16 +10,21 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from .frontier import Frontier, frontier
 from .gsearch import gsearch
 from .progress import Progress, SearchObserver, SearchPlan, Silent
+from .psigmoid import psigmoid
+from .random_search import random_search
 from .result import SearchResult, Trial
 from .search import search
+from .sensitivity import sensitivity_search
 from .solvers import Bayes, Bisect, LayerProblem, Solver
 from .study import SearchEvaluator, Study
 
 __all__ = [
     "Bayes",
     "Bisect",
+    "Frontier",
     "LayerProblem",
     "Progress",
     "SearchEvaluator",
@@ -30,8 +35,12 @@ __all__ = [
     "Solver",
     "Study",
     "Trial",
+    "frontier",
     "gsearch",
+    "psigmoid",
+    "random_search",
     "search",
+    "sensitivity_search",
 ]
 
 

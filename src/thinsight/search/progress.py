@@ -23,7 +23,7 @@ class SearchPlan:
     first_layer: int
     num_vision_tokens: int
     full_score: float
-    max_drop: float
+    max_drop: float | None  # None under a budget
     recorded: int  # evaluations found in the journal, which will not be run again
     expected: int  # evaluations in all, recorded ones included: an upper estimate that only gets smaller
 
@@ -33,7 +33,7 @@ class Progress:
     """How far a search is. ``expected`` is an upper estimate of all evaluations, so the ETA only gets
     better."""
 
-    layer: int
+    layer: int | None  # None where whole schedules are searched
     evaluations: int
     expected: int
     seconds: float  # spent in evaluations so far, those of interrupted runs included

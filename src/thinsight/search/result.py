@@ -5,7 +5,9 @@ Knows nothing about how schedules are proposed or scored.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..reduction import Reduction
 from ..schedule import Schedule
@@ -18,8 +20,9 @@ class Trial:
     """One evaluated candidate.
 
     Attributes:
-        layer: the layer that was being searched.
-        keep_rate: the rate tried from that layer on, a fraction of the original tokens.
+        layer: the layer that was being searched; None where a whole schedule was.
+        keep_rate: the rate tried from that layer on, a fraction of the original tokens; a whole schedule's
+            mean.
         count: the same as a number of the reference N tokens.
         score: calibration score; only an upper bound when ``complete`` is False.
         complete: False when the evaluation was stopped early because it could not pass.
@@ -27,9 +30,13 @@ class Trial:
         schedule: the whole candidate.
         cost: decoder FLOPs that the evaluation took, if the evaluator tells.
         seconds: wall time of the evaluation.
+        agreement: see `thinsight.Evaluation`.
+        share: of the examples, how many were run.
+        ranker: in place of the evaluator's own.
+        why: how the candidate came about.
     """
 
-    layer: int
+    layer: int | None
     keep_rate: float
     count: int
     score: float
@@ -38,32 +45,43 @@ class Trial:
     schedule: Schedule
     cost: float | None = None
     seconds: float = field(default=0.0, compare=False)
+    agreement: float | None = None
+    share: float = 1.0
+    ranker: dict[str, Any] | None = None
+    why: str = ""
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """The outcome of a search. ``score`` and ``full_score`` are on the calibration set.
 
-    ``evaluations`` counts the schedules that were run (the full model's own run is not among them);
-    ``cost`` is their decoder FLOPs in all, None when the evaluator does not tell; ``seconds`` is their wall
-    time, that of interrupted runs included.
+    ``evaluations`` counts the schedules that were run, one on a share of the examples as that share (the full
+    model's own run is not among them); ``cost`` is their decoder FLOPs in all, None when the evaluator does
+    not tell; ``seconds`` is their wall time, that of interrupted runs included. ``max_drop`` is what was
+    allowed, or None; ``budget`` what was to be spent (`Budget.to_dict`), or None, and ``spent`` what is.
+    ``full_forwards`` is ``cost`` in full-set forward equivalents, if known.
     """
 
     schedule: Schedule
     reduction: Reduction
     trials: list[Trial]
     method: str
-    max_drop: float
+    max_drop: float | None
     full_score: float
     score: float
     seed: int
     cost: float | None = None
     seconds: float = field(default=0.0, compare=False)
+    budget: dict[str, Any] | None = None
+    spent: float | None = None
+    full_forwards: float | None = None
+    agreement: float | None = None
 
     @property
-    def evaluations(self) -> int:
-        """Number of schedules evaluated."""
-        return len(self.trials)
+    def evaluations(self) -> float:
+        """Number of schedules evaluated; one on a sample counts as its share."""
+        shares = math.fsum(trial.share for trial in self.trials)
+        return int(shares) if shares == int(shares) else shares
 
     @property
     def drop(self) -> float:

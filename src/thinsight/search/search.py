@@ -7,47 +7,96 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
+from ..budget import Budget, check_budget_value, make_budget
+from ..errors import ThinsightError
 from .gsearch import gsearch
+from .psigmoid import psigmoid
+from .random_search import random_search
 from .result import SearchResult
+from .sensitivity import sensitivity_search
 
 if TYPE_CHECKING:
+    from ..evaluation.evaluator import Evaluator
     from ..evaluation.examples import Example
 
-__all__ = ["search"]
+__all__ = ["METHODS", "budget_of", "choose_method", "search"]
+
+
+METHODS: dict[str, Any] = {
+    "psigmoid": psigmoid,
+    "random": random_search,
+    "sensitivity": sensitivity_search,
+}
+"""Searches under a budget by name; "gsearch" is the one under a tolerance."""
+
+DEFAULT_MAX_DROP = 0.01
+
+
+def choose_method(method: str | None, max_drop: float | None, budget: float | None) -> str:
+    """The search to run: the one asked for, or G-Search for a tolerance and the sensitivity search for a
+    budget.
+
+    Raises:
+        ThinsightError: an unknown method, both a tolerance and a budget, or the wrong one for the method.
+    """
+    if max_drop is not None and budget is not None:
+        raise ThinsightError("max_drop and budget are both given: a search holds one of them, leave one out")
+    chosen = method or ("gsearch" if budget is None else "sensitivity")
+    if chosen != "gsearch" and chosen not in METHODS:
+        raise ThinsightError(f"method is {chosen!r}; choose one of gsearch, {', '.join(METHODS)}")
+    if (budget is None) != (chosen == "gsearch"):
+        needs = "max_drop, not a budget" if chosen == "gsearch" else "a budget, such as 0.25"
+        raise ThinsightError(f"method {chosen!r} needs {needs}")
+    return chosen
 
 
 def search(
     model: Any,
     processor: Any,
     examples: Sequence[Example] | str | Path,
-    max_drop: float = 0.01,
+    max_drop: float | None = None,
     *,
+    budget: float | None = None,
+    budget_unit: str = "keep",
+    method: str | None = None,
     metric: str | None = None,
     batch_size: int = 8,
     ranker: Any = "text-attention",
     max_new_tokens: int | None = None,
+    cache_gib: float | None = None,
     **options: Any,
 ) -> SearchResult:
-    """Search the cheapest reduction of ``model`` whose score on ``examples`` falls by at most ``max_drop``.
+    """Search the cheapest reduction of ``model`` whose score on ``examples`` falls by at most ``max_drop``,
+    or the best-scoring one within ``budget``.
 
     Args:
         model: a loaded multimodal ``transformers`` model.
         processor: its processor.
         examples: calibration examples, or what `thinsight.load_examples` takes.
-        max_drop: largest drop of the score, in the metric's own unit.
+        max_drop: largest drop of the score, in the metric's own unit; 0.01 if no budget is given.
+        budget: what a prefill may cost, see `thinsight.budget.make_budget`.
+        budget_unit: "keep" (mean keep rate), "flops" or "ms".
+        method: "gsearch" (the default for ``max_drop``), "sensitivity" (the default for ``budget``),
+            "psigmoid" or "random".
         metric: name of a metric; None takes each example's own.
         batch_size: examples per forward pass.
         ranker: which tokens are kept.
         max_new_tokens: longest answer; None takes the evaluator's default.
-        **options: further arguments of `thinsight.gsearch`, such as ``study`` or ``first_layer``.
+        cache_gib: main memory for vision features, see `thinsight.Evaluator`.
+        **options: further arguments of the search, such as ``study``, ``seed`` or ``first_layer``.
 
     Raises:
         ThinsightError: bad arguments, examples or model; before long work starts.
     """
+    chosen = choose_method(method, max_drop, budget)
+    if budget is not None:
+        check_budget_value(budget, budget_unit)
     from ..evaluation.evaluator import Evaluator
     from ..evaluation.examples import load_examples
+    from ..evaluation.feature_store import DEFAULT_CACHE_GIB
 
     if isinstance(examples, (str, Path)):
         examples = load_examples(examples)
@@ -59,5 +108,35 @@ def search(
         batch_size=batch_size,
         ranker=ranker,
         max_new_tokens=max_new_tokens,
+        cache_gib=DEFAULT_CACHE_GIB if cache_gib is None else cache_gib,
     )
-    return gsearch(evaluator, max_drop, **options)
+    if budget is None:
+        return gsearch(evaluator, DEFAULT_MAX_DROP if max_drop is None else max_drop, **options)
+    limits = budget_of(evaluator, budget, budget_unit)
+    found: SearchResult = METHODS[chosen](evaluator, limits, **options)
+    return found
+
+
+def budget_of(evaluator: Evaluator, value: float, unit: str = "keep") -> Budget:
+    """A budget for the evaluator's model on its median prompt; "ms" is profiled on the spot.
+
+    Raises:
+        ThinsightError: an unknown unit, or a value out of range.
+    """
+    sizes = evaluator.prompt_sizes
+    latency = None
+    if unit == "ms":
+        from ..evaluation.encoding import typical_batch
+        from ..timing import profile
+
+        latency = profile(
+            evaluator.model, typical_batch(evaluator.processor, evaluator.examples, evaluator.batch_size)
+        )
+    return make_budget(
+        value,
+        unit,
+        config=evaluator.model.config,
+        n_vision=evaluator.num_vision_tokens,
+        n_text=median_low(n_text for _, n_text in sizes),
+        latency=latency,
+    )

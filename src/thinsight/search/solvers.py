@@ -8,13 +8,13 @@ Knows nothing about the layers' order, about journals, or about how a candidate 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Protocol
 
 from ..errors import ThinsightError
+from .proposals import quiet
 from .result import Trial
 
 __all__ = ["Bayes", "Bisect", "LayerProblem", "Solver", "get_solver"]
@@ -167,7 +167,7 @@ def _propose(seen: list[tuple[int, float]], upper: int, seed: int) -> int:
     """The next count in [0, upper] to try, a pure function of what was seen: ``(count, objective)`` pairs."""
     import optuna
 
-    with _quiet(optuna):
+    with quiet(optuna):
         sampler = optuna.samplers.GPSampler(seed=seed % 2**32, n_startup_trials=_STARTUP)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         space = {"count": optuna.distributions.IntDistribution(0, upper)}
@@ -176,17 +176,6 @@ def _propose(seen: list[tuple[int, float]], upper: int, seed: int) -> int:
                 optuna.trial.create_trial(params={"count": count}, distributions=dict(space), value=value)
             )
         return int(study.ask(dict(space)).params["count"])
-
-
-@contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
-    """Keep Optuna from writing a line per study to the terminal."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 def _positive(value: Any, field: str) -> None:

@@ -11,12 +11,13 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import ThinsightError
 from ..evaluation.result import Evaluation
+from ..reduction import Reduction
 from ..schedule import Schedule
 
 __all__ = ["Record", "SearchEvaluator", "Study"]
@@ -29,7 +30,11 @@ class SearchEvaluator(Protocol):
 
     An evaluator may also have ``at_least(schedule, floor) -> Evaluation``, which may stop as soon as the
     score provably cannot reach ``floor``; ``fingerprint``, a string that names model, data, metric and
-    ranker; and ``reduction(schedule) -> Reduction``, which binds the ranker and the model family.
+    ranker; ``reduction(schedule) -> Reduction``, which binds the ranker and the model family;
+    ``sample(schedule, share) -> Evaluation``, the score on about that share of the examples, the same ones
+    every time; ``first_layer``, the first layer at which its ranker can rank; and ``full_cost``, the cost of
+    one full evaluation in the unit of `Evaluation.cost`. Where a search chooses the ranker too, it passes
+    reductions in place of schedules.
     """
 
     @property
@@ -56,6 +61,18 @@ class Record:
     complete: bool
     cost: float | None
     seconds: float
+    agreement: float | None = None
+    share: float = 1.0  # of the examples
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What was evaluated, and how."""
+
+    schedule: Schedule
+    exact: bool  # not stopped early
+    ranker: str | None = None  # as JSON; None: the evaluator's own
+    share: float = 1.0
 
 
 class Study:
@@ -81,44 +98,66 @@ class Study:
         resume: bool = False,
     ) -> None:
         self._evaluator = evaluator
-        self._records: dict[tuple[Schedule, bool], Record] = {}  # by schedule and whether it was run exactly
+        self._records: dict[_Asked, Record] = {}
         self._path = None if path is None else Path(path)
         if self._path is not None:
             self._open(self._path, settings, resume)
         self.recorded = len(self._records)
         self.full_score = _full_score(evaluator)
 
-    def evaluate(self, schedule: Schedule, floor: float | None = None) -> Record:
+    def evaluate(
+        self,
+        schedule: Schedule,
+        floor: float | None = None,
+        *,
+        ranker: dict[str, Any] | None = None,
+        share: float = 1.0,
+    ) -> Record:
         """The evaluation of ``schedule``: the known one, or a new one that is on disk when this returns.
 
         Args:
             schedule: the candidate.
             floor: when given, an evaluator that can may stop early below this score.
+            ranker: in place of the evaluator's own.
+            share: of the examples, for an evaluator that can; others run them all.
         """
-        exact = floor is None
-        known = self._known(schedule, exact)
+        named = None if ranker is None else json.dumps(ranker, sort_keys=True)
+        share = share if hasattr(self._evaluator, "sample") else 1.0
+        asked = _Asked(schedule, floor is None, named, share)
+        known = self._known(asked)
         if known is not None:
             return known
-        record = self._run(schedule, floor)
+        record = self._run(asked, ranker, floor)
         if self._path is not None:
-            _append(self._path, _line(schedule, exact, record))
-        self._records[schedule, exact] = record
+            _append(self._path, _line(asked, record))
+        self._records[asked] = record
         return record
 
-    def _known(self, schedule: Schedule, exact: bool) -> Record | None:
-        same = self._records.get((schedule, exact))
-        other = self._records.get((schedule, not exact))
+    def _known(self, asked: _Asked) -> Record | None:
+        same = self._records.get(asked)
+        other = self._records.get(replace(asked, exact=not asked.exact))
         return same or (other if other is not None and other.complete else None)
 
-    def _run(self, schedule: Schedule, floor: float | None) -> Record:
+    def _run(self, asked: _Asked, ranker: dict[str, Any] | None, floor: float | None) -> Record:
         started = time.perf_counter()
+        wanted: Any = asked.schedule
+        if ranker is not None:
+            wanted = replace(getattr(self._evaluator, "reduction", Reduction)(wanted), ranker=ranker)
         at_least = getattr(self._evaluator, "at_least", None)
-        if floor is None or at_least is None:
-            evaluation = self._evaluator(schedule)
+        if asked.share < 1:
+            evaluation = self._evaluator.sample(wanted, asked.share)  # type: ignore[attr-defined]
+        elif floor is None or at_least is None:
+            evaluation = self._evaluator(wanted)
         else:
-            evaluation = at_least(schedule, floor)
-        seconds = time.perf_counter() - started
-        return Record(evaluation.score, evaluation.complete, evaluation.cost, seconds)
+            evaluation = at_least(wanted, floor)
+        return Record(
+            evaluation.score,
+            evaluation.complete,
+            evaluation.cost,
+            time.perf_counter() - started,
+            evaluation.agreement,
+            evaluation.share,
+        )
 
     def _open(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
         # the evaluator is asked last: its full score may take a run over all examples
@@ -135,8 +174,8 @@ class Study:
             found = _checked_header(path, lines[0])
             _check_part(path, "settings", found, settings)
             for number, line in enumerate(lines[1:], start=2):
-                schedule, exact, record = _parse(path, number, line)
-                self._records[schedule, exact] = record
+                asked, record = _parse(path, number, line)
+                self._records[asked] = record
             _check_part(path, "evaluator", found, _evaluator_facts(self._evaluator))
             _truncate(path, len(text))  # a line cut off by a crash goes, so that the next one starts clean
 
@@ -165,15 +204,21 @@ def _full_score(evaluator: SearchEvaluator) -> float:
     return score
 
 
-def _line(schedule: Schedule, exact: bool, record: Record) -> dict[str, Any]:
-    return {
-        "keep_rates": list(schedule.keep_rates),
-        "exact": exact,
+def _line(asked: _Asked, record: Record) -> dict[str, Any]:
+    line: dict[str, Any] = {
+        "keep_rates": list(asked.schedule.keep_rates),
+        "exact": asked.exact,
         "score": record.score,
         "complete": record.complete,
         "cost": record.cost,
         "seconds": record.seconds,
+        "agreement": record.agreement,
     }
+    if asked.ranker is not None:
+        line["ranker"] = json.loads(asked.ranker)
+    if asked.share < 1:
+        line |= {"share": asked.share, "share_run": record.share}
+    return line
 
 
 def _encode(value: dict[str, Any]) -> bytes:
@@ -241,21 +286,28 @@ def _check_part(path: Path, part: str, header: dict[str, Any], wanted: dict[str,
             )
 
 
-def _parse(path: Path, number: int, line: str) -> tuple[Schedule, bool, Record]:
+def _parse(path: Path, number: int, line: str) -> tuple[_Asked, Record]:
     value = _object(path, number, line)
     try:
-        cost = value["cost"]
+        ranker, share = value.get("ranker"), float(value.get("share", 1.0))
         record = Record(
             score=float(value["score"]),
             complete=bool(value["complete"]),
-            cost=None if cost is None else float(cost),
+            cost=_number(value["cost"]),
             seconds=float(value["seconds"]),
+            agreement=_number(value.get("agreement")),
+            share=float(value.get("share_run", 1.0)),
         )
-        return Schedule(value["keep_rates"]), bool(value["exact"]), record
+        named = None if ranker is None else json.dumps(ranker, sort_keys=True)
+        return _Asked(Schedule(value["keep_rates"]), bool(value["exact"]), named, share), record
     except (KeyError, TypeError, ValueError) as error:
         raise ThinsightError(
             f"study {path}, line {number} is damaged ({error!r}); remove the line, then resume"
         ) from None
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _object(path: Path, number: int, line: str) -> dict[str, Any]:

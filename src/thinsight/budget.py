@@ -1,0 +1,364 @@
+"""Budgets: what a schedule may cost, as a mean keep rate, as decoder FLOPs or as measured milliseconds.
+
+A comparison is only worth printing at equal cost. A budget holds exactly: what `fit` and `fill` return never
+costs more, and raising every layer by one token would. Knows schedules and cost; knows nothing about models,
+rankers, data or searches.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Protocol
+
+from . import cost
+from .errors import ThinsightError
+from .schedule import Schedule
+
+__all__ = [
+    "UNITS",
+    "Budget",
+    "FlopsBudget",
+    "KeepBudget",
+    "LatencyModel",
+    "TimeBudget",
+    "check_budget_value",
+    "fill",
+    "fit",
+    "fit_rate",
+    "make_budget",
+    "refuse_unreachable",
+    "schedule_of",
+]
+
+UNITS = ("keep", "flops", "ms")
+_HALVINGS = 60  # down to float64's resolution
+_ROUNDING = 1e-12
+
+
+class Budget(Protocol):
+    """What any budget says. Cost never falls when a layer gets more tokens."""
+
+    @property
+    def num_layers(self) -> int:
+        """L of the schedules it is for."""
+
+    @property
+    def n_vision(self) -> int:
+        """N of the prompt on which cost is counted."""
+
+    @property
+    def limit(self) -> float:
+        """The most a schedule may cost, in the budget's unit."""
+
+    @property
+    def unit(self) -> str:
+        """One of `UNITS`."""
+
+    def spent(self, schedule: Schedule) -> float:
+        """What a schedule costs, in the budget's unit."""
+
+    def holds(self, schedule: Schedule) -> bool:
+        """Whether a schedule costs no more than the limit."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a result keeps of it, as JSON values."""
+
+
+class _Limited:
+    """What all budgets share."""
+
+    limit: float
+
+    def spent(self, schedule: Schedule) -> float:
+        raise NotImplementedError
+
+    def holds(self, schedule: Schedule) -> bool:
+        """Whether ``schedule`` stays within the budget (float rounding of one part in 10^12 allowed)."""
+        return self.spent(schedule) <= self.limit * (1 + _ROUNDING)
+
+
+@dataclass(frozen=True)
+class KeepBudget(_Limited):
+    """A mean keep rate over all layers (the paper's "memory cost"), counted in whole tokens.
+
+    Raises:
+        ThinsightError: a rate outside (0, 1].
+    """
+
+    num_layers: int
+    n_vision: int
+    rate: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.rate, bool) or not isinstance(self.rate, Real) or not 0 < self.rate <= 1:
+            raise ThinsightError(f"budget is {self.rate!r}; a mean keep rate must be above 0 and at most 1")
+
+    @property
+    def limit(self) -> float:  # type: ignore[override]
+        return float(self.rate)
+
+    @property
+    def unit(self) -> str:
+        return "keep"
+
+    def spent(self, schedule: Schedule) -> float:
+        """Mean share of the N tokens that enter a layer, after rounding to whole tokens."""
+        counts = schedule.counts(self.n_vision)
+        return sum(counts) / (len(counts) * self.n_vision) if self.n_vision else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"unit": "keep", "limit": self.limit, "n_vision": self.n_vision}
+
+
+@dataclass(frozen=True)
+class FlopsBudget(_Limited):
+    """Decoder prefill FLOPs that a schedule may cost on one stated prompt.
+
+    ``shape`` is the decoder, ``n_vision`` and ``n_text`` the prompt's tokens (medians over a data set, as a
+    rule), ``flops`` the limit. Build one with ``like`` or ``ratio``.
+    """
+
+    shape: cost.DecoderShape
+    n_vision: int
+    n_text: int
+    flops: float
+
+    @classmethod
+    def like(cls, config: Any, schedule: Schedule, *, n_vision: int, n_text: int) -> FlopsBudget:
+        """The budget that ``schedule`` itself spends."""
+        shape = cost.decoder_shape(config)
+        return cls(shape, n_vision, n_text, shape.prefill_flops(n_vision, n_text, schedule))
+
+    @classmethod
+    def ratio(cls, config: Any, ratio: float, *, n_vision: int, n_text: int) -> FlopsBudget:
+        """The full model's FLOPs divided by ``ratio`` (2.0 = half of them).
+
+        Raises ThinsightError when the ratio is below 1 or not finite.
+        """
+        if not math.isfinite(ratio) or ratio < 1:
+            raise ThinsightError(f"flops_ratio must be at least 1 (full / reduced), got {ratio}")
+        shape = cost.decoder_shape(config)
+        return cls(shape, n_vision, n_text, shape.prefill_flops(n_vision, n_text) / ratio)
+
+    @property
+    def num_layers(self) -> int:
+        return self.shape.num_layers
+
+    @property
+    def limit(self) -> float:  # type: ignore[override]
+        return self.flops
+
+    @property
+    def unit(self) -> str:
+        return "flops"
+
+    def spent(self, schedule: Schedule) -> float:
+        """Decoder FLOPs of ``schedule`` on this prompt."""
+        return self.shape.prefill_flops(self.n_vision, self.n_text, schedule)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"unit": "flops", "limit": self.flops, "n_vision": self.n_vision, "n_text": self.n_text}
+
+
+@dataclass(frozen=True)
+class LatencyModel:
+    """How long a prefill takes on one device: a part that does not depend on the schedule, and for each layer
+    a time that depends on its tokens.
+
+    ``tokens`` (all tokens of a prompt that enter a layer, rising) and ``seconds`` (of one layer, for the
+    whole batch) are points between which it is linear; fitted by `timing.profile`.
+    """
+
+    device: str
+    dtype: str
+    batch: int
+    constant: float  # seconds
+    tokens: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def layer(self, tokens: float) -> float:
+        """Seconds of one layer."""
+        last = len(self.tokens) - 2
+        place = min(max(bisect.bisect_left(self.tokens, tokens) - 1, 0), last)  # the ends go on straight
+        (left, right), (low, high) = self.tokens[place : place + 2], self.seconds[place : place + 2]
+        return low + (high - low) * (tokens - left) / (right - left)
+
+    def prefill(self, tokens: Sequence[float]) -> float:
+        """Seconds of a prefill whose layers get so many tokens each."""
+        return self.constant + math.fsum(self.layer(n) for n in tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "batch": self.batch,
+            "constant": self.constant,
+            "tokens": list(self.tokens),
+            "seconds": list(self.seconds),
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> LatencyModel:
+        """Back from `to_dict`."""
+        return cls(**{**stored, "tokens": tuple(stored["tokens"]), "seconds": tuple(stored["seconds"])})
+
+
+@dataclass(frozen=True)
+class TimeBudget(_Limited):
+    """Milliseconds of one prefill of the stated prompt, as a latency model of the device predicts them."""
+
+    latency: LatencyModel
+    num_layers: int
+    n_vision: int
+    n_text: int
+    milliseconds: float
+
+    @property
+    def limit(self) -> float:  # type: ignore[override]
+        return self.milliseconds
+
+    @property
+    def unit(self) -> str:
+        return "ms"
+
+    def spent(self, schedule: Schedule) -> float:
+        """Predicted milliseconds of a prefill under ``schedule``."""
+        tokens = cost.layer_tokens(self.num_layers, self.n_vision, self.n_text, schedule)
+        return 1e3 * self.latency.prefill(tokens)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "unit": "ms",
+            "limit": self.milliseconds,
+            "n_vision": self.n_vision,
+            "n_text": self.n_text,
+            "latency": self.latency.to_dict(),
+        }
+
+
+def make_budget(
+    value: float,
+    unit: str = "keep",
+    *,
+    config: Any,
+    n_vision: int,
+    n_text: int,
+    latency: LatencyModel | None = None,
+) -> Budget:
+    """A budget for prompts of ``n_vision`` and ``n_text`` tokens of the model with this config.
+
+    Args:
+        value: "keep": mean keep rate in (0, 1]; "flops": decoder prefill FLOPs of one prompt, or, up to 1, a
+            fraction of the full model's; "ms": milliseconds of a prefill of the latency model's batch.
+        unit: one of `UNITS`.
+        config: the model's config, as `cost.flops` takes it.
+        n_vision: median vision tokens of a prompt.
+        n_text: its other tokens.
+        latency: for "ms", see `timing.profile`.
+
+    Raises:
+        ThinsightError: an unknown unit, or a value out of range.
+    """
+    check_budget_value(value, unit)
+    shape = cost.decoder_shape(config)
+    if unit == "keep":
+        return KeepBudget(shape.num_layers, n_vision, value)
+    if unit == "flops":
+        limit = value * shape.prefill_flops(n_vision, n_text) if value <= 1 else value
+        return FlopsBudget(shape, n_vision, n_text, limit)
+    if latency is None:
+        raise ThinsightError("a budget in ms needs a latency model; see thinsight.timing.profile")
+    return TimeBudget(latency, shape.num_layers, n_vision, n_text, value)
+
+
+def check_budget_value(value: Any, unit: str) -> None:
+    """Check what needs no model.
+
+    Raises:
+        ThinsightError: an unknown unit, or a value out of range.
+    """
+    if unit not in UNITS:
+        raise ThinsightError(f"budget_unit is {unit!r}; choose one of {', '.join(UNITS)}")
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf or (unit == "keep" and value > 1):
+        wanted = "above 0 and at most 1" if unit == "keep" else "a finite number above 0"
+        raise ThinsightError(f"budget is {value!r}; in {unit} it must be {wanted}")
+
+
+def fit(
+    budget: Budget, make: Callable[[float], Schedule], low: float, high: float, name: str = "the schedule"
+) -> Schedule:
+    """The costliest schedule within the budget of a family with one parameter in [low, high], in which cost
+    rises with the parameter.
+
+    Raises:
+        ThinsightError: even ``make(low)`` costs more; ``name`` says of what.
+    """
+    refuse_unreachable(budget, make(low), name)
+    if budget.holds(make(high)):
+        return make(high)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if budget.holds(make(middle)) else (low, middle)
+    return make(low)
+
+
+def fit_rate(budget: Budget, make: Callable[[float], Schedule], name: str = "the schedule") -> float:
+    """The highest count / N whose schedule holds the budget: exact, as counts are whole tokens.
+
+    Raises:
+        ThinsightError: even rate 0 costs more.
+    """
+    n = budget.n_vision
+    low, high = 0, n
+    refuse_unreachable(budget, make(0.0), name)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if budget.holds(make(middle / n)) else (low, middle - 1)
+    return low / n if n else 0.0
+
+
+def fill(budget: Budget, schedule: Schedule, first_layer: int = 0) -> Schedule:
+    """A schedule that holds, with what is left of the budget spent one token at a time.
+
+    Layers from ``first_layer`` on take turns, shallow to deep, as long as anything fits; counts never rise
+    with depth. What comes back is in whole tokens of the budget's N.
+    """
+    counts = list(schedule.counts(budget.n_vision))
+    grew = True
+    while grew:
+        grew = False
+        for layer in range(first_layer, len(counts)):
+            above = counts[layer - 1] if layer else budget.n_vision
+            if counts[layer] >= above:
+                continue
+            counts[layer] += 1
+            if budget.holds(schedule_of(counts, budget.n_vision)):
+                grew = True
+            else:
+                counts[layer] -= 1
+    return schedule_of(counts, budget.n_vision)
+
+
+def schedule_of(counts: Sequence[int], n: int) -> Schedule:
+    """The schedule with these counts at N = ``n``."""
+    return Schedule([count / n for count in counts])
+
+
+def refuse_unreachable(budget: Budget, cheapest: Schedule, name: str) -> None:
+    """Raise if even the cheapest schedule of its kind costs too much.
+
+    Raises:
+        ThinsightError: saying what it costs and what may be spent.
+    """
+    if not budget.holds(cheapest):
+        what = {"keep": "a mean keep rate of", "flops": "decoder FLOPs of", "ms": "milliseconds of prefill:"}
+        raise ThinsightError(
+            f"{name} cannot go below {what[budget.unit]} {budget.spent(cheapest):.4g}, the budget is "
+            f"{budget.limit:.4g}: reduce at an earlier layer"
+        )

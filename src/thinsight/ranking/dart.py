@@ -1,0 +1,98 @@
+"""Ranker: DART, the tokens that least duplicate a few pivots.
+
+Knows nothing about attention.
+"""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ThinsightError
+from .base import STATES, Context, Ranker, register
+from .images import image_states, images, in_order, unit
+
+__all__ = ["Dart", "least_duplicated"]
+
+
+@register
+class Dart(Ranker):
+    """DART (Wen et al., 2025, arXiv 2502.11494): pivot tokens, and what is least similar to them.
+
+    Pivots are the ``vision_pivots`` vision tokens and ``text_pivots`` text tokens of the largest L1 norm (4
+    and 4, before layer 2, in the public code). Vision pivots are kept; then each pivot keeps the tokens of
+    the lowest cosine to it among those not taken.
+
+    Departures: the norm is that of the hidden states that enter the layer, where the paper takes the keys of
+    the layer before; the cosine is between the same states, where the public code applies the decoder's last
+    norm first; text is the instruction after the last image. The public code lets one pivot after the other
+    take its whole share; here they take turns, one token each, so that fewer tokens are a subset of more and
+    the ranking does not depend on how many are kept.
+    """
+
+    name = "dart"
+    needs = frozenset({STATES})
+
+    def __init__(self, vision_pivots: int = 4, text_pivots: int = 4) -> None:
+        self.vision_pivots = _pivots(vision_pivots, "vision_pivots")
+        self.text_pivots = _pivots(text_pivots, "text_pivots")
+        if not self.vision_pivots + self.text_pivots:
+            raise ThinsightError("vision_pivots and text_pivots are both 0; there must be a pivot")
+        super().__init__(vision_pivots=self.vision_pivots, text_pivots=self.text_pivots)
+
+    def score(self, context: Context) -> Tensor:
+        states = image_states(context, self.name)
+        if context.text_states is None or context.queries is None:
+            raise ThinsightError("dart needs hidden states of the text; supply Context.text_states")
+        orders = []
+        for image in images(context):
+            text = context.text_states[
+                image.row, context.queries[image.row].to(states.device)
+            ]  # (queries, hidden)
+            tokens = image.pick(states)  # (n, hidden)
+            own = _largest(tokens, self.vision_pivots)
+            asked = text[_largest(text, self.text_pivots)].to(tokens.device)
+            pivots = torch.cat([tokens[own], asked])
+            similarity = unit(pivots) @ unit(tokens).T  # (pivots, n)
+            orders.append((image, least_duplicated(similarity, own)))
+        return in_order(context, iter(orders))
+
+
+def least_duplicated(similarity: Tensor, first: Tensor) -> Tensor:
+    """The tokens of `first`, then each pivot's least similar one in turn.
+
+    Args:
+        similarity: (pivots, n).
+        first: (any,) int64, tokens taken already.
+
+    Returns:
+        (n,) int64.
+    """
+    n = similarity.shape[1]
+    order: list[int] = first.tolist()
+    taken = set(order)
+    if not len(similarity):  # no text to ask for a pivot
+        return torch.tensor(order + [token for token in range(n) if token not in taken], dtype=torch.long)
+    queues = [iter(queue) for queue in similarity.argsort(dim=1, stable=True).tolist()]
+    while len(order) < n:
+        for queue in queues:
+            token = next((token for token in queue if token not in taken), None)
+            if token is not None:
+                taken.add(token)
+                order.append(token)
+    return torch.tensor(order, dtype=torch.long)
+
+
+def _largest(states: Tensor, count: int) -> Tensor:
+    """The `count` of (n, hidden) with the largest L1 norm, largest first: int64."""
+    norm = states.detach().float().abs().sum(dim=1)
+    return norm.argsort(descending=True, stable=True)[:count]
+
+
+def _pivots(value: Any, field: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
+        raise ThinsightError(f"{field} is {value!r}; it must be a whole number of at least 0")
+    return int(value)

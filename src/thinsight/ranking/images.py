@@ -1,0 +1,113 @@
+"""What rankers that compare an image's tokens with each other share: one image at a time, and token averages.
+
+Knows nothing about any one method.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..errors import ThinsightError
+from .base import Context
+
+__all__ = ["Image", "average_into", "count_of", "image_states", "images", "in_order", "share", "unit"]
+
+
+@dataclass(frozen=True)
+class Image:
+    """The tokens of one image that are still there, n of them, in the order of the prompt."""
+
+    row: int  # of the batch
+    places: Tensor  # (n,) int64, columns of the context's tensors
+
+    def pick(self, values: Tensor) -> Tensor:
+        """This image's part of (batch, tokens, ...): (n, ...)."""
+        return values[self.row, self.places.to(values.device)]
+
+
+def images(context: Context) -> Iterator[Image]:
+    """Each image of each row of which any token is left.
+
+    They are taken one by one, so that an image is ranked to the bit alike whatever else is in its batch.
+    """
+    for row in range(context.valid.shape[0]):
+        places = context.valid[row].nonzero().flatten()
+        number = context.image[row, places]
+        for image in torch.unique(number).tolist():
+            yield Image(row, places[number == image])
+
+
+def in_order(context: Context, orders: Iterator[tuple[Image, Tensor]]) -> Tensor:
+    """Scores under which the tokens come in the given orders.
+
+    Args:
+        context: what is ranked.
+        orders: images, and their tokens best first: (n,) int64, a permutation of 0..n-1.
+
+    Returns:
+        (batch, tokens) float32: minus the turn, so that images which compete (``per="prompt"``) get equal
+        shares.
+    """
+    scores = torch.zeros(context.valid.shape, dtype=torch.float32, device=context.valid.device)
+    for image, order in orders:
+        turns = torch.arange(len(order), dtype=torch.float32, device=scores.device)
+        scores[image.row, image.places[order.to(scores.device)]] = -turns
+    return scores
+
+
+def image_states(context: Context, name: str) -> Tensor:
+    """The context's hidden states, (batch, tokens, hidden).
+
+    Raises:
+        ThinsightError: there are none; `name` is the ranker that asks.
+    """
+    if context.states is None:
+        raise ThinsightError(f"{name} needs hidden states of the vision tokens; supply Context.states")
+    return context.states
+
+
+def unit(states: Tensor) -> Tensor:
+    """Rows of (..., hidden) at length 1, so that products are cosines; zeros stay zeros. float64 where the
+    device has it."""
+    exact = torch.float32 if states.device.type == "mps" else torch.float64
+    return functional.normalize(states.detach().to(exact), dim=-1)
+
+
+def average_into(states: Tensor, target: Tensor) -> Tensor:
+    """Each token's mean over all tokens that go into it.
+
+    Args:
+        states: (n, hidden).
+        target: (n,) int64, the token that each one goes into; its own number where it stays itself.
+
+    Returns:
+        (n, hidden), zeros at tokens into which none goes.
+    """
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
+    total = torch.zeros_like(wide).index_add(0, target, wide)
+    count = torch.bincount(target, minlength=len(target)).clamp(min=1)
+    return (total / count[:, None]).to(states.dtype)
+
+
+def share(value: Any, field: str) -> float:
+    """A setting in [0, 1].
+
+    Raises:
+        ThinsightError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+        raise ThinsightError(f"{field} is {value!r}; it must be a number from 0 to 1")
+    return float(value)
+
+
+def count_of(rate: float, n: int) -> int:
+    """How many of n tokens a keep rate stands for: rounded up, as in a schedule."""
+    return max(0, math.ceil(rate * n - 1e-9))

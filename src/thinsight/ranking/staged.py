@@ -1,0 +1,51 @@
+"""Ranker: one way of ranking before the first decoder layer, another one after it.
+
+Knows nothing about how either of them ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import ThinsightError
+from .base import TEXT_ATTENTION, Context, Ranker, get_ranker, register
+
+__all__ = ["Staged"]
+
+
+@register
+class Staged(Ranker):
+    """`first` ranks at layer 0, where no attention has been paid yet, `then` at all later layers.
+
+    With it a schedule may drop tokens before the first layer and go on by the text's attention, which budgets
+    below 1 / L need.
+    """
+
+    name = "staged"
+
+    def __init__(
+        self,
+        first: str | Mapping[str, Any] = "vision-attention",
+        then: str | Mapping[str, Any] = "text-attention",
+    ) -> None:
+        self.first, self.then = get_ranker(first), get_ranker(then)
+        if TEXT_ATTENTION in self.first.needs:
+            raise ThinsightError(
+                f"first is {self.first.name!r}, which reads the layer before, and layer 0 has none; choose "
+                "vision-attention, random or uniform"
+            )
+        if {type(each).merge for each in (self.first, self.then)} != {Ranker.merge}:
+            raise ThinsightError("staged rankers cannot merge tokens; choose rankers that only score")
+        super().__init__(first=self.first.to_dict(), then=self.then.to_dict())
+        self.needs = self.first.needs | self.then.needs
+        self.queries = self.then.queries
+
+    @property
+    def ranks_at_layer_0(self) -> bool:
+        return True
+
+    def score(self, context: Context) -> Tensor:
+        return (self.then if context.layer else self.first).score(context)

@@ -1,0 +1,82 @@
+"""Ranker: VisPruner, half by the vision tower's attention, half by removing duplicates from the rest.
+
+Knows nothing about the text: an image is ranked alike whatever is asked about it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ThinsightError
+from .base import STATES, VISION_ATTENTION, Context, Ranker, register
+from .images import count_of, image_states, images, in_order, share, unit
+
+__all__ = ["VisPruner", "distinct_last"]
+
+_AT_ONCE = 8  # tokens removed per round, as published
+
+
+@register
+class VisPruner(Ranker):
+    """VisPruner (Zhang et al., ICCV 2025, arXiv 2412.01818; its first version is FasterVLM, which is the
+    vision-attention ranker): important tokens, then diverse ones.
+
+    Of the T tokens kept, ``int(T * important)`` are those that receive most attention from the tower's CLS
+    token. The rest come from the other tokens, in the order of their attention: every second one is compared
+    with the ones between, and the up to 8 that are most similar (cosine) to any of them are removed, until
+    T are left in all.
+
+    How many are important depends on T, so the ranker has to be told: ``keep`` is T / N, the keep rate of the
+    reduction. Another number of tokens may be kept by its order all the same: important ones first, then the
+    diverse ones that survived longest. Departures: similarity is between the projector's outputs, where the
+    paper compares what goes into the projector; a tower without CLS token is read by the average token.
+    """
+
+    name = "vispruner"
+    needs = frozenset({STATES, VISION_ATTENTION})
+
+    def __init__(self, keep: float = 0.25, important: float = 0.5) -> None:
+        self.keep, self.important = share(keep, "keep"), share(important, "important")
+        super().__init__(keep=self.keep, important=self.important)
+
+    def score(self, context: Context) -> Tensor:
+        states = image_states(context, self.name)
+        received = context.vision_attention
+        if received is None:
+            raise ThinsightError("vispruner needs attention of the vision tower; supply vision_attention")
+        orders = []
+        for image in images(context):
+            ranked = image.pick(received).argsort(descending=True, stable=True)  # (n,)
+            size = int(context.size[image.row, image.places[0]])
+            wanted = min(count_of(self.keep, size), len(ranked))
+            important = int(wanted * self.important + 1e-9)
+            tokens = unit(image.pick(states))  # (n, hidden)
+            rest = distinct_last(tokens, ranked[important:].to(tokens.device), wanted - important)
+            orders.append((image, torch.cat([ranked[:important].cpu(), rest])))
+        return in_order(context, iter(orders))
+
+
+def distinct_last(vectors: Tensor, given: Tensor, wanted: int) -> Tensor:
+    """Tokens, those that survive the removal of duplicates first.
+
+    Args:
+        vectors: (n, hidden), unit length.
+        given: (m,) int64, the tokens to choose from, most important first.
+        wanted: how many are to survive.
+
+    Returns:
+        (m,) int64: the survivors, most important first, then the removed ones, last removed first.
+    """
+    left, removed = given, []
+    while len(left) > max(wanted, 1):
+        even, odd = left[::2], left[1::2]
+        duplicate = (vectors[even] @ vectors[odd].T).amax(dim=1)  # (even,)
+        worst = duplicate.argsort(descending=True, stable=True)
+        many = min(_AT_ONCE, len(left) - wanted, len(even))
+        removed.append(even[worst[:many]])
+        left = torch.cat([even[worst[many:]], odd])
+    place = {token: turn for turn, token in enumerate(given.tolist())}
+    survivors = sorted(left.tolist(), key=place.__getitem__)
+    gone = [token for some in reversed(removed) for token in reversed(some.tolist())]
+    return torch.tensor(survivors + gone, dtype=torch.long)

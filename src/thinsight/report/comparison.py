@@ -1,0 +1,229 @@
+"""A comparison of methods at equal cost, as numbers: rows, intervals, tables in CSV and Markdown, a figure.
+
+Plain dataclasses and files. Knows nothing about models, nor how the scores came about.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ThinsightError
+from ..evaluation.statistics import Interval, paired_bootstrap
+from .codec import decode
+
+__all__ = ["OURS", "Comparison", "MethodAtBudget", "Run", "draw", "markdown", "table", "to_csv"]
+
+OURS = "sensitivity"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One reduction on the test set; ``refused`` says why there is none."""
+
+    budget: float
+    method: str
+    title: str
+    seed: int | None
+    keep_rates: tuple[float, ...]
+    ranker: str
+    spent: float  # in the budget's unit
+    flops: float  # decoder prefill of the median prompt
+    score: float
+    per_example: tuple[float, ...]
+    evaluations: float = 0.0
+    seconds: float = 0.0
+    calibration_score: float | None = None
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All runs of one model, with what is needed to judge them."""
+
+    model: str
+    test_name: str
+    test_hash: str
+    unit: str
+    n_trials: int
+    seeds: tuple[int, ...]
+    full_score: float
+    full_flops: float
+    full_per_example: tuple[float, ...]
+    groups: tuple[str, ...]  # the image of each example
+    runs: tuple[Run, ...]
+    environment: dict[str, str]
+
+    @classmethod
+    def from_dict(cls, stored: Any, where: str) -> Comparison:
+        """Back from JSON.
+
+        Raises:
+            ThinsightError: it is no comparison; ``where`` says what was read.
+        """
+        found: Comparison = decode(cls, stored, where)
+        return found
+
+
+@dataclass(frozen=True)
+class MethodAtBudget:
+    """A method at a budget, its seeds averaged example by example."""
+
+    budget: float
+    method: str
+    title: str
+    seeds: int
+    spent: float
+    flops_ratio: float
+    score: float
+    spread: float  # standard deviation over seeds
+    drop: Interval | None
+    behind: Interval | None  # our search's score minus this one
+    evaluations: float
+    refused: str
+
+
+def table(comparison: Comparison) -> list[MethodAtBudget]:
+    """One line per budget and method, best score first within a budget, refusals last."""
+    lines: list[MethodAtBudget] = []
+    for budget in sorted({run.budget for run in comparison.runs}, reverse=True):
+        here = [run for run in comparison.runs if run.budget == budget]
+        ours = _mean([run for run in here if run.method == OURS and not run.refused])
+        at = [
+            _line(comparison, [run for run in here if run.method == method], ours)
+            for method in dict.fromkeys(run.method for run in here)
+        ]
+        lines += sorted(at, key=lambda line: (bool(line.refused), -line.score))
+    return lines
+
+
+def _mean(runs: Sequence[Run]) -> np.ndarray | None:
+    return np.mean([run.per_example for run in runs], axis=0) if runs else None
+
+
+def _line(comparison: Comparison, runs: Sequence[Run], ours: np.ndarray | None) -> MethodAtBudget:
+    first, done = runs[0], [run for run in runs if not run.refused]
+    if not done:
+        return MethodAtBudget(
+            first.budget, first.method, first.title, 0, 0, 0, 0, 0, None, None, 0, first.refused
+        )
+    scores = _mean(done)
+    assert scores is not None
+    return MethodAtBudget(
+        budget=first.budget,
+        method=first.method,
+        title=first.title,
+        seeds=len(done),
+        spent=max(run.spent for run in done),
+        flops_ratio=comparison.full_flops / float(np.mean([run.flops for run in done])),
+        score=float(scores.mean()),
+        spread=float(np.std([run.score for run in done])),
+        drop=paired_bootstrap(comparison.full_per_example, scores, groups=comparison.groups),
+        behind=None
+        if ours is None or first.method == OURS
+        else paired_bootstrap(ours, scores, groups=comparison.groups),
+        evaluations=float(np.mean([run.evaluations for run in done])),
+        refused="",
+    )
+
+
+def to_csv(comparison: Comparison) -> str:
+    """Every run, one line each."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    names = ["budget", "method", "seed", "score", "drop", "spent", "flops", "flops_ratio", "evaluations"]
+    writer.writerow([*names, "seconds", "calibration_score", "ranker", "keep_rates", "refused"])
+    for run in comparison.runs:
+        drop = "" if run.refused else comparison.full_score - run.score
+        ratio = "" if run.refused else comparison.full_flops / run.flops
+        seed = "" if run.seed is None else run.seed
+        row = [run.budget, run.method, seed, run.score, drop, run.spent, run.flops, ratio, run.evaluations]
+        rates = " ".join(f"{rate:.6g}" for rate in run.keep_rates)
+        known = "" if run.calibration_score is None else run.calibration_score
+        writer.writerow([*row, round(run.seconds, 1), known, run.ranker, rates, run.refused])
+    return out.getvalue()
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table, one per budget."""
+    parts = []
+    lines = table(comparison)
+    for budget in dict.fromkeys(line.budget for line in lines):
+        parts += [f"### {budget_title(budget, comparison.unit)}", ""]
+        parts += [
+            "| method | score | drop [95 %] | ours minus this [95 %] | FLOPs | evaluations |",
+            "|---|---|---|---|---|---|",
+        ]
+        for line in (line for line in lines if line.budget == budget):
+            if line.refused:
+                parts.append(f"| {line.title} | refused: {line.refused} | | | | |")
+                continue
+            seeds = f" ± {100 * line.spread:.1f}" if line.seeds > 1 else ""
+            cells = [
+                f"**{line.title}**" if line.method == OURS else line.title,
+                f"{100 * line.score:.1f}{seeds}",
+                _interval(line.drop),
+                _interval(line.behind),
+                f"{line.flops_ratio:.2f}x",
+                f"{line.evaluations:.1f}" if line.evaluations else "",
+            ]
+            parts.append(f"| {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def budget_title(budget: float, unit: str) -> str:
+    """A budget in words."""
+    if unit == "keep":
+        return f"{100 * budget:g} % of the vision tokens, averaged over the layers"
+    return f"budget {budget:g} {unit}"
+
+
+def _interval(value: Interval | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+
+
+def draw(comparison: Comparison, path: Path, most: int = 8) -> None:
+    """Accuracy against decoder GFLOPs, as in the paper's Figure 4: our search, the searches and the best
+    baselines; the format is the file's ending.
+
+    Raises:
+        ThinsightError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ThinsightError(
+            "a figure needs matplotlib: pip install 'thinsight[figures]'; the tables are written"
+        ) from None
+    done = [run for run in comparison.runs if not run.refused]
+    means = {m: np.mean([r.score for r in done if r.method == m]) for m in {r.method for r in done}}
+    shown = sorted(means, key=lambda m: (m != OURS, -means[m]))[:most]
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for place, method in enumerate(shown):
+        runs = [run for run in done if run.method == method]
+        budgets = sorted({run.budget for run in runs})
+        at = [[run for run in runs if run.budget == budget] for budget in budgets]
+        flops = [float(np.mean([run.flops for run in each])) / 1e9 for each in at]
+        scores = [100 * float(np.mean([run.score for run in each])) for each in at]
+        bold = method == OURS
+        axes.plot(
+            flops, scores, marker="osD^v<>P"[place % 8], linewidth=2.4 if bold else 1.2, markersize=5,
+            label=runs[0].title, zorder=3 if bold else 2,
+        )  # fmt: skip
+    axes.axhline(100 * comparison.full_score, color="0.5", linewidth=1, linestyle="--", label="full model")
+    axes.set_xlabel("decoder GFLOPs of a prefill")
+    axes.set_ylabel("score on the test set (%)")
+    axes.set_xscale("log")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=200)

@@ -1,0 +1,201 @@
+"""What all searches under a budget share: trials, how they are compared, and the result.
+
+Knows nothing about how candidates are proposed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from typing import Any
+
+from ..budget import Budget
+from ..errors import ThinsightError
+from ..reduction import Reduction
+from ..schedule import Schedule
+from .progress import Progress, SearchObserver, SearchPlan, Silent
+from .result import SearchResult, Trial
+from .study import SearchEvaluator, Study
+
+__all__ = ["BudgetedRun", "check_count", "earliest_layer", "merit"]
+
+
+def merit(trial: Trial) -> tuple[float, float]:
+    """What decides between two trials on the same examples: the score, then the agreement with the full
+    model."""
+    return trial.score, -math.inf if trial.agreement is None else trial.agreement
+
+
+def earliest_layer(evaluator: SearchEvaluator) -> int:
+    """The first layer at which the evaluator's ranker can rank; 1 where it does not say, as by attention."""
+    return int(getattr(evaluator, "first_layer", 1))
+
+
+class BudgetedRun:
+    """Trials of one search, its journal and its result.
+
+    Args:
+        evaluator: see `thinsight.search.SearchEvaluator`.
+        budget: for the evaluator's layers and tokens.
+        settings: what defines the search, JSON values, its "method" and "seed" among them.
+        expected: evaluations in all, for progress.
+        study: journal file, or None; or an open study.
+        resume: continue that journal.
+        observer: told what happens.
+
+    Raises:
+        ThinsightError: a budget for another model, or a journal that cannot be used.
+    """
+
+    def __init__(
+        self,
+        evaluator: SearchEvaluator,
+        budget: Budget,
+        settings: dict[str, Any],
+        *,
+        expected: float,
+        study: str | os.PathLike[str] | Study | None,
+        resume: bool = False,
+        observer: SearchObserver | None = None,
+    ) -> None:
+        check_budget(evaluator, budget)
+        self.evaluator, self.budget = evaluator, budget
+        self.settings = {**settings, "budget": budget.to_dict()}
+        if isinstance(study, Study):
+            self.study = study
+        else:
+            self.study = Study(evaluator, self.settings, study, resume=resume)
+        self.observer = observer or Silent()
+        self.expected = expected
+        self.trials: list[Trial] = []
+        self.known: dict[tuple[Any, ...], Trial] = {}
+        self.observer.on_start(
+            SearchPlan(
+                method=settings["method"],
+                num_layers=int(evaluator.num_layers),
+                first_layer=settings["first_layer"],
+                num_vision_tokens=int(evaluator.num_vision_tokens),
+                full_score=self.study.full_score,
+                max_drop=None,
+                recorded=self.study.recorded,
+                expected=math.ceil(expected),
+            )
+        )
+
+    @property
+    def evaluations(self) -> float:
+        """Evaluations so far; one on a sample counts as its share."""
+        return math.fsum(trial.share for trial in self.trials)
+
+    def run(
+        self, schedule: Schedule, why: str, *, share: float = 1.0, ranker: dict[str, Any] | None = None
+    ) -> Trial:
+        """Evaluate a candidate, or give back what is known of it; it must hold the budget."""
+        if not self.budget.holds(schedule):
+            raise ThinsightError(
+                f"a candidate ({why}) costs {self.budget.spent(schedule)} of {self.budget.limit}"
+            )
+        return self.measure(schedule, why, share=share, ranker=ranker)
+
+    def measure(
+        self, schedule: Schedule, why: str, *, share: float = 1.0, ranker: dict[str, Any] | None = None
+    ) -> Trial:
+        """Likewise, for a schedule that is no candidate and may cost anything."""
+        key = (schedule, repr(ranker), share)
+        if key not in self.known:
+            self.known[key] = self._evaluate(schedule, why, share, ranker)
+        return self.known[key]
+
+    def _evaluate(self, schedule: Schedule, why: str, share: float, ranker: dict[str, Any] | None) -> Trial:
+        record = self.study.evaluate(schedule, ranker=ranker, share=share)
+        trial = Trial(
+            layer=None,
+            keep_rate=schedule.mean_keep_rate,
+            count=sum(schedule.counts(self.budget.n_vision)),
+            score=record.score,
+            complete=record.complete,
+            accepted=True,
+            schedule=schedule,
+            cost=record.cost,
+            seconds=record.seconds,
+            agreement=record.agreement,
+            share=record.share,
+            ranker=ranker,
+            why=why,
+        )
+        self.trials.append(trial)
+        done = Progress(
+            layer=None,
+            evaluations=len(self.trials),
+            expected=max(len(self.trials), math.ceil(len(self.trials) * self._left)),
+            seconds=math.fsum(trial.seconds for trial in self.trials),
+        )
+        self.observer.on_trial(trial, done)
+        return trial
+
+    @property
+    def _left(self) -> float:
+        """How many times what was done there is to do in all."""
+        return self.expected / max(self.evaluations, 1e-9)
+
+    def finish(self, best: Trial) -> SearchResult:
+        """The result whose schedule is ``best``'s, which was run on all examples."""
+        costs = [trial.cost for trial in self.trials]
+        known = [cost for cost in costs if cost is not None]
+        cost = math.fsum(known) if len(known) == len(costs) else None
+        full = getattr(self.evaluator, "full_cost", None)
+        result = SearchResult(
+            schedule=best.schedule,
+            reduction=self._reduction(best),
+            trials=self.trials,
+            method=self.settings["method"],
+            max_drop=None,
+            full_score=self.study.full_score,
+            score=best.score,
+            seed=self.settings["seed"],
+            cost=cost,
+            seconds=math.fsum(trial.seconds for trial in self.trials),
+            budget=self.budget.to_dict(),
+            spent=self.budget.spent(best.schedule),
+            full_forwards=None if cost is None or not full else cost / full,
+            agreement=best.agreement,
+        )
+        self.observer.on_end(result)
+        return result
+
+    def _reduction(self, best: Trial) -> Reduction:
+        bound = getattr(self.evaluator, "reduction", Reduction)(best.schedule)
+        record = {
+            **self.settings,
+            "evaluations": round(self.evaluations, 6),
+            "num_vision_tokens": int(self.evaluator.num_vision_tokens),
+            "full_score": self.study.full_score,
+            "score": best.score,
+            "spent": self.budget.spent(best.schedule),
+            "calibration": getattr(self.evaluator, "fingerprint", None),
+        }
+        return replace(bound, search=record, **({} if best.ranker is None else {"ranker": best.ranker}))
+
+
+def check_budget(evaluator: SearchEvaluator, budget: Budget) -> None:
+    """Refuse what is no evaluator, or a budget for another one.
+
+    Raises:
+        ThinsightError: naming what is missing or differs.
+    """
+    for name in ("num_layers", "num_vision_tokens", "__call__"):
+        if not hasattr(evaluator, name):
+            raise ThinsightError(f"evaluator has no {name}; pass a thinsight.Evaluator or an object like it")
+    for name, ours, theirs in (
+        ("layers", budget.num_layers, int(evaluator.num_layers)),
+        ("vision tokens", budget.n_vision, int(evaluator.num_vision_tokens)),
+    ):
+        if ours != theirs:
+            raise ThinsightError(f"the budget is for {ours} {name} but the evaluator has {theirs}")
+
+
+def check_count(value: Any, field: str, minimum: int) -> None:
+    """Refuse what is no whole number of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ThinsightError(f"{field} is {value!r}; it must be a whole number of at least {minimum}")

@@ -1,0 +1,127 @@
+"""The frontier: one run, a family of schedules from cheap to full, from which a tolerance or a budget picks.
+
+Knows nothing about models, nor how one point is searched (sensitivity.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..budget import Budget
+from ..errors import ThinsightError
+from ..schedule import Schedule
+from .budgeted import BudgetedRun, check_count, earliest_layer
+from .progress import SearchObserver
+from .result import SearchResult
+from .sensitivity import SensitivitySearch, exit_model
+from .shapes import first_layer_for
+from .study import SearchEvaluator, Study
+
+__all__ = ["SHARES", "Frontier", "frontier"]
+
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
+"""Points of a frontier, as shares of the full cost; the full model itself is always one."""
+
+_SLACK = 1e-9  # as in gsearch: a drop of exactly the tolerance is within it
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Points in the order of their cost, cheapest first; the full model is not among them.
+
+    ``evaluations`` counts all that were spent, the sensitivities included.
+    """
+
+    points: tuple[SearchResult, ...]
+    full_score: float
+    evaluations: float
+
+    def within(self, limit: float) -> SearchResult:
+        """The best-scoring point that costs at most ``limit``, in the budgets' unit.
+
+        Raises:
+            ThinsightError: no point is that cheap.
+        """
+        fitting = [p for p in self.points if p.spent is not None and p.spent <= limit * (1 + _SLACK)]
+        if not fitting:
+            raise ThinsightError(f"the cheapest point costs {self.points[0].spent}, more than {limit}")
+        return max(fitting, key=lambda p: (p.score, p.agreement or 0.0))
+
+    def at_drop(self, max_drop: float) -> SearchResult | None:
+        """The cheapest point whose calibration score falls by at most ``max_drop``; None: only the full
+        model."""
+        fitting = [p for p in self.points if p.drop <= max_drop + _SLACK]
+        return min(fitting, key=lambda p: p.spent or 0.0) if fitting else None
+
+
+def frontier(
+    evaluator: SearchEvaluator,
+    budgets: Sequence[Budget],
+    *,
+    n_trials: int = 4,
+    seed: int = 0,
+    study: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    observer: SearchObserver | None = None,
+) -> Frontier:
+    """One schedule per budget, the sensitivities measured once and each point starting from the last.
+
+    Args:
+        evaluator: see `thinsight.search.SearchEvaluator`.
+        budgets: of one unit; those that the ranker cannot reach are left out.
+        n_trials: evaluations per point.
+        seed: of everything random.
+        study: journal file.
+        resume: continue that journal.
+        observer: told of each point as a search of its own.
+
+    Raises:
+        ThinsightError: bad arguments, budgets of several units, or none that can be reached.
+    """
+    check_count(n_trials, "n_trials", 4)
+    check_count(seed, "seed", 0)
+    if len({budget.unit for budget in budgets}) > 1:
+        raise ThinsightError("budgets are of several units; give budgets of one unit")
+    reachable = _reachable(evaluator, sorted(budgets, key=lambda budget: budget.limit))
+    settings = {
+        "method": "frontier",
+        "n_trials": n_trials,
+        "seed": seed,
+        "budgets": [budget.to_dict() for budget, _ in reachable],
+    }
+    journal = Study(evaluator, settings, study, resume=resume)
+    points: list[SearchResult] = []
+    start: Schedule | None = None
+    models = {}
+    for budget, first in reachable:
+        run = BudgetedRun(
+            evaluator,
+            budget,
+            {**settings, "first_layer": first, "budgets": None, "rankers": []},
+            expected=n_trials,
+            study=journal,
+            observer=observer,
+        )
+        if hasattr(evaluator, "sample") and first not in models:
+            models[first] = exit_model(run, first)
+            run.expected += run.evaluations
+        search = SensitivitySearch(run, first, start, models.get(first))
+        search.n_trials = run.evaluations + n_trials
+        points.append(search.search())
+        start = points[-1].schedule
+    return Frontier(tuple(points), journal.full_score, sum(point.evaluations for point in points))
+
+
+def _reachable(evaluator: SearchEvaluator, budgets: Sequence[Budget]) -> list[tuple[Budget, int]]:
+    """Budgets with the first layer that each may reduce."""
+    found, reason = [], ThinsightError("budgets is empty; give at least one")
+    for budget in budgets:
+        try:
+            found.append((budget, first_layer_for(budget, earliest_layer(evaluator))))
+        except ThinsightError as error:
+            reason = error
+    if not found:
+        raise reason
+    return found

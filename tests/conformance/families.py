@@ -1,0 +1,554 @@
+"""The table of model families that the suite runs: a new family joins with one entry.
+
+Every decoder has 4 layers of width 32; an image makes about 16 vision tokens, of different number per image
+where the family allows it. Knows nothing about the library under test.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .family import Family, Vision
+from .inputs import (
+    BOS,
+    BREAK,
+    END,
+    EOS,
+    IMAGE,
+    IS_VIDEO,
+    PAD,
+    START,
+    TILE,
+    VIDEO,
+    VOCABULARY,
+    Draw,
+    Part,
+    TokenTypes,
+    per_row,
+    vision,
+)
+
+__all__ = ["FAMILIES"]
+
+# --- towers and text models
+
+
+def text(model_type: str, **more: Any) -> dict[str, Any]:
+    """A text model's config."""
+    return {
+        "model_type": model_type,
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 1024,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+def mrope(model_type: str, **more: Any) -> dict[str, Any]:
+    """A text model's config with rotary positions in time, height and width."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    return text(model_type, **{"rope_parameters": {**rope, **more.pop("rope", {})}, **more})
+
+
+def tower(model_type: str, image_size: int, patch_size: int, **more: Any) -> dict[str, Any]:
+    """A vision tower's config."""
+    return {
+        "model_type": model_type,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": image_size,
+        "patch_size": patch_size,
+        **more,
+    }
+
+
+CLIP = tower("clip_vision_model", 28, 7, projection_dim=32)
+SIGLIP = tower("siglip_vision_model", 28, 7, vision_use_head=False)
+
+
+def config(text_config: dict[str, Any], vision_config: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A multimodal config."""
+    return {
+        "text_config": text_config,
+        "vision_config": vision_config,
+        "tie_word_embeddings": False,
+        "image_token_id": IMAGE,
+        **more,
+    }
+
+
+# --- what an image or a video looks like
+
+
+def fixed(size: int, tokens: int, *, marks: bool = False, name: str = "pixel_values") -> Vision:
+    """Every image has the same size and number of tokens; `marks`: between a start and an end token."""
+
+    def make(draw: Draw, number: int) -> Part:
+        pieces: list[int | list[int]] = [[START], tokens, [END]] if marks else [tokens]
+        return vision(pieces, [tokens], {name: draw.pixels(1, 3, size, size)})
+
+    return make
+
+
+def tiles(size: int, tokens: int, *, mark: bool) -> Vision:
+    """An image is cut into one or three tiles; `mark`: a marker before each makes it an image of its own."""
+
+    def make(draw: Draw, number: int) -> Part:
+        count = (3, 1)[number % 2]
+        pieces: list[int | list[int]] = [[START]]
+        for _ in range(count):
+            pieces += [[TILE], tokens] if mark else [tokens]
+        pixels = {"pixel_values": draw.pixels(count, 3, size, size)}
+        return vision([*pieces, [END]], [tokens] * count if mark else [tokens * count], pixels)
+
+    return make
+
+
+def marked_rows(size: int, tokens: int) -> Vision:
+    """As `tiles`, with the pixel mask and the axis "images of a row" that Idefics asks for."""
+
+    def make(draw: Draw, number: int) -> Part:
+        part = tiles(size, tokens, mark=True)(draw, number)
+        pixels = part.tensors["pixel_values"]
+        mask = torch.ones(len(pixels), size, size, dtype=torch.long)
+        return Part(part.ids, part.kinds, part.groups, {"pixel_values": pixels, "pixel_attention_mask": mask})
+
+    return make
+
+
+def any_resolution(size: int, base: int, grid: int) -> Vision:
+    """An overview and tiles, unpadded, with a token at the end of each row of patches (LLaVA-NeXT)."""
+    shapes = [(size * 2, size * 2, 4), (size, size * 2, 2), (size * 2, size, 2)]
+
+    def make(draw: Draw, number: int) -> Part:
+        height, width, count = shapes[number % len(shapes)]
+        rows, columns = height // size * grid, width // size * grid
+        tokens = base + rows * (columns + 1)
+        return vision(
+            [tokens],
+            [tokens],
+            {
+                "pixel_values": draw.pixels(1, 1 + count, 3, size, size),
+                "image_sizes": torch.tensor([[height, width]]),
+            },
+        )
+
+    return make
+
+
+def patches(patch: int, merge: int = 2) -> Vision:
+    """Patches in a list, with their grid (Qwen-VL, GLM-V)."""
+    grids = [(1, 8, 8), (1, 4, 10), (1, 6, 8)]
+
+    def make(draw: Draw, number: int) -> Part:
+        grid = grids[number % len(grids)]
+        tokens = grid[0] * grid[1] * grid[2] // merge**2
+        tensors = {
+            "pixel_values": draw.pixels(tokens * merge**2, 3 * 2 * patch * patch),
+            "image_grid_thw": torch.tensor([grid]),
+        }
+        return vision([[START], tokens, [END]], [tokens], tensors)
+
+    return make
+
+
+def patch_video(patch: int, merge: int = 2, *, token: int = VIDEO, stamps: bool) -> Vision:
+    """A video as patches with their grid; `stamps`: each frame stands behind its own time stamp."""
+
+    def make(draw: Draw, number: int) -> Part:
+        frames, height, width = ((2, 6, 6), (3, 4, 6))[number % 2]
+        tokens = height * width // merge**2
+        tensors = {
+            "pixel_values_videos": draw.pixels(frames * height * width, 3 * 2 * patch * patch),
+            "video_grid_thw": torch.tensor([[frames, height, width]]),
+        }
+        pieces: list[int | list[int]] = [[START], frames * tokens, [END]]
+        if stamps:
+            pieces = [piece for _ in range(frames) for piece in ([*draw.words(2), START], tokens, [END])]
+        return vision(pieces, [frames * tokens], tensors, token=token, kind=IS_VIDEO)
+
+    return make
+
+
+def frames(size: int, count: int, groups: list[int]) -> Vision:
+    """A video as frames (videos, frames, 3, height, width)."""
+
+    def make(draw: Draw, number: int) -> Part:
+        pixels = {"pixel_values_videos": draw.pixels(1, count, 3, size, size)}
+        return vision([sum(groups)], groups, pixels, token=VIDEO, kind=IS_VIDEO)
+
+    return make
+
+
+def pixtral(patch: int, *, breaks: bool, **sizes: str) -> Vision:
+    """Images of any shape, with a marker at the end of each row of tokens."""
+    shapes = [(4, 4), (2, 5), (3, 4)]
+
+    def make(draw: Draw, number: int) -> Part:
+        height, width = shapes[number % len(shapes)]
+        pieces: list[int | list[int]] = []
+        for row in range(height):
+            pieces += [width, [END if row == height - 1 else BREAK]]
+        return vision(
+            pieces if breaks else [height * width],
+            [height * width],
+            {
+                "pixel_values": draw.pixels(1, 3, height * patch, width * patch),
+                "image_sizes": torch.tensor([[height * patch, width * patch]]),
+            },
+        )
+
+    return make
+
+
+# --- the table
+
+MM_TYPES = TokenTypes("mm_token_type_ids", text=0, image=1, video=2, answer=0)
+PREFIX_TYPES = TokenTypes("token_type_ids", text=0, image=0, video=0, answer=1, first_turn_only=True)
+VIDEO_ID = {"video_token_id": VIDEO}
+MARKS = {"vision_start_token_id": START, "vision_end_token_id": END, **VIDEO_ID}
+GLM_MARKS = {
+    "image_start_token_id": START,
+    "image_end_token_id": END,
+    "video_start_token_id": TILE,
+    "video_end_token_id": BREAK,
+    **VIDEO_ID,
+}
+PINPOINTS = {"image_grid_pinpoints": [[56, 56], [28, 56], [56, 28]]}
+PATCH_TOWER = {
+    "depth": 3,
+    "hidden_size": 32,
+    "out_hidden_size": 32,
+    "intermediate_size": 48,
+    "num_heads": 2,
+    "patch_size": 4,
+}
+QWEN2_TOWER = {
+    "depth": 3,
+    "embed_dim": 32,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "mlp_ratio": 2,
+    "patch_size": 4,
+}
+QWEN25_TOWER = {**PATCH_TOWER, "window_size": 16, "fullatt_block_indexes": [1]}
+QWEN3_TOWER = {
+    **PATCH_TOWER,
+    "depth": 4,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 1, 2],
+}
+GLM_TOWER = {**PATCH_TOWER, "image_size": 32}
+PERCEIVER = {
+    "hidden_size": 32,
+    "resampler_n_latents": 12,
+    "resampler_depth": 2,
+    "resampler_n_heads": 4,
+    "resampler_head_dim": 8,
+    "num_key_value_heads": 2,
+}
+INTERNVL_TOWER = tower("internvl_vision", 42, 7)
+IDEFICS_TOWER = tower("idefics3_vision", 42, 7)
+PIXTRAL_TOWER = tower("pixtral", 64, 4)
+GEMMA3_TEXT = text(
+    "gemma3_text",
+    query_pre_attn_scalar=8,
+    sliding_window=10,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+)
+COHERE2_TEXT = text(
+    "cohere2",
+    sliding_window=10,
+    layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    logit_scale=1.0,
+)
+GLM_EXPERTS = {"n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+QWEN_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+
+# transformers 5.23 hands the images of a GLM prompt to its beams in the wrong order
+ONE_IMAGE_EACH = ([3, 5], [2, 9], [7])
+NO_FLEX = ("sdpa", "eager")  # stock refuses flex_attention
+# a ring buffer of the window's length has no room for columns that are fewer than the window counts
+WINDOWS = dict.fromkeys(("static cache", "compiled"), "StaticSlidingWindowLayer, from which tokens cannot")
+
+TABLE = [
+    Family(
+        name="llava",
+        model_class="LlavaForConditionalGeneration",
+        config=config(text("llama"), CLIP),
+        image=fixed(28, 16),
+        core=True,
+    ),
+    Family(
+        name="llava-mistral",
+        model_class="LlavaForConditionalGeneration",
+        config=config(text("mistral", sliding_window=10), CLIP),
+        image=fixed(28, 16),
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="llava-qwen2",
+        model_class="LlavaForConditionalGeneration",
+        config=config(text("qwen2"), CLIP),
+        image=fixed(28, 16),
+    ),
+    Family(
+        name="llava-next",
+        model_class="LlavaNextForConditionalGeneration",
+        config=config(text("mistral", sliding_window=None), {**CLIP, "patch_size": 14}, **PINPOINTS),
+        image=any_resolution(28, base=4, grid=2),
+        core=True,
+    ),
+    Family(
+        name="llava-onevision",
+        model_class="LlavaOnevisionForConditionalGeneration",
+        config=config(text("qwen2"), {**SIGLIP, "patch_size": 14}, **PINPOINTS, **VIDEO_ID),
+        image=any_resolution(28, base=4, grid=2),
+        video=frames(28, 11, [12]),
+    ),
+    Family(
+        name="vipllava",
+        model_class="VipLlavaForConditionalGeneration",
+        config=config(text("llama"), CLIP, vision_feature_layers=[-2, -3]),
+        image=fixed(28, 16),
+    ),
+    *(
+        Family(
+            name=f"internvl-{model_type}",
+            model_class="InternVLForConditionalGeneration",
+            config=config(text(model_type), INTERNVL_TOWER, image_seq_length=9),
+            image=tiles(42, 9, mark=False),
+            core=model_type == "qwen2",
+        )
+        for model_type in ("qwen2", "qwen3", "llama")
+    ),
+    Family(
+        name="qwen2-vl",
+        model_class="Qwen2VLForConditionalGeneration",
+        config=config(mrope("qwen2_vl_text"), QWEN2_TOWER, **MARKS),
+        image=patches(4),
+        video=patch_video(4, stamps=False),
+        types=MM_TYPES,
+        attn=NO_FLEX,
+    ),
+    Family(
+        name="qwen2.5-vl",
+        model_class="Qwen2_5_VLForConditionalGeneration",
+        config=config(mrope("qwen2_5_vl_text"), QWEN25_TOWER, **MARKS),
+        image=patches(4),
+        video=patch_video(4, stamps=False),
+        types=MM_TYPES,
+        attn=NO_FLEX,
+        core=True,
+    ),
+    Family(
+        name="qwen3-vl",
+        model_class="Qwen3VLForConditionalGeneration",
+        config=config(mrope("qwen3_vl_text", rope={"mrope_interleaved": True}), QWEN3_TOWER, **MARKS),
+        image=patches(4),
+        video=patch_video(4, stamps=True),
+        types=MM_TYPES,
+        attn=NO_FLEX,
+        core=True,
+    ),
+    Family(
+        name="smolvlm",
+        model_class="SmolVLMForConditionalGeneration",
+        config=config(text("llama"), {**IDEFICS_TOWER, "model_type": "smolvlm_vision"}, scale_factor=2),
+        image=marked_rows(42, 9),
+        collate=per_row,
+        core=True,
+    ),
+    Family(
+        name="idefics3",
+        model_class="Idefics3ForConditionalGeneration",
+        config=config(text("llama"), IDEFICS_TOWER, scale_factor=2),
+        image=marked_rows(42, 9),
+        collate=per_row,
+    ),
+    Family(
+        name="gemma3",
+        model_class="Gemma3ForConditionalGeneration",
+        config=config(GEMMA3_TEXT, {**SIGLIP, "image_size": 56}, mm_tokens_per_image=16),
+        image=fixed(56, 16, marks=True),
+        types=TokenTypes("token_type_ids", text=0, image=1, video=1, answer=0),
+        core=True,
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="paligemma",
+        model_class="PaliGemmaForConditionalGeneration",
+        config=config(text("gemma"), {**SIGLIP, "projection_dim": 32}, projection_dim=32, hidden_size=32),
+        image=fixed(28, 16),
+        types=PREFIX_TYPES,
+        core=True,
+    ),
+    Family(
+        name="mistral3",
+        model_class="Mistral3ForConditionalGeneration",
+        config=config(text("mistral", sliding_window=None), PIXTRAL_TOWER, spatial_merge_size=2),
+        image=pixtral(8, breaks=True),
+        core=True,
+    ),
+    Family(
+        name="aya-vision",
+        model_class="AyaVisionForConditionalGeneration",
+        config=config(COHERE2_TEXT, {**SIGLIP, "image_size": 42}, downsample_factor=2),
+        image=tiles(42, 9, mark=True),
+        core=True,
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="glm4v",
+        model_class="Glm4vForConditionalGeneration",
+        config=config(mrope("glm4v_text"), GLM_TOWER, **GLM_MARKS),
+        image=patches(4),
+        video=patch_video(4, token=IMAGE, stamps=True),
+        mixes_video=False,
+        types=MM_TYPES,
+        attn=NO_FLEX,
+        core=True,
+        beams=ONE_IMAGE_EACH,
+    ),
+    Family(
+        name="glm4v-moe",
+        model_class="Glm4vMoeForConditionalGeneration",
+        config=config(
+            mrope(
+                "glm4v_moe_text",
+                head_dim=16,
+                rope={"partial_rotary_factor": 0.5},
+                **GLM_EXPERTS,
+            ),
+            GLM_TOWER,
+            **GLM_MARKS,
+        ),
+        image=patches(4),
+        video=patch_video(4, token=IMAGE, stamps=True),
+        mixes_video=False,
+        types=MM_TYPES,
+        beams=ONE_IMAGE_EACH,
+    ),
+    # families that the issue of the suite does not name
+    Family(
+        name="llava-pixtral",
+        model_class="LlavaForConditionalGeneration",
+        config=config(
+            text("mistral", sliding_window=None),
+            PIXTRAL_TOWER,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+        image=pixtral(4, breaks=True),
+    ),
+    Family(
+        name="llava-next-video",
+        model_class="LlavaNextVideoForConditionalGeneration",
+        config=config(text("llama"), {**CLIP, "patch_size": 14}, **PINPOINTS, **VIDEO_ID),
+        image=any_resolution(28, base=4, grid=2),
+        video=frames(28, 12, [12]),
+    ),
+    Family(
+        name="video-llava",
+        model_class="VideoLlavaForConditionalGeneration",
+        config=config(text("llama"), CLIP, **VIDEO_ID),
+        image=fixed(28, 16, name="pixel_values_images"),
+        video=frames(28, 2, [17, 17]),
+        attn=NO_FLEX,
+    ),
+    Family(
+        name="idefics2",
+        model_class="Idefics2ForConditionalGeneration",
+        config=config(
+            text("mistral", sliding_window=None),
+            {**IDEFICS_TOWER, "model_type": "idefics2_vision"},
+            perceiver_config=PERCEIVER,
+        ),
+        image=marked_rows(42, 12),
+        collate=per_row,
+    ),
+    Family(
+        name="paligemma2",
+        model_class="PaliGemmaForConditionalGeneration",
+        config=config(
+            text("gemma2", sliding_window=10, query_pre_attn_scalar=8),
+            {**SIGLIP, "projection_dim": 32},
+            projection_dim=32,
+            hidden_size=32,
+        ),
+        image=fixed(28, 16),
+        types=PREFIX_TYPES,
+        attn=("eager",),
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="qwen3-vl-moe",
+        model_class="Qwen3VLMoeForConditionalGeneration",
+        config=config(
+            mrope("qwen3_vl_moe_text", rope={"mrope_interleaved": True}, **QWEN_EXPERTS), QWEN3_TOWER, **MARKS
+        ),
+        image=patches(4),
+        video=patch_video(4, stamps=True),
+        types=MM_TYPES,
+    ),
+    Family(
+        name="glm4.6v",
+        model_class="Glm46VForConditionalGeneration",
+        config=config(mrope("glm4v_text"), {**GLM_TOWER, "model_type": "glm4v_vision"}, **GLM_MARKS),
+        image=patches(4),
+        video=patch_video(4, token=IMAGE, stamps=True),
+        mixes_video=False,
+        types=MM_TYPES,
+        attn=NO_FLEX,
+        beams=ONE_IMAGE_EACH,
+    ),
+    Family(
+        name="cohere2-vision",
+        model_class="Cohere2VisionForConditionalGeneration",
+        config=config(
+            COHERE2_TEXT, {**SIGLIP, "image_size": 42}, downsample_factor=2, alignment_intermediate_size=64
+        ),
+        image=tiles(42, 9, mark=False),
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="lighton-ocr",
+        model_class="LightOnOcrForConditionalGeneration",
+        config=config(text("qwen3"), PIXTRAL_TOWER, spatial_merge_size=2),
+        image=pixtral(8, breaks=False),
+    ),
+    Family(
+        name="deepseek-vl",
+        model_class="DeepseekVLForConditionalGeneration",
+        config=config(text("llama"), SIGLIP),
+        image=fixed(28, 16),
+        attn=NO_FLEX,
+    ),
+    Family(
+        name="ovis2",
+        model_class="Ovis2ForConditionalGeneration",
+        config=config(
+            text("qwen2"),
+            tower("ovis2_vision", 28, 7, vocab_size=40, num_visual_indicator_tokens=2),
+            visual_indicator_token_ids=[START, END],
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+        ),
+        image=fixed(28, 16, marks=True),
+    ),
+]
+
+FAMILIES: dict[str, Family] = {family.name: family for family in TABLE if family.available}

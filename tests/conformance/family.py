@@ -1,0 +1,191 @@
+"""What an entry of the table of families is: how to build its model, and what its inputs look like.
+
+Models are stock transformers classes with random weights drawn wide enough that attention is far from flat,
+so that rankings do not hang on rounding. Knows nothing about the library under test.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .inputs import (
+    BOS,
+    EOS,
+    FIRST_WORD,
+    PAD,
+    Batch,
+    Collate,
+    Draw,
+    Part,
+    Row,
+    Spec,
+    TokenTypes,
+    collate,
+    flat,
+    text,
+)
+
+IMAGES: tuple[Spec, ...] = ([3, 5], [2, 3, 9], [4, 0, 2, 2], [7], [1, 1])
+"""One image, two, three of which two stand side by side, text only, short: rows that every family runs."""
+
+VIDEOS: tuple[Spec, ...] = ([3, "video", 5], [2, "video", 1, "video", 4], [5])
+
+MIXED: tuple[Spec, ...] = ([3, "video", 5], [2, 1, "video", 4], [3, 6])
+
+PADDED: tuple[Spec, ...] = ([3, 5], [2, 3, 9], [7])
+"""One image, two, text only."""
+
+Vision = Callable[[Draw, int], Part]
+"""An image or a video; the number counts those of the batch, so that neighbours may differ in size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One model family. Only `name`, `model_class`, `config` and `image` are needed."""
+
+    name: str
+    model_class: str  # of transformers
+    config: Mapping[str, Any]  # keyword arguments of its config class
+    image: Vision
+    video: Vision | None = None
+    mixes_video: bool = True  # images and videos can stand in one batch
+    types: TokenTypes | None = None
+    collate: Collate = flat
+    attn: tuple[str, ...] = ("sdpa", "eager", "flex_attention")  # implementations that the stock model has
+    beams: tuple[Spec, ...] = PADDED  # rows on which the stock model's beam search is right
+    core: bool = False  # also runs where the whole suite does not
+    refuses: Mapping[str, str] = field(default_factory=dict)  # behaviour -> regular expression of the message
+
+    @property
+    def available(self) -> bool:
+        """Whether the installed transformers has it."""
+        return hasattr(transformers, self.model_class)
+
+    @property
+    def model_type(self) -> str:
+        """`config.model_type`."""
+        return str(getattr(transformers, self.model_class).config_class.model_type)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """ "sliding_attention" or "full_attention" of each decoder layer."""
+        text = self.model().config.get_text_config()
+        kind = "full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"
+        return getattr(text, "layer_types", None) or [kind] * text.num_hidden_layers
+
+    def build(self, attn: str | None = None, seed: int = 0, layers: int = 4) -> PreTrainedModel:
+        """A new model, float32, in eval mode, for a test that changes it; sdpa if the family has it."""
+        attn = attn or self.attn[0]
+        model_class = getattr(transformers, self.model_class)
+        settings = copy.deepcopy(dict(self.config))
+        settings["text_config"]["num_hidden_layers"] = layers
+        model = model_class._from_config(model_class.config_class(**settings), attn_implementation=attn)
+        draw_weights(model, seed)
+        for name, token in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)):
+            setattr(model.generation_config, name, token)
+        # a random model would write image tokens, which a later pass reads as an image
+        model.generation_config.suppress_tokens = [i for i in range(FIRST_WORD) if i != EOS]
+        return model.eval()
+
+    def model(self, attn: str | None = None, seed: int = 0) -> PreTrainedModel:
+        """The same model every time, for tests that leave it as it was."""
+        return _shared(self, attn or self.attn[0], seed)
+
+    def rows(self, specs: tuple[Spec, ...] | list[Spec], seed: int = 0) -> list[Row]:
+        """Prompts as described by `inputs.Spec`, each opened by a BOS token."""
+        draw, seen = Draw(seed), {"image": 0, "video": 0}
+        return [self._row(spec, draw, seen, [BOS]) for spec in specs]
+
+    def later_turn(self, spec: Spec, seed: int = 1) -> Row:
+        """What follows on a prompt and its answer: as a row, without the BOS token."""
+        return self._row(spec, Draw(seed), {"image": 0, "video": 0}, [])
+
+    def batch(self, rows: list[Row], padding: str = "left") -> Batch:
+        """Rows put together."""
+        return collate(rows, self.collate, self.types, padding)
+
+    def inputs(
+        self, specs: tuple[Spec, ...] | list[Spec] = IMAGES, *, seed: int = 0, padding: str = "left"
+    ) -> dict[str, Tensor]:
+        """Keyword arguments of `forward` and `generate` for a padded batch of prompts."""
+        return self.batch(self.rows(specs, seed), padding).inputs
+
+    @torch.no_grad()
+    def later_inputs(self, model: PreTrainedModel, wholes: list[Row], turns: list[Row]) -> dict[str, Any]:
+        """Keyword arguments of `generate` for a later turn on a cache.
+
+        Args:
+            model: whose encoder runs, where the stock model cannot take the turn's pixels alone.
+            wholes: each row from its start: prompt, answers (`inputs.answer`), and the turn at its end.
+            turns: the turns alone, all of one length, so that the padding is where the cache has it.
+        """
+        whole, turn = self.batch(wholes).inputs, self.batch(turns).inputs
+        named = {"input_ids", "attention_mask", self.types.name if self.types else ""}
+        pixels = {name: tensor for name, tensor in turn.items() if name not in named}
+        inputs: dict[str, Any] = {name: whole[name] for name in whole if name in named}
+        if "image_grid_thw" not in pixels:
+            return {**inputs, **pixels}
+        features = model.base_model.get_image_features(**pixels, return_dict=True)
+        # positions count every image from the start
+        return {
+            **inputs,
+            "image_grid_thw": whole["image_grid_thw"],
+            "mm_encoder_outputs": {"image": features},
+        }
+
+    def _row(self, spec: Spec, draw: Draw, seen: dict[str, int], start: list[int]) -> Row:
+        parts = [text(start)] if start else []
+        last: int | str | None = None
+        for piece in spec:
+            if isinstance(piece, int) and isinstance(last, int):
+                parts.append(self._vision("image", draw, seen))
+            if isinstance(piece, str):
+                parts.append(self._vision(piece, draw, seen))
+            elif piece:
+                parts.append(text(draw.words(piece)))
+            last = piece
+        return Row(parts)
+
+    def _vision(self, what: str, draw: Draw, seen: dict[str, int]) -> Part:
+        make = self.image if what == "image" else self.video
+        assert make is not None, f"{self.name} has no {what}"
+        seen[what] += 1
+        return make(draw, seen[what] - 1)
+
+
+@cache
+def _shared(family: Family, attn: str, seed: int) -> PreTrainedModel:
+    return family.build(attn, seed)
+
+
+@torch.no_grad()
+def draw_weights(model: nn.Module, seed: int) -> None:
+    """Draw every weight anew, in the order of its name."""
+    draw = torch.Generator().manual_seed(seed)
+    drawn: set[int] = set()
+    for name, parameter in sorted(model.named_parameters()):
+        if id(parameter) in drawn:
+            continue
+        drawn.add(id(parameter))
+        noise = torch.randn(parameter.shape, generator=draw)
+        if parameter.ndim == 2 and "embed" not in name:
+            parameter.copy_(1.5 * parameter.shape[1] ** -0.5 * noise)
+        elif parameter.ndim == 3 and "experts" in name:
+            parameter.copy_(1.5 * parameter.shape[2] ** -0.5 * noise)
+        elif parameter.ndim >= 4:
+            parameter.copy_(parameter[0].numel() ** -0.5 * noise)
+        elif parameter.ndim >= 2 or "embed" in name or "newline" in name:
+            parameter.copy_(noise)
+        elif "q_norm" in name or "k_norm" in name:
+            parameter.add_(0.6 + 0.1 * noise)
+        elif name.endswith("bias"):
+            parameter.copy_(0.1 * noise)

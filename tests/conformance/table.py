@@ -1,0 +1,106 @@
+"""The suite's results as Markdown: ``python -m conformance.table out/a.xml --write docs/models.md``.
+
+Reads the reports that ``pytest tests/conformance --junitxml`` wrote, and puts a table between the markers of
+each file: all cells, or in a README one line per family. Nothing is written where a cell fails. Knows nothing
+about models or behaviours but their names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from xml.etree import ElementTree
+
+from .families import FAMILIES
+
+PASSES, REFUSED, FAILS, NONE = "yes", "refused", "**fails**", "-"
+BEGIN, END = "<!-- conformance:begin -->", "<!-- conformance:end -->"
+
+Cells = dict[tuple[str, str], str]
+
+
+def read_cells(reports: Iterable[Path]) -> Cells:
+    """(family, behaviour) -> what became of all tests of that cell."""
+    cells: Cells = {}
+    for report in reports:
+        for case in ElementTree.parse(report).iter("testcase"):
+            known = {each.get("name"): each.get("value") for each in case.iter("property")}
+            family, behaviour = known.get("family"), known.get("behaviour")
+            if family is None or behaviour is None or case.find("skipped") is not None:
+                continue
+            passed = case.find("failure") is None and case.find("error") is None
+            state = FAILS if not passed else REFUSED if known.get("refused") == "true" else PASSES
+            key = (family, behaviour)
+            cells[key] = FAILS if FAILS in (state, cells.get(key)) else state
+    return cells
+
+
+def table(lines: list[list[str]]) -> str:
+    """Markdown; the first line is the head."""
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def names(cells: Cells) -> tuple[list[str], list[str]]:
+    """Families in the order of their table, behaviours in that of the tests."""
+    found = {family for family, _ in cells}
+    families = [family for family in FAMILIES if family in found]
+    return families, sorted({behaviour for _, behaviour in cells})
+
+
+def full(cells: Cells) -> str:
+    """Every cell: one line per family, one column per behaviour."""
+    families, behaviours = names(cells)
+    lines = [["family", "transformers class", *behaviours]]
+    for family in families:
+        states = (cells.get((family, each), NONE) for each in behaviours)
+        lines.append([family, f"`{FAMILIES[family].model_class}`", *states])
+    return table(lines)
+
+
+def compact(cells: Cells) -> str:
+    """One line per family: how many behaviours pass, and which are refused."""
+    families, behaviours = names(cells)
+    lines = [["family", "transformers class", "`generate()` under a reduction"]]
+    for family in families:
+        mine = {each: cells[family, each] for each in behaviours if (family, each) in cells}
+        refused = [each for each, state in mine.items() if state == REFUSED]
+        passed = sum(state == PASSES for state in mine.values())
+        what = f"{passed} of {len(mine)} behaviours" if refused else f"all {passed} behaviours"
+        what += f"; refused: {', '.join(refused)}" if refused else ""
+        lines.append([family, f"`{FAMILIES[family].model_class}`", what])
+    return table(lines)
+
+
+def replace_between_markers(text: str, new: str) -> str:
+    """The text with what stands between its markers replaced."""
+    before, found, rest = text.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise SystemExit(f"no place to write to: put {BEGIN} and {END} into the file")
+    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
+
+
+def main(arguments: list[str]) -> int:
+    """Print the table, or write it; 1 if a cell fails."""
+    parser = argparse.ArgumentParser(prog="conformance.table", description=__doc__)
+    parser.add_argument("reports", nargs="+", type=Path)
+    parser.add_argument("--write", nargs="+", type=Path, default=[])
+    given = parser.parse_args(arguments)
+    cells = read_cells(given.reports)
+    failing = sorted(" x ".join(cell) for cell, state in cells.items() if state == FAILS)
+    if failing or not cells:
+        print("fails: " + ", ".join(failing) if failing else "no results in these reports", file=sys.stderr)
+        return 1
+    for path in given.write:
+        made = compact(cells) if path.name == "README.md" else full(cells)
+        path.write_text(replace_between_markers(path.read_text("utf-8"), made), "utf-8")
+    if not given.write:
+        print(full(cells))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,304 @@
+"""The model under a reduction stays the user's own: on and off, copies, dtypes, devices, replaced layers.
+
+Knows nothing about any one family.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from thinsight.errors import ThinsightError
+from thinsight.runtime import apply
+from thinsight.schedule import Schedule
+
+from .behaviours import behaviour
+from .checks import NEARLY_FULL, Case, check_steps, close, generate
+from .families import FAMILIES
+from .family import PADDED, Family
+from .inputs import Row, Spec
+
+CASE = Case(Schedule([1, 0.8, 0.5, 0.1]))
+SINGLE: Spec = [2, 3, 9]
+
+# of others the prompt sees all of itself, or counts its positions from the start, which in chunks it cannot;
+# transformers joins the tiles of a chunk (Aya Vision), and loses Ovis2's markers
+causal = [f for f in FAMILIES.values() if f.types is None and f.model_type not in ("aya_vision", "ovis2")]
+
+
+def logits_of(model: PreTrainedModel, inputs: dict[str, Tensor], steps: int = 2) -> Tensor:
+    """(steps, batch, vocab) of greedy decoding."""
+    return torch.stack(generate(model, inputs, steps).logits)
+
+
+def insides(model: PreTrainedModel) -> list[Any]:
+    """Hooks, attributes and attention implementation of every module."""
+    return [
+        (list(m._forward_pre_hooks), list(m._forward_hooks), sorted(vars(m)), id(getattr(m, "config", None)))
+        for m in model.modules()
+    ]
+
+
+# --- on and off
+
+
+@behaviour("on and off")
+def test_a_model_is_restored_and_can_be_reduced_again(family: Family) -> None:
+    model, inputs = family.build(), family.inputs(PADDED, seed=26)
+    stock, before, weights = logits_of(model, inputs), insides(model), copy.deepcopy(model.state_dict())
+    with CASE.apply(model) as handle:
+        reduced = logits_of(model, inputs)
+        with pytest.raises(ThinsightError, match="has a reduction on already"):
+            CASE.apply(model)
+    handle.remove()
+    assert insides(model) == before
+    assert torch.equal(logits_of(model, inputs), stock)
+    with CASE.apply(model):
+        assert torch.equal(logits_of(model, inputs), reduced)
+    assert insides(model) == before
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(model.state_dict()[name], weights[name]) for name in weights)
+
+
+class Breaks(LogitsProcessor):
+    """Raises at the second step."""
+
+    calls = 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 2:
+            raise InterruptedError
+        return scores
+
+
+@behaviour("on and off")
+def test_an_exception_leaves_the_model_usable_and_restorable(family: Family) -> None:
+    """Between two steps, and in the middle of a pass: inside the layer whose attention was to be read."""
+    model, inputs = family.build(), family.inputs(PADDED, seed=27)
+    stock, before = logits_of(model, inputs), insides(model)
+
+    def fail(*args: Any) -> None:
+        raise InterruptedError
+
+    with CASE.apply(model):
+        reduced = logits_of(model, inputs)
+        with pytest.raises(InterruptedError):
+            generate(model, inputs, 3, logits_processor=LogitsProcessorList([Breaks()]))
+        for layer in model.get_decoder().layers:
+            hook = layer.self_attn.register_forward_hook(fail)
+            with pytest.raises(InterruptedError):
+                generate(model, inputs, 2)
+            hook.remove()
+        assert torch.equal(logits_of(model, inputs), reduced)
+    assert insides(model) == before
+    assert torch.equal(logits_of(model, inputs), stock)
+
+
+# --- copies
+
+
+def saved_and_loaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """What `save_pretrained` wrote, read again."""
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder, attn_implementation=model.config._attn_implementation).eval()
+
+
+COPIES: dict[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {
+    "deepcopy": lambda model, folder: copy.deepcopy(model),
+    "pickle": lambda model, folder: pickle.loads(pickle.dumps(model)),
+    "save_pretrained": saved_and_loaded,
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@behaviour("copies")
+def test_a_copy_is_a_plain_model(family: Family, way: str, tmp_path: Path) -> None:
+    model, inputs = family.build(), family.inputs(PADDED, seed=28)
+    stock = logits_of(model, inputs)
+    with CASE.apply(model):
+        reduced = logits_of(model, inputs)
+        twin = COPIES[way](model, tmp_path)
+        assert torch.equal(logits_of(model, inputs), reduced)
+    wanted, got = model.state_dict(), twin.state_dict()
+    assert got.keys() == wanted.keys()
+    assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+    twin.generation_config = model.generation_config
+    assert torch.equal(logits_of(twin, inputs), stock)
+
+
+# --- dtypes, devices, replaced layers
+
+
+@behaviour("bfloat16")
+def test_bfloat16_keeps_all_bit_for_bit_and_reduces(family: Family) -> None:
+    """Logits under a reduction are as near to float32's as the stock model's are: within three times that."""
+    inputs = family.inputs(PADDED, seed=29)
+    model, exact = family.build().bfloat16(), family.model()
+    inputs16 = {n: v.bfloat16() if v.is_floating_point() else v for n, v in inputs.items()}
+    stock = logits_of(model, inputs16, 1)
+    with apply(model, NEARLY_FULL):
+        assert torch.equal(logits_of(model, inputs16, 1), stock)
+    rounding = float((stock.float() - logits_of(exact, inputs, 1)).abs().max())
+    # a ranking by attention may turn on rounding, which fixed scores do not
+    case = Case(CASE.schedule, fixed=True)
+    with case.apply(exact) as handle:
+        wanted, kept = logits_of(exact, inputs, 1), handle.kept(3)
+    with case.apply(model) as handle:
+        got = logits_of(model, inputs16, 1)
+        assert all(torch.equal(*pair) for pair in zip(handle.kept(3), kept, strict=True))
+    assert float((got.float() - wanted).abs().max()) < 3 * rounding
+    with CASE.apply(model) as handle:
+        assert logits_of(model, inputs16).isfinite().all()
+        assert [len(row) for row in handle.kept(3)] == [len(row) for row in kept]
+
+
+def device_map(model: PreTrainedModel) -> dict[str, str]:
+    """Every decoder layer by itself on one of two devices: the CPU, and the CPU with weights offloaded."""
+    found: dict[str, str] = {}
+    layers = {id(layer): number for number, layer in enumerate(model.get_decoder().layers)}
+
+    def place(module: nn.Module, name: str) -> None:
+        if id(module) in layers:
+            found[name] = "disk" if layers[id(module)] % 2 else "cpu"
+        elif any(id(inner) in layers for inner in module.modules()):
+            for key, child in module.named_children():
+                place(child, f"{name}.{key}" if name else key)
+            for key, _ in module.named_parameters(recurse=False):
+                found[f"{name}.{key}" if name else key] = "cpu"
+        else:
+            found[name] = "cpu"
+
+    place(model, "")
+    return found
+
+
+@behaviour("device map")
+def test_a_dispatched_model_gives_the_same_answers(family: Family, tmp_path: Path) -> None:
+    """accelerate's hooks bring the weights of every second layer from disk; ours go on beside them."""
+    inputs, whole = family.inputs(PADDED, seed=30), family.model()
+    spread = dispatch_model(
+        family.build(), device_map(whole), main_device="cpu", offload_dir=tmp_path, force_hooks=True
+    )
+    layers = spread.get_decoder().layers
+    assert all(weight.is_meta for weight in layers[1].parameters())
+    with CASE.apply(whole):
+        wanted = logits_of(whole, inputs, 3)
+    hooks = [layer._hf_hook for layer in layers]
+    with CASE.apply(spread):
+        assert torch.equal(logits_of(spread, inputs, 3), wanted)
+    assert [layer._hf_hook for layer in layers] == hooks
+    assert torch.equal(logits_of(spread, inputs), logits_of(whole, inputs))
+
+
+class Quantized(nn.Linear):
+    """A linear layer as quantizers make it: int8 weights, a scale per row, read through `forward` only."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Quantized:
+        """The same layer, quantized."""
+        made = cls(1, 1, bias=False)
+        made.in_features, made.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        codes = (linear.weight.detach() / scale).round().to(torch.int8)
+        made.weight, made.bias = nn.Parameter(codes, requires_grad=False), linear.bias
+        made.register_buffer("scale", scale)
+        return made
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight * self.scale, self.bias)
+
+
+def quantize(model: PreTrainedModel) -> list[Quantized]:
+    """Replace the linear layers of a decoder, as bitsandbytes and torchao do on loading."""
+    made = []
+    for module in list(model.get_decoder().layers.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                made.append(Quantized.of(child))
+                setattr(module, name, made[-1])
+    return made
+
+
+@behaviour("quantized layers")
+def test_quantized_linear_layers_are_left_alone(family: Family) -> None:
+    """Reduced as the model with the rounded weights written out is."""
+    inputs, model, plain = family.inputs(PADDED, seed=31), family.build(), family.build()
+    layers = quantize(model)
+    rounded = iter(layers)
+    with torch.no_grad():
+        for module in plain.get_decoder().layers.modules():
+            if type(module) is nn.Linear:
+                twin = next(rounded)
+                module.weight.copy_(twin.weight * twin.scale)
+    assert len(layers) > 4
+    with CASE.apply(plain):
+        wanted = logits_of(plain, inputs)
+    with CASE.apply(model):
+        assert torch.equal(logits_of(model, inputs), wanted)
+    assert all(layer.weight.dtype == torch.int8 and not layer._forward_hooks for layer in layers)
+
+
+# --- prompts in chunks, batches that run on
+
+
+@behaviour("chunked prefill", causal)
+def test_each_chunk_of_a_prompt_is_ranked_as_a_turn_of_its_own(family: Family) -> None:
+    """A chunk has seen nothing of the next one: `prefill_chunk_size` is read as turns are."""
+    model, row = family.model(), family.rows([[2, 5]], 33)[0]
+    image, question = Row(row.parts[:-1]), Row(row.parts[-1:])
+    inputs = family.batch([row]).inputs
+    with CASE.apply(model):
+        out = generate(model, inputs, 3, prefill_chunk_size=len(image.ids))
+    reference = CASE.reference(family, row)
+    reference.read(image)
+    wanted = reference.read(question)[-1]
+    for step, token in enumerate(out.sequences[0, -3:].tolist()):
+        close(out.logits[step][0], wanted)
+        wanted = reference.answer(token)
+
+
+@behaviour("continuous batching")
+def test_continuous_batching_is_refused(family: Family) -> None:
+    """At `apply`, or where it comes later, when a prompt has an image: its cache is paged, not of layers."""
+    model, inputs = family.build(), family.inputs([SINGLE])
+    before, message = insides(model), "on a paged cache: continuous batching keeps its own"
+    with CASE.apply(model), pytest.raises(ThinsightError, match=message):
+        model(**inputs, use_cache=False, cache=object())  # as `generate_batch` passes it
+    model.set_attn_implementation("paged|eager")
+    with pytest.raises(ThinsightError, match=message):
+        CASE.apply(model)
+    assert [hooks for hooks, *_ in insides(model)] == [hooks for hooks, *_ in before]
+
+
+# --- projectors that cut tokens themselves
+
+
+@behaviour("cut projector", [FAMILIES[n] for n in ("internvl-qwen2", "smolvlm", "mistral3") if n in FAMILIES])
+def test_a_reduction_on_top_of_a_projector_that_cuts(family: Family) -> None:
+    """Keep rates are of what the projector leaves: a quarter of the patches, of which half are kept (Table 2
+    of arXiv 2412.00556)."""
+    row = family.rows([SINGLE], 32)[0]
+    model, batch, half = family.model(), family.batch([row]), Schedule([1, 0.5, 0.5, 0.5])
+    patches: list[int] = []
+    base = model.base_model
+    tower = getattr(base, "vision_tower", None) or base.vision_model
+    hook = tower.register_forward_hook(
+        lambda m, a, out: patches.append(out.last_hidden_state[..., 0].numel())
+    )
+    with Case(half).apply(model) as handle:
+        generate(model, batch.inputs, 1)
+        kept = len(handle.kept(3)[0])
+    hook.remove()
+    assert 4 * len(row.vision) <= patches[0]
+    assert kept == sum(half.counts(len(group))[3] for group in row.groups)
+    check_steps(family, Case(half), batch, steps=3)

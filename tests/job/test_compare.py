@@ -1,0 +1,224 @@
+"""A comparison on a small model: every method at equal cost, chosen without the test set, resumable."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_run import SmallRun, make_small_run
+
+from thinsight import Evaluator, load_examples
+from thinsight.baselines import BASELINES
+from thinsight.errors import ThinsightError
+from thinsight.job.compare import CompareOptions, CompareOutcome, compare, method_names
+from thinsight.job.pipeline import SearchOptions, search_and_report
+from thinsight.job.session import ModelOptions
+from thinsight.loading import load_model
+from thinsight.reduction import Reduction
+from thinsight.report.comparison import Comparison, Run, markdown, table
+from thinsight.schedule import Schedule
+
+BUDGETS = (0.6, 0.2)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    return make_small_run(tmp_path_factory.mktemp("small"))
+
+
+def options_for(small: SmallRun, out: Path, **changes: Any) -> CompareOptions:
+    options = CompareOptions(
+        model=ModelOptions(small.model, device="cpu"),
+        data=small.calibration,
+        test_data=small.test,
+        max_new_tokens=2,
+        batch_size=4,
+        budgets=BUDGETS,
+        n_trials=8,
+        out=out,
+    )
+    return replace(options, **changes)
+
+
+@pytest.fixture(scope="module")
+def outcome(small: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> CompareOutcome:
+    return compare(options_for(small, tmp_path_factory.mktemp("out") / "run"))
+
+
+def test_every_method_holds_the_budget_or_says_why_not(outcome: CompareOutcome) -> None:
+    runs = outcome.comparison.runs
+    assert {(run.budget, run.method) for run in runs} == {
+        (budget, method)
+        for budget in BUDGETS
+        for method in ("sensitivity", "psigmoid", "search-random", *BASELINES)
+    }
+    for run in runs:
+        if run.refused:
+            assert "cannot go below" in run.refused
+            continue
+        assert 0 < run.spent <= run.budget * (1 + 1e-12)
+        counts = Schedule(run.keep_rates).counts(16)
+        more = sum(min(16, count + 1) for count in counts)
+        assert more / (16 * len(counts)) > run.budget  # within one token per layer
+    reached = {run.method for run in runs if not run.refused and run.budget == 0.2}
+    assert {"sensitivity", "psigmoid", "search-random", "divprune", "visionzip", "random"} <= reached
+
+
+def test_scores_are_those_of_the_evaluator_on_the_test_set(outcome: CompareOutcome, small: SmallRun) -> None:
+    model, processor = load_model(small.model, device="cpu")
+    test = Evaluator(model, processor, load_examples(small.test), max_new_tokens=2, batch_size=4)
+    stored = json.loads((outcome.files[0].parent / "stages" / "found-keep-0.6-fastv.json").read_text())
+    reduction = Reduction(Schedule(stored["keep_rates"]), stored["ranker"])
+    [run] = [run for run in outcome.comparison.runs if (run.method, run.budget) == ("fastv", 0.6)]
+    np.testing.assert_array_equal(run.per_example, test(reduction).per_example)
+    assert outcome.comparison.full_score == test.full_score
+
+
+def found_by(small: SmallRun, out: Path) -> list[Any]:
+    """Schedules and rankers of all runs, whatever the test set says of them."""
+    names = ("search-sensitivity", "search-psigmoid", "search-random", "fitprune")
+    runs = compare(options_for(small, out, methods=names, budgets=(0.6,))).comparison.runs
+    return [(run.method, run.keep_rates, run.ranker, run.calibration_score) for run in runs]
+
+
+def test_choosing_never_touches_the_test_set(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With other test questions the same schedules are found; and nothing of the test set is run before."""
+    other = tmp_path / "other.jsonl"
+    lines = [json.loads(line) for line in Path(small.test).read_text().splitlines()][:6]
+    for line in lines:
+        line |= {"image": str(small.folder / line["image"]), "question": "what shape ?"}
+    other.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    same = replace(small, test=str(other))
+    assert found_by(small, tmp_path / "one") == found_by(same, tmp_path / "two")
+
+    order: list[str] = []
+    decode = Evaluator._decode
+
+    def noted(self: Evaluator, *args: Any, **kwargs: Any) -> Any:
+        order.append("test" if self.examples[0].id.startswith("test") else "calibration")
+        return decode(self, *args, **kwargs)
+
+    monkeypatch.setattr(Evaluator, "_decode", noted)
+    search = SearchOptions(
+        model=ModelOptions(small.model, device="cpu"),
+        data=small.calibration,
+        test_data=small.test,
+        budget=0.6,
+        n_trials=8,
+        max_new_tokens=2,
+        batch_size=4,
+        timing_runs=1,
+        new_tokens=2,
+        pictures=0,
+        out=tmp_path / "search",
+    )
+    assert search_and_report(search).data.search is not None
+    assert order.index("test") > len(order) - 1 - order[::-1].index("calibration")
+
+
+def test_an_interruption_loses_nothing(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = {"methods": ("search-psigmoid", "fastv", "random"), "budgets": (0.6,)}
+    straight = compare(options_for(small, tmp_path / "straight", **chosen))
+    calls: list[int] = []
+    call = Evaluator.__call__
+
+    def stopping(self: Evaluator, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return call(self, *args)
+
+    monkeypatch.setattr(Evaluator, "__call__", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        compare(options_for(small, tmp_path / "run", **chosen))
+    resumed = compare(options_for(small, tmp_path / "run", resume=True, **chosen))
+    same = [replace(run, seconds=0.0) for run in straight.comparison.runs]
+    assert [replace(run, seconds=0.0) for run in resumed.comparison.runs] == same
+    with pytest.raises(ThinsightError, match="was made with n_trials 8"):
+        compare(options_for(small, tmp_path / "run", resume=True, n_trials=9, **chosen))
+
+
+def test_files_hold_what_was_found(outcome: CompareOutcome) -> None:
+    names = [path.name for path in outcome.files]
+    assert names[:3] == ["comparison.json", "comparison.csv", "comparison.md"]
+    read = Comparison.from_dict(json.loads(outcome.files[0].read_text()), "here")
+    assert read == outcome.comparison
+    rows = list(csv.DictReader(outcome.files[1].read_text().splitlines()))
+    assert [row["method"] for row in rows] == [run.method for run in outcome.comparison.runs]
+    assert "**Sensitivity search**" in outcome.files[2].read_text()
+    pytest.importorskip("matplotlib")
+    assert names[3:] == ["comparison.pdf", "comparison.png"]
+    assert outcome.files[3].read_bytes().startswith(b"%PDF")
+
+
+def run_of(method: str, per_example: tuple[float, ...], seed: int | None = None, refused: str = "") -> Run:
+    score = float(np.mean(per_example)) if per_example else 0.0
+    return Run(
+        0.5,
+        method,
+        method.title(),
+        seed,
+        (1.0, 0.0),
+        "uniform",
+        0.5,
+        2.0,
+        score,
+        per_example,
+        refused=refused,
+    )
+
+
+def test_the_table_averages_seeds_and_pairs_examples() -> None:
+    runs = (
+        run_of("sensitivity", (1.0, 1.0, 0.0, 1.0), seed=0),
+        run_of("sensitivity", (1.0, 0.0, 0.0, 1.0), seed=1),
+        run_of("fastv", (1.0, 0.0, 0.0, 0.0)),
+        run_of("vtw", (), refused="cannot go below 0.6"),
+    )
+    comparison = Comparison(
+        "m", "t", "h", "keep", 20, (0, 1), 0.75, 4.0, (1.0, 1.0, 0.0, 1.0), ("a", "b", "c", "d"), runs, {}
+    )
+    ours, fastv, vtw = table(comparison)
+    assert (ours.method, ours.seeds, ours.score) == ("sensitivity", 2, 0.625)
+    assert ours.spread == pytest.approx(0.125)
+    assert ours.behind is None
+    assert fastv.behind is not None
+    assert fastv.behind.mean == pytest.approx(0.375)
+    assert fastv.drop is not None
+    assert fastv.drop.mean == 0.5
+    assert fastv.flops_ratio == 2.0
+    assert vtw.refused == "cannot go below 0.6"
+    assert "| Vtw | refused: cannot go below 0.6 |" in markdown(comparison)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"methods": ("fastw",)}, "method is 'fastw'"),
+        ({"budgets": ()}, "budgets is"),
+        ({"budgets": (0.5, 0.5)}, "none twice"),
+        ({"budgets": (1.5,)}, "budget is 1.5"),
+        ({"budget_unit": "tokens"}, "budget_unit is 'tokens'"),
+        ({"n_trials": 2}, "n_trials is 2"),
+        ({"ranker": "oracle"}, "ranker is 'oracle'"),
+    ],
+)
+def test_bad_options_are_named_before_any_work(
+    small: SmallRun, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ThinsightError, match=words):
+        compare(options_for(small, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_name_is_known() -> None:
+    assert len(set(method_names())) == len(method_names()) == len(BASELINES) + 3

@@ -1,0 +1,163 @@
+"""Vision features of every family: what is passed in again gives what pixels give, image by image too.
+
+The families are those of the conformance suite's table that the library supports.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conformance.families import FAMILIES
+from conformance.family import VIDEOS, Family
+from torch import Tensor
+
+from thinsight.errors import ThinsightError
+from thinsight.runtime import EncodedImages, backport, encode_images
+from thinsight.runtime.backport import check_version
+from thinsight.runtime.encoding import _fit, _moved, encoder_inputs
+from thinsight.runtime.families import MODALITIES, SUPPORTED
+
+HELD = {name: family for name, family in FAMILIES.items() if family.model_type in SUPPORTED}
+WITH_VIDEO = [name for name, family in HELD.items() if family.video is not None]
+POOLED = ["internvl-qwen2", "idefics3", "smolvlm", "gemma3", "aya-vision"]
+
+
+def without_pixels(family: Family, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is left for `forward` once the encoder has run; grids stay, they tell positions."""
+    model = family.model()
+    taken = {name for modality in MODALITIES for name in encoder_inputs(model, modality)}
+    return {name: tensor for name, tensor in inputs.items() if name not in taken or name.endswith("_thw")}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_features_give_what_pixels_give(name: str) -> None:
+    family = HELD[name]
+    model, inputs = family.model(), family.inputs()
+    encoded = encode_images(model, inputs)
+    again = EncodedImages.concat([encoded.rows(i) for i in range(len(encoded))]).to("cpu")
+    rest = without_pixels(family, inputs)
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        assert torch.equal(model(**rest, **again.model_inputs()).logits, stock)
+    for beams in (1, 2):
+        options = {"max_new_tokens": 3, "do_sample": False, "num_beams": beams}
+        expected = model.generate(**inputs, **options)
+        assert torch.equal(model.generate(**rest, **again.model_inputs(), **options), expected)
+
+
+@pytest.mark.parametrize("name", WITH_VIDEO)
+def test_videos_too(name: str) -> None:
+    family = HELD[name]
+    model, inputs = family.model(), family.inputs(VIDEOS)
+    encoded = encode_images(model, inputs)
+    assert set(encoded.modalities) == {"video"}
+    with torch.no_grad():
+        stock = model(**inputs).logits
+        given = model(**without_pixels(family, inputs), **encoded.model_inputs()).logits
+    assert torch.equal(given, stock)
+
+
+def test_deepstack_features_come_along() -> None:
+    encoded = encode_images(HELD["qwen3-vl"].model(), HELD["qwen3-vl"].inputs())
+    assert [len(layers) for layers in encoded.deepstack] == [3] * 7
+    assert encoded.num_bytes == sum(len(feature) for feature in encoded.features) * 4 * 32 * 4
+    assert len(encoded.rows([2, 0]).deepstack) == 2
+
+
+@pytest.mark.parametrize("name", ["gemma3", "idefics3", "qwen2-vl"])
+def test_floating_inputs_take_the_models_dtype(name: str) -> None:
+    family = HELD[name]
+    model = family.build().to(torch.bfloat16)
+    inputs = family.inputs()
+    assert {feature.dtype for feature in encode_images(model, inputs).features} == {torch.bfloat16}
+    listed = _moved([torch.zeros(2), torch.tensor([1])], model)
+    assert [tensor.dtype for tensor in listed] == [torch.bfloat16, torch.int64]
+
+
+# --- attention inside the tower
+
+
+@pytest.mark.parametrize("name", POOLED)
+def test_a_token_that_stands_for_a_block_gets_the_mean_of_the_block(name: str) -> None:
+    """Which rows of the tower a token really reads is found by changing each row in turn."""
+    family = HELD[name]
+    model = family.model()
+    tower = getattr(model.base_model, "vision_tower", None) or model.base_model.vision_model
+    inputs = family.inputs([[1, 1]])
+    changed: dict[str, int | None] = {"row": None}
+    shape: list[tuple[int, ...]] = []
+
+    def change(module: torch.nn.Module, args: object, output: object) -> None:
+        states = output.last_hidden_state.clone()  # (images, rows, hidden)
+        shape.append(tuple(states.shape))
+        if changed["row"] is not None:
+            states[0, changed["row"]] += torch.linspace(-1, 1, states.shape[-1])
+        output.last_hidden_state = states
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = (*output.hidden_states[:-1], states)
+
+    hook = tower.register_forward_hook(change)
+    try:
+        plain = torch.cat(encode_images(model, inputs).features)
+        images, rows = shape[0][:2]
+        first = int(name.startswith("internvl"))  # the class token, which the projector does not see
+        found = torch.zeros(rows - first, len(plain))
+        for row in range(rows - first):
+            changed["row"] = row + first
+            found[row] = (torch.cat(encode_images(model, inputs).features) - plain).abs().amax(-1) > 0
+    finally:
+        hook.remove()
+    assert (found.sum(1) == 1).all()
+    tokens = len(plain) // images
+    values = torch.rand(images, rows - first)
+    pooled = torch.cat(_fit(list(values), [len(plain)]))
+    for token in range(tokens):
+        assert pooled[token] == pytest.approx(float(values[0][found[:, token] > 0].mean()), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llava", "vipllava", "paligemma", *POOLED])
+def test_received_attention_fits_the_tokens(name: str) -> None:
+    family = HELD[name]
+    encoded = encode_images(family.model(), family.inputs(), "vision-attention")
+    assert encoded.received is not None
+    assert [len(row) for row in encoded.received] == [len(feature) for feature in encoded.features]
+    assert torch.cat(encoded.received).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("llava-next", "line ends"), ("llava-onevision", "line ends"), ("qwen2-vl", "one sequence")],
+)
+def test_received_attention_that_cannot_be_told_apart_is_refused(name: str, words: str) -> None:
+    with pytest.raises(ThinsightError, match=words):
+        encode_images(HELD[name].model(), HELD[name].inputs(), "vision-attention")
+
+
+@pytest.mark.parametrize(
+    ("rows", "lengths"), [([36, 36], [9, 12]), ([36], [8]), ([12], [3]), ([36], [4, 5]), ([16], [17])]
+)
+def test_tokens_that_are_no_blocks_of_rows_are_refused(rows: list[int], lengths: list[int]) -> None:
+    with pytest.raises(ThinsightError, match="do not match the projector's"):
+        _fit([torch.ones(count) for count in rows], lengths)
+
+
+def test_mean_of_blocks_in_reading_order() -> None:
+    rows = torch.arange(36.0)
+    mean = torch.stack([rows.view(6, 6)[i : i + 2, j : j + 2].mean() for i in (0, 2, 4) for j in (0, 2, 4)])
+    (fitted,) = _fit([rows], [9])
+    assert torch.equal(fitted, mean)
+    assert math.isclose(float(fitted[0]), (0 + 1 + 6 + 7) / 4)
+
+
+# --- versions
+
+
+def test_an_old_transformers_is_refused_but_for_llava(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backport, "_takes_outputs", lambda base: False)
+    check_version(HELD["llava"].model())
+    with pytest.raises(ThinsightError, match=r"'internvl' needs transformers 5\.18 or later"):
+        check_version(HELD["internvl-qwen2"].model())
+    with pytest.raises(ThinsightError, match="pip install -U transformers"):
+        encode_images(HELD["gemma3"].model(), HELD["gemma3"].inputs())

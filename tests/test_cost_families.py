@@ -1,0 +1,198 @@
+"""FLOPs of every family's decoder and vision encoder: torch's own counter, and sums by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conformance.behaviours import for_each
+from conformance.families import FAMILIES
+from conformance.family import Family
+from conformance.inputs import BOS
+from torch.utils.flop_counter import FlopCounterMode
+
+from thinsight import cost
+from thinsight.errors import ThinsightError
+from thinsight.reduction import Reduction
+from thinsight.runtime import apply, encode_images, vision_token_mask
+from thinsight.runtime.families import SUPPORTED
+from thinsight.schedule import Schedule
+
+HELD = [family for family in FAMILIES.values() if family.model_type in SUPPORTED]
+TEXT = {
+    "num_hidden_layers": 4,
+    "hidden_size": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 3,
+    "intermediate_size": 10,
+    "vocab_size": 7,
+}
+SLIDING = {
+    **TEXT,
+    "model_type": "gemma3_text",
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}
+MIXTURE = {
+    **TEXT,
+    "model_type": "glm4v_moe_text",
+    "n_routed_experts": 5,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 6,
+    "first_k_dense_replace": 1,
+}
+
+
+def counted(run: object) -> float:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        run()
+    return float(counter.get_total_flops())
+
+
+@for_each(HELD)
+def test_the_decoder_agrees_with_the_counter_of_torch(family: Family) -> None:
+    """Torch counts full squares where a mask hides something, and what a rotary table takes."""
+    model = family.build("eager")
+    model.set_experts_implementation("eager")  # the fused one is not in torch's list
+    length = 9  # no longer than the window of the families that have one
+    ids = torch.tensor([[BOS, *range(20, 20 + length - 1)]])
+    measured = counted(lambda: model.get_decoder()(input_ids=ids))
+    rotary = 2 * length * 3 * 64  # frequencies x positions, at most three axes, once
+    assert measured == pytest.approx(cost.flops(model.config, n_vision=4, n_text=length - 4), abs=rotary)
+
+
+WINDOWLESS = [family for family in HELD if not family.config["text_config"].get("sliding_window")]
+
+
+@for_each(WINDOWLESS)
+def test_a_reduced_prefill_agrees_with_the_counter_of_torch(family: Family) -> None:
+    """What a schedule saves is what the model no longer computes; ranking evenly computes nothing."""
+    model = family.model("eager")
+    model.set_experts_implementation("eager")
+    inputs = family.inputs([[3, 5]])
+    encoded = encode_images(model, inputs)
+    inputs = {name: value for name, value in inputs.items() if not name.startswith("pixel_")}
+    length = inputs["input_ids"].shape[1]
+    n_vision = int(vision_token_mask(model, inputs["input_ids"]).sum())
+    schedule = Schedule([1, 2 / 3, 1 / 3, 0])  # whole tokens of tiles of 9, where each tile has its own share
+    with apply(model, Reduction(schedule, "uniform")):
+        measured = counted(lambda: model(**inputs, **encoded.model_inputs(), logits_to_keep=1))
+    parts = cost.breakdown(model.config, n_vision=n_vision, n_text=length - n_vision, schedule=schedule)
+    rotary = 2 * length * 3 * 64
+    assert measured == pytest.approx(parts.total + parts.lm_head, abs=rotary)
+    assert parts.total < cost.flops(model.config, n_vision=n_vision, n_text=length - n_vision) - 2 * rotary
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_costs_the_same_tied_or_not(tied: bool) -> None:
+    family = FAMILIES["internvl-qwen2"]
+    text = {**family.config["text_config"], "tie_word_embeddings": tied}
+    config = {**family.config, "text_config": text, "tie_word_embeddings": tied}
+    model = replace(family, config=config).build("eager")
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    ids = torch.tensor([[BOS, *range(20, 28)]])
+    whole = counted(lambda: model(input_ids=ids, logits_to_keep=1))
+    decoder = counted(lambda: model.get_decoder()(input_ids=ids))
+    assert whole - decoder == cost.breakdown(model.config, n_vision=4, n_text=5).lm_head
+
+
+UNTOLD = {
+    "llava-next": "cuts padding away",
+    "llava-next-video": "cuts padding away",
+    "llava-onevision": "cuts padding away",
+    "idefics2": "projector of 'idefics2' is not known",
+}
+
+
+@for_each(family for family in HELD if family.name not in UNTOLD)
+def test_the_vision_encoder_agrees_with_the_counter_of_torch(family: Family) -> None:
+    model, row = family.build("eager"), family.rows([[1, 1]])[0]
+    inputs = {k: v for k, v in family.batch([row]).inputs.items() if "pixel" in k or "image" in k}
+    measured = counted(lambda: model.base_model.get_image_features(**inputs))
+    expected = cost.vision_flops(model.config, n_vision=len(row.vision))
+    assert measured == pytest.approx(expected, rel=0.005)
+
+
+def test_images_of_any_size_see_only_themselves() -> None:
+    """Two images of 16 tokens cost less than one of 32, and as much as torch counts."""
+    family = FAMILIES["glm4v"]
+    model = family.build("eager")
+    one = cost.vision_flops(model.config, n_vision=16)
+    assert cost.vision_flops(model.config, 2, n_vision=32) == pytest.approx(2 * one)
+    assert cost.vision_flops(model.config, n_vision=32) > 2 * one
+
+
+def test_fixed_images_count_by_images_or_by_tokens() -> None:
+    config = FAMILIES["internvl-qwen2"].model().config
+    assert cost.vision_flops(config, n_vision=27) == pytest.approx(cost.vision_flops(config, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "words"),
+    [
+        ("qwen2-vl", {}, "say n_vision"),
+        *((name, {"n_vision": 30}, words) for name, words in UNTOLD.items()),
+    ],
+)
+def test_what_cannot_be_told_is_refused(name: str, arguments: dict[str, int], words: str) -> None:
+    with pytest.raises(ThinsightError, match=words):
+        cost.vision_flops(FAMILIES[name].model().config, **arguments)
+
+
+def test_an_unknown_projector_is_refused() -> None:
+    config = {**FAMILIES["llava"].model().config.to_dict(), "model_type": "new_family"}
+    with pytest.raises(ThinsightError, match="'new_family' is not known"):
+        cost.vision_flops(config)
+
+
+# --- by hand
+
+
+def by_hand(tokens: int, seen: int, mlp: float) -> float:
+    projections = 2 * tokens * (8 * 12 + 8 * 6 + 8 * 6 + 12 * 8)
+    return projections + 2 * 2 * tokens * seen * 4 * 3 + mlp
+
+
+def test_a_sliding_window_bounds_what_is_seen() -> None:
+    mlp = 2 * 15 * 3 * 8 * 10
+    expected = 2 * by_hand(15, 6, mlp) + 2 * by_hand(15, 15, mlp)
+    assert cost.flops(SLIDING, n_vision=10, n_text=5) == expected
+    short = 2 * 4 * 3 * 8 * 10
+    assert cost.flops(SLIDING, n_vision=2, n_text=2) == 4 * by_hand(4, 4, short)
+
+
+def test_a_sliding_window_bounds_what_is_cached() -> None:
+    per_token = 2 * 2 * 3 * 4
+    assert cost.kv_bytes(SLIDING, 10, 5, None, 4) == (5 + 15 + 5 + 15) * per_token
+    fewer = Schedule([1.0, 1.0, 0.0, 0.0])
+    assert cost.kv_bytes(SLIDING, 10, 5, fewer, 4) == (5 + 15 + 5 + 5) * per_token
+
+
+def test_a_window_that_is_switched_off_is_none() -> None:
+    full = cost.flops(TEXT, n_vision=10, n_text=5)
+    assert cost.flops({**SLIDING, "use_sliding_window": False}, n_vision=10, n_text=5) == full
+    assert cost.flops({**SLIDING, "sliding_window": None}, n_vision=10, n_text=5) == full
+
+
+def test_windows_by_pattern() -> None:
+    patterned = {**SLIDING, "layer_types": None, "sliding_window_pattern": 2}
+    assert cost.flops(patterned, n_vision=10, n_text=5) == cost.flops(SLIDING, n_vision=10, n_text=5)
+
+
+def test_experts_count_what_a_token_runs_through() -> None:
+    dense = 2 * 15 * 3 * 8 * 10
+    mixture = 2 * 15 * 8 * 5 + 3 * (2 * 15 * 3 * 8 * 6)  # the router; two routed and one shared expert
+    expected = by_hand(15, 15, dense) + 3 * by_hand(15, 15, mixture)
+    assert cost.flops(MIXTURE, n_vision=10, n_text=5) == expected
+    parts = cost.breakdown(MIXTURE, n_vision=10, n_text=5)
+    assert parts.total == pytest.approx(expected)
+    assert parts.mlp == dense + 3 * mixture
+
+
+def test_experts_without_sizes_are_refused() -> None:
+    with pytest.raises(ThinsightError, match="num_local_experts=8 experts of a kind that is not counted"):
+        cost.flops({**TEXT, "num_local_experts": 8}, n_vision=4, n_text=3)

@@ -1,0 +1,116 @@
+"""The list of supported models, the command that prints it, and the page that documents it."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+import transformers
+from conformance.families import FAMILIES
+from conformance.table import BEGIN, END, compact, full, main, read_cells, replace_between_markers
+from typer.testing import CliRunner
+
+import thinsight as ts
+from thinsight.cli import app
+from thinsight.runtime.families import SUPPORTED
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "models.md"
+
+
+def behaviours() -> set[str]:
+    """Of all tests of the suite."""
+    found = set()
+    for path in (ROOT / "tests" / "conformance").glob("test_*.py"):
+        module = importlib.import_module(f"conformance.{path.stem}")
+        for test in vars(module).values():
+            marks = getattr(test, "pytestmark", [])
+            found |= {mark.args[0] for mark in marks if mark.name == "behaviour"}
+    return found
+
+
+def between_markers(path: Path) -> list[list[str]]:
+    """Cells of the table that the suite wrote into a page."""
+    text = path.read_text("utf-8").partition(BEGIN)[2].partition(END)[0]
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_every_supported_model_type_is_listed_once_with_its_stock_class() -> None:
+    listed = ts.models()
+    assert ts.models() == listed  # a second time too: a module of that name would shadow it
+    assert [model.model_type for model in listed] == list(SUPPORTED)
+    assert all(hasattr(transformers, model.model_class) for model in listed)
+
+
+def test_the_list_says_what_the_suite_says() -> None:
+    by_type = {model.model_type: model for model in ts.models()}
+    for family in FAMILIES.values():
+        model = by_type[family.model_type]
+        assert model.model_class == family.model_class
+        if family.video is not None:
+            assert "video" in model.modalities
+        assert not family.refuses or model.notes
+    for model in by_type.values():
+        mine = [family for family in FAMILIES.values() if family.model_type == model.model_type]
+        assert ("video" in model.modalities) == any(family.video is not None for family in mine)
+
+
+def test_the_command_prints_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "240")
+    result = CliRunner().invoke(app, ["models"], catch_exceptions=False)
+    assert result.exit_code == 0
+    for model in ts.models():
+        assert re.search(
+            rf"{re.escape(model.name)} .*{model.model_class} .*{model.model_type} ", result.stdout
+        )
+
+
+def test_the_page_lists_exactly_the_families_and_behaviours_of_the_suite() -> None:
+    head, _, *lines = between_markers(PAGE)
+    assert [line[0] for line in lines] == list(FAMILIES)
+    assert set(head[2:]) == behaviours()
+    explained = set(re.findall(r"^\| ([\w -]+) \|", PAGE.read_text("utf-8").partition(END)[2], re.M))
+    assert explained - {"behaviour"} == behaviours()
+
+
+def test_the_readme_lists_the_families_of_the_suite() -> None:
+    _, _, *lines = between_markers(ROOT / "README.md")
+    assert [line[0] for line in lines] == list(FAMILIES)
+
+
+# --- how the tables are made
+
+
+def report(path: Path, **failed: str) -> Path:
+    """What pytest writes for two cells, one refused."""
+    cases = "".join(
+        f'<testcase name="{behaviour}"><properties><property name="family" value="llava"/>'
+        f'<property name="behaviour" value="{behaviour}"/><property name="refused" value="{refused}"/>'
+        f"</properties>{failed.get(behaviour, '')}</testcase>"
+        for behaviour, refused in (("beams", "false"), ("beams", "false"), ("video", "true"))
+    )
+    path.write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    return path
+
+
+def test_tables_are_made_of_reports(tmp_path: Path) -> None:
+    cells = read_cells([report(tmp_path / "a.xml")])
+    line = "| llava | `LlavaForConditionalGeneration` |"
+    assert full(cells).splitlines()[2] == f"{line} yes | refused |"
+    assert compact(cells).splitlines()[2] == f"{line} 1 of 2 behaviours; refused: video |"
+
+
+def test_tables_are_written_between_the_markers_unless_a_cell_fails(tmp_path: Path) -> None:
+    page, good = tmp_path / "models.md", report(tmp_path / "good.xml")
+    page.write_text(f"before {BEGIN} old {END} after")
+    bad = report(tmp_path / "bad.xml", beams="<failure/>")
+    assert main([str(bad), "--write", str(page)]) == 1
+    assert page.read_text() == f"before {BEGIN} old {END} after"
+    assert main([str(good), "--write", str(page)]) == 0
+    written = page.read_text()
+    assert written.startswith(f"before {BEGIN}\n\n| family |")
+    assert written.endswith(f"|\n\n{END} after")
+    assert replace_between_markers(written, "x") == f"before {BEGIN}\n\nx\n\n{END} after"
