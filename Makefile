@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: demo test conformance lint bench train train-internvl data clean
+.PHONY: demo test conformance lint bench overhead results train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
@@ -26,12 +26,22 @@ lint: .venv/ready
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.prefill
 
+# What a schedule that keeps everything costs over the stock model.
+overhead: .venv/ready
+	$(BIN)/python -m benchmarks.overhead
+
+# Every method at equal cost on the embedded models, about an hour on two cores: benchmarks/results/README.md.
+results: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo & \
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo-internvl; wait
+	$(BIN)/python -m benchmarks.results
+
 # Trains the embedded demo model from scratch (one to two hours on two cores) and tests what came out.
 train: .venv/ready
 	$(BIN)/python -m training.train --out runs/demo
 	$(BIN)/python -m training.check --run runs/demo
 
-# The same for the embedded InternVL, whose decoder starts from the embedded LLaVA's.
+# The same for the embedded InternVL, which starts from the embedded LLaVA.
 train-internvl: .venv/ready
 	$(BIN)/python -m training.train --model internvl --out runs/demo-internvl
 	$(BIN)/python -m training.check --run runs/demo-internvl

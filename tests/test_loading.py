@@ -41,15 +41,15 @@ def test_dtype_and_attention_are_taken(folder: Path) -> None:
 
 
 def test_demo_is_read_from_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_DEMO_FOLDER", folder)
+    monkeypatch.setitem(loading.DEMOS, "demo", folder)
     model, _ = loading.load_demo()
     assert model.dtype == torch.float32
     assert loading.load_demo("bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_missing_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "_DEMO_FOLDER", tmp_path)
-    with pytest.raises(ThinsightError, match="demo model is not part"):
+    monkeypatch.setitem(loading.DEMOS, "demo", tmp_path)
+    with pytest.raises(ThinsightError, match="demo model 'demo' is not part"):
         loading.load_demo()
 
 
@@ -123,7 +123,51 @@ def test_unsupported_family(tmp_path: Path) -> None:
         vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    assert "is of type 'llama'; supported types: llava" in load_error(tmp_path)
+    assert "cannot run under a reduction: model_type is 'llama'; supported: " in load_error(tmp_path)
+
+
+def test_a_family_that_cannot_work_gets_its_reason_before_weights_are_read(tmp_path: Path) -> None:
+    from transformers import MllamaConfig
+
+    MllamaConfig().save_pretrained(tmp_path)
+    assert "reads images by cross-attention" in load_error(tmp_path)
+
+
+def test_a_config_with_fewer_layers_than_the_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = load_error(tmp_path)
+    assert "the checkpoint has 2 layers that its config.json does not count" in message
+    config["text_config"]["num_nextn_predict_layers"] = 2
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert loading.load_model(tmp_path, device="cpu")[0].config.text_config.num_hidden_layers == 2
+
+
+def test_a_processor_that_needs_torchvision_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def from_pretrained(*_: Any, **__: Any) -> None:
+        raise ImportError("VideoProcessor requires the Torchvision library but it was not found.\nMore words")
+
+    monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", from_pretrained)
+    assert load_error(folder).endswith("not installed: pip install torchvision")
+
+
+def test_device_map_is_handed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    stock = loading.AutoModelForImageTextToText.from_pretrained
+
+    def from_pretrained(source: Any, *, device_map: Any, **options: Any) -> Any:
+        seen["device_map"] = device_map
+        return stock(source, **options)
+
+    monkeypatch.setattr(loading.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loading, "is_accelerate_available", lambda: True)
+    loading.load_model(folder, device="cpu", device_map="auto")
+    assert seen == {"device_map": "auto"}
+    monkeypatch.setattr(loading, "is_accelerate_available", lambda: False)
+    assert load_error(folder, device_map="auto").endswith("pip install accelerate")
 
 
 def test_model_type_nobody_knows(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from tiny import VISION_TOKENS, tiny_images, tiny_llava, tiny_processor
 
 from thinsight import cost
 from thinsight.errors import ThinsightError
-from thinsight.evaluation.examples import Example
 from thinsight.evaluation.encoding import typical_batch
+from thinsight.evaluation.examples import Example
 from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
 from thinsight.timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Timing, alternate, cache_bytes, measure

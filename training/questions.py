@@ -220,6 +220,12 @@ LAST_WEIGHTS = {
     "printed": 2.0, "handwritten": 3.5, "extreme bar": 0.3, "bar height": 0.5,
 }  # fmt: skip
 
+# Where a vision token covers more than a patch, numbers and charts are what is hard, and places are easy.
+COARSE_WEIGHTS = {
+    "color": 0.4, "shape": 0.5, "position": 0.5, "lookup": 0.7, "count": 2.2, "relation": 0.9,
+    "printed": 8.0, "handwritten": 2.2, "extreme bar": 1.0, "bar height": 0.5,
+}  # fmt: skip
+
 assert len(NUMBERS) > GRID
 
 

@@ -1,8 +1,10 @@
-"""Trains the demo model in one command: `python -m training.train --out runs/demo`.
+"""Trains a demo model in one command: `python -m training.train --model internvl --out runs/demo-internvl`.
 
-Stages: the vision tower with its patch labels; then everything, with the answer, patch and grounding losses.
-Deterministic for a seed and a number of workers, resumable (a checkpoint every 100 steps), logged as JSON
-lines. Data-parallel over single-threaded processes, which on CPUs beats one process with many threads.
+Stages: the vision tower with its patch labels; then everything, with the answer, patch and attention losses.
+Deterministic for a seed and a number of workers, resumable (a checkpoint every 50 steps), logged as JSON
+lines. A run that is resumed with `--replan` may change what is still to come, its length above all; what was
+changed, and at which step, stands in its recipe.json. Data-parallel over single-threaded processes, which on
+CPUs beats one process with many threads.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import argparse
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,63 +26,99 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from training.assets import load_assets
-from training.model import build_model
+from training.model import ARCHITECTURES
+from training.muon import Muon
 from training.packed import AuxiliaryHead, Packed, make_batch
-from training.questions import FIRST_WEIGHTS, LAST_WEIGHTS, LATER_WEIGHTS
+from training.questions import COARSE_WEIGHTS, FIRST_WEIGHTS, LAST_WEIGHTS, LATER_WEIGHTS, TASKS
+from training.transplant import align, load_donor, transplant, transplant_tower
+
+PROBE_SEED, PROBE_IMAGES = 7, 20  # scenes of the calibration material on which training is watched
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """Everything that decides what a run computes. Losses join at steps counted from the joint stage."""
+
+    model: str = "llava"
     seed: int = 0
     workers: int = 2
     batch: int = 32  # images a step, over all workers
     vision_steps: int = 500
-    steps: int = 1950
+    steps: int = 1950  # of the joint stage
     warmup: int = 60
-    later: int = 700  # the joint step from which hard tasks prevail and words must point at what they name
-    decay: float = 0.6  # the last share of the steps in which the rate falls linearly to 0
+    decay: float = 0.6  # the last share of the joint steps in which the rate falls linearly to 0
     muon_rate: float = 0.02
     adam_rate: float = 0.002
     weight_decay: float = 0.02
     vision_rate: float = 0.3  # factor on the vision tower's rate once the decoder trains too
+    last_vision_rate: float = 1.0
+    later: int = 700  # the step from which hard tasks prevail
+    last: int = 1600  # the step from which the hardest do, and the vision tower has its last rate
     patch_weight: float = 1.0
     grounding_weight: float = 0.4
+    naming: int = 700  # the step from which words must point at what they name
     naming_weight: float = 0.4
-    reading: int = 900  # the joint step from which words must know what they name
+    reading: int = 900  # the step from which words must know what they name
     reading_weight: float = 0.5
-    context: int = 1100  # the joint step from which they must know the question they stand in
+    context: int = 1100  # the step from which they must know the question they stand in
     context_weight: float = 0.5
-    last: int = 1600  # the joint step of the last change: the hardest tasks, and comparing them step by step
+    comparing: int = 1600  # the step from which two things are compared in so many words
     comparing_weight: float = 0.5
-    last_vision_rate: float = 1.0
     grounded_layers: int = 5  # drawn anew each step among the layers after the first
     layers: int = 12
+    start_from: str = ""  # "demo": both stages start with that part of the embedded LLaVA demo
+
+
+RECIPES = {
+    "llava": Recipe(),
+    "internvl": Recipe(
+        model="internvl", layers=ARCHITECTURES["internvl"].layers, batch=16, vision_steps=120, steps=1000,
+        muon_rate=0.01, adam_rate=0.0015, vision_rate=0.5, last_vision_rate=0.5, later=200, last=500,
+        naming=0, reading=0, context=0, comparing=0, start_from="demo",
+    ),
+}  # fmt: skip
+# How often each task is asked at first, from `later` on and from `last` on.
+QUESTION_WEIGHTS = {
+    "llava": (FIRST_WEIGHTS, LATER_WEIGHTS, LAST_WEIGHTS),
+    "internvl": (FIRST_WEIGHTS, LATER_WEIGHTS, COARSE_WEIGHTS),
+}
+# What a run that has begun cannot change.
+FIXED = ("model", "seed", "workers", "layers", "vision_steps", "start_from")
 
 
 class Trainer:
-    def __init__(self, recipe: Recipe, out: Path, rank: int, compiled: bool) -> None:
-        self.recipe, self.out, self.rank = recipe, out, rank
+    def __init__(self, recipe: Recipe, out: Path, rank: int, compiled: bool, replan: bool) -> None:
+        self.recipe, self.out, self.rank, self.replan = recipe, out, rank, replan
         self.assets = load_assets("train")
-        self.model = build_model(recipe.seed, recipe.layers)
+        self.architecture = ARCHITECTURES[recipe.model]
+        self.model = self.architecture.build_model(recipe.seed, recipe.layers)
         config = self.model.config
-        self.head = AuxiliaryHead(config.text_config.hidden_size, config.vision_config.hidden_size)
-        self.packed = Packed(self.model, self.head, compiled)
+        self.head = AuxiliaryHead(
+            config.text_config.hidden_size, config.vision_config.hidden_size, self.architecture.side**2
+        )
+        self.packed = Packed(self.model, self.architecture, self.head, compiled)
         self.parameters = [*self.model.parameters(), *self.head.parameters()]
         self.step, self.started = 0, time.monotonic()
+        self.replanned: list[dict[str, Any]] = []
         self.optimizers = self._optimizers()
         self._load()
+        if rank == 0:
+            described = {**asdict(recipe), "replanned": self.replanned}
+            (out / "recipe.json").write_text(json.dumps(described, indent=2))
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         recipe = self.recipe
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for module in (self.model, self.head):
             for name, parameter in module.named_parameters():
-                matrix = parameter.ndim == 2 and "layers." in name
-                groups.setdefault((matrix, "vision_tower" in name), []).append(parameter)
+                in_layer = ".layers." in name or ".layer." in name
+                groups.setdefault((parameter.ndim == 2 and in_layer, "vision_tower" in name), []).append(
+                    parameter
+                )
         muon = [{"params": p, "vision": vision} for (matrix, vision), p in groups.items() if matrix]
         adam = [{"params": p, "vision": vision} for (matrix, vision), p in groups.items() if not matrix]
         return [
-            torch.optim.Muon(muon, lr=recipe.muon_rate, weight_decay=recipe.weight_decay),
+            Muon(muon, recipe.muon_rate, recipe.weight_decay, rank=self.rank, workers=recipe.workers),
             torch.optim.AdamW(adam, lr=recipe.adam_rate, betas=(0.9, 0.98), weight_decay=0.0),
         ]
 
@@ -98,12 +138,12 @@ class Trainer:
         recipe = self.recipe
         rng = np.random.default_rng((recipe.seed, self.step, self.rank))
         stage = (self._joint >= recipe.later) + (self._joint >= recipe.last)
-        weights = (FIRST_WEIGHTS, LATER_WEIGHTS, LAST_WEIGHTS)[stage]
-        batch = make_batch(rng, self.assets, recipe.batch // recipe.workers, weights, self._joint >= 0)
-        with torch.autocast("cpu", torch.bfloat16):
+        weights = QUESTION_WEIGHTS[recipe.model][stage]
+        size = recipe.batch // recipe.workers
+        batch = make_batch(rng, self.assets, size, weights, self.architecture, self._joint >= 0)
+        with _precision():
             if self._joint < 0:
-                features, cls = self.packed.vision(batch.pixels)
-                return {"patch": self.head.patch_loss(features, cls, batch.patch_labels)}
+                return {"patch": self.packed.patch_loss(batch.pixels, batch.patch_labels)}
             # All workers ground the same layers, so that their steps take equally long.
             shared = np.random.default_rng((recipe.seed, self.step))
             grounded = shared.choice(np.arange(1, recipe.layers), recipe.grounded_layers, replace=False)
@@ -114,19 +154,21 @@ class Trainer:
         """Steps since everything trains; negative while the vision tower trains alone."""
         return self.step - self.recipe.vision_steps
 
-    def train_step(self) -> dict[str, float]:
+    def _loss_weights(self) -> dict[str, float]:
+        """The losses that have joined by now; in the first stage there is one."""
         recipe = self.recipe
+        weights = {"answer": 1.0, "patch": recipe.patch_weight, "grounding": recipe.grounding_weight}
+        for name in ("naming", "reading", "context", "comparing"):
+            if self._joint >= getattr(recipe, name):
+                weights[name] = getattr(recipe, f"{name}_weight")
+        return weights
+
+    def train_step(self) -> dict[str, float]:
+        recipe, weights = self.recipe, self._loss_weights()
+        if recipe.start_from == "demo":
+            self._transplant()
         self._set_rates()
         losses = self._losses()
-        weights = {"answer": 1.0, "patch": recipe.patch_weight, "grounding": recipe.grounding_weight}
-        if self._joint >= recipe.later:
-            weights["naming"] = recipe.naming_weight
-        if self._joint >= recipe.reading:
-            weights["reading"] = recipe.reading_weight
-        if self._joint >= recipe.context:
-            weights["context"] = recipe.context_weight
-        if self._joint >= recipe.last:
-            weights["comparing"] = recipe.comparing_weight
         torch.stack(
             [weights[name] * loss for name, loss in losses.items() if name in weights]
         ).sum().backward()
@@ -147,6 +189,19 @@ class Trainer:
         self.step += 1
         return dict(zip(sorted(losses), flat[offset:].tolist(), strict=True))
 
+    def _transplant(self) -> None:
+        """The tower before the first step, the decoder before the first joint one, onto a tower that is ready
+        for it."""
+        if self.step == 0:
+            share = transplant_tower(self.model, self.architecture, load_donor(), self.assets)
+        elif self._joint == 0:
+            transplant(self.model, self.architecture, load_donor())
+            share = align(self.model, self.architecture, load_donor(), self.assets)
+        else:
+            return
+        if self.rank == 0:
+            self._log({"explained": round(share, 4)})
+
     def run(self) -> None:
         total = self.recipe.vision_steps + self.recipe.steps
         sums: dict[str, list[float]] = {}
@@ -156,8 +211,24 @@ class Trainer:
             if self.rank == 0 and self.step % 20 == 0:
                 self._log({name: round(float(np.mean(values)), 4) for name, values in sums.items()})
                 sums = {}
-            if self.rank == 0 and (self.step % 100 == 0 or self.step == total):
+            if self.step > self.recipe.vision_steps and (self.step % 100 == 0 or self.step == total):
+                tasks = self.probe()
+                if self.rank == 0:
+                    self._log(tasks)
+            if self.rank == 0 and (self.step % 50 == 0 or self.step == total):
                 self.save()
+
+    def probe(self) -> dict[str, float]:
+        """Exact match per task on fixed scenes of the calibration material, shared out over the workers."""
+        rng = np.random.default_rng((PROBE_SEED, self.rank))
+        size, alike = PROBE_IMAGES // self.recipe.workers, dict.fromkeys(TASKS, 1.0)
+        batch = make_batch(rng, load_assets("calibration"), size, alike, self.architecture)
+        with _precision():
+            exact = self.packed.exact(batch).float()
+        asked = torch.nn.functional.one_hot(batch.tasks, len(TASKS)).float()  # (B, Q, tasks)
+        counts = torch.stack((asked.sum((0, 1)), (asked * exact[..., None]).sum((0, 1))))
+        dist.all_reduce(counts)
+        return {task: round(float(right / n), 3) for task, n, right in zip(TASKS, *counts, strict=True)}
 
     def _log(self, values: dict[str, float]) -> None:
         line = json.dumps({"step": self.step, "seconds": round(time.monotonic() - self.started), **values})
@@ -172,6 +243,7 @@ class Trainer:
     def save(self) -> None:
         state = {
             "recipe": asdict(self.recipe),
+            "replanned": self.replanned,
             "step": self.step,
             "model": self.model.state_dict(),
             "head": self.head.state_dict(),
@@ -184,13 +256,16 @@ class Trainer:
         if not self.checkpoint.exists():
             return
         state = torch.load(self.checkpoint, weights_only=True)
-        if state["recipe"] != asdict(self.recipe):
-            before = state["recipe"]
-            changed = [name for name, value in asdict(self.recipe).items() if before.get(name) != value]
+        before, now = state["recipe"], asdict(self.recipe)
+        changed = {name: [before.get(name), now[name]] for name in now if before.get(name) != now[name]}
+        self.replanned = list(state["replanned"])
+        if changed and (not self.replan or changed.keys() & {*FIXED}):
             raise SystemExit(
-                f"{self.checkpoint} was made with another {', '.join(changed)}: "
-                "give the same recipe, or another --out"
+                f"{self.checkpoint} was made with another {', '.join(changed)}: give the same recipe, or "
+                f"another --out; --replan allows changes other than to {', '.join(sorted(FIXED))}"
             )
+        if changed:
+            self.replanned.append({"step": state["step"], "changed": changed})
         self.model.load_state_dict(state["model"])
         self.head.load_state_dict(state["head"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -198,28 +273,39 @@ class Trainer:
         self.step = state["step"]
 
 
-def work(rank: int, recipe: Recipe, out: Path, compiled: bool) -> None:
+def _precision() -> Any:
+    """bfloat16 where the CPU multiplies in it; elsewhere it is emulated, and slower than float32."""
+    capable = torch.cpu.get_capabilities()
+    if capable.get("amx_bf16") or capable.get("avx512_bf16"):
+        return torch.autocast("cpu", torch.bfloat16)
+    return nullcontext()
+
+
+def work(rank: int, recipe: Recipe, out: Path, compiled: bool, replan: bool) -> None:
     torch.set_num_threads(1)
     meeting = f"file://{out.absolute()}/rendezvous"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=recipe.workers)
-    Trainer(recipe, out, rank, compiled).run()
+    Trainer(recipe, out, rank, compiled, replan).run()
     dist.destroy_process_group()
 
 
 def main() -> None:
-    defaults = Recipe()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", choices=sorted(RECIPES), default="llava")
     parser.add_argument("--no-compile", action="store_true")
-    for name, value in asdict(defaults).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    arguments = vars(parser.parse_args())
-    out, compiled = arguments.pop("out"), not arguments.pop("no_compile")
-    recipe = Recipe(**arguments)
+    parser.add_argument("--replan", action="store_true", help="resume with the changes given here")
+    parser.add_argument("--start-from", choices=("", "demo"), help="demo: begin with its LLaVA")
+    for field in fields(Recipe):
+        if field.name not in ("model", "start_from"):
+            kind = type(field.default)
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, help="as the model's recipe")
+    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    out, compiled, replan = given.pop("out"), not given.pop("no_compile"), given.pop("replan")
+    recipe = replace(RECIPES[given["model"]], **given)
     out.mkdir(parents=True, exist_ok=True)
     (out / "rendezvous").unlink(missing_ok=True)
-    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
-    mp.spawn(work, (recipe, out, compiled), nprocs=recipe.workers)
+    mp.spawn(work, (recipe, out, compiled, replan), nprocs=recipe.workers)
 
 
 if __name__ == "__main__":

@@ -194,6 +194,13 @@ def search(
         ),
     ] = "text-attention",
     solver: Annotated[str, typer.Option("--solver", help="bisect, or bayes (the paper's).")] = "bisect",
+    frontier: Annotated[
+        bool,
+        typer.Option(
+            "--frontier",
+            help="Find a schedule for every cost from 5 to 80 % in one run; --max-drop or --budget picks.",
+        ),
+    ] = False,
     first_layer: Annotated[
         int | None,
         typer.Option("--first-layer", min=0, help="The first layer that may see fewer tokens, from 0."),
@@ -232,6 +239,7 @@ def search(
         budget=budget,
         budget_unit=budget_unit,
         method=method,
+        frontier=frontier,
         ranker=_ranker(ranker),
         solver=solver,
         first_layer=first_layer,

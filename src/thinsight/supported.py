@@ -36,7 +36,7 @@ _ABOUT: dict[str, tuple[str, tuple[str, ...], str]] = {
     "llava_onevision": ("LLaVA-OneVision", BOTH, ""),
     "mistral3": ("Mistral Small 3.1 and later", IMAGE, ""),
     "ovis2": ("Ovis2", IMAGE, ""),
-    "paligemma": ("PaliGemma 1 and 2", IMAGE, "static caches are refused on PaliGemma 2"),
+    "paligemma": ("PaliGemma 1 and 2", IMAGE, ""),
     "qwen2_5_vl": ("Qwen2.5-VL", BOTH, ""),
     "qwen2_vl": ("Qwen2-VL", BOTH, ""),
     "qwen3_vl": ("Qwen3-VL", BOTH, ""),

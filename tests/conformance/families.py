@@ -310,7 +310,6 @@ TABLE = [
         model_class="LlavaNextForConditionalGeneration",
         config=config(text("mistral", sliding_window=None), {**CLIP, "patch_size": 14}, **PINPOINTS),
         image=any_resolution(28, base=4, grid=2),
-        core=True,
     ),
     Family(
         name="llava-onevision",
@@ -352,7 +351,6 @@ TABLE = [
         video=patch_video(4, stamps=False),
         types=MM_TYPES,
         attn=NO_FLEX,
-        core=True,
     ),
     Family(
         name="qwen3-vl",
@@ -394,21 +392,18 @@ TABLE = [
         config=config(text("gemma"), {**SIGLIP, "projection_dim": 32}, projection_dim=32, hidden_size=32),
         image=fixed(28, 16),
         types=PREFIX_TYPES,
-        core=True,
     ),
     Family(
         name="mistral3",
         model_class="Mistral3ForConditionalGeneration",
         config=config(text("mistral", sliding_window=None), PIXTRAL_TOWER, spatial_merge_size=2),
         image=pixtral(8, breaks=True),
-        core=True,
     ),
     Family(
         name="aya-vision",
         model_class="AyaVisionForConditionalGeneration",
         config=config(COHERE2_TEXT, {**SIGLIP, "image_size": 42}, downsample_factor=2),
         image=tiles(42, 9, mark=True),
-        core=True,
         refuses=WINDOWS,
     ),
     Family(
@@ -420,7 +415,6 @@ TABLE = [
         mixes_video=False,
         types=MM_TYPES,
         attn=NO_FLEX,
-        core=True,
         beams=ONE_IMAGE_EACH,
     ),
     Family(
@@ -492,7 +486,7 @@ TABLE = [
         image=fixed(28, 16),
         types=PREFIX_TYPES,
         attn=("eager",),
-        refuses=WINDOWS,
+        static_cache=False,
     ),
     Family(
         name="qwen3-vl-moe",

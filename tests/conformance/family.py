@@ -62,6 +62,7 @@ class Family:
     collate: Collate = flat
     attn: tuple[str, ...] = ("sdpa", "eager", "flex_attention")  # implementations that the stock model has
     beams: tuple[Spec, ...] = PADDED  # rows on which the stock model's beam search is right
+    static_cache: bool = True  # the stock model runs with one
     core: bool = False  # also runs where the whole suite does not
     refuses: Mapping[str, str] = field(default_factory=dict)  # behaviour -> regular expression of the message
 

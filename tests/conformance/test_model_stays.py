@@ -124,11 +124,11 @@ COPIES: dict[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {
 @behaviour("copies")
 def test_a_copy_is_a_plain_model(family: Family, way: str, tmp_path: Path) -> None:
     model, inputs = family.build(), family.inputs(PADDED, seed=28)
-    stock = logits_of(model, inputs)
     with CASE.apply(model):
-        reduced = logits_of(model, inputs)
+        if way != "pickle":  # which a stock model that has run may not: transformers hangs hooks on it
+            logits_of(model, inputs)
         twin = COPIES[way](model, tmp_path)
-        assert torch.equal(logits_of(model, inputs), reduced)
+    stock = logits_of(model, inputs)
     wanted, got = model.state_dict(), twin.state_dict()
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)

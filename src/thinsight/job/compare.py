@@ -23,7 +23,7 @@ from ..schedule import Schedule
 from ..search.result import SearchResult
 from ..search.search import METHODS, budget_of
 from .pipeline import AUTO_RANKERS, TITLES
-from .results import MedianPrompt, ranker_words
+from .results import MedianPrompt
 from .run_folder import RunFolder
 from .session import ModelOptions, Opened, Sets, environment, load_sets, open_model
 from .splits import content_hash
@@ -238,7 +238,7 @@ class _Comparing:
         method = name.removeprefix(SEARCH_PREFIX) if name != SEARCH_PREFIX + "random" else name
         if found.refused:
             empty: tuple[float, ...] = ()
-            return Run(value, method, title, seed, empty, "", 0, 0, 0, empty, refused=found.refused)
+            return Run(value, method, title, seed, empty, {}, 0, 0, 0, empty, refused=found.refused)
         reduction = Reduction(Schedule(found.keep_rates), found.ranker)
         scored = self.folder.once(f"test-{key}", _Scored, lambda: self._scores(reduction))
         return Run(
@@ -247,7 +247,7 @@ class _Comparing:
             title=title,
             seed=seed,
             keep_rates=found.keep_rates,
-            ranker=ranker_words(reduction.ranker),
+            ranker=dict(found.ranker),
             spent=budget.spent(reduction.schedule),
             flops=self._prompt.flops(reduction.schedule),
             score=scored.score,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import baselines
-from ..budget import Budget, LatencyModel, TimeBudget, check_budget_value, make_budget
+from ..budget import Budget, KeepBudget, LatencyModel, TimeBudget, check_budget_value, make_budget
 from ..errors import ThinsightError
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.encoding import typical_batch
@@ -33,6 +33,7 @@ from ..report import save_report_data, write_report
 from ..report.data import (
     Consistency,
     DatasetInfo,
+    FrontierRow,
     Headline,
     MethodRow,
     Picture,
@@ -42,7 +43,8 @@ from ..report.data import (
 )
 from ..runtime import apply
 from ..schedule import Schedule
-from ..search import SearchResult, gsearch
+from ..search import SearchResult, frontier, gsearch
+from ..search.frontier import SHARES
 from ..search.search import DEFAULT_MAX_DROP, METHODS, budget_of, choose_method
 from ..search.solvers import get_solver
 from ..timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement, measure
@@ -84,7 +86,7 @@ CONSISTENCY_EXAMPLES = 64
 AUTO_RANKERS: list[dict[str, Any]] = [
     {"name": "text-attention", "queries": "instruction"},
     {"name": "text-attention", "queries": "last"},
-    get_ranker("staged").to_dict(),
+    *(get_ranker({"name": "staged", "first": first}).to_dict() for first in ("vision-attention", "cdpruner")),
 ]
 """What `ranker` "auto" chooses from."""
 
@@ -103,6 +105,7 @@ class SearchOptions:
     budget: float | None = None
     budget_unit: str = "keep"
     method: str | None = None
+    frontier: bool = False
     ranker: str | dict[str, Any] = "text-attention"
     solver: str = "bisect"
     first_layer: int | None = None
@@ -126,6 +129,12 @@ class SearchOptions:
             ThinsightError: naming the first option that cannot be right.
         """
         choose_method(self.method, self.max_drop, self.budget)
+        if self.frontier and (self.method is not None or self.budget_unit != "keep"):
+            raise ThinsightError(
+                "frontier has its own search and counts mean keep rates: leave out method and budget_unit"
+            )
+        if self.frontier and self.chooses_ranker:
+            raise ThinsightError("ranker 'auto' is chosen for one budget: name a ranker for a frontier")
         if self.chooses_ranker and self.chosen != "sensitivity":
             raise ThinsightError("ranker 'auto' needs a budget and the sensitivity search, which chooses it")
         if self.budget is not None:
@@ -175,7 +184,12 @@ class SearchOptions:
     @property
     def searches_layers(self) -> bool:
         """Whether the search goes layer by layer, under a tolerance."""
-        return self.chosen == "gsearch"
+        return self.chosen == "gsearch" and not self.frontier
+
+    @property
+    def title(self) -> str:
+        """The search in words."""
+        return "Frontier" if self.frontier else TITLES[self.chosen]
 
     @property
     def tolerance(self) -> float:
@@ -212,6 +226,7 @@ class _Search:
     score: float
     seconds: float
     trials: tuple[TrialRow, ...]
+    frontier: tuple[FrontierRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -320,7 +335,7 @@ class _Run:
 
     def _run_search(self) -> _Search:
         options = self.options
-        result = self._result()
+        result, points = self._along_frontier() if options.frontier else (self._result(), ())
         reduction = replace(result.reduction, base_model_name_or_path=options.model.model)
         reduction.save_pretrained(self.folder.path)
         if result.schedule.is_full and options.budget is None:
@@ -329,8 +344,45 @@ class _Run:
                 "or calibrate on more examples"
             )
         return _Search(
-            result.method, result.full_score, result.score, result.seconds, trial_rows(result.trials)
+            result.method,
+            result.full_score,
+            result.score,
+            result.seconds,
+            trial_rows(result.trials),
+            points,
         )
+
+    def _along_frontier(self) -> tuple[SearchResult, tuple[FrontierRow, ...]]:
+        """One schedule for each cost, and the one of them that the tolerance or the budget picks."""
+        options, evaluator = self.options, self.calibration
+        n = evaluator.num_vision_tokens
+        found = frontier(
+            evaluator,
+            [KeepBudget(evaluator.num_layers, n, share) for share in SHARES],
+            seed=options.seed,
+            study=self.folder.path / "study.jsonl",
+            resume=options.resume,
+            observer=self.watcher,
+        )
+        taken = found.at_drop(options.tolerance) if options.budget is None else found.within(options.budget)
+        if taken is None:
+            raise ThinsightError(
+                f"no point of the frontier stays within a drop of {options.tolerance}: the best one loses "
+                f"{min(point.drop for point in found.points):.4f}; allow more with --max-drop"
+            )
+        prompt = MedianPrompt.of(self.opened.model.config, evaluator.prompt_sizes)
+        rows = tuple(
+            FrontierRow(
+                point.schedule.keep_rates,
+                point.schedule.mean_keep_rate,
+                prompt.flops() / prompt.flops(point.schedule),
+                point.score,
+                point is taken,
+            )
+            for point in found.points
+        )
+        trials = [trial for point in found.points for trial in point.trials]
+        return replace(taken, trials=trials, method="frontier"), rows
 
     def _result(self) -> SearchResult:
         options = self.options
@@ -378,14 +430,10 @@ class _Run:
         full = Reduction(Schedule.full(reduction.schedule.num_layers))
         methods = [
             ("full", "Full model", "full", full, ""),
-            ("found", self._found, "found", reduction, "found on the calibration set"),
+            ("found", self.options.title, "found", reduction, "found on the calibration set"),
             *((key, name, "baseline", rival, note) for key, name, rival, note in self._rivals(reduction)),
         ]
         return [self._tested(*method) for method in methods]
-
-    @property
-    def _found(self) -> str:
-        return TITLES[self.options.chosen]
 
     def _tested(self, key: str, name: str, kind: str, reduction: Reduction, note: str) -> _Tested:
         self.watcher.on_stage(f"Testing {name}")
@@ -484,7 +532,7 @@ class _Run:
             dataset=self._dataset(),
             headline=self._headline(rows[0], rows[1], measurement),
             search=SearchInfo(
-                method=self._found,
+                method=self.options.title,
                 max_drop=options.tolerance if options.budget is None else None,
                 budget=_budget_words(options),
                 solver=options.solver if options.budget is None else "",
@@ -500,6 +548,7 @@ class _Run:
             per_task=task_rows(full.evaluation, found.evaluation, self.sets.test),
             timing=timing_rows(measurement),
             trials=search.trials,
+            frontier=search.frontier,
             consistency=consistency,
             pictures=pictures,
             environment=environment(self.opened),
@@ -586,7 +635,7 @@ def _settings(
         options.solver, step=options.step, trade_off=options.trade_off, n_trials=options.solver_trials
     )
     return {
-        "method": options.chosen,
+        "method": "frontier" if options.frontier else options.chosen,
         "budget": options.budget,
         "budget_unit": options.budget_unit if options.budget is not None else None,
         "n_trials": options.n_trials if options.budget is not None else None,

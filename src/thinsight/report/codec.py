@@ -100,6 +100,8 @@ def _decode_tuple(kind: Any, value: Any, where: str, hooks: Hooks | None) -> tup
 
 
 def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
+    if kind is Any:  # JSON values as they are, such as a ranker's settings
+        return value
     if kind is float:
         if value is None:
             return math.nan

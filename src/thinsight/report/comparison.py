@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Run:
     title: str
     seed: int | None
     keep_rates: tuple[float, ...]
-    ranker: str
+    ranker: dict[str, Any]
     spent: float  # in the budget's unit
     flops: float  # decoder prefill of the median prompt
     score: float
@@ -144,9 +145,10 @@ def to_csv(comparison: Comparison) -> str:
         ratio = "" if run.refused else comparison.full_flops / run.flops
         seed = "" if run.seed is None else run.seed
         row = [run.budget, run.method, seed, run.score, drop, run.spent, run.flops, ratio, run.evaluations]
+        ranker = json.dumps(run.ranker) if run.ranker else ""
         rates = " ".join(f"{rate:.6g}" for rate in run.keep_rates)
         known = "" if run.calibration_score is None else run.calibration_score
-        writer.writerow([*row, round(run.seconds, 1), known, run.ranker, rates, run.refused])
+        writer.writerow([*row, round(run.seconds, 1), known, ranker, rates, run.refused])
     return out.getvalue()
 
 

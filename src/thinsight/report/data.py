@@ -115,6 +115,17 @@ class SearchInfo:
 
 
 @dataclass(frozen=True)
+class FrontierRow:
+    """One point of a frontier; the score is the calibration set's, `chosen` says which point was taken."""
+
+    keep_rates: tuple[float, ...]
+    mean_keep_rate: float
+    flops_ratio: float
+    score: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
 class MethodRow:
     """One way to run the model. `kind` is "full", "found" (by the search) or "baseline".
 
@@ -278,6 +289,7 @@ class ReportData:
     per_task: tuple[TaskRow, ...] = ()
     timing: tuple[TimingRow, ...] = ()
     trials: tuple[TrialRow, ...] = ()
+    frontier: tuple[FrontierRow, ...] = ()
     consistency: Consistency | None = None
     pictures: tuple[Picture, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
@@ -285,7 +297,16 @@ class ReportData:
     created: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("keep_rates", "methods", "per_task", "timing", "trials", "pictures", "commands"):
+        for name in (
+            "keep_rates",
+            "methods",
+            "per_task",
+            "timing",
+            "trials",
+            "frontier",
+            "pictures",
+            "commands",
+        ):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.keep_rates:
             object.__setattr__(self, "keep_rates", Schedule(self.keep_rates).keep_rates)

@@ -333,11 +333,29 @@ def _search(data: ReportData) -> Markup | None:
             ("Calibration score, full", _known(found.calibration_full_score)),
             ("Calibration score, reduced", _known(found.calibration_score)),
         ]
-    return join(fact_list(facts), _trials(data) if data.trials else None)
+    return join(
+        fact_list(facts),
+        _frontier(data) if data.frontier else None,
+        _trials(data) if data.trials else None,
+    )
 
 
 def _known(value: float | None) -> str:
     return "" if value is None else words.percent(value)
+
+
+def _frontier(data: ReportData) -> Markup:
+    headers = [("Mean keep rate", True), ("FLOPs", True), ("Calibration score", True), ("", False)]
+    rows = [
+        [
+            words.percent(row.mean_keep_rate),
+            words.ratio(row.flops_ratio),
+            words.percent(row.score),
+            "taken" if row.chosen else "",
+        ]
+        for row in data.frontier
+    ]
+    return table_box(headers, rows, "The frontier: one schedule for each cost, found in one run")
 
 
 def _trials(data: ReportData) -> Markup:

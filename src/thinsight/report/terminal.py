@@ -15,7 +15,7 @@ from rich.text import Text
 
 from . import comparison as compared
 from . import words
-from .data import Consistency, DatasetInfo, Headline, MethodRow, ReportData, TaskRow, TimingRow
+from .data import Consistency, DatasetInfo, FrontierRow, Headline, MethodRow, ReportData, TaskRow, TimingRow
 
 _LEVELS = "·▁▂▃▄▅▆▇█"
 
@@ -111,6 +111,15 @@ def print_comparison(comparison: compared.Comparison, console: Console) -> None:
         console.print()
 
 
+def frontier_table(frontier: Sequence[FrontierRow]) -> Table:
+    """Every point of the frontier; the one that was taken in bold."""
+    table = _table("The frontier, on the calibration set", ("mean keep rate", "score", "full / this"), ())
+    for row in frontier:
+        cells = (words.percent(row.mean_keep_rate), words.percent(row.score), words.ratio(row.flops_ratio))
+        _add(table, *cells, style="bold" if row.chosen else None)
+    return table
+
+
 def tasks_table(per_task: Sequence[TaskRow]) -> Table:
     table = _table("Task by task", ("task", "questions", "full", "reduced", "drop"))
     for row in per_task:
@@ -175,6 +184,8 @@ def report_tables(data: ReportData) -> RenderableType:
         parts += [schedule_text(data.keep_rates), Text()]
     if data.methods:
         parts += [methods_table(data.methods), Text(words.ranking(data.methods)), Text()]
+    if data.frontier:
+        parts += [frontier_table(data.frontier), Text()]
     if data.per_task:
         parts += [tasks_table(data.per_task), Text()]
     if data.timing:
