@@ -10,7 +10,7 @@ demo: .venv/ready
 	@echo "The report: $(OUT)/report.html"
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Every family of models x every behaviour, on all cores; writes the tables into the docs if all cells hold.
 conformance: .venv/ready

@@ -29,13 +29,16 @@ def for_each(families: Iterable[Family] | None = None) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("family", params)
 
 
-def behaviour(name: str, families: Iterable[Family] | None = None) -> Callable[[Test], Test]:
+def behaviour(
+    name: str, families: Iterable[Family] | None = None, *, refused: bool = False
+) -> Callable[[Test], Test]:
     """Run a test for each family as `family`; where the family refuses the behaviour, expect its message.
 
     Args:
         name: of the behaviour, as `Family.refuses` and the table of results have it. Several tests may share
             one.
         families: those to which it applies, all if not given.
+        refused: every family refuses it, which is what the test itself checks.
     """
 
     def decorate(test: Test) -> Test:
@@ -47,6 +50,6 @@ def behaviour(name: str, families: Iterable[Family] | None = None) -> Callable[[
             with pytest.raises(ThinsightError, match=family.refuses[name]):
                 test(*args, family=family, **kwargs)
 
-        return pytest.mark.behaviour(name)(for_each(families)(cell))
+        return pytest.mark.behaviour(name, refused=refused)(for_each(families)(cell))
 
     return decorate

@@ -18,5 +18,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.user_properties += [
             ("behaviour", name),
             ("family", family.name),
-            ("refused", str(name in family.refuses).lower()),
+            ("refused", str(mark.kwargs["refused"] or name in family.refuses).lower()),
         ]

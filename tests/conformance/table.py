@@ -61,17 +61,18 @@ def full(cells: Cells) -> str:
 
 
 def compact(cells: Cells) -> str:
-    """One line per family: how many behaviours pass, and which are refused."""
+    """One line per family: how many behaviours pass, and which are refused; what all refuse, below."""
     families, behaviours = names(cells)
+    by_all = [b for b in behaviours if {s for (_, each), s in cells.items() if each == b} == {REFUSED}]
     lines = [["family", "transformers class", "`generate()` under a reduction"]]
     for family in families:
-        mine = {each: cells[family, each] for each in behaviours if (family, each) in cells}
+        mine = {b: cells[family, b] for b in behaviours if b not in by_all and (family, b) in cells}
         refused = [each for each, state in mine.items() if state == REFUSED]
         passed = sum(state == PASSES for state in mine.values())
         what = f"{passed} of {len(mine)} behaviours" if refused else f"all {passed} behaviours"
         what += f"; refused: {', '.join(refused)}" if refused else ""
         lines.append([family, f"`{FAMILIES[family].model_class}`", what])
-    return table(lines)
+    return table(lines) + (f"\n\nRefused for every family: {', '.join(by_all)}." if by_all else "")
 
 
 def replace_between_markers(text: str, new: str) -> str:

@@ -585,7 +585,7 @@ class Rounded(QuantizedLayer):
         return q_tensor.float()
 
 
-@behaviour("quantized cache")
+@behaviour("quantized cache", refused=True)
 def test_a_quantized_cache_is_refused_before_it_is_filled(family: Family) -> None:
     """Its layers keep tokens in a form that crops, copies and later turns cannot thin."""
     model, inputs = family.model(), family.inputs([SINGLE])

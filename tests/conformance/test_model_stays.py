@@ -267,7 +267,7 @@ def test_each_chunk_of_a_prompt_is_ranked_as_a_turn_of_its_own(family: Family) -
         wanted = reference.answer(token)
 
 
-@behaviour("continuous batching")
+@behaviour("continuous batching", refused=True)
 def test_continuous_batching_is_refused(family: Family) -> None:
     """At `apply`, or where it comes later, when a prompt has an image: its cache is paged, not of layers."""
     model, inputs = family.build(), family.inputs([SINGLE])

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["Handle", "apply", "check_rankable"]
 
 PER = ("image", "prompt")
+_compiling = torch.compiler.is_compiling  # a hook asks for every layer and token
 _applied: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # base models with a reduction on
 _applied_lock = threading.Lock()
 
@@ -164,6 +165,7 @@ class _Run:
         self.kept: Kept | None = None  # the cache's record after this pass, at this stage
         self.spread = False  # whether hidden states are in logical columns although tokens were dropped
         self.attention: Tensor | None = None  # (batch, heads, queries, tokens) float32, of the layer before
+        self.armed: Probe | None = None  # of the layer that runs
         self.scores: Tensor | None = None  # (batch, tokens) float32, of the last ranking
         self.queries: tuple[Tensor, Tensor] | None = None  # logical columns (batch, queries), which are real
         self.trace: list[tuple[int, Tensor]] = [(0, self.alive)]  # from which layer on, alive
@@ -186,7 +188,7 @@ class _Hook:
         self.outside = torch.compiler.disable(function)
 
     def __call__(self, *args: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if not _compiling():
             return self.function(*self.leading, *args)
         if _new_tokens(*args) > 1:
             return self.outside(*self.leading, *args)
@@ -257,12 +259,8 @@ class Handle:
         for start in filter(None, self._starts if TEXT_ATTENTION in self.ranker.needs else ()):
             self._probes[start - 1] = Probe(attention_of(layers[start - 1]))
         for index, layer in enumerate(layers):
-            if index >= self._starts[0]:
+            if index >= self._starts[0] or index in self._probes:
                 self._before(layer, self._reduce, index, decode=self._decode)
-            if index in self._probes:
-                # after the reducing hook, so that rows and columns are those that the layer sees
-                self._before(layer, self._arm, index)
-                self._after(layer, self._disarm, index)
             if index in self._written or index == len(layers) - 1:
                 self._after(layer, self._spread_out)
 
@@ -389,15 +387,20 @@ class Handle:
         return run
 
     def _reduce(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        states = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
         run = self._run()
-        if run is not None:
-            if layer in self._starts:
-                states = self._start_stage(run, layer, cache, states)
-            if run.columns is not None:
-                return self._reduce_vision(run, run.columns, layer, states, args, kwargs)
-        return self._decode(layer, module, args, kwargs)
+        if run is None:
+            return self._decode(layer, module, args, kwargs)
+        states = args[0] if args else kwargs["hidden_states"]
+        self._disarm(run)
+        if layer in self._starts:
+            states = self._start_stage(run, layer, kwargs.get("past_key_values"), states)
+        if run.columns is None:
+            reduced = self._decode(layer, module, args, kwargs)
+        else:
+            reduced = self._reduce_vision(run, run.columns, layer, states, args, kwargs)
+        if layer in self._probes:  # now rows and columns are those that the layer sees
+            self._arm(run, layer, kwargs)
+        return reduced
 
     def _decode(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`_reduce` where no vision token passes."""
@@ -544,22 +547,22 @@ class Handle:
             mask = causal(seq, total, attention_implementation(self.model), device)
         return None if mask is None else reduce_mask(mask, keys, columns, 0 if held is None else held.offset)
 
-    def _arm(self, layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        run = self._run()
-        if run is None or run.queries is None or not self._falls(run.call, layer + 1):
+    def _arm(self, run: _Run, layer: int, kwargs: dict[str, Any]) -> None:
+        """Have the layer's attention read for the next one's ranking."""
+        if run.queries is None or not self._falls(run.call, layer + 1):
             return
         if run.scores is not None and not self.rerank:
             return
         rows, columns = (self._places(run, each) for each in (run.queries[0], run.call.layout.column))
-        self._probes[layer].arm(
-            TextRows(rows, columns, run.alive, filled(kwargs.get("past_key_values"), layer))
-        )
+        run.armed = self._probes[layer]
+        run.armed.arm(TextRows(rows, columns, run.alive, filled(kwargs.get("past_key_values"), layer)))
 
-    def _disarm(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
-        probe = self._probes.get(layer)
+    @staticmethod
+    def _disarm(run: _Run) -> None:
+        """Take over what the layer before was to read."""
+        probe, run.armed = run.armed, None
         request = None if probe is None else probe.disarm()
-        run = self._run()
-        if request is not None and run is not None:
+        if request is not None:
             run.attention = request.result
 
     def _spread_out(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -577,6 +580,7 @@ class Handle:
         run, self._local.run = self._run(), None
         self._local.masks = {}
         if run is not None:
+            self._disarm(run)  # an exception may have come before the next layer did
             self._local.trace = run.trace
 
     # --- how many
