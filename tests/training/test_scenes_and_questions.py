@@ -10,8 +10,19 @@ import pytest
 
 from training import assets, make_data
 from training.assets import Assets, load_assets
+from training.model import ARCHITECTURES
 from training.packed import LENGTH, encode_question
-from training.questions import FIRST_WEIGHTS, LATER_WEIGHTS, NUMBERS, TASKS, WORDS, Question, ask
+from training.questions import (
+    COARSE_WEIGHTS,
+    FIRST_WEIGHTS,
+    LAST_WEIGHTS,
+    LATER_WEIGHTS,
+    NUMBERS,
+    TASKS,
+    WORDS,
+    Question,
+    ask,
+)
 from training.scenes import CELL, PATCH, PATCH_LABELS, SIZE, Scene, draw_scene
 
 
@@ -95,11 +106,12 @@ def test_words_point_at_what_they_name(asked: list[tuple[Scene, Question]]) -> N
 
 
 def test_questions_fit_the_vocabulary_and_the_length(asked: list[tuple[Scene, Question]]) -> None:
-    assert set(FIRST_WEIGHTS) == set(LATER_WEIGHTS) == set(TASKS)
+    assert set(FIRST_WEIGHTS) == set(LATER_WEIGHTS) == set(LAST_WEIGHTS) == set(COARSE_WEIGHTS) == set(TASKS)
     for _, question in asked:
         assert {*question.text.split(), *question.answer.split()} <= set(WORDS)
-        prompt, answer = encode_question(question)
-        assert len(prompt) + len(answer) - 1 <= LENGTH
+        for architecture in ARCHITECTURES.values():
+            prompt, answer = encode_question(question, architecture.vocabulary)
+            assert len(prompt) + len(answer) - 1 <= LENGTH
 
 
 def test_splits_share_no_digit_writer_font_or_photograph() -> None:

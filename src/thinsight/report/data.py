@@ -104,7 +104,6 @@ class SearchInfo:
 
     method: str
     max_drop: float | None = None
-    budget: str = ""
     solver: str = ""
     ranker: str = ""
     seed: int | None = None
@@ -112,6 +111,7 @@ class SearchInfo:
     seconds: float | None = None
     calibration_full_score: float | None = None
     calibration_score: float | None = None
+    budget: str = ""
 
 
 @dataclass(frozen=True)
