@@ -28,6 +28,7 @@ from thinsight import Schedule, apply
 
 PREFILL_LIMIT, TOKEN_LIMIT = 0.02, 20e-6  # share of prefill; seconds per layer and decoded token
 NARROW = Shape(hidden=64, side=8)
+WARM_UP = 2
 
 
 def keep_all(layers: int, tokens: int) -> Schedule:
@@ -49,55 +50,61 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def paired(model: LlavaForConditionalGeneration, work: Callable[[], Any], runs: int) -> tuple[float, float]:
-    """Median time of the stock model, and median of (under keep-all) - (stock), over alternating runs."""
-    config = model.config
-    schedule = keep_all(config.text_config.num_hidden_layers, config.image_seq_length)
-    stock, difference = [], []
-    for run in range(runs + 1):
-        before = seconds(work) if run % 2 else 0.0  # who goes first takes turns
+def measured(
+    model: LlavaForConditionalGeneration, stock: Callable[[], Any], hooked: Callable[[], Any], pairs: int
+) -> tuple[float, float]:
+    """Median time of `stock`, and median of (`hooked` under keep-all) - `stock`, over pairs in which each
+    goes first in turn. Putting the reduction on and off is not timed."""
+    schedule = keep_all(model.config.text_config.num_hidden_layers, model.config.image_seq_length)
+    base, extra = [], []
+    for number in range(pairs + WARM_UP):
+        before = seconds(stock) if number % 2 else 0.0
         with apply(model, schedule):
-            hooked = seconds(work)
-        before = before or seconds(work)
-        if run:  # the first pair warms up
-            stock.append(before)
-            difference.append(hooked - before)
-    return median(stock), median(difference)
+            after = seconds(hooked)
+        before = before or seconds(stock)
+        if number >= WARM_UP:
+            base.append(before)
+            extra.append(after - before)
+    return median(base), median(extra)
 
 
-def prefill_overhead(shape: Shape, runs: int) -> dict[str, float]:
+def prefill_overhead(shape: Shape, pairs: int) -> dict[str, float]:
     """Prefill of one prompt, pixels to first logits."""
     model, inputs = build(shape, torch.float32, "cpu"), prompt(shape, 1)
-    stock, extra = paired(model, lambda: model(**inputs, logits_to_keep=1), runs)
+
+    def work() -> Any:
+        return model(**inputs, logits_to_keep=1)
+
+    stock, extra = measured(model, work, work, pairs)
     return {"stock_ms": 1e3 * stock, "extra_ms": 1e3 * extra, "share": extra / stock}
 
 
-def decode_overhead(shape: Shape, runs: int, tokens: int) -> dict[str, float]:
-    """Decoding with a dynamic cache, per layer and token: the difference between two answer lengths."""
+@torch.inference_mode()
+def decode_overhead(shape: Shape, pairs: int) -> dict[str, float]:
+    """One more token behind a prompt, each side on a dynamic cache of its own."""
     torch.set_num_threads(1)  # threads for operations this small only add noise
     model, inputs = build(shape, torch.float32, "cpu"), prompt(shape, 1)
-
-    def answer(length: int) -> Callable[[], Any]:
-        options = {"do_sample": False, "min_new_tokens": length, "max_new_tokens": length}
-        return lambda: model.generate(**inputs, **options)
-
-    short, extra_short = paired(model, answer(1), runs)
-    long, extra_long = paired(model, answer(1 + tokens), runs)
-    steps = tokens * shape.layers
-    return {
-        "stock_us": 1e6 * (long - short) / steps,
-        "extra_us": 1e6 * (extra_long - extra_short) / steps,
-    }
+    layers, token = shape.layers, inputs["input_ids"][:, -1:]
+    plain = model(**inputs, use_cache=True).past_key_values
+    with apply(model, keep_all(layers, shape.vision_tokens)):
+        ours = model(**inputs, use_cache=True).past_key_values
+    stock, extra = measured(
+        model,
+        lambda: model(input_ids=token, past_key_values=plain, use_cache=True),
+        lambda: model(input_ids=token, past_key_values=ours, use_cache=True),
+        pairs,
+    )
+    return {"stock_us": 1e6 * stock / layers, "extra_us": 1e6 * extra / layers}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=40)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=30, help="of prefills")
+    parser.add_argument("--tokens", type=int, default=600, help="pairs of decoded tokens")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overhead.json"))
     arguments = parser.parse_args()
-    prefill = prefill_overhead(Shape(), arguments.runs)
-    decode = decode_overhead(NARROW, arguments.runs, arguments.tokens)
+    prefill = prefill_overhead(Shape(), arguments.pairs)
+    decode = decode_overhead(NARROW, arguments.tokens)
     table = Table(title="Hooks of a keep-all reduction")
     for column in ("", "stock", "extra", "limit"):
         table.add_column(column)

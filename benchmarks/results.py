@@ -25,7 +25,7 @@ from thinsight.report.comparison import OURS, Comparison, MethodAtBudget, markdo
 MODELS = ("demo", "demo-internvl")
 STEPS = {"demo": 32, "demo-internvl": 8}  # of G-Search's counts: an eighth of the tokens
 PAGE = Path(__file__).parent / "results"
-SEEDS, N_TRIALS = 3, 12
+SEEDS, N_TRIALS = 3, 20
 TRANSFER_BUDGET = 0.25
 ABOUT = f"""Searches choose on the calibration set (384 questions), {N_TRIALS} evaluations each, seeds
 0 to {SEEDS - 1}; scores are on the test set (1,152 questions), which has no part in choosing. Intervals:
