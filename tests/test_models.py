@@ -59,13 +59,15 @@ def test_the_list_says_what_the_suite_says() -> None:
 
 
 def test_the_command_prints_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "240")
+    monkeypatch.setenv("COLUMNS", "80")
     result = CliRunner().invoke(app, ["models"], catch_exceptions=False)
     assert result.exit_code == 0
     for model in ts.models():
+        first = re.escape(model.name.split()[0])  # a long name goes on in the next line
         assert re.search(
-            rf"{re.escape(model.name)} .*{model.model_class} .*{model.model_type} ", result.stdout
+            rf"^ *{first}.* {model.model_class} +{', '.join(model.modalities)}", result.stdout, re.M
         )
+        assert not model.notes or f"{model.name}: {model.notes}" in result.stdout
 
 
 def test_the_page_lists_exactly_the_families_and_behaviours_of_the_suite() -> None:

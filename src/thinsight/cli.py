@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -496,12 +497,15 @@ def list_models() -> None:
     """List the families of models that run under a reduction."""
     from .supported import models
 
-    columns = ("model", "transformers class", "model_type", "takes", "notes")
-    table = Table(*columns, title="Models that run under a reduction", title_justify="left")
+    table = Table(
+        title="Models that run under a reduction", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
+    )
+    for column in ("model", "transformers class", "takes"):
+        table.add_column(column, no_wrap=column != "model")
     for each in models():
-        row = (each.name, each.model_class, each.model_type, ", ".join(each.modalities), each.notes)
-        table.add_row(*map(Text, row))
+        table.add_row(*map(Text, (each.name, each.model_class, ", ".join(each.modalities))))
     Console().print(table)
+    _print(*(f"{each.name}: {each.notes}" for each in models() if each.notes))
 
 
 # -- helpers ---------------------------------------------------------------------------------------------

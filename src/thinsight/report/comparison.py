@@ -209,23 +209,26 @@ def draw(comparison: Comparison, path: Path, most: int = 8) -> None:
     done = [run for run in comparison.runs if not run.refused]
     means = {m: np.mean([r.score for r in done if r.method == m]) for m in {r.method for r in done}}
     shown = sorted(means, key=lambda m: (m != OURS, -means[m]))[:most]
+    unit, name = (1e12, "TFLOPs") if comparison.full_flops >= 1e12 else (1e9, "GFLOPs")
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for place, method in enumerate(shown):
         runs = [run for run in done if run.method == method]
         budgets = sorted({run.budget for run in runs})
         at = [[run for run in runs if run.budget == budget] for budget in budgets]
-        flops = [float(np.mean([run.flops for run in each])) / 1e9 for each in at]
+        flops = [float(np.mean([run.flops for run in each])) / unit for each in at]
         scores = [100 * float(np.mean([run.score for run in each])) for each in at]
         bold = method == OURS
         axes.plot(
             flops, scores, marker="osD^v<>P"[place % 8], linewidth=2.4 if bold else 1.2, markersize=5,
             label=runs[0].title, zorder=3 if bold else 2,
         )  # fmt: skip
-    axes.axhline(100 * comparison.full_score, color="0.5", linewidth=1, linestyle="--", label="full model")
-    axes.set_xlabel("decoder GFLOPs of a prefill")
+    axes.axhline(100 * comparison.full_score, color="0.6", linewidth=1, linestyle="--", zorder=1)
+    full = comparison.full_flops / unit, 100 * comparison.full_score
+    axes.plot(*full, marker="*", color="0.3", markersize=9, linestyle="", label="full model")
+    axes.set_xlabel(f"decoder {name} of a prefill")
+    axes.set_xlim(left=0)
     axes.set_ylabel("score on the test set (%)")
-    axes.set_xscale("log")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=200)
