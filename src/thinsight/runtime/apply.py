@@ -219,6 +219,12 @@ def _new_tokens(module: nn.Module, args: tuple[Any, ...], last: Any) -> int:
     return 1 if given is None else given.shape[1]
 
 
+class _Local(threading.local):
+    """What a handle knows of this thread's pass."""
+
+    run: _Run | None = None
+
+
 class Handle:
     """A reduction that is on a model. `remove()`, or leaving the `with` block, restores the model exactly."""
 
@@ -228,7 +234,7 @@ class Handle:
         self.ranker = ranker
         self.per = per
         self.rerank = rerank
-        self._local = threading.local()  # .run, .masks, .said, .candidates, .trace: of this thread
+        self._local = _Local()  # .run, .masks, .said, .candidates, .trace: of this thread
         self._counts: dict[int, tuple[int, ...]] = {}
         self._hooks: list[Any] = []
         self._probes: dict[int, Probe] = {}
@@ -383,7 +389,7 @@ class Handle:
 
     def _run(self) -> _Run | None:
         """This thread's pass; None where no vision token passes, as in decoding."""
-        run: _Run | None = getattr(self._local, "run", None)
+        run: _Run | None = self._local.run
         return run
 
     def _reduce(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
