@@ -30,7 +30,7 @@ bench: .venv/ready
 overhead: .venv/ready
 	$(BIN)/python -m benchmarks.overhead
 
-# Every method at equal cost on the embedded models, two hours or so on two cores: benchmarks/results/README.md.
+# Every method at equal cost on the embedded models, for hours on two cores: benchmarks/results/README.md.
 results: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo & \
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo-internvl; wait
