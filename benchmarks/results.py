@@ -25,12 +25,15 @@ from thinsight.report.comparison import OURS, Comparison, MethodAtBudget, markdo
 MODELS = ("demo", "demo-internvl")
 STEPS = {"demo": 32, "demo-internvl": 8}  # of G-Search's counts: an eighth of the tokens
 PAGE = Path(__file__).parent / "results"
-SEEDS, N_TRIALS = 3, 20
+SEEDS, N_TRIALS = 3, 16
 TRANSFER_BUDGET = 0.25
 ABOUT = f"""Searches choose on the calibration set (384 questions), {N_TRIALS} evaluations each, seeds
 0 to {SEEDS - 1}; scores are on the test set (1,152 questions), which has no part in choosing. Intervals:
 95 % paired bootstrap by image, seeds averaged per question. Every method spends the same mean keep rate,
-within one token per layer and never more; methods that drop before layer 0 have the whole of it from there
+within one token per layer and never more. The sensitivity and the random search also choose the ranker, from
+the same four (text attention of the instruction or of the last token; `staged`: vision attention or CDPruner
+before layer 0, text attention behind it). P-Sigmoid ranks by text attention, as in the paper, and by `staged`
+where layer 0 alone would spend the budget. Methods that drop before layer 0 have the whole of it from there
 on. Methods whose layers are numbered for 32 are scaled to the depth where they cannot reach a budget
 otherwise. Some cannot reach one at all: with the first layers full there is nothing left.
 
@@ -92,13 +95,13 @@ class Bench:
         )
 
 
-def comparison_of(name: str, out: Path) -> Comparison:
-    """All methods at all budgets on one model; continues what is there."""
+def comparison_of(name: str, out: Path, budgets: Sequence[float] = BUDGETS) -> Comparison:
+    """All methods at these budgets on one model; continues what is there."""
     options = CompareOptions(
         model=ModelOptions(name),
         seeds=tuple(range(SEEDS)),
         n_trials=N_TRIALS,
-        budgets=BUDGETS,
+        budgets=tuple(budgets),
         out=out / name,
         resume=True,
     )
@@ -243,7 +246,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/results"))
     parser.add_argument("--only", choices=MODELS, help="run this model's comparison and write no page")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", help="of --only: a part of them, to run beside others"
+    )
     arguments = parser.parse_args()
+    if arguments.only and arguments.budgets:
+        comparison_of(arguments.only, arguments.out, arguments.budgets)
+        return
     if arguments.only:
         comparison_of(arguments.only, arguments.out)
         Bench(arguments.only, arguments.out).gsearch()

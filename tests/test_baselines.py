@@ -41,10 +41,11 @@ def one_more_everywhere(schedule: Schedule, n: int) -> Schedule:
 
 
 def assert_meets(budget: Budget, reduction: Reduction) -> None:
-    schedule = reduction.schedule
-    assert budget.spent(schedule) <= budget.limit * (1 + 1e-9)
-    more = one_more_everywhere(schedule, budget.n_vision)
-    assert more == schedule or budget.spent(more) > budget.limit
+    for schedule in reduction.adaptive.schedules if reduction.adaptive else [reduction.schedule]:
+        assert budget.spent(schedule) <= budget.limit * (1 + 1e-9)
+        more = one_more_everywhere(schedule, budget.n_vision)
+        assert more == schedule or budget.spent(more) > budget.limit
+    assert reduction.average(budget.spent) <= budget.limit * (1 + 1e-9)
 
 
 def statistics_of(layers: int, tokens: int = 80, seed: int = 0) -> np.ndarray:
@@ -65,6 +66,7 @@ def least_rate(name: str, layers: int, scale_layers: bool) -> float:
         "sparsevlm": scaled(2) if scale_layers else 2,
         "pyramiddrop": layers // 4,
         "fitprune": 1,
+        "autoprune": 1,
     }
     return full.get(name, 0) / layers
 
@@ -216,6 +218,27 @@ def test_pyramiddrop_is_a_staircase_with_the_papers_mean() -> None:
     schedule = baselines.pyramiddrop(32).schedule
     assert schedule.keep_rates == (1.0,) * 8 + (0.5,) * 8 + (0.25,) * 8 + (0.125,) * 8
     assert schedule.mean_keep_rate == pytest.approx(0.469, abs=5e-4)  # the paper's table 1
+
+
+@pytest.mark.parametrize("layers", [32, 12])
+def test_autoprune_gives_each_prompt_the_published_curve(layers: int) -> None:
+    """The public code's rule, for some values of the mutual information."""
+    budget, n = KeepBudget(layers, 5760, 0.25), 5760
+    family = baselines.autoprune(budget=budget).adaptive
+    assert family.layer == 2
+    for summed in (-0.1, 0.0, 0.3, 1.0, 1.7, 2.5):  # bits over 32 heads
+        schedule = family.schedules[family.level(summed / 32)]
+        slope = round(min(0.4, max(0.4 - 0.2 * summed, 0)) / 0.05) * 0.05
+        curve = [
+            0.75 / (1 + math.exp(slope * (32 * i / layers - 14.9 - slope))) for i in range(1, layers - 1)
+        ]
+        head = [1.0, 2.5 * 0.25]
+        low, high = 0.0, 20.0
+        for _ in range(100):
+            scale = (low + high) / 2
+            rates = head + [min(head[1], scale * rate) for rate in curve]
+            low, high = (scale, high) if sum(rates) < 0.25 * layers else (low, scale)
+        assert schedule.counts(n) == pytest.approx([rate * n for rate in rates], abs=3)
 
 
 def test_random_and_uniform_keep_the_schedule() -> None:

@@ -13,6 +13,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from . import cost
+    from .adaptive import Adaptive
     from .errors import ThinsightError
     from .evaluation import (
         Evaluation,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .reduction import Reduction
     from .runtime import Handle, apply, encode_images
     from .schedule import Schedule
+    from .search.adaptive import adaptive_search
     from .search.frontier import Frontier, frontier
     from .search.gsearch import gsearch
     from .search.psigmoid import psigmoid
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from .supported import SupportedModel, models
 
 _HOMES = {
+    "Adaptive": "adaptive",
     "Evaluation": "evaluation",
     "Evaluator": "evaluation",
     "Example": "evaluation",
@@ -49,6 +52,7 @@ _HOMES = {
     "SearchResult": "search",
     "SupportedModel": "supported",
     "ThinsightError": "errors",
+    "adaptive_search": "search",
     "apply": "runtime",
     "encode_images": "runtime",
     "frontier": "search",
@@ -68,6 +72,7 @@ _HOMES = {
 _MODULES = ("cost", "search")  # `thinsight.search` is a package that can be called like a function
 
 __all__ = [
+    "Adaptive",
     "Evaluation",
     "Evaluator",
     "Example",
@@ -81,6 +86,7 @@ __all__ = [
     "SupportedModel",
     "ThinsightError",
     "__version__",
+    "adaptive_search",
     "apply",
     "cost",
     "encode_images",

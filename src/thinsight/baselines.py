@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .adaptive import Adaptive
 from .budget import Budget, fill, fit, fit_rate
 from .errors import ThinsightError
 from .reduction import Reduction
@@ -51,6 +52,8 @@ RankerSpec = str | Mapping[str, Any]
 
 _PAPER_DEPTH = 32  # layers of the decoders for which the papers chose theirs
 _SPARSEVLM = {2: 300 / 576, 6: 200 / 576, 15: 110 / 576}  # its setting of 192 tokens on average
+_SLOPES = 8  # steps between AutoPrune's steepest curve and its flattest
+_HALVINGS = 60  # down to float64's resolution
 
 
 def fastv(
@@ -222,6 +225,44 @@ def dart(*, budget: Budget, layer: int = 2, scale_layers: bool = False) -> Reduc
     return Reduction(Schedule.step(budget.num_layers, layer, rate), "dart")
 
 
+def autoprune(
+    *, budget: Budget, x0: float = 14.9, k0: float = 0.4, gamma: float = 0.2, initial: float = 2.5
+) -> Reduction:
+    """AutoPrune (Wang et al., NeurIPS 2025, arXiv 2509.23931): a logistic whose slope each prompt sets.
+
+    Its constants: after layer 0 ``initial`` times the mean keep rate; then, after each layer i of 32, rates
+    in proportion to ``1 / (1 + exp(k (i - x0 - k)))``, scaled until every prompt spends the budget, with
+    ``k = max(k0 - gamma x I, 0)`` and I the mutual information of text and vision tokens in layer 1's
+    attention, summed over 32 heads. Layers are scaled to the model's depth and I to 32 heads. Ranked by text
+    attention.
+
+    Departures: k in steps of 0.05, so that there are nine schedules; the first selection is by text attention
+    too, where the paper adds the vision tower's; dropped tokens are not clustered into new ones. All prompts
+    cost the same, so ``shares`` of the schedules are given as alike.
+    """
+    depth = budget.num_layers
+    layer = min(2, depth - 1)
+    slopes = [k0 * step / _SLOPES for step in range(_SLOPES, -1, -1)]
+    edges = [(k0 - (one + two) / 2) / (gamma * _PAPER_DEPTH) for one, two in itertools.pairwise(slopes)]
+
+    def made(k: float) -> Schedule:
+        place = [(i - 1) * _PAPER_DEPTH / depth for i in range(layer, depth)]
+        curve = [1 / (1 + math.exp(k * (x - x0 - k))) for x in place]
+        start = fit(budget, lambda rate: _scaled_curve(rate, initial, curve, layer), 0.0, 1.0, "AutoPrune")
+        return fill(budget, start, layer)
+
+    schedules = tuple(made(k) for k in slopes)
+    # the first selection has to be one for all: the budget decides it, not the slope
+    shared = min(schedule.keep_rates[:layer] for schedule in schedules)
+    schedules = tuple(
+        fill(budget, Schedule([*shared, *(min(rate, shared[-1]) for rate in each.keep_rates[layer:])]), layer)
+        for each in schedules
+    )
+    share = 1 / len(schedules)
+    family = Adaptive("mutual-information", layer, tuple(edges), schedules, (share,) * len(schedules))
+    return Reduction(family.mean(), "text-attention", adaptive=family)
+
+
 def random(schedule: Schedule | None = None, *, budget: Budget | None = None, seed: int = 0) -> Reduction:
     """Random dropping: the floor any ranker has to beat.
 
@@ -313,6 +354,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("divprune", "DivPrune", "Alvar et al., CVPR 2025", "2503.02175", divprune),
         Baseline("cdpruner", "CDPruner", "Zhang et al., NeurIPS 2025", "2506.10967", cdpruner),
         Baseline("dart", "DART", "Wen et al., 2025", "2502.11494", dart, has_layers=True),
+        Baseline("autoprune", "AutoPrune", "Wang et al., NeurIPS 2025", "2509.23931", autoprune),
         Baseline("random", "Random", "", "", random),
         Baseline("uniform", "Uniform", "", "", uniform),
         Baseline("downsample", "Downsampling", "", "", downsample),
@@ -330,6 +372,21 @@ def get_baseline(name: str) -> Baseline:
         return BASELINES[name]
     except (KeyError, TypeError):
         raise ThinsightError(f"baseline is {name!r}; choose one of {', '.join(BASELINES)}") from None
+
+
+def _scaled_curve(mean: float, initial: float, curve: Sequence[float], layer: int) -> Schedule:
+    """AutoPrune's rates with this mean: all at layer 0, ``initial`` means up to ``layer``, then the curve."""
+    head = [1.0, *[min(1.0, initial * mean)] * (layer - 1)]
+    left = mean * (len(head) + len(curve)) - sum(head)
+
+    def tail(scale: float) -> list[float]:
+        return [min(head[-1], scale * rate) for rate in curve]
+
+    low, high = 0.0, head[-1] / min(curve)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(tail(middle)) <= left else (low, middle)
+    return Schedule([*head, *tail(low)])
 
 
 def _layers(num_layers: int | None, budget: Budget | None) -> int:

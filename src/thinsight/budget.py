@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Protocol
 
@@ -64,6 +64,9 @@ class Budget(Protocol):
     def holds(self, schedule: Schedule) -> bool:
         """Whether a schedule costs no more than the limit."""
 
+    def limited(self, limit: float) -> Budget:
+        """The same kind of budget on the same prompt with another limit."""
+
     def to_dict(self) -> dict[str, Any]:
         """What a result keeps of it, as JSON values."""
 
@@ -109,6 +112,10 @@ class KeepBudget(_Limited):
         """Mean share of the N tokens that enter a layer, after rounding to whole tokens."""
         counts = schedule.counts(self.n_vision)
         return sum(counts) / (len(counts) * self.n_vision) if self.n_vision else 0.0
+
+    def limited(self, limit: float) -> KeepBudget:
+        """Another mean keep rate; above 1 it is 1."""
+        return replace(self, rate=min(1.0, limit))
 
     def to_dict(self) -> dict[str, Any]:
         return {"unit": "keep", "limit": self.limit, "n_vision": self.n_vision}
@@ -159,6 +166,10 @@ class FlopsBudget(_Limited):
     def spent(self, schedule: Schedule) -> float:
         """Decoder FLOPs of ``schedule`` on this prompt."""
         return self.shape.prefill_flops(self.n_vision, self.n_text, schedule)
+
+    def limited(self, limit: float) -> FlopsBudget:
+        """Other FLOPs."""
+        return replace(self, flops=limit)
 
     def to_dict(self) -> dict[str, Any]:
         return {"unit": "flops", "limit": self.flops, "n_vision": self.n_vision, "n_text": self.n_text}
@@ -230,6 +241,10 @@ class TimeBudget(_Limited):
         """Predicted milliseconds of a prefill under ``schedule``."""
         tokens = cost.layer_tokens(self.num_layers, self.n_vision, self.n_text, schedule)
         return 1e3 * self.latency.prefill(tokens)
+
+    def limited(self, limit: float) -> TimeBudget:
+        """Other milliseconds."""
+        return replace(self, milliseconds=limit)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .adaptive import Adaptive
 from .schedule import Schedule
 
 __all__ = ["is_model_card", "model_card"]
@@ -24,6 +25,7 @@ def model_card(
     base_model: str | None,
     search: Mapping[str, Any] | None,
     measured: Mapping[str, Any] | None,
+    adaptive: Adaptive | None = None,
 ) -> str:
     """The README.md of a reduction."""
     parts = [
@@ -32,6 +34,7 @@ def model_card(
         "Found or made with thinsight: how many of a prompt's vision tokens enter each decoder layer, "
         "and which ones. The model's weights are unchanged; its prefill is what gets cheaper.",
         _schedule_section(schedule),
+        *(_adaptive_section(adaptive) if adaptive else ()),
         f"## Which tokens are kept\n\nRanker {_value(dict(ranker))}.",
     ]
     if search:
@@ -66,6 +69,21 @@ def _schedule_section(schedule: Schedule) -> str:
         + "\n".join(rows)
         + "\n```"
     )
+
+
+def _adaptive_section(adaptive: Adaptive) -> list[str]:
+    """How the prompts differ, under the schedule that they get on average."""
+    spans = [f"below {adaptive.edges[0]:.4g}"] if adaptive.edges else ["any"]
+    spans += [f"from {edge:.4g}" for edge in adaptive.edges]
+    rows = [
+        f"| {span} | {share:.1%} | {schedule.mean_keep_rate:.2%} |"
+        for span, share, schedule in zip(spans, adaptive.shares, adaptive.schedules, strict=True)
+    ]
+    return [
+        f"That is the mean: from layer {adaptive.layer} on, each prompt goes by the {adaptive.statistic} of "
+        f"its text's attention in layer {adaptive.layer - 1}.",
+        "\n".join([f"| {adaptive.statistic} | prompts | mean keep rate |", "|---|---|---|", *rows]),
+    ]
 
 
 def _table(heading: str, values: Mapping[str, Any]) -> str:

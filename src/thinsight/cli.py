@@ -180,7 +180,9 @@ def search(
     ] = "keep",
     method: Annotated[
         str | None,
-        typer.Option("--method", help="gsearch; for a budget sensitivity (the default), psigmoid or random."),
+        typer.Option(
+            "--method", help="gsearch; for a budget sensitivity (the default), adaptive, psigmoid or random."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for the reduction and the report.")] = Path(
         _DEFAULT_OUT
@@ -191,7 +193,7 @@ def search(
         typer.Option(
             "--ranker",
             help="text-attention, vision-attention, random ...; settings as name:key=value,... "
-            "auto: chosen by the sensitivity search.",
+            "auto: chosen by the search.",
         ),
     ] = "text-attention",
     solver: Annotated[str, typer.Option("--solver", help="bisect, or bayes (the paper's).")] = "bisect",

@@ -11,11 +11,12 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .adaptive import Adaptive
 from .card import is_model_card, model_card
 from .errors import ThinsightError
 from .schedule import Schedule
@@ -37,6 +38,7 @@ _KEYS = (
     "search",
     "measured",
 )
+_OPTIONAL_KEY = "adaptive"  # written only where there is one
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -53,6 +55,8 @@ class Reduction:
         search: how it was found (method, tolerance, seed, evaluations ...), JSON values; None if not
             searched.
         measured: what it was measured to do (scores, ratios, device ...), JSON values; None if not measured.
+        adaptive: schedules among which each prompt gets its own; ``schedule`` is then their mean
+            (``adaptive.mean()``), for figures and costs.
 
     A reduction is not changed after it is made: ``dataclasses.replace(reduction, measured={...})`` makes a
     new one.
@@ -67,6 +71,7 @@ class Reduction:
     model_type: str | None
     search: dict[str, Any] | None
     measured: dict[str, Any] | None
+    adaptive: Adaptive | None
 
     def __init__(
         self,
@@ -77,9 +82,15 @@ class Reduction:
         model_type: str | None = None,
         search: Mapping[str, Any] | None = None,
         measured: Mapping[str, Any] | None = None,
+        adaptive: Adaptive | None = None,
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise ThinsightError(f"schedule is {schedule!r}; pass a thinsight.Schedule")
+        if adaptive is not None and adaptive.num_layers != schedule.num_layers:
+            raise ThinsightError(
+                f"adaptive has {adaptive.num_layers} layers but the schedule {schedule.num_layers}; "
+                "pass adaptive.mean() as the schedule"
+            )
         name = base_model_name_or_path
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "ranker", _ranker_dict(ranker))
@@ -87,6 +98,11 @@ class Reduction:
         object.__setattr__(self, "model_type", _text(model_type, "model_type"))
         object.__setattr__(self, "search", _mapping(search, "search"))
         object.__setattr__(self, "measured", _mapping(measured, "measured"))
+        object.__setattr__(self, "adaptive", adaptive)
+
+    def average(self, of: Callable[[Schedule], float]) -> float:
+        """A function of a prompt's schedule, such as its cost, for the average prompt."""
+        return of(self.schedule) if self.adaptive is None else self.adaptive.average(of)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write ``reduction_config.json`` and a model card into a folder, making it where needed.
@@ -186,6 +202,8 @@ class Reduction:
             "search": self.search,
             "measured": self.measured,
         }
+        if self.adaptive is not None:
+            config[_OPTIONAL_KEY] = self.adaptive.to_dict()
         try:
             return json.dumps(config, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         except (TypeError, ValueError) as error:
@@ -201,6 +219,7 @@ class Reduction:
             base_model=self.base_model_name_or_path,
             search=self.search,
             measured=self.measured,
+            adaptive=self.adaptive,
         )
 
 
@@ -228,6 +247,7 @@ def _read(path: Path) -> Reduction:
             model_type=config["model_type"],
             search=config["search"],
             measured=config["measured"],
+            adaptive=Adaptive.from_dict(config[_OPTIONAL_KEY]) if _OPTIONAL_KEY in config else None,
         )
     except ThinsightError as error:
         raise ThinsightError(f"{path}: {error}") from None
@@ -263,7 +283,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_keys(path: Path, config: dict[str, Any]) -> None:
-    unknown = sorted(config.keys() - set(_KEYS))
+    unknown = sorted(config.keys() - {*_KEYS, _OPTIONAL_KEY})
     if unknown:
         raise ThinsightError(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
     missing = [key for key in _KEYS if key not in config]

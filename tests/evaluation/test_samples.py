@@ -9,8 +9,10 @@ import pytest
 import torch
 from tiny import tiny_images, tiny_llava, tiny_processor
 
+from thinsight.adaptive import Adaptive
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator, Example
+from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.schedule import Schedule
 
@@ -112,3 +114,28 @@ def test_another_ranker_shares_what_was_computed(evaluator: Evaluator) -> None:
     assert other(early).score == evaluator(other.reduction(early)).score
     with pytest.raises(ThinsightError):
         evaluator(early)
+
+
+def test_statistics_are_of_each_example_in_order(model: Any, evaluator: Evaluator) -> None:
+    family = Adaptive("concentration", 2, (), (STAIRS,), (1.0,))
+    reduction = Reduction(STAIRS, adaptive=family)
+    values = evaluator.statistics(reduction)
+    assert values.shape == (22,)
+    one = Evaluator(model, tiny_processor(), evaluator.examples[:3], max_new_tokens=NEW_TOKENS, batch_size=1)
+    np.testing.assert_allclose(one.statistics(reduction), values[:3], atol=1e-5)
+    assert evaluator(reduction).cost == 0  # the same pass gave the answers
+    assert evaluator(reduction).score == evaluator(STAIRS).score
+    with pytest.raises(ThinsightError, match="the reduction is not adaptive"):
+        evaluator.statistics(Reduction(STAIRS))
+
+
+def test_an_adaptive_reduction_scores_each_prompt_under_its_own_schedule(evaluator: Evaluator) -> None:
+    many, few = Schedule([1, 1, 0.9, 0.8]), Schedule([1, 1, 0.3, 0.1])
+    values = evaluator.statistics(
+        Reduction(STAIRS, adaptive=Adaptive("concentration", 2, (), (STAIRS,), (1.0,)))
+    )
+    edge = float(np.median(values))
+    family = Adaptive("concentration", 2, (edge,), (many, few), (0.5, 0.5))
+    found = evaluator(Reduction(family.mean(), adaptive=family))
+    wanted = np.where(values < edge, evaluator(many).per_example, evaluator(few).per_example)
+    np.testing.assert_array_equal(found.per_example, wanted)

@@ -210,6 +210,25 @@ class Evaluator:
         chosen = sorted(self._spread[:count])
         return self._evaluate(self._bind(schedule), floor=None, batches=[self._batches[i] for i in chosen])
 
+    def statistics(self, reduction: Reduction) -> NDArray[np.float64]:
+        """Each prompt's statistic under an adaptive reduction, (examples,) float64, in their order.
+
+        Raises:
+            ThinsightError: the reduction is not adaptive, or as for a call.
+        """
+        if reduction.adaptive is None:
+            raise ThinsightError("the reduction is not adaptive: it has no statistic of a prompt")
+        values = np.full(len(self.examples), np.nan)
+        known = self._memo.setdefault(self._key(self._bind(reduction)), {})
+        batches = self._batches  # the full model's answers come first
+        with apply(self.model, reduction) as handle:
+            for batch in batches:
+                answers = self._decode(batch, handle, reduction.ranker, self._whole(batch))
+                known.update(zip(batch, answers, strict=True))
+                values[batch] = handle.statistic()
+                self._report("statistics", int(np.isfinite(values).sum()))
+        return values
+
     def with_ranker(self, ranker: Any) -> Evaluator:
         """This evaluator with another ranker for bare schedules; what was computed is shared.
 
@@ -325,7 +344,8 @@ class Evaluator:
         run = np.flatnonzero(~np.isnan(scores))
         self._note_failures(scores, run)
         complete = batches is not None or len(run) == len(scores)
-        spent = self._flops([index for index in run.tolist() if index not in known], reduction.schedule)
+        fresh = [index for index in run.tolist() if index not in known]
+        spent = reduction.average(lambda schedule: self._flops(fresh, schedule))
         return Evaluation(
             score=float(np.mean(scores[run])) if complete else self._upper_bound(scores),
             per_example=scores,
@@ -348,7 +368,7 @@ class Evaluator:
         with ExitStack() as stack:
             handle: Handle | None = None
             for batch in batches:
-                wanted = [whole or self._metrics[index].name != "agreement" for index in batch]
+                wanted = [whole or want for want in self._whole(batch)]
                 if not all(self._settled(known.get(i), want) for i, want in zip(batch, wanted, strict=True)):
                     handle = handle or stack.enter_context(apply(self.model, reduction))
                     known.update(
@@ -357,6 +377,10 @@ class Evaluator:
                 done += len(batch)
                 self._report("reduced model", done)
                 yield batch, [known[index] for index in batch]
+
+    def _whole(self, batch: Sequence[int]) -> list[bool]:
+        """Whether an example's metric reads the whole answer."""
+        return [self._metrics[index].name != "agreement" for index in batch]
 
     @staticmethod
     def _settled(answer: GreedyAnswer | None, whole: bool) -> bool:
@@ -386,6 +410,8 @@ class Evaluator:
         """Reductions with one key keep the same tokens of every prompt here."""
         schedule = reduction.schedule
         ranker = json.dumps(reduction.ranker, sort_keys=True, default=repr)
+        if reduction.adaptive is not None:
+            return ranker, reduction.adaptive
         if any(len(example.images) > 1 for example in self.examples):  # counts may be per image
             return ranker, schedule.keep_rates
         return ranker, *(schedule.counts(n) for n in sorted({prompt.n_vision for prompt in self._prompts}))
@@ -493,7 +519,8 @@ def _hash_json(digest: Any, value: Any) -> None:
 
 
 def _hash_model(digest: Any, model: Any) -> None:
-    _hash_json(digest, [type(model).__name__, model.config.to_dict(), str(model.dtype)])
+    config = {**model.config.to_dict(), "_name_or_path": None}  # a model may move
+    _hash_json(digest, [type(model).__name__, config, str(model.dtype)])
     for name, tensor in model.state_dict().items():
         flat = tensor.reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)].float().cpu().numpy()

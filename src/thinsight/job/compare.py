@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median_low
 from typing import Any
 
+from ..adaptive import Adaptive
 from ..baselines import BASELINES
 from ..budget import Budget, LatencyModel, TimeBudget, check_budget_value, make_budget
 from ..errors import ThinsightError
@@ -21,7 +22,7 @@ from ..reduction import Reduction
 from ..report.comparison import Comparison, Run, draw, markdown, to_csv
 from ..schedule import Schedule
 from ..search.result import SearchResult
-from ..search.search import METHODS, budget_of
+from ..search.search import CHOOSE_RANKER, METHODS, budget_of
 from .pipeline import AUTO_RANKERS, TITLES
 from .results import MedianPrompt
 from .run_folder import RunFolder
@@ -33,7 +34,7 @@ __all__ = ["CompareOptions", "CompareOutcome", "compare", "method_names"]
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 STATISTICS_EXAMPLES = 64
-_SEARCHES = ("sensitivity", "psigmoid", "random")
+_SEARCHES = ("sensitivity", "adaptive", "psigmoid", "random")
 SEARCH_PREFIX = "search-"  # "random" is a baseline and a search
 
 
@@ -112,6 +113,18 @@ class _Found:
     seconds: float
     score: float | None
     refused: str = ""
+    adaptive: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, reduction: Reduction, evaluations: float, seconds: float, score: float | None) -> _Found:
+        family = None if reduction.adaptive is None else reduction.adaptive.to_dict()
+        rates, ranker = reduction.schedule.keep_rates, dict(reduction.ranker)
+        return cls(rates, ranker, evaluations, seconds, score, adaptive=family)
+
+    @property
+    def reduction(self) -> Reduction:
+        family = None if self.adaptive is None else Adaptive.from_dict(self.adaptive)
+        return Reduction(Schedule(self.keep_rates), self.ranker, adaptive=family)
 
 
 @dataclass(frozen=True)
@@ -239,7 +252,7 @@ class _Comparing:
         if found.refused:
             empty: tuple[float, ...] = ()
             return Run(value, method, title, seed, empty, {}, 0, 0, 0, empty, refused=found.refused)
-        reduction = Reduction(Schedule(found.keep_rates), found.ranker)
+        reduction = found.reduction
         scored = self.folder.once(f"test-{key}", _Scored, lambda: self._scores(reduction))
         return Run(
             budget=value,
@@ -248,8 +261,8 @@ class _Comparing:
             seed=seed,
             keep_rates=found.keep_rates,
             ranker=dict(found.ranker),
-            spent=budget.spent(reduction.schedule),
-            flops=self._prompt.flops(reduction.schedule),
+            spent=reduction.average(budget.spent),
+            flops=reduction.average(self._prompt.flops),
             score=scored.score,
             per_example=scored.per_example,
             evaluations=found.evaluations,
@@ -264,7 +277,7 @@ class _Comparing:
             reduction = self._baseline(budget, name, seed)
         except ThinsightError as error:
             return _Found((), {}, 0, 0, None, str(error))
-        return _Found(reduction.schedule.keep_rates, dict(reduction.ranker), 0, 0, None)
+        return _Found.of(reduction, 0, 0, None)
 
     def _baseline(self, budget: Budget, name: str, seed: int | None) -> Reduction:
         baseline = BASELINES[name]
@@ -292,17 +305,11 @@ class _Comparing:
             "resume": True,
             "observer": self.watcher,
         }
-        if name == "sensitivity":
+        if name in CHOOSE_RANKER:
             result: SearchResult = METHODS[name](self.calibration, budget, rankers=AUTO_RANKERS, **arguments)
         else:
             result = METHODS[name](self._reaching(budget), budget, **arguments)
-        return _Found(
-            result.schedule.keep_rates,
-            dict(result.reduction.ranker),
-            float(result.evaluations),
-            result.seconds,
-            result.score,
-        )
+        return _Found.of(result.reduction, float(result.evaluations), result.seconds, result.score)
 
     def _reaching(self, budget: Budget) -> Evaluator:
         """The calibration evaluator with the ranker asked for, or, where the budget is spent before that one

@@ -45,7 +45,7 @@ from ..runtime import apply
 from ..schedule import Schedule
 from ..search import SearchResult, frontier, gsearch
 from ..search.frontier import SHARES
-from ..search.search import DEFAULT_MAX_DROP, METHODS, budget_of, choose_method
+from ..search.search import CHOOSE_RANKER, DEFAULT_MAX_DROP, METHODS, budget_of, choose_method
 from ..search.solvers import get_solver
 from ..timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement, measure
 from .kept import picture_of, varied
@@ -78,6 +78,7 @@ __all__ = ["SearchOptions", "SearchOutcome", "search_and_report"]
 
 TITLES = {
     "gsearch": "G-Search",
+    "adaptive": "Sensitivity search, adaptive",
     "psigmoid": "P-Sigmoid",
     "random": "Random search",
     "sensitivity": "Sensitivity search",
@@ -135,8 +136,10 @@ class SearchOptions:
             )
         if self.frontier and self.chooses_ranker:
             raise ThinsightError("ranker 'auto' is chosen for one budget: name a ranker for a frontier")
-        if self.chooses_ranker and self.chosen != "sensitivity":
-            raise ThinsightError("ranker 'auto' needs a budget and the sensitivity search, which chooses it")
+        if self.chooses_ranker and self.chosen not in CHOOSE_RANKER:
+            raise ThinsightError(
+                f"ranker 'auto' needs a budget and a search that chooses it: {' or '.join(CHOOSE_RANKER)}"
+            )
         if self.budget is not None:
             check_budget_value(self.budget, self.budget_unit)
         if not math.isfinite(self.tolerance) or self.tolerance < 0:

@@ -23,6 +23,7 @@ from .downsample import Downsample
 from .random import Random
 from .sparsevlm import SparseVLM
 from .staged import Staged
+from .statistics import STATISTICS, get_statistic
 from .text_attention import TextAttention
 from .uniform import Uniform
 from .vision_attention import VisionAttention
@@ -31,6 +32,7 @@ from .vispruner import VisPruner
 
 __all__ = [
     "STATES",
+    "STATISTICS",
     "TEXT_ATTENTION",
     "VISION_ATTENTION",
     "CDPruner",
@@ -49,6 +51,7 @@ __all__ = [
     "VisionZip",
     "choose",
     "get_ranker",
+    "get_statistic",
     "list_rankers",
     "register",
 ]

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ThinsightError
-from ..ranking import STATES, TEXT_ATTENTION, VISION_ATTENTION, Context, Ranker, choose, get_ranker
+from ..ranking import (
+    STATES,
+    TEXT_ATTENTION,
+    VISION_ATTENTION,
+    Context,
+    Ranker,
+    choose,
+    get_ranker,
+    get_statistic,
+)
 from ..schedule import Schedule
 from .cache import Kept, Thinned, append, filled, kept_before, thin, thinned
 from .call import Call, Said, encode_pixels, named_arguments, read_call
@@ -40,6 +49,7 @@ from .masks import causal, gather_tokens, reduce_mask, replace_tokens, scatter_t
 from .scoring import Probe, TextRows
 
 if TYPE_CHECKING:
+    from ..adaptive import Adaptive
     from ..reduction import Reduction
 
 __all__ = ["Handle", "apply", "check_rankable"]
@@ -105,7 +115,7 @@ def apply(
     with _applied_lock:
         if base_model(model) in _applied:
             raise ThinsightError("this model has a reduction on already; remove() that one first")
-        handle = Handle(model, schedule, chosen, per, rerank)
+        handle = Handle(model, schedule, chosen, per, rerank, getattr(reduction, "adaptive", None))
         _applied.add(base_model(model))
     return handle
 
@@ -170,6 +180,7 @@ class _Run:
         self.queries: tuple[Tensor, Tensor] | None = None  # logical columns (batch, queries), which are real
         self.trace: list[tuple[int, Tensor]] = [(0, self.alive)]  # from which layer on, alive
         self.last = last_of_prompt(call.layout, call.prompt)  # (batch, tokens) bool
+        self.levels = [0] * len(call.layout.sizes)  # per row, which of an adaptive reduction's schedules
 
 
 class _Hook:
@@ -228,14 +239,25 @@ class _Local(threading.local):
 class Handle:
     """A reduction that is on a model. `remove()`, or leaving the `with` block, restores the model exactly."""
 
-    def __init__(self, model: Any, schedule: Schedule, ranker: Ranker, per: str, rerank: bool = True) -> None:
+    def __init__(
+        self,
+        model: Any,
+        schedule: Schedule,
+        ranker: Ranker,
+        per: str,
+        rerank: bool = True,
+        adaptive: Adaptive | None = None,
+    ) -> None:
         self.model: PreTrainedModel = model
-        self.schedule = schedule
+        self.schedule = schedule  # of an adaptive reduction: the mean, which falls wherever one of them does
+        self.adaptive = adaptive
         self.ranker = ranker
         self.per = per
         self.rerank = rerank
-        self._local = _Local()  # .run, .masks, .said, .candidates, .trace: of this thread
-        self._counts: dict[int, tuple[int, ...]] = {}
+        self._local = _Local()  # .run, .masks, .said, .candidates, .trace, .statistic: of this thread
+        self._counts: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._schedules = (schedule,) if adaptive is None else adaptive.schedules
+        self._statistic = None if adaptive is None else get_statistic(adaptive.statistic)
         self._hooks: list[Any] = []
         self._probes: dict[int, Probe] = {}
         self._tap: VisionTap | None = None
@@ -262,10 +284,13 @@ class Handle:
         self._after(base, self._leave)
         if VISION_ATTENTION in self.ranker.needs:
             self._tap = VisionTap(self.model)
-        for start in filter(None, self._starts if TEXT_ATTENTION in self.ranker.needs else ()):
-            self._probes[start - 1] = Probe(attention_of(layers[start - 1]))
+        read = {start - 1 for start in self._starts if start and TEXT_ATTENTION in self.ranker.needs}
+        if self.adaptive is not None:
+            read.add(self.adaptive.layer - 1)
+        self._probes = {layer: Probe(attention_of(layers[layer])) for layer in sorted(read)}
         for index, layer in enumerate(layers):
-            if index >= self._starts[0] or index in self._probes:
+            decides = self.adaptive is not None and index == self.adaptive.layer
+            if index >= self._starts[0] or index in self._probes or decides:
                 self._before(layer, self._reduce, index, decode=self._decode)
             if index in self._written or index == len(layers) - 1:
                 self._after(layer, self._spread_out)
@@ -361,6 +386,17 @@ class Handle:
         alive = [alive for start, alive in trace if start <= layer][-1]
         return [row.nonzero().flatten().cpu() for row in alive]
 
+    def statistic(self) -> list[float]:
+        """An adaptive reduction's statistic of each batch row, in this thread's last pass that had an image.
+
+        Raises:
+            ThinsightError: the reduction is not adaptive, or no such pass yet.
+        """
+        values: list[float] | None = getattr(self._local, "statistic", None)
+        if values is None:
+            raise ThinsightError("no statistic is recorded: run a prompt under an adaptive reduction first")
+        return values
+
     # --- hooks, in the order in which they fire
 
     def _ask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -382,7 +418,7 @@ class Handle:
             check_attention(self.model, paged=arguments.get("cache") is not None)
             check_recomputation(self.model)
             run = _Run(call)
-            if self.ranker.needs & {TEXT_ATTENTION, STATES}:
+            if self.ranker.needs & {TEXT_ATTENTION, STATES} or self.adaptive is not None:
                 run.queries = query_columns(call.layout, call.prompt, self.ranker.queries)
             self._local.run = run
         return (), arguments
@@ -398,6 +434,8 @@ class Handle:
             return self._decode(layer, module, args, kwargs)
         states = args[0] if args else kwargs["hidden_states"]
         self._disarm(run)
+        if self.adaptive is not None and layer == self.adaptive.layer:
+            self._decide(run, self.adaptive)
         if layer in self._starts:
             states = self._start_stage(run, layer, kwargs.get("past_key_values"), states)
         if run.columns is None:
@@ -415,10 +453,19 @@ class Handle:
             return None
         return self._reduce_text(held, args[0] if args else kwargs["hidden_states"], args, kwargs)
 
+    def _decide(self, run: _Run, adaptive: Adaptive) -> None:
+        """Give each row one of an adaptive reduction's schedules."""
+        assert run.attention is not None
+        assert run.queries is not None
+        assert self._statistic is not None
+        values = self._statistic(run.attention, run.queries[1].to(run.attention.device), run.alive)
+        self._local.statistic = values.tolist()
+        run.levels = [adaptive.level(value) for value in self._local.statistic]
+
     def _start_stage(self, run: _Run, layer: int, cache: Any, states: Tensor) -> Tensor:
         """Drop what this layer does not get; the states, which a ranker that merges has changed."""
         before = kept_before(cache, layer, self.schedule)
-        if self._falls(run.call, layer):
+        if self._falls(run, layer):
             states = self._drop(run, layer, states)
             run.trace.append((layer, run.alive))
         if run.columns is not None and cache is not None:
@@ -434,9 +481,12 @@ class Handle:
             if run.scores is None or self.rerank:
                 run.scores = self.ranker.score(context).to(run.alive.device)
             run.attention = None
-            kept = [sum(self._count(n, layer) for n in self._groups(sizes)) for sizes in layout.sizes]
+            kept = [
+                sum(self._count(n, layer, level) for n in self._groups(sizes))
+                for sizes, level in zip(layout.sizes, run.levels, strict=True)
+            ]
             scores = run.scores if run.last is None else run.scores.masked_fill(run.last, torch.inf)
-            run.alive = choose(scores, run.alive, *self._quota(run.call, layer))
+            run.alive = choose(scores, run.alive, *self._quota(run, layer))
             if run.last is not None and bool((run.last & ~run.alive).any()):
                 raise ThinsightError(
                     f"a prompt ends in an image of which layer {layer} keeps no token, so nothing is left to "
@@ -555,9 +605,9 @@ class Handle:
 
     def _arm(self, run: _Run, layer: int, kwargs: dict[str, Any]) -> None:
         """Have the layer's attention read for the next one's ranking."""
-        if run.queries is None or not self._falls(run.call, layer + 1):
-            return
-        if run.scores is not None and not self.rerank:
+        decides = self.adaptive is not None and layer + 1 == self.adaptive.layer
+        ranks = self._falls(run, layer + 1) and (run.scores is None or self.rerank)
+        if run.queries is None or not (ranks or decides):
             return
         rows, columns = (self._places(run, each) for each in (run.queries[0], run.call.layout.column))
         run.armed = self._probes[layer]
@@ -595,25 +645,32 @@ class Handle:
         """Sizes of the sets of tokens that compete: each image, or the whole prompt."""
         return sizes if self.per == "image" else (sum(sizes),)
 
-    def _count(self, n: int, layer: int) -> int:
-        if n not in self._counts:
-            self._counts[n] = self.schedule.counts(n)
-        return self._counts[n][layer]
+    def _count(self, n: int, layer: int, level: int = 0) -> int:
+        if (n, level) not in self._counts:
+            self._counts[n, level] = self._schedules[level].counts(n)
+        return self._counts[n, level][layer]
 
-    def _falls(self, call: Call, layer: int) -> bool:
+    def _falls(self, run: _Run, layer: int) -> bool:
         """Whether any group has fewer tokens in this layer than in the one before."""
-        sizes = {n for row in call.layout.sizes for n in self._groups(row)}
-        return any(self._count(n, layer) < (self._count(n, layer - 1) if layer else n) for n in sizes)
+        rows = zip(run.call.layout.sizes, run.levels, strict=True)
+        groups = {(n, level) for sizes, level in rows for n in self._groups(sizes)}
+        return any(
+            self._count(n, layer, level) < (self._count(n, layer - 1, level) if layer else n)
+            for n, level in groups
+        )
 
-    def _quota(self, call: Call, layer: int) -> tuple[Tensor, Tensor]:
+    def _quota(self, run: _Run, layer: int) -> tuple[Tensor, Tensor]:
         """The group of each token and how many its group may keep, (batch, tokens) int64 both."""
-        layout = call.layout
+        layout, device = run.call.layout, run.call.layout.image.device
+        rows = list(zip(layout.sizes, run.levels, strict=True))
         if self.per == "prompt":
             totals = torch.tensor(
-                [self._count(sum(row), layer) for row in layout.sizes], device=layout.image.device
+                [self._count(sum(sizes), layer, level) for sizes, level in rows], device=device
             )
             return torch.zeros_like(layout.image), totals[:, None].expand_as(layout.image)
         count = torch.zeros_like(layout.size)
-        for n in {n for row in layout.sizes for n in row}:
-            count = torch.where(layout.size == n, self._count(n, layer), count)
+        levels = None if self.adaptive is None else torch.tensor(run.levels, device=device)[:, None]
+        for n, level in {(n, level) for sizes, level in rows for n in sizes}:
+            here = layout.size == n if levels is None else (layout.size == n) & (levels == level)
+            count = torch.where(here, self._count(n, layer, level), count)
         return layout.image, count

@@ -10,6 +10,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from .adaptive import adaptive_search
 from .frontier import Frontier, frontier
 from .gsearch import gsearch
 from .progress import Progress, SearchObserver, SearchPlan, Silent
@@ -35,6 +36,7 @@ __all__ = [
     "Solver",
     "Study",
     "Trial",
+    "adaptive_search",
     "frontier",
     "gsearch",
     "psigmoid",

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from ..adaptive import Adaptive
 from ..budget import Budget
 from ..errors import ThinsightError
 from ..reduction import Reduction
 from ..schedule import Schedule
 from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .result import SearchResult, Trial
+from .shapes import first_layer_for
 from .study import SearchEvaluator, Study
 
-__all__ = ["BudgetedRun", "check_count", "earliest_layer", "merit"]
+__all__ = ["BudgetedRun", "check_count", "earliest_layer", "first_layers", "merit"]
 
 
 def merit(trial: Trial) -> tuple[float, float]:
@@ -30,6 +33,35 @@ def merit(trial: Trial) -> tuple[float, float]:
 def earliest_layer(evaluator: SearchEvaluator) -> int:
     """The first layer at which the evaluator's ranker can rank; 1 where it does not say, as by attention."""
     return int(getattr(evaluator, "first_layer", 1))
+
+
+def first_layers(
+    evaluator: SearchEvaluator,
+    budget: Budget,
+    rankers: Sequence[dict[str, Any]],
+    first_layer: int | None = None,
+) -> list[tuple[dict[str, Any] | None, int]]:
+    """The rankers that can reach the budget, each with the first layer that is to get fewer tokens.
+
+    No rankers: the evaluator's own, as None. A wanted ``first_layer`` holds for all.
+
+    Raises:
+        ThinsightError: none can reach it.
+    """
+    earliest_of = getattr(evaluator, "first_layer_of", lambda _: earliest_layer(evaluator))
+    found: list[tuple[dict[str, Any] | None, int]] = []
+    reason: ThinsightError | None = None
+    options: list[dict[str, Any] | None] = [*rankers] or [None]
+    for ranker in options:
+        earliest = earliest_layer(evaluator) if ranker is None else earliest_of(ranker)
+        try:
+            found.append((ranker, first_layer_for(budget, earliest, first_layer)))
+        except ThinsightError as error:
+            reason = error
+    if not found:
+        assert reason is not None
+        raise reason
+    return found
 
 
 class BudgetedRun:
@@ -89,33 +121,62 @@ class BudgetedRun:
         return math.fsum(trial.share for trial in self.trials)
 
     def run(
-        self, schedule: Schedule, why: str, *, share: float = 1.0, ranker: dict[str, Any] | None = None
+        self,
+        schedule: Schedule,
+        why: str,
+        *,
+        share: float = 1.0,
+        ranker: dict[str, Any] | None = None,
+        floor: float | None = None,
     ) -> Trial:
-        """Evaluate a candidate, or give back what is known of it; it must hold the budget."""
+        """Evaluate a candidate, or give back what is known of it; it must hold the budget.
+
+        With a ``floor`` the evaluation may end as soon as the score is sure to stay below it.
+        """
         if not self.budget.holds(schedule):
             raise ThinsightError(
                 f"a candidate ({why}) costs {self.budget.spent(schedule)} of {self.budget.limit}"
             )
-        return self.measure(schedule, why, share=share, ranker=ranker)
+        return self.measure(schedule, why, share=share, ranker=ranker, floor=floor)
 
     def measure(
-        self, schedule: Schedule, why: str, *, share: float = 1.0, ranker: dict[str, Any] | None = None
+        self,
+        schedule: Schedule,
+        why: str,
+        *,
+        share: float = 1.0,
+        ranker: dict[str, Any] | None = None,
+        floor: float | None = None,
+        adaptive: Adaptive | None = None,
     ) -> Trial:
-        """Likewise, for a schedule that is no candidate and may cost anything."""
-        key = (schedule, repr(ranker), share)
+        """Likewise, for a schedule that is no candidate and may cost anything, or an adaptive reduction's
+        mean."""
+        key = (schedule, repr(ranker), share, adaptive)
         if key not in self.known:
-            self.known[key] = self._evaluate(schedule, why, share, ranker)
+            self.known[key] = self._evaluate(schedule, why, share, ranker, floor, adaptive)
         return self.known[key]
 
-    def _evaluate(self, schedule: Schedule, why: str, share: float, ranker: dict[str, Any] | None) -> Trial:
-        record = self.study.evaluate(schedule, ranker=ranker, share=share)
+    def count(self, trial: Trial, why: str) -> None:
+        """Count another pass over what ``trial`` ran."""
+        self.trials.append(replace(trial, why=why, seconds=0.0))
+
+    def _evaluate(
+        self,
+        schedule: Schedule,
+        why: str,
+        share: float,
+        ranker: dict[str, Any] | None,
+        floor: float | None,
+        adaptive: Adaptive | None,
+    ) -> Trial:
+        record = self.study.evaluate(schedule, floor, ranker=ranker, share=share, adaptive=adaptive)
         trial = Trial(
             layer=None,
             keep_rate=schedule.mean_keep_rate,
             count=sum(schedule.counts(self.budget.n_vision)),
             score=record.score,
             complete=record.complete,
-            accepted=True,
+            accepted=record.complete,
             schedule=schedule,
             cost=record.cost,
             seconds=record.seconds,
@@ -123,6 +184,7 @@ class BudgetedRun:
             share=record.share,
             ranker=ranker,
             why=why,
+            adaptive=adaptive,
         )
         self.trials.append(trial)
         done = Progress(
@@ -157,7 +219,7 @@ class BudgetedRun:
             cost=cost,
             seconds=math.fsum(trial.seconds for trial in self.trials),
             budget=self.budget.to_dict(),
-            spent=self.budget.spent(best.schedule),
+            spent=self._spent(best),
             full_forwards=None if cost is None or not full else cost / full,
             agreement=best.agreement,
         )
@@ -172,10 +234,16 @@ class BudgetedRun:
             "num_vision_tokens": int(self.evaluator.num_vision_tokens),
             "full_score": self.study.full_score,
             "score": best.score,
-            "spent": self.budget.spent(best.schedule),
+            "spent": self._spent(best),
             "calibration": getattr(self.evaluator, "fingerprint", None),
         }
-        return replace(bound, search=record, **({} if best.ranker is None else {"ranker": best.ranker}))
+        return replace(bound, search=record, ranker=best.ranker or bound.ranker, adaptive=best.adaptive)
+
+    def _spent(self, trial: Trial) -> float:
+        """What the average prompt costs."""
+        if trial.adaptive is None:
+            return self.budget.spent(trial.schedule)
+        return trial.adaptive.average(self.budget.spent)
 
 
 def check_budget(evaluator: SearchEvaluator, budget: Budget) -> None:

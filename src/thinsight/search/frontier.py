@@ -107,8 +107,7 @@ def frontier(
         if hasattr(evaluator, "sample") and first not in models:
             models[first] = exit_model(run, first)
             run.expected += run.evaluations
-        search = SensitivitySearch(run, first, start, models.get(first))
-        search.n_trials = run.evaluations + n_trials
+        search = SensitivitySearch(run, first, start, models.get(first), n_trials=run.evaluations + n_trials)
         points.append(search.search())
         start = points[-1].schedule
     return Frontier(tuple(points), journal.full_score, sum(point.evaluations for point in points))

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..adaptive import Adaptive
 from ..reduction import Reduction
 from ..schedule import Schedule
 
@@ -34,6 +35,7 @@ class Trial:
         share: of the examples, how many were run.
         ranker: in place of the evaluator's own.
         why: how the candidate came about.
+        adaptive: schedules of which each prompt gets its own; ``schedule`` is their mean.
     """
 
     layer: int | None
@@ -49,6 +51,7 @@ class Trial:
     share: float = 1.0
     ranker: dict[str, Any] | None = None
     why: str = ""
+    adaptive: Adaptive | None = None
 
 
 @dataclass(frozen=True)

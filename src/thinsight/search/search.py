@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..budget import Budget, check_budget_value, make_budget
 from ..errors import ThinsightError
+from .adaptive import adaptive_search
 from .gsearch import gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
@@ -22,15 +23,19 @@ if TYPE_CHECKING:
     from ..evaluation.evaluator import Evaluator
     from ..evaluation.examples import Example
 
-__all__ = ["METHODS", "budget_of", "choose_method", "search"]
+__all__ = ["CHOOSE_RANKER", "METHODS", "budget_of", "choose_method", "search"]
 
 
 METHODS: dict[str, Any] = {
+    "adaptive": adaptive_search,
     "psigmoid": psigmoid,
     "random": random_search,
     "sensitivity": sensitivity_search,
 }
 """Searches under a budget by name; "gsearch" is the one under a tolerance."""
+
+CHOOSE_RANKER = ("adaptive", "random", "sensitivity")
+"""Those that take ``rankers=``."""
 
 DEFAULT_MAX_DROP = 0.01
 
@@ -80,7 +85,7 @@ def search(
         budget: what a prefill may cost, see `thinsight.budget.make_budget`.
         budget_unit: "keep" (mean keep rate), "flops" or "ms".
         method: "gsearch" (the default for ``max_drop``), "sensitivity" (the default for ``budget``),
-            "psigmoid" or "random".
+            "adaptive", "psigmoid" or "random".
         metric: name of a metric; None takes each example's own.
         batch_size: examples per forward pass.
         ranker: which tokens are kept.

@@ -17,11 +17,11 @@ import numpy as np
 from ..budget import Budget, fill, fit_rate
 from ..errors import ThinsightError
 from ..schedule import Schedule
-from .budgeted import BudgetedRun, check_count, earliest_layer
+from .budgeted import BudgetedRun, check_count, first_layers
 from .exits import ExitModel, grid
 from .progress import SearchObserver
 from .result import SearchResult, Trial
-from .shapes import deform, first_layer_for, random_staircase, sigmoid
+from .shapes import deform, random_staircase, sigmoid
 from .study import SearchEvaluator
 
 __all__ = ["exit_model", "sensitivity_search", "worth"]
@@ -76,10 +76,8 @@ def sensitivity_search(
     """
     check_count(n_trials, "n_trials", LEAST_TRIALS)
     check_count(seed, "seed", 0)
-    earliest = earliest_layer(evaluator)
-    if rankers and first_layer is None:
-        earliest = min(getattr(evaluator, "first_layer_of", lambda _: earliest)(each) for each in rankers)
-    first = first_layer_for(budget, earliest, first_layer)
+    choices = first_layers(evaluator, budget, rankers, first_layer)
+    first = min(first for _, first in choices)
     settings = {
         "method": "sensitivity",
         "n_trials": n_trials,
@@ -91,24 +89,35 @@ def sensitivity_search(
     run = BudgetedRun(
         evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer
     )
-    return SensitivitySearch(run, first, warm_start).search()
+    return SensitivitySearch(run, first, warm_start, rankers=choices if rankers else ()).search()
 
 
 class SensitivitySearch:
     """The stages of one search."""
 
     def __init__(
-        self, run: BudgetedRun, first: int, warm_start: Schedule | None, model: ExitModel | None = None
+        self,
+        run: BudgetedRun,
+        first: int,
+        warm_start: Schedule | None,
+        model: ExitModel | None = None,
+        rankers: Sequence[tuple[dict[str, Any] | None, int]] = (),
+        n_trials: float | None = None,
     ) -> None:
         self.run, self.first, self.warm_start, self.model = run, first, warm_start, model
-        self.budget, self.settings = run.budget, run.settings
-        self.n_trials: float = run.settings["n_trials"]
+        self.budget, self.settings, self.rankers = run.budget, run.settings, rankers
+        self.n_trials: float = run.settings["n_trials"] if n_trials is None else n_trials
         self.rng = np.random.default_rng(run.settings["seed"])
         self.samples = hasattr(run.evaluator, "sample")
         self.ranker: dict[str, Any] | None = None
         self.whole: list[Trial] = []  # run on all examples
 
     def search(self) -> SearchResult:
+        """The result whose schedule is the best one found."""
+        return self.run.finish(self.best())
+
+    def best(self) -> Trial:
+        """The best trial, after all evaluations are spent."""
         self._choose_ranker()
         pool = self._pool()
         for share in (_FEW, _SOME) if self.samples else ():
@@ -121,7 +130,7 @@ class SensitivitySearch:
         for _ in range(_MOST_ROUNDS * int(self.n_trials)):
             if self._left() < 1 or not self._change():
                 break
-        return self.run.finish(max(self.whole, key=worth))
+        return max(self.whole, key=worth)
 
     def _left(self) -> float:
         return self.n_trials - self.run.evaluations
@@ -138,16 +147,12 @@ class SensitivitySearch:
     def _choose_ranker(self) -> None:
         """The ranker under which a gentle and a steep sigmoid do best, each from the first layer it can."""
         share = _FEW if self.samples else 1.0
-        found: list[tuple[float, int, dict[str, Any]]] = []
-        for ranker in self.settings["rankers"]:
-            earliest = getattr(self.run.evaluator, "first_layer_of", lambda _: self.first)(ranker)
-            try:
-                self.first = first_layer_for(self.budget, earliest)
-            except ThinsightError:  # this one ranks too late for so small a budget
-                continue
+        found: list[tuple[float, int, dict[str, Any] | None]] = []
+        for ranker, first in self.rankers:
+            self.first = first
             shapes = [self._sigmoid(_STEEPNESS[0]), self._sigmoid(_STEEPNESS[-1])]
             trials = [self.run.run(shape, "ranker", share=share, ranker=ranker) for shape in shapes]
-            found.append((sum(map(worth, trials)), self.first, ranker))
+            found.append((sum(map(worth, trials)), first, ranker))
         if found:
             _, self.first, self.ranker = max(found, key=lambda each: each[0])
 

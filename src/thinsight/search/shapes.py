@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..budget import Budget, fill, fit
+from ..budget import Budget, fill, fit, refuse_unreachable
 from ..errors import ThinsightError
 from ..schedule import Schedule
 
-__all__ = ["deform", "first_layer_for", "fit_sigmoid", "from_scores", "random_staircase", "sigmoid"]
+__all__ = ["bend", "deform", "first_layer_for", "fit_sigmoid", "from_scores", "random_staircase", "sigmoid"]
 
 _FURTHEST = 60.0  # logits beyond it are rates of 0 or 1 in float64
 
@@ -168,6 +168,28 @@ def deform(
     if rng.random() < 0.5:  # from one layer on: what moves a step
         bump = (layers >= centre).astype(float)
     return from_scores(budget, np.log(rates / (1 - rates)) + strength * rng.normal() * bump, first_layer)
+
+
+def bend(budget: Budget, schedule: Schedule, layer: int) -> Schedule:
+    """A schedule whose rates from ``layer`` on are all moved by one number, in logits, so that the budget is
+    spent as far as the rates above allow.
+
+    Raises:
+        ThinsightError: the layers above alone cost more.
+    """
+    head, n = schedule.keep_rates[:layer], budget.n_vision
+    limit = head[-1] if head else 1.0
+    tail = np.clip(schedule.keep_rates[layer:], 0.25 / n, 1 - 0.25 / n)
+    logits = np.log(tail / (1 - tail))
+
+    def curve(shift: float) -> Schedule:
+        return Schedule([*head, *(min(limit, _logistic(x + shift)) for x in logits)])
+
+    reach = _FURTHEST + float(np.abs(logits).max(initial=0.0))
+    lowest = Schedule([*head, *[0.0] * len(logits)])
+    refuse_unreachable(budget, lowest, f"the layers above {layer}")
+    start = fit(budget, curve, -reach, reach) if budget.holds(curve(-reach)) else lowest
+    return fill(budget, start, layer)
 
 
 def _with_head(rates: Sequence[float], first_layer: int) -> Schedule:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..adaptive import Adaptive
 from ..errors import ThinsightError
 from ..evaluation.result import Evaluation
 from ..reduction import Reduction
@@ -73,6 +74,7 @@ class _Asked:
     exact: bool  # not stopped early
     ranker: str | None = None  # as JSON; None: the evaluator's own
     share: float = 1.0
+    adaptive: Adaptive | None = None
 
 
 class Study:
@@ -112,6 +114,7 @@ class Study:
         *,
         ranker: dict[str, Any] | None = None,
         share: float = 1.0,
+        adaptive: Adaptive | None = None,
     ) -> Record:
         """The evaluation of ``schedule``: the known one, or a new one that is on disk when this returns.
 
@@ -120,10 +123,11 @@ class Study:
             floor: when given, an evaluator that can may stop early below this score.
             ranker: in place of the evaluator's own.
             share: of the examples, for an evaluator that can; others run them all.
+            adaptive: schedules of which each prompt gets its own; ``schedule`` is their mean.
         """
         named = None if ranker is None else json.dumps(ranker, sort_keys=True)
         share = share if hasattr(self._evaluator, "sample") else 1.0
-        asked = _Asked(schedule, floor is None, named, share)
+        asked = _Asked(schedule, floor is None, named, share, adaptive)
         known = self._known(asked)
         if known is not None:
             return known
@@ -141,8 +145,9 @@ class Study:
     def _run(self, asked: _Asked, ranker: dict[str, Any] | None, floor: float | None) -> Record:
         started = time.perf_counter()
         wanted: Any = asked.schedule
-        if ranker is not None:
-            wanted = replace(getattr(self._evaluator, "reduction", Reduction)(wanted), ranker=ranker)
+        if ranker is not None or asked.adaptive is not None:
+            bound = getattr(self._evaluator, "reduction", Reduction)(wanted)
+            wanted = replace(bound, ranker=ranker or bound.ranker, adaptive=asked.adaptive)
         at_least = getattr(self._evaluator, "at_least", None)
         if asked.share < 1:
             evaluation = self._evaluator.sample(wanted, asked.share)  # type: ignore[attr-defined]
@@ -216,6 +221,8 @@ def _line(asked: _Asked, record: Record) -> dict[str, Any]:
     }
     if asked.ranker is not None:
         line["ranker"] = json.loads(asked.ranker)
+    if asked.adaptive is not None:
+        line["adaptive"] = asked.adaptive.to_dict()
     if asked.share < 1:
         line |= {"share": asked.share, "share_run": record.share}
     return line
@@ -299,7 +306,9 @@ def _parse(path: Path, number: int, line: str) -> tuple[_Asked, Record]:
             share=float(value.get("share_run", 1.0)),
         )
         named = None if ranker is None else json.dumps(ranker, sort_keys=True)
-        return _Asked(Schedule(value["keep_rates"]), bool(value["exact"]), named, share), record
+        family = value.get("adaptive")
+        adaptive = None if family is None else Adaptive.from_dict(family)
+        return _Asked(Schedule(value["keep_rates"]), bool(value["exact"]), named, share, adaptive), record
     except (KeyError, TypeError, ValueError) as error:
         raise ThinsightError(
             f"study {path}, line {number} is damaged ({error!r}); remove the line, then resume"
