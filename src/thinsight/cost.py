@@ -109,10 +109,12 @@ class DecoderShape:
         mlp = 2.0 * tokens * self.hidden * self.intermediate * (3 if self.gated else 2)
         return projections, attention, mlp
 
-    def prefill_flops(self, n_vision: int, n_text: int, schedule: Schedule | None = None) -> float:
-        """Decoder prefill FLOPs of one prompt, as ``flops`` counts them."""
+    def prefill_flops(
+        self, n_vision: int, n_text: int, schedule: Schedule | None = None, first_layer: int = 0
+    ) -> float:
+        """Decoder prefill FLOPs of one prompt, as ``flops`` counts them, from a layer on."""
         tokens = layer_tokens(self.num_layers, n_vision, n_text, schedule)
-        return sum(sum(self.layer_flops(n, layer)) for layer, n in enumerate(tokens))
+        return sum(sum(self.layer_flops(n, layer)) for layer, n in enumerate(tokens) if layer >= first_layer)
 
     def cached(self, tokens: int, layer: int) -> int:
         """How many of ``tokens`` positions one layer's cache holds after prefill."""

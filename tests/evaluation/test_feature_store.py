@@ -85,11 +85,11 @@ def test_memory_holds_what_fits_and_files_the_rest(folder: Path) -> None:
 def test_replacing_leaves_what_was_read_alone(folder: Path) -> None:
     store = FeatureStore(0)
     store.put("a", an_entry(0))
-    assert store.holds("a", received=False)
-    assert not store.holds("a", received=True)
+    assert store.outline("a").received is None
     old = store.get("a")
     store.put("a", an_entry(1, received=True))
-    assert store.holds("a", received=True)
+    assert store.outline("a").received is not None
+    assert len(list(folder.rglob("*.safetensors"))) == 1
     new = store.get("a")
     assert old is not None
     assert new is not None

@@ -29,7 +29,7 @@ from ..runtime.families import sliding_layers
 from .encoding import PromptBatch
 from .passes import pass_inputs, prompt_positions
 
-__all__ = ["DecodingRules", "GreedyAnswer", "decode"]
+__all__ = ["DecodingRules", "GreedyAnswer", "PromptScope", "decode"]
 
 # Settings of a generation config that change greedy answers and are not supported; their neutral values.
 _REFUSED: dict[str, tuple[Any, ...]] = {

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import cached_property
 from pathlib import Path
 from statistics import median_low
@@ -27,11 +27,12 @@ from ..reduction import Reduction
 from ..runtime import Handle, apply, num_layers
 from ..runtime.families import check_supported
 from ..schedule import Schedule
-from .decoding import DecodingRules, GreedyAnswer, decode
+from .decoding import DecodingRules, GreedyAnswer, PromptScope, decode
 from .encoding import Prompt, encode_prompt, pad_batch
 from .examples import Example, validate_examples
 from .feature_store import DEFAULT_CACHE_GIB
 from .metrics import Metric, get_metric
+from .prefix_cache import PrefixCache
 from .result import Evaluation
 from .vision_cache import VisionCache
 
@@ -74,8 +75,10 @@ class Evaluator:
         max_new_tokens: cuts every answer, the full model's too. None: the longest right answer's tokens + 4,
             at least 4; 32 if no example has an answer.
         progress: called as ``progress(what, done, total)`` after each batch, in examples.
-        cache_gib: how much of the images' vision features is kept in main memory, in GiB; more goes into
-            temporary files. No score depends on it.
+        cache_gib: how much of the images' vision features is kept in main memory, in GiB, and as much again
+            of what candidates share; more goes into temporary files. No score depends on it.
+        reuse: whether candidates share the layers in which a search says that they agree (see `share`). No
+            score depends on it.
 
     Raises:
         ThinsightError: bad examples (see ``validate_examples``), unknown metric or ranker, a prompt without
@@ -94,6 +97,7 @@ class Evaluator:
         max_new_tokens: int | None = None,
         progress: Progress | None = None,
         cache_gib: float = DEFAULT_CACHE_GIB,
+        reuse: bool = True,
     ) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ThinsightError(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
@@ -116,6 +120,9 @@ class Evaluator:
             model.generation_config, _max_new_tokens(max_new_tokens, processor, self.examples)
         )
         self._vision = VisionCache(model, processor, cache_gib)
+        self._prefixes = PrefixCache(model, cache_gib) if reuse else None
+        self._began: dict[int, int] = {}  # the layer at which each example's last pass began
+        self._shape = cost.decoder_shape(model.config)
         self._prompts = [encode_prompt(model, processor, example) for example in self.examples]
         self._memo: dict[tuple[Any, ...], dict[int, GreedyAnswer]] = {}
         self._failures = np.zeros(len(self.examples))
@@ -210,6 +217,15 @@ class Evaluator:
         chosen = sorted(self._spread[:count])
         return self._evaluate(self._bind(schedule), floor=None, batches=[self._batches[i] for i in chosen])
 
+    def share(self, schedule: Schedule, layer: int) -> None:
+        """Say that the candidates to come have this schedule's rates before ``layer``, and differ from there.
+
+        What enters the layer is then kept per batch, and later candidates begin there. A hint: whatever is
+        asked for next, scores are the same.
+        """
+        if self._prefixes is not None:
+            self._prefixes.share(schedule, layer)
+
     def statistics(self, reduction: Reduction) -> NDArray[np.float64]:
         """Each prompt's statistic under an adaptive reduction, (examples,) float64, in their order.
 
@@ -223,7 +239,7 @@ class Evaluator:
         batches = self._batches  # the full model's answers come first
         with apply(self.model, reduction) as handle:
             for batch in batches:
-                answers = self._decode(batch, handle, reduction.ranker, self._whole(batch))
+                answers = self._decode(batch, handle, reduction, self._whole(batch))
                 known.update(zip(batch, answers, strict=True))
                 values[batch] = handle.statistic()
                 self._report("statistics", int(np.isfinite(values).sum()))
@@ -371,9 +387,7 @@ class Evaluator:
                 wanted = [whole or want for want in self._whole(batch)]
                 if not all(self._settled(known.get(i), want) for i, want in zip(batch, wanted, strict=True)):
                     handle = handle or stack.enter_context(apply(self.model, reduction))
-                    known.update(
-                        zip(batch, self._decode(batch, handle, reduction.ranker, wanted), strict=True)
-                    )
+                    known.update(zip(batch, self._decode(batch, handle, reduction, wanted), strict=True))
                 done += len(batch)
                 self._report("reduced model", done)
                 yield batch, [known[index] for index in batch]
@@ -390,21 +404,29 @@ class Evaluator:
         self,
         batch: Sequence[int],
         handle: Handle | None = None,
-        ranker: Any = None,
+        reduction: Reduction | None = None,
         wanted: Sequence[bool] | None = None,
     ) -> list[GreedyAnswer]:
-        drafts = None if handle is None else [self._full[index].tokens for index in batch]
         prompts = pad_batch([self._prompts[index] for index in batch], self.rules.pad_token)
+        ranker = None if reduction is None else reduction.ranker
         vision = self._vision.inputs([self.examples[index] for index in batch], ranker)
-        return decode(
-            self.model,
-            prompts,
-            vision,
-            self.rules,
-            drafts=drafts,
-            finish=wanted,
-            prompt_scope=None if handle is None else handle.prompt,
-        )
+        if handle is None or reduction is None:
+            return decode(self.model, prompts, vision, self.rules)
+        drafts = [self._full[index].tokens for index in batch]
+        cached = wanted is None or any(wanted)
+        with self._first_pass(handle, reduction, batch, cached) as scope:
+            return decode(
+                self.model, prompts, vision, self.rules, drafts=drafts, finish=wanted, prompt_scope=scope
+            )
+
+    def _first_pass(
+        self, handle: Handle, reduction: Reduction, batch: Sequence[int], cached: bool
+    ) -> AbstractContextManager[PromptScope]:
+        """The scope of a batch's pass over its prompts, which may begin behind layers that were run."""
+        if self._prefixes is None:
+            return nullcontext(handle.prompt)
+        self._began.update(dict.fromkeys(batch, self._prefixes.start(reduction, batch, cached)))
+        return self._prefixes.scope(handle, reduction, batch, cached)
 
     def _key(self, reduction: Reduction) -> tuple[Any, ...]:
         """Reductions with one key keep the same tokens of every prompt here."""
@@ -455,14 +477,14 @@ class Evaluator:
         self._failures[run] += self._ceilings[run] - scores[run]
 
     def _flops(self, run: Sequence[int], schedule: Schedule | None, drafted: bool = True) -> float:
-        """Decoder prefill FLOPs of passes over prompts and drafts; later steps are left out."""
+        """Decoder prefill FLOPs of passes over prompts and drafts, of layers that ran; later steps are left
+        out."""
         total = 0.0
         for index in run:
             prompt: Prompt = self._prompts[index]
             draft = max(len(self._full[index].tokens) - 1, 0) if drafted else 0
-            total += cost.flops(
-                self.model.config, n_vision=prompt.n_vision, n_text=prompt.n_text + draft, schedule=schedule
-            )
+            first = self._began.get(index, 0) if drafted else 0
+            total += self._shape.prefill_flops(prompt.n_vision, prompt.n_text + draft, schedule, first)
         return total
 
     def _report(self, what: str, done: int) -> None:

@@ -1,4 +1,4 @@
-"""Encoded images by key, in main memory up to a bound and beyond it in files.
+"""Encoded images, or anything else made of tensors, by key: in main memory up to a bound, beyond it in files.
 
 Files are safetensors in a temporary folder of its own, memory-mapped when they are read, and gone with the
 store or with the process. Knows nothing about encoders, prompts or what a key means.
@@ -7,36 +7,56 @@ store or with the process. Knows nothing about encoders, prompts or what a key m
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ..errors import ThinsightError
-from ..runtime import EncodedImages
 
-__all__ = ["DEFAULT_CACHE_GIB", "FeatureStore"]
+__all__ = ["DEFAULT_CACHE_GIB", "FeatureStore", "Stored"]
 
 DEFAULT_CACHE_GIB = 4.0
 
 
+class Stored(Protocol):
+    """What can be kept: a value whose numbers are tensors with names."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the numbers."""
+
+    def mapped(self, function: Callable[[str, Tensor], Tensor]) -> Any:
+        """The value with every tensor replaced by ``function(name, tensor)``; names are unique."""
+
+    def to(self, device: str) -> Any:
+        """The value on another device."""
+
+
+S = TypeVar("S", bound=Stored)
+
+
 @dataclass(frozen=True)
-class _Filed:
+class _Filed(Generic[S]):
     """An entry whose tensors are in a file."""
 
-    hollow: EncodedImages  # on the meta device: all but the numbers
+    hollow: S  # on the meta device: all but the numbers
     path: Path
 
-    def read(self) -> EncodedImages:
+    def read(self) -> S:
         tensors = load_file(self.path)
-        return self.hollow.mapped(lambda name, _: tensors[name])
+        entry: S = self.hollow.mapped(lambda name, _: tensors[name])
+        return entry
 
 
-class FeatureStore:
+class FeatureStore(Generic[S]):
     """What is put first stays in memory: a search reads everything in turn, so nothing is worth evicting.
 
     Args:
@@ -51,30 +71,29 @@ class FeatureStore:
         if not number or not math.isfinite(cache_gib) or cache_gib < 0:
             raise ThinsightError(f"cache_gib is {cache_gib!r}: it must be a number of at least 0, such as 4")
         self._room = cache_gib * 2**30  # bytes
-        self._held: dict[Hashable, EncodedImages] = {}
-        self._filed: dict[Hashable, _Filed] = {}
+        self._held: dict[Hashable, S] = {}
+        self._filed: dict[Hashable, _Filed[S]] = {}
         self._folder: TemporaryDirectory[str] | None = None
         self._files = 0
 
-    def get(self, key: Hashable) -> EncodedImages | None:
+    def get(self, key: Hashable) -> S | None:
         """The entry on the CPU, or None."""
         if key in self._filed:
             return self._filed[key].read()
         return self._held.get(key)
 
-    def holds(self, key: Hashable, *, received: bool) -> bool:
-        """Whether there is an entry, and if asked for, one with attention; reads no file."""
-        entry = self._filed[key].hollow if key in self._filed else self._held.get(key)
-        return entry is not None and (entry.received is not None or not received)
+    def outline(self, key: Hashable) -> S | None:
+        """The entry, or None; its numbers may be missing (on the meta device), so that no file is read."""
+        return self._filed[key].hollow if key in self._filed else self._held.get(key)
 
-    def put(self, key: Hashable, entry: EncodedImages) -> None:
+    def put(self, key: Hashable, entry: S) -> None:
         """Keep an entry on the CPU, in place of an earlier one.
 
         Raises:
             ThinsightError: it has to go into a file, which cannot be written.
         """
         earlier = self._held.pop(key, None)
-        self._filed.pop(key, None)
+        self._forget_file(key)
         self._room += earlier.num_bytes if earlier is not None else 0
         if entry.num_bytes <= self._room:
             self._room -= entry.num_bytes
@@ -82,9 +101,32 @@ class FeatureStore:
         else:
             self._filed[key] = self._file(entry)
 
-    def _file(self, entry: EncodedImages) -> _Filed:
-        tensors: dict[str, Any] = {}
-        entry.mapped(lambda name, tensor: tensors.setdefault(name, tensor.contiguous()))
+    def clear(self) -> None:
+        """Forget everything."""
+        self._room += sum(entry.num_bytes for entry in self._held.values())
+        self._held.clear()
+        for key in list(self._filed):
+            self._forget_file(key)
+
+    def _forget_file(self, key: Hashable) -> None:
+        filed = self._filed.pop(key, None)
+        if filed is not None:
+            with suppress(OSError):  # where a file in use cannot go, it goes with the folder
+                filed.path.unlink()
+
+    def _file(self, entry: S) -> _Filed[S]:
+        tensors: dict[str, Tensor] = {}
+        memory: set[int] = set()
+
+        def gather(name: str, tensor: Tensor) -> Tensor:
+            own = tensor.untyped_storage().data_ptr() not in memory  # files hold no shared memory
+            tensors[name] = (
+                tensor.contiguous() if own else tensor.clone(memory_format=torch.contiguous_format)
+            )
+            memory.add(tensors[name].untyped_storage().data_ptr())
+            return tensor
+
+        entry.mapped(gather)
         try:
             if self._folder is None:
                 self._folder = TemporaryDirectory(prefix="thinsight-", ignore_cleanup_errors=True)
@@ -93,7 +135,7 @@ class FeatureStore:
             save_file(tensors, path)
         except (OSError, SafetensorError) as error:
             raise ThinsightError(
-                f"vision features of {entry.num_bytes} bytes cannot be written to a temporary file "
+                f"a cache entry of {entry.num_bytes} bytes cannot be written to a temporary file "
                 f"({error}): free some space, set TMPDIR to another folder, or raise cache_gib"
             ) from error
         self._files += 1

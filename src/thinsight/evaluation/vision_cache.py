@@ -39,7 +39,7 @@ class VisionCache:
     def __init__(self, model: Any, processor: Any, cache_gib: float = DEFAULT_CACHE_GIB) -> None:
         self._model = model
         self._processor = processor
-        self._kept = FeatureStore(cache_gib)
+        self._kept: FeatureStore[EncodedImages] = FeatureStore(cache_gib)
 
     def inputs(self, examples: Sequence[Example], ranker: Any = None) -> dict[str, Any]:
         """Keyword arguments for a forward pass over these examples' prompts, in place of their pixels.
@@ -52,13 +52,16 @@ class VisionCache:
         """
         ranked = ranker is not None and VISION_ATTENTION in get_ranker(ranker).needs
         by_images = {tuple(example.image_keys): example for example in examples}
-        missing = [
-            example for key, example in by_images.items() if not self._kept.holds(key, received=ranked)
-        ]
+        missing = [example for key, example in by_images.items() if not self._has(key, ranked)]
         for start in range(0, len(missing), _ENCODE_BATCH):
             self._encode(missing[start : start + _ENCODE_BATCH], ranker if ranked else None)
         wanted = [self._entry(example) for example in examples]
         return EncodedImages.concat(wanted).to(self._model.device).model_inputs()
+
+    def _has(self, key: tuple[str, ...], received: bool) -> bool:
+        """Whether images are encoded, and if asked for, with attention."""
+        entry = self._kept.outline(key)
+        return entry is not None and (entry.received is not None or not received)
 
     def _entry(self, example: Example) -> EncodedImages:
         entry = self._kept.get(tuple(example.image_keys))

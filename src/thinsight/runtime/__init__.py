@@ -1,8 +1,9 @@
 """Runs a transformers model under a reduction. The only room that knows transformers' insides.
 
-`apply.py` puts a reduction on a model; `layout.py` holds the two token spaces, `cache.py` and `masks.py` keep
-cache and masks right between them, `scoring.py` reads attention, `encoding.py` the vision tower,
-`families.py` knows models. Knows nothing about searching, evaluating or reporting.
+`apply.py` puts a reduction on a model; `prefix.py` lets reductions share the layers in which they agree;
+`layout.py` holds the two token spaces, `cache.py` and `masks.py` keep cache and masks right between them,
+`scoring.py` reads attention, `encoding.py` the vision tower, `families.py` knows models. Knows nothing about
+searching, evaluating or reporting.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ from .apply import Handle, apply, check_rankable
 from .encoding import EncodedImages, encode_images
 from .families import decoder_layers, num_layers, vision_token_mask
 from .observe import LayerScores, layer_scores
+from .prefix import Snapshot, can_share, recording, resuming
 
 __all__ = [
     "EncodedImages",
     "Handle",
     "LayerScores",
+    "Snapshot",
     "apply",
+    "can_share",
     "check_rankable",
     "decoder_layers",
     "encode_images",
     "layer_scores",
     "num_layers",
+    "recording",
+    "resuming",
     "vision_token_mask",
 ]

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from ..adaptive import Adaptive
     from ..reduction import Reduction
 
-__all__ = ["Handle", "apply", "check_rankable"]
+__all__ = ["Handle", "PassState", "apply", "check_rankable"]
 
 PER = ("image", "prompt")
 _compiling = torch.compiler.is_compiling  # a hook asks for every layer and token
@@ -164,6 +164,21 @@ def _schedule_and_ranker(model: Any, reduction: Any, ranker: Any) -> tuple[Sched
     return schedule, get_ranker(reduction.ranker)
 
 
+@dataclass(frozen=True)
+class PassState:
+    """What a pass knows of its vision tokens on the way into a layer; see the fields of `_Run`."""
+
+    alive: Tensor
+    columns: Columns | None
+    take: Tensor | None
+    kept: Kept | None
+    spread: bool
+    attention: Tensor | None
+    scores: Tensor | None
+    levels: tuple[int, ...]
+    trace: tuple[tuple[int, Tensor], ...]
+
+
 class _Run:
     """One forward pass with vision tokens: where it stands between its layers."""
 
@@ -181,6 +196,28 @@ class _Run:
         self.trace: list[tuple[int, Tensor]] = [(0, self.alive)]  # from which layer on, alive
         self.last = last_of_prompt(call.layout, call.prompt)  # (batch, tokens) bool
         self.levels = [0] * len(call.layout.sizes)  # per row, which of an adaptive reduction's schedules
+        self.first = 0  # layers before it do not run: see prefix.py
+
+    def state(self) -> PassState:
+        """Where the pass stands, on the way into a layer."""
+        read = None if self.armed is None else self.armed.answer()
+        return PassState(
+            self.alive,
+            self.columns,
+            self.take,
+            self.kept,
+            self.spread,
+            self.attention if read is None else read,
+            self.scores,
+            tuple(self.levels),
+            tuple(self.trace),
+        )
+
+    def restore(self, state: PassState) -> None:
+        """Go on from there."""
+        self.alive, self.columns, self.take, self.kept = state.alive, state.columns, state.take, state.kept
+        self.spread, self.attention, self.scores = state.spread, state.attention, state.scores
+        self.levels, self.trace = list(state.levels), list(state.trace)
 
 
 class _Hook:
@@ -367,6 +404,27 @@ class Handle:
         finally:
             self._local.said = before
 
+    def state(self) -> PassState | None:
+        """Where this thread's pass stands, on the way into a layer; None where no vision token passes."""
+        run = self._run()
+        return None if run is None else run.state()
+
+    def restore(self, state: PassState) -> bool:
+        """Have this thread's pass go on from there; False where no vision token passes."""
+        run = self._run()
+        if run is not None:
+            run.restore(state)
+        return run is not None
+
+    @contextmanager
+    def starting_at(self, layer: int) -> Iterator[None]:
+        """This thread's passes begin at a layer: those before it do nothing."""
+        self._local.first = layer
+        try:
+            yield
+        finally:
+            self._local.first = 0
+
     def kept(self, layer: int) -> list[Tensor]:
         """Which vision tokens entered a layer, in this thread's last pass that had an image.
 
@@ -418,6 +476,7 @@ class Handle:
             check_attention(self.model, paged=arguments.get("cache") is not None)
             check_recomputation(self.model)
             run = _Run(call)
+            run.first = getattr(self._local, "first", 0)
             if self.ranker.needs & {TEXT_ATTENTION, STATES} or self.adaptive is not None:
                 run.queries = query_columns(call.layout, call.prompt, self.ranker.queries)
             self._local.run = run
@@ -432,6 +491,8 @@ class Handle:
         run = self._run()
         if run is None:
             return self._decode(layer, module, args, kwargs)
+        if layer < run.first:
+            return None
         states = args[0] if args else kwargs["hidden_states"]
         self._disarm(run)
         if self.adaptive is not None and layer == self.adaptive.layer:

@@ -189,6 +189,11 @@ class Probe:
         self._outstanding += 1
         self._arming.up(self.attention)
 
+    def answer(self) -> Tensor | None:
+        """What the armed call has read so far, in this thread."""
+        request: Request | None = getattr(self._own, "request", None)
+        return None if request is None else request.result
+
     def disarm(self) -> Request | None:
         """Undo `arm`; the request with its answer, or None when this thread had not armed the module."""
         request: Request | None = getattr(self._own, "request", None)

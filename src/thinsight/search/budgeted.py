@@ -19,7 +19,7 @@ from ..schedule import Schedule
 from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .result import SearchResult, Trial
 from .shapes import first_layer_for
-from .study import SearchEvaluator, Study
+from .study import SearchEvaluator, Study, share_prefix
 
 __all__ = ["BudgetedRun", "check_count", "earliest_layer", "first_layers", "merit"]
 
@@ -98,6 +98,8 @@ class BudgetedRun:
             self.study = study
         else:
             self.study = Study(evaluator, self.settings, study, resume=resume)
+        if settings["first_layer"]:
+            share_prefix(evaluator, Schedule.full(budget.num_layers), settings["first_layer"])
         self.observer = observer or Silent()
         self.expected = expected
         self.trials: list[Trial] = []
@@ -203,6 +205,7 @@ class BudgetedRun:
 
     def finish(self, best: Trial) -> SearchResult:
         """The result whose schedule is ``best``'s, which was run on all examples."""
+        share_prefix(self.evaluator, best.schedule, 0)
         costs = [trial.cost for trial in self.trials]
         known = [cost for cost in costs if cost is not None]
         cost = math.fsum(known) if len(known) == len(costs) else None

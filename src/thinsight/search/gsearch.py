@@ -17,7 +17,7 @@ from ..schedule import Schedule
 from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .result import SearchResult, Trial
 from .solvers import LayerProblem, Solver, get_solver
-from .study import SearchEvaluator, Study
+from .study import SearchEvaluator, Study, share_prefix
 
 __all__ = ["gsearch"]
 
@@ -129,12 +129,14 @@ class _Run:
             if self.count == 0:
                 break
             self._settle(layer)
+        share_prefix(self.evaluator, self.schedule, 0)
         result = self._result()
         self.observer.on_end(result)
         return result
 
     def _settle(self, layer: int) -> None:
         """Find this layer's count and adopt it."""
+        share_prefix(self.evaluator, self.schedule, layer)
         tried: dict[int, Trial] = {}
 
         def probe(count: int, *, exact: bool = False) -> Trial:
@@ -212,6 +214,8 @@ class _Run:
     def _result(self) -> SearchResult:
         costs = [trial.cost for trial in self.trials]
         known = [cost for cost in costs if cost is not None]
+        cost = math.fsum(known) if len(known) == len(costs) else None
+        full = getattr(self.evaluator, "full_cost", None)
         return SearchResult(
             schedule=self.schedule,
             reduction=self._reduction(),
@@ -221,7 +225,8 @@ class _Run:
             full_score=self.full_score,
             score=self.score,
             seed=self.settings["seed"],
-            cost=math.fsum(known) if len(known) == len(costs) else None,
+            cost=cost,
+            full_forwards=None if cost is None or not full else cost / full,
             seconds=math.fsum(trial.seconds for trial in self.trials),
         )
 

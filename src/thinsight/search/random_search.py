@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from ..budget import Budget
+from ..schedule import Schedule
 from .budgeted import BudgetedRun, check_count, first_layers, merit
 from .progress import SearchObserver
 from .result import SearchResult, Trial
 from .shapes import random_staircase
-from .study import SearchEvaluator
+from .study import SearchEvaluator, share_prefix
 
 __all__ = ["random_search"]
 
@@ -58,6 +59,8 @@ def random_search(
     for number in range(n_trials):
         ranker, first = choices[int(rng.integers(len(choices)))]
         schedule = random_staircase(budget, rng, first)
+        if first:
+            share_prefix(evaluator, Schedule.full(budget.num_layers), first)
         floor = None if best is None else best.score
         trial = run.run(schedule, f"random {number}", ranker=ranker, floor=floor)
         if trial.complete:

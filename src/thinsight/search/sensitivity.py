@@ -22,7 +22,7 @@ from .exits import ExitModel, grid
 from .progress import SearchObserver
 from .result import SearchResult, Trial
 from .shapes import deform, random_staircase, sigmoid
-from .study import SearchEvaluator
+from .study import SearchEvaluator, share_prefix
 
 __all__ = ["exit_model", "sensitivity_search", "worth"]
 
@@ -155,6 +155,8 @@ class SensitivitySearch:
             found.append((sum(map(worth, trials)), first, ranker))
         if found:
             _, self.first, self.ranker = max(found, key=lambda each: each[0])
+            if self.first:
+                share_prefix(self.run.evaluator, Schedule.full(self.budget.num_layers), self.first)
 
     def _pool(self) -> list[tuple[Schedule, str]]:
         """Schedules that take part, each named."""

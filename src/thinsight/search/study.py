@@ -21,7 +21,7 @@ from ..evaluation.result import Evaluation
 from ..reduction import Reduction
 from ..schedule import Schedule
 
-__all__ = ["Record", "SearchEvaluator", "Study"]
+__all__ = ["Record", "SearchEvaluator", "Study", "share_prefix"]
 
 JOURNAL_VERSION = 1
 
@@ -33,9 +33,10 @@ class SearchEvaluator(Protocol):
     score provably cannot reach ``floor``; ``fingerprint``, a string that names model, data, metric and
     ranker; ``reduction(schedule) -> Reduction``, which binds the ranker and the model family;
     ``sample(schedule, share) -> Evaluation``, the score on about that share of the examples, the same ones
-    every time; ``first_layer``, the first layer at which its ranker can rank; and ``full_cost``, the cost of
-    one full evaluation in the unit of `Evaluation.cost`. Where a search chooses the ranker too, it passes
-    reductions in place of schedules.
+    every time; ``first_layer``, the first layer at which its ranker can rank; ``full_cost``, the cost of
+    one full evaluation in the unit of `Evaluation.cost`; and ``share(schedule, layer)``, which is told from
+    which layer on the candidates to come differ from a schedule, 0 when there are none. Where a search
+    chooses the ranker too, it passes reductions in place of schedules.
     """
 
     @property
@@ -75,6 +76,16 @@ class _Asked:
     ranker: str | None = None  # as JSON; None: the evaluator's own
     share: float = 1.0
     adaptive: Adaptive | None = None
+
+
+def share_prefix(evaluator: SearchEvaluator, schedule: Schedule, layer: int) -> None:
+    """Tell an evaluator that wants to know that the candidates to come differ from ``layer`` on only.
+
+    Layer 0: there are none.
+    """
+    share = getattr(evaluator, "share", None)
+    if share is not None:
+        share(schedule, layer)
 
 
 class Study:

@@ -1,0 +1,137 @@
+"""What candidates of a search share: the layers above the one where they begin to differ, run once per batch.
+
+Scores are the same with and without it, to the bit. Knows the runtime's snapshots; knows nothing about
+searches, answers or scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..ranking import TEXT_ATTENTION, get_ranker
+from ..reduction import Reduction
+from ..runtime import Handle, Snapshot, can_share, recording, resuming
+from ..schedule import Schedule
+from .feature_store import DEFAULT_CACHE_GIB, FeatureStore
+
+__all__ = ["PrefixCache"]
+
+Batch = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """What has to agree for a snapshot to fit: the rates before a layer, and the ranker."""
+
+    rates: tuple[float, ...]
+    ranker: str
+
+    @classmethod
+    def of(cls, reduction: Reduction, layer: int) -> _Prefix:
+        ranker = json.dumps(reduction.ranker, sort_keys=True, default=repr)
+        return cls(reduction.schedule.keep_rates[:layer], ranker)
+
+    @property
+    def layer(self) -> int:
+        return len(self.rates)
+
+
+class PrefixCache:
+    """The latest snapshot of each batch, and from which layer the next candidates will differ.
+
+    Args:
+        model: a supported model; where its passes cannot be cut in two, nothing is ever shared.
+        cache_gib: main memory for snapshots, in GiB; more goes into temporary files.
+    """
+
+    def __init__(self, model: Any, cache_gib: float = DEFAULT_CACHE_GIB) -> None:
+        self._device = model.device
+        self._possible = can_share(model)
+        self._kept: FeatureStore[Snapshot] = FeatureStore(cache_gib)
+        self._prefixes: dict[Batch, _Prefix] = {}
+        self._announced: tuple[float, ...] = ()
+
+    def share(self, schedule: Schedule, layer: int) -> None:
+        """Say that the candidates to come have this schedule's rates before ``layer``; 0: nothing is kept any
+        longer."""
+        self._announced = schedule.keep_rates[:layer] if self._possible else ()
+        if layer == 0:
+            self._kept.clear()
+            self._prefixes.clear()
+
+    def start(self, reduction: Reduction, batch: Sequence[int], cached: bool) -> int:
+        """The layer at which a pass would begin: 0 where there is no snapshot for it.
+
+        Args:
+            reduction: the candidate.
+            batch: its examples.
+            cached: whether keys and values are needed after the pass.
+        """
+        known = self._prefixes.get(tuple(batch))
+        if known is None or reduction.adaptive is not None or _Prefix.of(reduction, known.layer) != known:
+            return 0
+        snapshot = self._kept.outline(tuple(batch))
+        assert snapshot is not None
+        lacks_cache = cached and snapshot.cache is None
+        lacks_attention = _reads_attention(reduction, known.layer) and snapshot.state.attention is None
+        return 0 if lacks_cache or lacks_attention else known.layer
+
+    @contextmanager
+    def scope(
+        self, handle: Handle, reduction: Reduction, batch: Sequence[int], cached: bool
+    ) -> Iterator[Callable[[Tensor], AbstractContextManager[None]]]:
+        """A scope for a batch's first pass under a reduction: begins where a snapshot is, and leaves one.
+
+        Yields:
+            What `decode` takes as ``prompt_scope``.
+
+        Raises:
+            ThinsightError: a snapshot has to go into a file, which cannot be written.
+        """
+        key = tuple(batch)
+        start = self.start(reduction, batch, cached)
+        wanted = self._wanted(reduction, start)
+        taken: list[Snapshot] = []
+
+        @contextmanager
+        def scope(prompt: Tensor) -> Iterator[None]:
+            nonlocal taken
+            with ExitStack() as stack:
+                stack.enter_context(handle.prompt(prompt))
+                if start:
+                    snapshot = self._kept.get(key)
+                    assert snapshot is not None
+                    stack.enter_context(resuming(handle, snapshot.to(self._device)))
+                if wanted:
+                    taken = stack.enter_context(recording(handle, wanted))
+                yield
+
+        yield scope
+        for snapshot in taken:
+            self._kept.put(key, snapshot.to("cpu"))
+            self._prefixes[key] = _Prefix.of(reduction, wanted)
+
+    def _wanted(self, reduction: Reduction, start: int) -> int:
+        """The layer of which to leave a snapshot; 0: none."""
+        layer = len(self._announced)
+        rates = reduction.schedule.keep_rates
+        if reduction.adaptive is not None or layer <= start or rates[:layer] != self._announced:
+            return 0
+        # attention is read only by a pass that reduces there, and those to come will reduce there
+        return layer if _reads_attention(reduction, layer) or not _by_attention(reduction) else 0
+
+
+def _by_attention(reduction: Reduction) -> bool:
+    return TEXT_ATTENTION in get_ranker(reduction.ranker).needs
+
+
+def _reads_attention(reduction: Reduction, layer: int) -> bool:
+    """Whether tokens are ranked by the text's attention on the way into a layer."""
+    rates = reduction.schedule.keep_rates
+    return rates[layer] < rates[layer - 1] and _by_attention(reduction)
