@@ -83,6 +83,11 @@ class ConsoleWatcher(Watcher):
 
     def on_end(self, result: SearchResult) -> None:
         self._searching = False
+        if result.full_forwards is not None:
+            self.on_note(
+                f"  {result.evaluations:g} evaluations, the FLOPs of {result.full_forwards:.1f} runs of the "
+                "full model over the calibration set"
+            )
 
     def _finish_stage(self) -> None:
         if self._task is None:

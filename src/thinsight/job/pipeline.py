@@ -230,6 +230,7 @@ class _Search:
     seconds: float
     trials: tuple[TrialRow, ...]
     frontier: tuple[FrontierRow, ...] = ()
+    full_forwards: float | None = None
 
 
 @dataclass(frozen=True)
@@ -353,6 +354,7 @@ class _Run:
             result.seconds,
             trial_rows(result.trials),
             points,
+            result.full_forwards,
         )
 
     def _along_frontier(self) -> tuple[SearchResult, tuple[FrontierRow, ...]]:
@@ -385,7 +387,8 @@ class _Run:
             for point in found.points
         )
         trials = [trial for point in found.points for trial in point.trials]
-        return replace(taken, trials=trials, method="frontier"), rows
+        forwards = math.fsum(point.full_forwards or 0.0 for point in found.points)
+        return replace(taken, trials=trials, method="frontier", full_forwards=forwards), rows
 
     def _result(self) -> SearchResult:
         options = self.options
@@ -542,6 +545,7 @@ class _Run:
                 ranker=ranker_words(found.reduction.ranker),
                 seed=options.seed,
                 evaluations=round(math.fsum(trial.share for trial in search.trials)),
+                full_forwards=search.full_forwards,
                 seconds=search.seconds,
                 calibration_full_score=search.full_score,
                 calibration_score=search.score,

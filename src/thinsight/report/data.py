@@ -108,6 +108,7 @@ class SearchInfo:
     ranker: str = ""
     seed: int | None = None
     evaluations: int | None = None
+    full_forwards: float | None = None  # its FLOPs in those of the full model over the calibration set
     seconds: float | None = None
     calibration_full_score: float | None = None
     calibration_score: float | None = None

@@ -329,6 +329,12 @@ def _search(data: ReportData) -> Markup | None:
             ("Budget", found.budget),
             ("Seed", "" if found.seed is None else str(found.seed)),
             ("Evaluations", "" if found.evaluations is None else words.count(found.evaluations)),
+            (
+                "Cost",
+                ""
+                if found.full_forwards is None
+                else f"{found.full_forwards:.1f} runs of the full model over the calibration set (FLOPs)",
+            ),
             ("Time", "" if found.seconds is None else words.duration(found.seconds)),
             ("Calibration score, full", _known(found.calibration_full_score)),
             ("Calibration score, reduced", _known(found.calibration_score)),

@@ -1,0 +1,276 @@
+"""The speed benchmarks at toy size: rows are whole, kept and resumed, and peers compute what they claim to.
+
+Times are never looked at: a shared machine's say nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks import gpu, peers, prefill
+
+from thinsight.reduction import Reduction
+from thinsight.runtime import vision_token_mask
+from thinsight.schedule import Schedule
+
+PREFILL = "--hidden 64 --layers 10 --side 4 --runs 1 --answers 1 --tokens 2 --no-demos --device cpu".split()
+PEERS = "--hidden 64 --layers 3 --side 6 --batch 1 2 --runs 1 --device cpu".split()
+GPU = "--tiny --batch 1 --schedules gsearch".split()
+WHERE = {"machine", "device", "threads", "torch", "transformers", "date", "rows"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def table_rows(path: Path) -> int:
+    """Rows of a Markdown table, without its head."""
+    return sum(line.startswith("|") for line in path.read_text().splitlines()) - 2
+
+
+# --- prefill
+
+
+def test_prefill_rows_and_resume(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "prefill.json"
+    prefill.main([*PREFILL, "--batch", "1", "--schedules", "gsearch", "--out", str(out)])
+    first = read(out)
+    assert set(first) == WHERE
+    (row,) = first["rows"]
+    assert (row["model"], row["N"], row["text"], row["batch"]) == (prefill.RANDOM, 16, 64, 1)
+    assert row["ratio"] == pytest.approx(row["full_ms"] / row["reduced_ms"])
+    assert row["answer_ratio"] == pytest.approx(row["answer_full_ms"] / row["answer_reduced_ms"])
+    assert len(row["full_runs_ms"]) == len(row["reduced_runs_ms"]) == 1
+    assert 1 < row["flops_ratio_causal"] < row["flops_ratio"] < 2
+    assert row["full_kv_bytes"] == 10 * 2 * 80 * 64 * 4
+    assert row["kv_ratio"] == row["full_kv_bytes"] / row["reduced_kv_bytes"] > 1
+    assert row["weight_bytes"] > 0
+    assert 0 < row["scoring_share"] + row["hooks_share"] < 1
+    assert {"full_peak_bytes", "reduced_peak_bytes"} <= set(row)
+
+    options = [*PREFILL, "--batch", "1", "2", "--schedules", "gsearch", "fastv-50", "--out", str(out)]
+    prefill.main([*options, "--resume"])
+    rows = read(out)["rows"]
+    assert rows[0] == row  # not measured again
+    assert [(row["batch"], row["schedule"]) for row in rows] == [
+        (1, "gsearch"), (1, "fastv-50"), (2, "gsearch"), (2, "fastv-50"),
+    ]  # fmt: skip
+    page = out.with_suffix(".md")
+    assert table_rows(page) == 4
+    assert page.read_text().splitlines()[-1].endswith(f"transformers {first['transformers']}.")
+
+
+def test_resume_refuses_rows_of_another_machine(tmp_path: Path) -> None:
+    out = tmp_path / "prefill.json"
+    where = prefill.about(torch.device("cpu"))
+    prefill.Results(out, where, {}, resume=False).add({"batch": 1})
+    assert prefill.Results(out, where, {}, resume=True).has({"batch": 1})
+    assert not prefill.Results(out, where, {}, resume=False).rows
+    with pytest.raises(SystemExit, match="leave out --resume"):
+        prefill.Results(out, {**where, "threads": 99}, {}, resume=True)
+
+
+def test_demo_models_are_rows_too() -> None:
+    parser_default = prefill.Shape()
+    assert (parser_default.hidden, parser_default.layers) == (512, 16)  # benchmarks.overhead measures these
+    arguments = functools.partial(prefill.argparse.Namespace, dtype="float32", device="cpu", side=[])
+    found = list(prefill.workloads(arguments(demos=True, batch=[2])))
+    assert [(name, work.n_vision, work.batch) for name, work in found] == [
+        ("demo", 256, 2), ("demo-internvl", 64, 2),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [10, 24, 40])
+def test_schedules(layers: int) -> None:
+    for name, make in prefill.SCHEDULES.items():
+        schedule = make(layers, 576).schedule
+        assert schedule.num_layers == layers
+        assert schedule.keep_rates[0] == 1, name
+    mean = sum(prefill.sigmoid_of_an_eighth(layers, 576).schedule.counts(576)) / (576 * layers)
+    assert 0.124 < mean <= 0.125
+    assert prefill.fastv_half(layers, 576).schedule.counts(576) == (576, 576, *[288] * (layers - 2))
+
+
+def test_flops_count_the_head_once_on_both_sides() -> None:
+    shape = prefill.Shape(64, 10, 4)
+    work = prefill.workload(prefill.build(shape, torch.float32, "cpu"), prefill.prompt(shape, 1))
+    assert set(prefill.flops_ratios(work, Schedule.full(10)).values()) == {1.0}
+    # a tiny decoder before a vocabulary of 32,000: dropping nearly all gains little
+    assert prefill.flops_ratios(work, Schedule.step(10, 1, 0.0))["flops_ratio"] < 80 / 64
+
+
+# --- peers
+
+
+def test_peers_rows_and_resume(tmp_path: Path) -> None:
+    out = tmp_path / "peers.json"
+    peers.main([*PEERS, "--out", str(out)])
+    before = read(out)
+    assert set(before) == WHERE
+    rows = before["rows"]
+    assert [row["method"] for row in rows] == 2 * list(peers.METHODS)
+    for row in rows:
+        dropped = row["method"] in peers.DROPPING
+        assert row["kept"] == (36 if row["method"] == peers.STOCK else 18)
+        assert row["cached"] == [100, 100, 82 if dropped else 100]
+        assert row["tokens"] == row["cached"][-1]
+        assert row["same_tokens"] == (None if row["method"] == peers.STOCK else 1)
+        assert len(row["runs_ms"]) == 1
+    assert {row["ratio"] for row in rows if row["method"] == peers.STOCK} == {1}
+    peers.main([*PEERS, "--resume", "--out", str(out)])
+    assert read(out)["rows"] == rows
+    assert table_rows(out.with_suffix(".md")) == 10
+
+
+def test_peers_give_the_logits_of_thinsight_and_leave_no_trace() -> None:
+    shape = prefill.Shape(64, 4, 6)
+    model = prefill.build(shape, torch.float32, "cpu")
+    inputs = prefill.prompt(shape, 2)
+    work = prefill.workload(model, inputs)
+    methods = peers.sides(work, vision_token_mask(model, inputs["input_ids"]))
+    with torch.inference_mode():
+        logits = {}
+        for name, under in methods.items():
+            with under():
+                logits[name] = work.prefill().logits
+        stock = work.prefill().logits
+    assert torch.equal(stock, logits[peers.STOCK])
+    assert not torch.allclose(stock, logits[peers.THINSIGHT], atol=1e-4)
+    for name in (peers.MATRIX, peers.ONE_MATRIX, peers.MASK):
+        torch.testing.assert_close(logits[name], logits[peers.THINSIGHT], atol=1e-5, rtol=1e-4)
+    assert model.get_decoder().config._attn_implementation == "sdpa"
+
+
+def test_peers_that_keep_different_numbers_are_not_compared() -> None:
+    def kept(count: int, last: int) -> peers.Kept:
+        return peers.Kept((10, last), (frozenset(range(count)),), None)
+
+    same = {peers.THINSIGHT: kept(3, 7), peers.MATRIX: kept(3, 7), peers.MASK: kept(3, 10)}
+    peers.check_counts(same)
+    for wrong in ({peers.MATRIX: kept(3, 8)}, {peers.MASK: kept(2, 10)}):
+        with pytest.raises(SystemExit, match="keeps"):
+            peers.check_counts({**same, **wrong})
+
+
+# --- gpu
+
+
+def test_gpu_rows_of_every_model(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    gpu.main([*GPU, "--out", str(out)])
+    rows = read(out)["rows"]
+    expected = [(name, n // 64) for name, decoder in gpu.MODELS.items() for n in decoder.vision_tokens]
+    assert [(row["model"], row["N"]) for row in rows] == expected
+    for row in rows:
+        assert "skipped" not in row, row
+        assert {"ratio", "flops_ratio", "answer_ratio", "kv_ratio", "scoring_share", "hooks_share"} <= set(
+            row
+        )
+    assert table_rows(out.with_suffix(".md")) == len(expected)
+
+
+def test_gpu_rows_that_cannot_run_say_why_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gpu.compare
+
+    def compare(work: Any, reduction: Any, runs: Any) -> Any:
+        if work.batch == 2:
+            raise torch.cuda.OutOfMemoryError("tried to allocate")
+        row = real(work, reduction, runs)
+        return row | {"reduced_kv_bytes": row["full_kv_bytes"]} if work.batch == 3 else row
+
+    monkeypatch.setattr(gpu, "compare", compare)
+    out = tmp_path / "gpu.json"
+    options = [*GPU, "--models", "LLaVA-1.5-7B", "--answers", "0", "--out", str(out)]
+    gpu.main([*options, "--batch", "2", "3", "1", "--modes", "eager", "captured"])
+    rows = read(out)["rows"]
+    assert [row["mode"] for row in rows] == 3 * ["eager"] + 3 * ["captured"]
+    assert [row.get("skipped") for row in rows[:3]] == [
+        "out of memory", "the cache is not the schedule's", None,
+    ]  # fmt: skip
+    if not torch.cuda.is_available():
+        assert all("CUDA" in row["skipped"] for row in rows[3:])
+    gpu.main([*options, "--attention", "none-such", "--resume"])
+    *before, last = read(out)["rows"]
+    assert before == rows
+    assert "none-such" in last["skipped"]
+
+
+def test_gpu_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--tiny"):
+        gpu.main(["--out", str(tmp_path / "gpu.json")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpu_sizes_are_the_published_ones() -> None:
+    billions = {}
+    for name, decoder in gpu.MODELS.items():
+        model = gpu.build(decoder, torch.bfloat16, torch.device("meta"))
+        weights = [*model.get_decoder().parameters(), *model.lm_head.parameters()]
+        billions[name] = round(sum(weight.numel() for weight in weights) / 1e9, 2)
+    assert billions == {
+        "InternVL2-1B": 0.63,  # 0.49 with a head that shares the embeddings' weights
+        "LLaVA-1.5-7B": 6.74,
+        "LLaVA-NeXT-7B": 6.74,
+        "Qwen2.5-VL-7B": 7.62,
+        "InternVL2-8B": 7.74,
+        "LLaVA-1.5-13B": 13.02,
+    }
+
+
+@pytest.fixture
+def tiny() -> tuple[prefill.Workload, Reduction]:
+    decoder = gpu.replace(gpu.MODELS["LLaVA-1.5-7B"].tiny(), layers=3)
+    model = gpu.build(decoder, torch.float32, torch.device("cpu"))
+    return gpu.workload(model, 9, 1), prefill.fastv_half(3, 9)
+
+
+def lengths(work: prefill.Workload) -> list[int]:
+    with torch.inference_mode():
+        return [layer.keys.shape[2] for layer in work.prefill().past_key_values.layers]
+
+
+@pytest.fixture
+def _interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.compile that traces as ever, but makes no machine code."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_interpreted")
+def test_compiled_sides_do_not_serve_each_other(tiny: tuple[prefill.Workload, Reduction]) -> None:
+    work, reduction = tiny
+    with gpu.compiled(work, reduction) as fast:
+        for _ in range(2):
+            assert lengths(fast) == [73, 73, 73]
+            with fast.under(reduction):
+                assert lengths(fast) == [73, 73, 68]
+    assert "forward" not in vars(work.model.get_decoder())
+
+
+def test_captured_sides_are_switched(
+    tiny: tuple[prefill.Workload, Reduction], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Recorded:
+        def __init__(self, job: Any) -> None:
+            self.output = job()
+
+        def replay(self) -> Any:
+            return self.output
+
+    monkeypatch.setattr(gpu, "Captured", Recorded)
+    work, reduction = tiny
+    with gpu.captured(work, reduction) as fast:
+        assert lengths(fast) == [73, 73, 73]
+        with fast.under(reduction):
+            assert lengths(fast) == [73, 73, 68]
+        assert lengths(fast) == [73, 73, 73]
