@@ -47,6 +47,7 @@ def test_prefill_rows_and_resume(tmp_path: Path) -> None:
     (row,) = first["rows"]
     assert (row["model"], row["N"], row["text"], row["batch"]) == (prefill.RANDOM, 16, 64, 1)
     assert row["ratio"] == pytest.approx(row["full_ms"] / row["reduced_ms"])
+    assert row["closeness"] == pytest.approx(row["ratio"] / row["flops_ratio"])
     assert row["answer_ratio"] == pytest.approx(row["answer_full_ms"] / row["answer_reduced_ms"])
     assert len(row["full_runs_ms"]) == len(row["reduced_runs_ms"]) == 1
     assert 1 < row["flops_ratio_causal"] < row["flops_ratio"] < 2
@@ -239,8 +240,7 @@ def tiny() -> tuple[prefill.Workload, Reduction]:
 
 
 def lengths(work: prefill.Workload) -> list[int]:
-    with torch.inference_mode():
-        return [layer.keys.shape[2] for layer in work.prefill().past_key_values.layers]
+    return [layer.keys.shape[2] for layer in work.prefill().past_key_values.layers]
 
 
 def test_compiled_sides_do_not_serve_each_other(
@@ -248,10 +248,9 @@ def test_compiled_sides_do_not_serve_each_other(
 ) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     # pytest would have the compiler write out a trace of its work, which takes ten times as long as the work
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "level", logging.CRITICAL)
     work, reduction = tiny
-    with gpu.compiled(work, reduction) as fast:
+    with torch.inference_mode(), gpu.compiled(work, reduction) as fast:
         for _ in range(2):
             assert lengths(fast) == [72, 72]
             with fast.under(reduction):
@@ -271,7 +270,7 @@ def test_captured_sides_are_switched(
 
     monkeypatch.setattr(gpu, "Captured", Recorded)
     work, reduction = tiny
-    with gpu.captured(work, reduction) as fast:
+    with torch.inference_mode(), gpu.captured(work, reduction) as fast:
         assert lengths(fast) == [72, 72]
         with fast.under(reduction):
             assert lengths(fast) == [72, 68]

@@ -17,7 +17,8 @@ from family_processor import RowProcessor
 from tiny import tiny_images, tiny_llava, tiny_processor
 
 from thinsight.errors import ThinsightError
-from thinsight.evaluation import Evaluator, Example
+from thinsight.evaluation import Evaluator, Example, prefix_cache
+from thinsight.evaluation.feature_store import FeatureStore
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply, recording, resuming
 from thinsight.runtime.families import SUPPORTED, sliding_layers
@@ -157,6 +158,28 @@ def test_snapshots_in_files_are_the_same_and_do_not_pile_up(
     assert len(list(tmp_path.rglob("*.safetensors"))) == before
     del evaluator
     gc.collect()
+
+
+def test_sharing_that_does_not_pay_is_given_up(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only goes on while snapshots are read: nothing is saved."""
+    now = [0.0]
+    read = FeatureStore.get
+
+    def slow(self: Any, key: Any) -> Any:
+        now[0] += 1
+        return read(self, key)
+
+    monkeypatch.setattr(prefix_cache, "_clock", lambda: now[0])
+    monkeypatch.setattr(FeatureStore, "get", slow)
+    evaluator, plain = evaluator_of(model), evaluator_of(model, reuse=False)
+    head, batches = Schedule([1, 1, 0.8, 0.6, 0.6, 0.6]), len(plain._batches)
+    evaluator.share(head, 3)
+    uses = 3
+    monkeypatch.setattr(prefix_cache, "_PROBATION", uses * batches)
+    for number in range(uses + 3):
+        candidate = head.with_tail(3, (9 - number) / 16)
+        same(evaluator(candidate), plain(candidate))
+        assert evaluator._began[0] == (3 if 0 < number <= uses else 0)
 
 
 def test_searches_find_the_same(model: Any) -> None:

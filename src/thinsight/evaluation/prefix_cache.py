@@ -1,28 +1,33 @@
 """What candidates of a search share: the layers above the one where they begin to differ, run once per batch.
 
-Scores are the same with and without it, to the bit. Knows the runtime's snapshots; knows nothing about
+Scores are the same with and without it, to the bit. Where keeping and reading snapshots takes longer than the
+layers would (a fast device, a slow disk), it is given up. Knows the runtime's snapshots; knows nothing about
 searches, answers or scores.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..ranking import TEXT_ATTENTION, get_ranker
 from ..reduction import Reduction
-from ..runtime import Handle, Snapshot, can_share, recording, resuming
+from ..runtime import Handle, Snapshot, can_share, num_layers, recording, resuming
 from ..schedule import Schedule
 from .feature_store import DEFAULT_CACHE_GIB, FeatureStore
 
 __all__ = ["PrefixCache"]
 
 Batch = tuple[int, ...]
+_PROBATION = 32  # passes that began at a snapshot, before it is judged whether that pays
+_clock = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,16 @@ class PrefixCache:
         self._kept: FeatureStore[Snapshot] = FeatureStore(cache_gib)
         self._prefixes: dict[Batch, _Prefix] = {}
         self._announced: tuple[float, ...] = ()
+        self._num_layers = num_layers(model)
+        self._uses = 0
+        self._spent = self._saved = 0.0  # seconds: keeping and reading snapshots, layers that did not run
 
     def share(self, schedule: Schedule, layer: int) -> None:
         """Say that the candidates to come have this schedule's rates before ``layer``; 0: nothing is kept any
         longer."""
         self._announced = schedule.keep_rates[:layer] if self._possible else ()
         if layer == 0:
-            self._kept.clear()
-            self._prefixes.clear()
+            self._forget()
 
     def start(self, reduction: Reduction, batch: Sequence[int], cached: bool) -> int:
         """The layer at which a pass would begin: 0 where there is no snapshot for it.
@@ -105,17 +112,49 @@ class PrefixCache:
             with ExitStack() as stack:
                 stack.enter_context(handle.prompt(prompt))
                 if start:
-                    snapshot = self._kept.get(key)
-                    assert snapshot is not None
-                    stack.enter_context(resuming(handle, snapshot.to(self._device)))
+                    stack.enter_context(resuming(handle, self._read(key)))
                 if wanted:
                     taken = stack.enter_context(recording(handle, wanted))
+                began = self._now()
                 yield
+                self._saved += (self._now() - began) * start / (self._num_layers - start)
 
         yield scope
         for snapshot in taken:
-            self._kept.put(key, snapshot.to("cpu"))
-            self._prefixes[key] = _Prefix.of(reduction, wanted)
+            self._keep(key, snapshot, _Prefix.of(reduction, wanted))
+        self._judge()
+
+    def _read(self, key: Batch) -> Snapshot:
+        began = self._now()
+        snapshot = self._kept.get(key)
+        assert snapshot is not None
+        moved = snapshot.to(self._device)
+        self._spent += self._now() - began
+        self._uses += 1
+        return moved
+
+    def _keep(self, key: Batch, snapshot: Snapshot, prefix: _Prefix) -> None:
+        began = self._now()
+        self._kept.put(key, snapshot.to("cpu"))
+        self._prefixes[key] = prefix
+        self._spent += self._now() - began
+
+    def _judge(self) -> None:
+        """Give up where it costs more than it saves."""
+        if self._possible and self._uses >= _PROBATION and self._spent > self._saved:
+            self._possible = False
+            self._forget()
+
+    def _forget(self) -> None:
+        self._announced = ()
+        self._kept.clear()
+        self._prefixes.clear()
+
+    def _now(self) -> float:
+        """Seconds, once the device has done what it was asked to."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return _clock()
 
     def _wanted(self, reduction: Reduction, start: int) -> int:
         """The layer of which to leave a snapshot; 0: none."""
