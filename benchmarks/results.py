@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import thinsight as ts
-from thinsight.job.compare import BUDGETS, CompareOptions, compare
+from thinsight.job.compare import BUDGETS, CompareOptions, compare, method_names
 from thinsight.job.results import MedianPrompt, drop_of
 from thinsight.job.run_folder import RunFolder
 from thinsight.job.session import ModelOptions
@@ -27,6 +27,8 @@ STEPS = {"demo": 32, "demo-internvl": 8}  # of G-Search's counts: an eighth of t
 PAGE = Path(__file__).parent / "results"
 SEEDS, N_TRIALS = 3, 16
 TRANSFER_BUDGET = 0.25
+ADAPTIVE = "search-adaptive"
+SHOWN = tuple(name for name in method_names() if name != ADAPTIVE)  # that one has a section of its own
 ABOUT = f"""Searches choose on the calibration set (384 questions), {N_TRIALS} evaluations each, seeds
 0 to {SEEDS - 1}; scores are on the test set (1,152 questions), which has no part in choosing. Intervals:
 95 % paired bootstrap by image, seeds averaged per question. Every method spends the same mean keep rate,
@@ -39,6 +41,9 @@ otherwise. Some cannot reach one at all: with the first layers full there is not
 
 The models are small and were trained so that text attention ranks well: what is best here need not be on
 yours. `thinsight compare` makes the same tables for your model and data."""
+
+ABOUT_ADAPTIVE = """The adaptive search spends the same budget on average over the calibration set, more on
+some prompts than on others; seed 0, as many evaluations. A difference above 0 is a gain."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,50 @@ def comparison_of(name: str, out: Path, budgets: Sequence[float] = BUDGETS) -> C
         seeds=tuple(range(SEEDS)),
         n_trials=N_TRIALS,
         budgets=tuple(budgets),
+        methods=SHOWN,
         out=out / name,
         resume=True,
     )
     return compare(options).comparison
+
+
+def adaptive_of(name: str, out: Path) -> Comparison:
+    """Our search with and without a schedule per prompt, one seed, from the same folder."""
+    options = CompareOptions(
+        model=ModelOptions(name),
+        seeds=(0,),
+        n_trials=N_TRIALS,
+        methods=("search-sensitivity", ADAPTIVE),
+        out=out / name,
+        resume=True,
+    )
+    return compare(options).comparison
+
+
+def adaptive_lines(comparisons: dict[str, Comparison]) -> list[str]:
+    """A row for each model and budget."""
+    lines = [
+        "| model | budget | same schedule for all | per prompt | FLOPs | difference [95 %] |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, comparison in comparisons.items():
+        at = {(line.budget, line.method): line for line in table(comparison) if not line.refused}
+        for budget in comparison_budgets(comparison):
+            plain, own = at.get((budget, OURS)), at.get((budget, "adaptive"))
+            if plain is None or own is None or own.behind is None:
+                continue
+            gap = own.behind
+            lines.append(
+                f"| {name} | {100 * budget:g} % | {100 * plain.score:.1f} | {100 * own.score:.1f} | "
+                f"{plain.flops_ratio:.2f}x, {own.flops_ratio:.2f}x | "
+                f"{-100 * gap.mean:+.1f} [{-100 * gap.high:.1f}, {-100 * gap.low:.1f}] |"
+            )
+    return lines
+
+
+def comparison_budgets(comparison: Comparison) -> list[float]:
+    """Budgets from large to small."""
+    return sorted({run.budget for run in comparison.runs}, reverse=True)
 
 
 def transfers(benches: dict[str, Bench], comparisons: dict[str, Comparison]) -> list[str]:
@@ -220,6 +265,8 @@ def _random_claim(at: dict[tuple[float, str], MethodAtBudget]) -> str:
 def write_page(out: Path) -> Path:
     """Everything into benchmarks/results/."""
     PAGE.mkdir(exist_ok=True)
+    adaptive = {name: adaptive_of(name, out) for name in MODELS}
+    # last, so that the folders' tables and figures are these
     comparisons = {name: comparison_of(name, out) for name in MODELS}
     benches = {name: Bench(name, out) for name in MODELS}
     about = comparisons["demo"].environment
@@ -237,6 +284,7 @@ def write_page(out: Path) -> Path:
             shutil.copy(out / name / f"comparison.{kind}", PAGE / f"{name}.{kind}")
     parts += ["## Schedules transfer", "", "The paper's Table 4: a schedule of the other model, resampled to"]
     parts += ["this one's depth.", "", *transfers(benches, comparisons), ""]
+    parts += ["## A schedule per prompt", "", ABOUT_ADAPTIVE, "", *adaptive_lines(adaptive), ""]
     page = PAGE / "README.md"
     page.write_text("\n".join(parts), encoding="utf-8")
     return page
@@ -250,12 +298,11 @@ def main() -> None:
         "--budgets", type=float, nargs="+", help="of --only: a part of them, to run beside others"
     )
     arguments = parser.parse_args()
-    if arguments.only and arguments.budgets:
-        comparison_of(arguments.only, arguments.out, arguments.budgets)
-        return
     if arguments.only:
-        comparison_of(arguments.only, arguments.out)
-        Bench(arguments.only, arguments.out).gsearch()
+        comparison_of(arguments.only, arguments.out, arguments.budgets or BUDGETS)
+        if not arguments.budgets:
+            adaptive_of(arguments.only, arguments.out)
+            Bench(arguments.only, arguments.out).gsearch()
         return
     print(f"Written: {write_page(arguments.out)}")
 

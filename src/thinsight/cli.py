@@ -204,6 +204,12 @@ def search(
             help="Find a schedule for every cost from 5 to 80 % in one run; --max-drop or --budget picks.",
         ),
     ] = False,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--start", help="A reduction (folder or Hub id), such as G-Search's, tried first under a budget."
+        ),
+    ] = None,
     first_layer: Annotated[
         int | None,
         typer.Option("--first-layer", min=0, help="The first layer that may see fewer tokens, from 0."),
@@ -249,6 +255,7 @@ def search(
         step=step,
         trade_off=trade_off,
         n_trials=n_trials,
+        start=start,
         seed=seed,
         batch_size=batch_size,
         cache_gib=cache_gib,

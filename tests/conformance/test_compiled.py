@@ -94,6 +94,21 @@ def test_a_compiled_prefill_is_the_eager_one(family: Family) -> None:
         close(torch.compile(model, backend="eager")(**inputs, logits_to_keep=1).logits, eager)
 
 
+@behaviour("compiled", [FAMILIES["llava"]])
+def test_what_was_compiled_before_does_not_leave_the_reduction_out(family: Family) -> None:
+    """Nor does what was compiled under it stay when it is off."""
+    model, inputs = family.build(), family.inputs(RAGGED, seed=21)
+    fast = torch.compile(model, backend="eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=False):
+        stock = model(**inputs, logits_to_keep=1).logits
+        close(fast(**inputs, logits_to_keep=1).logits, stock)
+        with CASE.apply(model):
+            reduced = model(**inputs, logits_to_keep=1).logits
+            assert (reduced - stock).abs().max() > 1e-2
+            close(fast(**inputs, logits_to_keep=1).logits, reduced)
+        close(fast(**inputs, logits_to_keep=1).logits, stock)
+
+
 @behaviour("compiled", [family for family in some if "compiled" not in family.refuses])
 def test_a_prefill_does_not_compile_to_one_graph(family: Family) -> None:
     """The compiler says so, and does not leave the reduction out."""

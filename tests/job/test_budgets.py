@@ -19,6 +19,7 @@ from thinsight.job.pipeline import SearchOptions, search_and_report
 from thinsight.job.session import ModelOptions
 from thinsight.loading import load_model
 from thinsight.report import load_report_data, print_report
+from thinsight.schedule import Schedule
 from thinsight.timing import profile
 
 
@@ -45,14 +46,20 @@ def options_for(small: SmallRun, out: Path, **changes: Any) -> SearchOptions:
 
 @pytest.mark.parametrize(
     ("method", "title"),
-    [(None, "Sensitivity search"), ("psigmoid", "P-Sigmoid"), ("random", "Random search")],
+    [
+        (None, "Sensitivity search"),
+        ("adaptive", "Sensitivity search, adaptive"),
+        ("psigmoid", "P-Sigmoid"),
+        ("random", "Random search"),
+    ],
 )
 def test_a_budget_is_held_saved_and_reported(
     small: SmallRun, tmp_path: Path, method: str | None, title: str
 ) -> None:
-    outcome = search_and_report(options_for(small, tmp_path / "run", budget=0.6, method=method))
+    options = options_for(small, tmp_path / "run", budget=0.6, method=method, n_trials=12)
+    outcome = search_and_report(options)
     saved = Reduction.from_pretrained(outcome.folder)
-    assert sum(saved.schedule.counts(16)) <= 0.6 * 16 * saved.schedule.num_layers
+    assert saved.average(lambda each: sum(each.counts(16))) <= 0.6 * 16 * saved.schedule.num_layers
     assert saved.search["budget"] == {"unit": "keep", "limit": 0.6, "n_vision": 16}
     assert outcome.data.methods[1].name == title
     assert outcome.data.search.budget == "60 % mean keep rate"
@@ -61,6 +68,24 @@ def test_a_budget_is_held_saved_and_reported(
     assert title in page
     assert "60 % mean keep rate" in page
     assert load_report_data(outcome.folder).trials == outcome.data.trials
+
+
+def test_a_search_may_start_from_a_reduction(small: SmallRun, tmp_path: Path) -> None:
+    """One for another depth."""
+    Reduction(Schedule([1, 1, 0.9, 0.9, 0.2, 0.2])).save_pretrained(tmp_path / "start")
+    start = str(tmp_path / "start")
+    search_and_report(options_for(small, tmp_path / "run", budget=0.6, start=start))
+    tried = [json.loads(line) for line in (tmp_path / "run" / "study.jsonl").read_text().splitlines()]
+    assert tried[0]["settings"]["start"] == list(
+        Schedule([1, 1, 0.9, 0.9, 0.2, 0.2]).resample(tried[0]["evaluator"]["num_layers"]).keep_rates
+    )
+    for changes, words in (
+        ({"method": "random"}, "start needs a budget and a search that takes it: adaptive, psigmoid"),
+        ({"budget": None}, "start needs a budget"),
+        ({"start": str(tmp_path / "nothing")}, "there is no folder"),
+    ):
+        with pytest.raises(ThinsightError, match=words):
+            options_for(small, tmp_path / "other", **{"budget": 0.6, "start": start, **changes}).check()
 
 
 def test_the_search_may_choose_the_ranker(small: SmallRun, tmp_path: Path) -> None:

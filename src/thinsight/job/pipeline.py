@@ -45,7 +45,14 @@ from ..runtime import apply
 from ..schedule import Schedule
 from ..search import SearchResult, frontier, gsearch
 from ..search.frontier import SHARES
-from ..search.search import CHOOSE_RANKER, DEFAULT_MAX_DROP, METHODS, budget_of, choose_method
+from ..search.search import (
+    CHOOSE_RANKER,
+    DEFAULT_MAX_DROP,
+    METHODS,
+    WARM_START,
+    budget_of,
+    choose_method,
+)
 from ..search.solvers import get_solver
 from ..timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement, measure
 from .kept import picture_of, varied
@@ -113,6 +120,7 @@ class SearchOptions:
     step: int = 1
     trade_off: float = 0.1
     n_trials: int | None = None
+    start: str | None = None
     seed: int = 0
     batch_size: int = 8
     cache_gib: float = DEFAULT_CACHE_GIB
@@ -140,6 +148,8 @@ class SearchOptions:
             raise ThinsightError(
                 f"ranker 'auto' needs a budget and a search that chooses it: {' or '.join(CHOOSE_RANKER)}"
             )
+        if self.start is not None and self.chosen not in WARM_START:
+            raise ThinsightError(f"start needs a budget and a search that takes it: {', '.join(WARM_START)}")
         if self.budget is not None:
             check_budget_value(self.budget, self.budget_unit)
         if not math.isfinite(self.tolerance) or self.tolerance < 0:
@@ -159,6 +169,7 @@ class SearchOptions:
                     f"{name} is {getattr(self, name)}: it must be a whole number of at least {low}"
                 )
         FeatureStore(self.cache_gib)
+        self.start_schedule(layers_of(self.model.check()) if self.start is not None else None)
         get_solver(self.solver, step=self.step, trade_off=self.trade_off, n_trials=self.solver_trials)
         if self.n_trials is not None and self.n_trials < 1:
             raise ThinsightError(f"n_trials is {self.n_trials}: it must be a whole number of at least 1")
@@ -168,6 +179,17 @@ class SearchOptions:
             _check_first_layer(
                 self.gsearch_layer, get_ranker(self.first_ranker), layers_of(self.model.check())
             )
+
+    def start_schedule(self, num_layers: int | None) -> Schedule | None:
+        """The schedule that the search starts from, at the model's depth.
+
+        Raises:
+            ThinsightError: ``start`` holds no reduction.
+        """
+        if self.start is None:
+            return None
+        schedule = Reduction.from_pretrained(self.start).schedule
+        return schedule if num_layers is None else schedule.resample(num_layers)
 
     @property
     def chosen(self) -> str:
@@ -414,6 +436,8 @@ class _Run:
             journal["n_trials"] = options.n_trials
         if options.chooses_ranker:
             journal["rankers"] = AUTO_RANKERS
+        if options.start is not None:
+            journal["warm_start"] = options.start_schedule(self.calibration.num_layers)
         found: SearchResult = METHODS[options.chosen](
             self.calibration, budget, first_layer=options.first_layer, **journal
         )
@@ -646,6 +670,7 @@ def _settings(
         "budget": options.budget,
         "budget_unit": options.budget_unit if options.budget is not None else None,
         "n_trials": options.n_trials if options.budget is not None else None,
+        "start": options.start,
         "model": options.model.model,
         "dtype": opened.info.dtype,
         "attn": options.model.attn,

@@ -7,6 +7,7 @@ models, nor about how tokens are scored: see families.py and ../ranking.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -267,6 +268,13 @@ def _new_tokens(module: nn.Module, args: tuple[Any, ...], last: Any) -> int:
     return 1 if given is None else given.shape[1]
 
 
+def _forget_compiled() -> None:
+    """Have torch.compile look at the hooks again: what it compiled before does not ask whether they
+    changed (`torch._dynamo.config.skip_nnmodule_hook_guards`), and would leave the reduction out."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 class _Local(threading.local):
     """What a handle knows of this thread's pass."""
 
@@ -331,6 +339,7 @@ class Handle:
                 self._before(layer, self._reduce, index, decode=self._decode)
             if index in self._written or index == len(layers) - 1:
                 self._after(layer, self._spread_out)
+        _forget_compiled()
 
     def _before(
         self, module: nn.Module, function: Callable[..., Any], *leading: Any, decode: Any = None
@@ -345,6 +354,8 @@ class Handle:
     def _uninstall(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        if self._hooks:
+            _forget_compiled()
         self._hooks.clear()
         for probe in self._probes.values():
             probe.restore()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..evaluation.evaluator import Evaluator
     from ..evaluation.examples import Example
 
-__all__ = ["CHOOSE_RANKER", "METHODS", "budget_of", "choose_method", "search"]
+__all__ = ["CHOOSE_RANKER", "METHODS", "WARM_START", "budget_of", "choose_method", "search"]
 
 
 METHODS: dict[str, Any] = {
@@ -36,6 +36,9 @@ METHODS: dict[str, Any] = {
 
 CHOOSE_RANKER = ("adaptive", "random", "sensitivity")
 """Those that take ``rankers=``."""
+
+WARM_START = ("adaptive", "psigmoid", "sensitivity")
+"""Those that take ``warm_start=``."""
 
 DEFAULT_MAX_DROP = 0.01
 
