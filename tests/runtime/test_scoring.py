@@ -125,6 +125,7 @@ def test_ranking_in_a_reduced_layer_sees_what_is_left() -> None:
 
     model = tiny_llava()
     ranker = get_ranker("text-attention")
+    ranker.pools = False  # so that whole rows are read
     contexts = []
     score = ranker.score
     ranker.score = lambda context: contexts.append(context) or score(context)  # type: ignore[method-assign]
@@ -137,3 +138,27 @@ def test_ranking_in_a_reduced_layer_sees_what_is_left() -> None:
     assert attention.dtype == torch.float32
     assert (attention[:, :, :, ~contexts[1].valid[0]] == 0).all()
     assert (attention.sum(-1) < 1).all()
+
+
+def test_pooled_rows_are_the_mean_of_whole_ones() -> None:
+    """Over heads and real rows, in a batch whose prompts have different numbers of them."""
+    from thinsight.ranking import get_ranker
+
+    model, batch = tiny_llava(), tiny_inputs([[3, 1], [2, 6], [1, 2, 2]])
+    found = {}
+    for pools in (True, False):
+        ranker = get_ranker("text-attention")
+        ranker.pools = pools
+        score, found[pools] = ranker.score, []
+
+        def keep(context, to=found[pools], score=score):
+            to.append(score(context).masked_fill(~context.valid, 0))
+            assert (context.attention is None) == (context.pooled is not None)
+            return to[-1]
+
+        ranker.score = keep  # type: ignore[method-assign]
+        with apply(model, Schedule([1, 0.5, 0.25, 0.25]), ranker=ranker), torch.no_grad():
+            model(**batch)
+    assert len(found[True]) == 2
+    for pooled, whole in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(pooled, whole)

@@ -14,6 +14,7 @@ from .base import (
     choose,
     get_ranker,
     list_rankers,
+    mean_rows,
     register,
 )
 from .cdpruner import CDPruner
@@ -53,5 +54,6 @@ __all__ = [
     "get_ranker",
     "get_statistic",
     "list_rankers",
+    "mean_rows",
     "register",
 ]

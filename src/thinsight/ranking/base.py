@@ -36,6 +36,7 @@ __all__ = [
     "choose",
     "get_ranker",
     "list_rankers",
+    "mean_rows",
     "register",
 ]
 
@@ -68,6 +69,21 @@ class Context:
     vision_attention: Tensor | None = None  # (batch, tokens) float32, received inside the vision tower
     states: Tensor | None = None  # (batch, tokens, hidden): what enters layer `layer`, before its norm
     text_states: Tensor | None = None  # (batch, queries, hidden): likewise, of the text that ranks
+    pooled: Tensor | None = None  # (batch, tokens) float32, in place of `attention` for rankers that pool it
+
+    def mean_attention(self) -> Tensor | None:
+        """Text attention that each token receives, (batch, tokens) float32: the mean over heads and real
+        queries. None where none was read."""
+        if self.pooled is not None or self.attention is None or self.queries is None:
+            return self.pooled
+        return mean_rows(self.attention, self.queries)
+
+
+def mean_rows(attention: Tensor, queries: Tensor) -> Tensor:
+    """The mean over heads and real queries of (batch, heads, queries, tokens): (batch, tokens)."""
+    weight = queries.to(attention.dtype)  # (batch, queries)
+    weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
+    return (attention.mean(dim=1) * weight[:, :, None]).sum(dim=1)
 
 
 class Ranker(ABC):
@@ -82,6 +98,8 @@ class Ranker(ABC):
     name: ClassVar[str]
     needs: frozenset[str] = frozenset()
     queries: str = "instruction"
+    pools: bool = False
+    """Whether of text attention it reads `Context.mean_attention()` alone, which costs less to have."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings: dict[str, Any] = settings

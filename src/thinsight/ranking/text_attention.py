@@ -24,6 +24,7 @@ class TextAttention(Ranker):
 
     name = "text-attention"
     needs = frozenset({TEXT_ATTENTION})
+    pools = True
 
     def __init__(self, queries: str = "instruction") -> None:
         if queries not in QUERIES:
@@ -32,8 +33,7 @@ class TextAttention(Ranker):
         self.queries = queries
 
     def score(self, context: Context) -> Tensor:
-        if context.attention is None or context.queries is None:
+        received = context.mean_attention()
+        if received is None:
             raise ThinsightError("text-attention needs attention rows of the layer before; supply them")
-        weight = context.queries.to(context.attention.dtype)  # (batch, queries)
-        weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
-        return (context.attention.mean(dim=1) * weight[:, :, None]).sum(dim=1)  # (batch, tokens)
+        return received

@@ -190,7 +190,8 @@ class _Run:
         self.take: Tensor | None = None  # (batch, physical) int64, columns of the states that go on
         self.kept: Kept | None = None  # the cache's record after this pass, at this stage
         self.spread = False  # whether hidden states are in logical columns although tokens were dropped
-        self.attention: Tensor | None = None  # (batch, heads, queries, tokens) float32, of the layer before
+        # (batch, heads, queries, tokens) float32, of the layer before, or pooled: (batch, tokens)
+        self.attention: Tensor | None = None
         self.armed: Probe | None = None  # of the layer that runs
         self.scores: Tensor | None = None  # (batch, tokens) float32, of the last ranking
         self.queries: tuple[Tensor, Tensor] | None = None  # logical columns (batch, queries), which are real
@@ -570,6 +571,7 @@ class Handle:
 
     def _context(self, run: _Run, layer: int, states: Tensor, places: Tensor) -> Context:
         layout = run.call.layout
+        pooled = run.attention is not None and run.attention.ndim == 2
         seen = text = None
         if STATES in self.ranker.needs:
             assert run.queries is not None
@@ -581,7 +583,8 @@ class Handle:
             image=layout.image,
             index=layout.index,
             size=layout.size,
-            attention=run.attention,
+            attention=None if pooled else run.attention,
+            pooled=run.attention if pooled else None,
             queries=None if run.queries is None else run.queries[1],
             vision_attention=run.call.received,
             states=seen,
@@ -683,7 +686,9 @@ class Handle:
             return
         rows, columns = (self._places(run, each) for each in (run.queries[0], run.call.layout.column))
         run.armed = self._probes[layer]
-        run.armed.arm(TextRows(rows, columns, run.alive, filled(kwargs.get("past_key_values"), layer)))
+        cached = filled(kwargs.get("past_key_values"), layer)
+        pooled = run.queries[1] if self.ranker.pools and self.adaptive is None else None
+        run.armed.arm(TextRows(rows, columns, run.alive, cached, pooled))
 
     @staticmethod
     def _disarm(run: _Run) -> None:

@@ -22,6 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 from ..errors import ThinsightError
+from ..ranking import mean_rows
 
 __all__ = ["Probe", "Request", "TextRows", "VisionReceived", "attention_rows"]
 
@@ -60,10 +61,12 @@ def attention_rows(
     batch, heads, queries, dim = query.shape
     keys = key.shape[2]
     index = rows[:, None, :, None]
-    picked = query.gather(2, index.expand(batch, heads, -1, dim)).float()  # (batch, heads, rows, dim)
+    picked = (
+        query.gather(2, index.expand(batch, heads, -1, dim)).float() * scaling
+    )  # (batch, heads, rows, dim)
     # heads that share a key head are put in one group, so that keys need not be repeated
     grouped = picked.reshape(batch, key.shape[1], -1, dim)  # (batch, key heads, heads of each * rows, dim)
-    logits = (grouped @ key.float().transpose(2, 3)).view(batch, heads, -1, keys) * scaling
+    logits = (grouped @ key.float().transpose(2, 3)).view(batch, heads, -1, keys)
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
     if isinstance(mask, BlockMask):
@@ -71,14 +74,14 @@ def attention_rows(
     if (mask is None or mask.ndim == 2) and is_causal:
         last_seen = rows + (keys - queries if cached is None else cached)  # (batch, rows)
         later = torch.arange(keys, device=key.device) > last_seen[:, :, None]
-        logits = logits.masked_fill(later[:, None], -torch.inf)
+        logits.masked_fill_(later[:, None], -torch.inf)
     if mask is not None and mask.ndim == 2:
-        logits = logits.masked_fill(~mask.bool()[:, None, None, :keys], torch.finfo(logits.dtype).min)
+        logits.masked_fill_(~mask.bool()[:, None, None, :keys], torch.finfo(logits.dtype).min)
     elif mask is not None:
         mask = mask[..., :keys].expand(batch, -1, -1, -1)
         mask = mask.gather(2, index.expand(batch, mask.shape[1], -1, keys))
         lowest = torch.finfo(logits.dtype).min
-        logits = logits.masked_fill(~mask, lowest) if mask.dtype == torch.bool else logits + mask.float()
+        logits = logits.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else logits.add_(mask.float())
     return logits.softmax(dim=-1)
 
 
@@ -108,19 +111,33 @@ class Request:
 
 
 class TextRows(Request):
-    """Rows of new tokens over columns of new tokens: result (batch, heads, rows, columns) float32."""
+    """Rows of new tokens over columns of new tokens: result (batch, heads, rows, columns) float32, or, with
+    ``pooled``, its mean over heads and real rows (batch, columns)."""
 
-    def __init__(self, rows: Tensor, columns: Tensor, valid: Tensor, filled: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        valid: Tensor,
+        filled: int | None = None,
+        pooled: Tensor | None = None,
+    ) -> None:
         self.rows = rows  # (batch, rows) physical columns of this pass
+        self.pooled = pooled  # (batch, rows) bool: which rows are real
         self.columns = columns  # (batch, columns) likewise
         self.valid = valid  # (batch, columns) bool: the others receive nothing
         self.filled = filled
 
     def read(self, rows_of: Callable[[Tensor], Tensor], query: Tensor, key: Tensor) -> None:
         rows = rows_of(self.rows.to(query.device))
-        columns = (self.columns.to(query.device) + self.cached(query, key))[:, None, None, :]
-        valid = self.valid.to(query.device)[:, None, None, :]
-        self.result = rows.gather(3, columns.expand(*rows.shape[:3], -1)).masked_fill(~valid, 0)
+        columns = self.columns.to(query.device) + self.cached(query, key)
+        valid = self.valid.to(query.device)
+        if self.pooled is not None:
+            received = mean_rows(rows, self.pooled.to(query.device))  # (batch, keys)
+            self.result = received.gather(1, columns).masked_fill(~valid, 0)
+            return
+        columns = columns[:, None, None, :].expand(*rows.shape[:3], -1)
+        self.result = rows.gather(3, columns).masked_fill(~valid[:, None, None, :], 0)
 
 
 class VisionReceived(Request):
