@@ -3,13 +3,14 @@
 Three stages on the same evaluations that another search would spend on whole candidates: steps on few
 examples say what each band of tokens is worth at each layer (exits.py); the schedules that follow from it
 stand against sigmoids, steps and random staircases on more and more examples (successive halving); the best
-is changed a little, again and again. Knows nothing about models.
+is bent a little and mixed with others, again and again. Knows nothing about models.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from .budgeted import BudgetedRun, check_count, first_layers
 from .exits import ExitModel, grid
 from .progress import SearchObserver
 from .result import SearchResult, Trial
-from .shapes import deform, random_staircase, sigmoid
+from .shapes import blend, deform, random_staircase, sigmoid
 from .study import SearchEvaluator, share_prefix
 
 __all__ = ["exit_model", "sensitivity_search", "worth"]
@@ -31,7 +32,9 @@ _FEW, _SOME = 1 / 8, 1 / 4  # shares of the examples
 _STEEPNESS = (2.0, 6.0, 16.0, 60.0)  # k x depth of the sigmoids that take part
 _RANDOM = 4  # random staircases that take part
 _SURVIVORS = 8
+_SECOND = 4  # candidates that also take part under the second-best ranker
 _MUTANTS = 4  # in each round of changes
+_PARENTS = 4  # candidates of the halving that the best one is mixed with
 _MOST_ROUNDS = 10  # per evaluation to spend: an end where changes lead to nothing new
 _STRENGTHS = (1.0, 0.5)  # of the first changes and of the last, in logits
 
@@ -92,6 +95,20 @@ def sensitivity_search(
     return SensitivitySearch(run, first, warm_start, rankers=choices if rankers else ()).search()
 
 
+@dataclass(frozen=True)
+class _Entrant:
+    """A candidate with the ranker that it is tried under."""
+
+    schedule: Schedule
+    why: str
+    ranker: dict[str, Any] | None
+    first: int  # the first layer at which that ranker may drop tokens
+
+    @property
+    def key(self) -> tuple[Schedule, str]:
+        return self.schedule, repr(self.ranker)
+
+
 class SensitivitySearch:
     """The stages of one search."""
 
@@ -104,13 +121,15 @@ class SensitivitySearch:
         rankers: Sequence[tuple[dict[str, Any] | None, int]] = (),
         n_trials: float | None = None,
     ) -> None:
-        self.run, self.first, self.warm_start, self.model = run, first, warm_start, model
-        self.budget, self.settings, self.rankers = run.budget, run.settings, rankers
+        self.run, self.warm_start, self.model = run, warm_start, model
+        self.budget, self.settings = run.budget, run.settings
+        # best first, once they are measured
+        self.rankers: list[tuple[dict[str, Any] | None, int]] = list(rankers) or [(None, first)]
         self.n_trials: float = run.settings["n_trials"] if n_trials is None else n_trials
         self.rng = np.random.default_rng(run.settings["seed"])
         self.samples = hasattr(run.evaluator, "sample")
-        self.ranker: dict[str, Any] | None = None
-        self.whole: list[Trial] = []  # run on all examples
+        self.whole: list[tuple[Trial, _Entrant]] = []  # run on all examples
+        self.elite: list[_Entrant] = []  # best of the halving, in its order
 
     def search(self) -> SearchResult:
         """The result whose schedule is the best one found."""
@@ -118,103 +137,130 @@ class SensitivitySearch:
 
     def best(self) -> Trial:
         """The best trial, after all evaluations are spent."""
-        self._choose_ranker()
-        pool = self._pool()
+        self._order_rankers()
+        self.elite = self._pool()
         for share in (_FEW, _SOME) if self.samples else ():
             # half of what is left without the one evaluation that the winner needs
             room = max(1, int((self._left() - 1) / 2 / share))
-            pool = self._best(pool[:room], share, _SURVIVORS)
-        for schedule, why in pool[: max(1, int(self.n_trials) // 8)] if self.samples else pool:
+            self.elite = self._ranked(self.elite[:room], share)[:_SURVIVORS]
+        for entrant in self.elite[: max(1, int(self.n_trials) // 8)] if self.samples else self.elite:
             if not self.whole or self._left() >= 1:
-                self.whole.append(self.run.run(schedule, why, ranker=self.ranker))
+                self._run_whole(entrant)
         for _ in range(_MOST_ROUNDS * int(self.n_trials)):
             if self._left() < 1 or not self._change():
                 break
-        return max(self.whole, key=worth)
+        return self._leader()[0]
 
     def _left(self) -> float:
         return self.n_trials - self.run.evaluations
 
-    def _best(self, pool: list[tuple[Schedule, str]], share: float, survivors: int) -> list[Any]:
-        """The survivors of a pool, best first, on a share of the examples."""
-        trials = [
-            (self.run.run(schedule, why, share=share, ranker=self.ranker), schedule, why)
-            for schedule, why in pool
-        ]
-        ordered = sorted(trials, key=lambda each: -worth(each[0]))
-        return [(schedule, why) for _, schedule, why in ordered[:survivors]]
+    def _leader(self) -> tuple[Trial, _Entrant]:
+        return max(self.whole, key=lambda each: worth(each[0]))
 
-    def _choose_ranker(self) -> None:
-        """The ranker under which a gentle and a steep sigmoid do best, each from the first layer it can."""
-        share = _FEW if self.samples else 1.0
-        found: list[tuple[float, int, dict[str, Any] | None]] = []
-        for ranker, first in self.rankers:
-            self.first = first
-            shapes = [self._sigmoid(_STEEPNESS[0]), self._sigmoid(_STEEPNESS[-1])]
-            trials = [self.run.run(shape, "ranker", share=share, ranker=ranker) for shape in shapes]
-            found.append((sum(map(worth, trials)), first, ranker))
-        if found:
-            _, self.first, self.ranker = max(found, key=lambda each: each[0])
-            if self.first:
-                share_prefix(self.run.evaluator, Schedule.full(self.budget.num_layers), self.first)
+    def _run(self, entrant: _Entrant, share: float = 1.0) -> Trial:
+        return self.run.run(entrant.schedule, entrant.why, share=share, ranker=entrant.ranker)
 
-    def _pool(self) -> list[tuple[Schedule, str]]:
-        """Schedules that take part, each named."""
-        pool = [(self._sigmoid(k), f"sigmoid {k:g}") for k in _STEEPNESS]
+    def _run_whole(self, entrant: _Entrant) -> None:
+        self.whole.append((self._run(entrant), entrant))
+
+    def _ranked(self, pool: Sequence[_Entrant], share: float) -> list[_Entrant]:
+        """A pool, best first on a share of the examples."""
+        found = [(worth(self._run(entrant, share)), entrant) for entrant in pool]
+        return [entrant for _, entrant in sorted(found, key=lambda each: -each[0])]
+
+    def _order_rankers(self) -> None:
+        """Put first the ranker under which a gentle and a steep sigmoid do best, each from the first layer it
+        can."""
+        if len(self.rankers) > 1:
+            share = _FEW if self.samples else 1.0
+            found = []
+            for ranker, first in self.rankers:
+                ends = (_STEEPNESS[0], _STEEPNESS[-1])
+                shapes = [_Entrant(self._sigmoid(k, first), "ranker", ranker, first) for k in ends]
+                found.append((sum(worth(self._run(shape, share)) for shape in shapes), (ranker, first)))
+            self.rankers = [each for _, each in sorted(found, key=lambda each: -each[0])]
+        first = self.rankers[0][1]
+        if first:
+            share_prefix(self.run.evaluator, Schedule.full(self.budget.num_layers), first)
+
+    def _pool(self) -> list[_Entrant]:
+        """Candidates that take part."""
+        ranker, first = self.rankers[0]
+        pool = [_Entrant(self._sigmoid(k, first), f"sigmoid {k:g}", ranker, first) for k in _STEEPNESS]
         if self.samples:
-            self.model = self.model or exit_model(self.run, self.first, self.ranker)
-            pool.insert(0, (self.model.schedule(self.budget), "exit model"))
+            self.model = self.model or exit_model(self.run, first, ranker)
+            pool.insert(0, _Entrant(self.model.schedule(self.budget), "exit model", ranker, first))
         if self.warm_start is not None:
-            pool.insert(0, (self._spent(self.warm_start), "start"))
-        pool += [(step, "step") for step in self._steps()]
-        draws = [random_staircase(self.budget, self.rng, self.first) for _ in range(_RANDOM)]
-        pool += [(schedule, "random") for schedule in draws]
-        unique = {schedule: (schedule, why) for schedule, why in reversed(pool)}
+            start = deform(self.budget, self.warm_start, self.rng, 0.0, first)  # its shape, at this budget
+            pool.insert(0, _Entrant(start, "start", ranker, first))
+        pool += self._under_the_second(pool)
+        pool += [_Entrant(step, "step", ranker, first) for step in self._steps(first)]
+        draws = [random_staircase(self.budget, self.rng, first) for _ in range(_RANDOM)]
+        pool += [_Entrant(schedule, "random", ranker, first) for schedule in draws]
+        unique = {entrant.key: entrant for entrant in reversed(pool)}
         ordered = list(reversed(unique.values()))
         return ordered if self.samples else ordered[: max(1, int(self.n_trials) // 2)]
 
-    def _sigmoid(self, steepness: float) -> Schedule:
-        k = steepness / self.budget.num_layers
-        return fill(self.budget, sigmoid(self.budget, k, first_layer=self.first), self.first)
+    def _under_the_second(self, pool: Sequence[_Entrant]) -> list[_Entrant]:
+        """Some of a pool under the second-best ranker: few examples cannot tell close ones apart."""
+        if len(self.rankers) == 1 or not self.samples:
+            return []
+        ranker, first = self.rankers[1]
+        fitting = [entrant for entrant in pool if entrant.first == first]
+        if not fitting:
+            fitting = [_Entrant(self._sigmoid(k, first), f"sigmoid {k:g}", ranker, first) for k in _STEEPNESS]
+        return [replace(entrant, ranker=ranker) for entrant in fitting[:_SECOND]]
 
-    def _steps(self) -> list[Schedule]:
+    def _sigmoid(self, steepness: float, first: int) -> Schedule:
+        k = steepness / self.budget.num_layers
+        return fill(self.budget, sigmoid(self.budget, k, first_layer=first), first)
+
+    def _steps(self, first: int) -> list[Schedule]:
         """One step each, at the first layers where the budget allows one."""
         steps = []
-        for layer in range(self.first, self.budget.num_layers):
+        for layer in range(first, self.budget.num_layers):
             try:
                 rate = fit_rate(self.budget, lambda r, at=layer: self._step(at, r))  # type: ignore[misc]
             except ThinsightError:  # what comes before this layer costs more than there is
                 break
-            steps.append(fill(self.budget, self._step(layer, rate), self.first))
+            steps.append(fill(self.budget, self._step(layer, rate), first))
         return steps[:3]
 
     def _step(self, layer: int, rate: float) -> Schedule:
         return Schedule.step(self.budget.num_layers, layer, rate)
 
-    def _spent(self, schedule: Schedule) -> Schedule:
-        """A schedule brought to the budget, its shape kept."""
-        return deform(self.budget, schedule, self.rng, 0.0, self.first)
-
     def _change(self) -> bool:
-        """A round of changes to the best schedule; False when there is no room for another."""
-        best = max(self.whole, key=worth)
-        progress = self.run.evaluations / self.n_trials
-        strength = _STRENGTHS[0] + (_STRENGTHS[1] - _STRENGTHS[0]) * progress
-        changed = [
-            deform(self.budget, best.schedule, self.rng, strength, self.first) for _ in range(_MUTANTS)
-        ]
+        """A round of changes to the best candidate; False when there is no room for another."""
+        _, best = self._leader()
+        changed = self._changed(best)
         if not self.samples:
-            self.whole.append(self.run.run(changed[0], "changed", ranker=self.ranker))
+            self._run_whole(changed[0])
             return True
         if self._left() < 1 + _MUTANTS * _SOME:
             return False
-        pool = [(schedule, "changed") for schedule in changed if schedule != best.schedule]
+        pool = [entrant for entrant in changed if entrant.key != best.key]
         if pool:
-            schedule, why = self._best(pool, _SOME, 1)[0]
-            sample = self.run.run(best.schedule, best.why, share=_SOME, ranker=self.ranker)
-            if worth(self.run.run(schedule, why, share=_SOME, ranker=self.ranker)) > worth(sample):
-                self.whole.append(self.run.run(schedule, why, ranker=self.ranker))
+            first = self._ranked(pool, _SOME)[0]
+            if worth(self._run(first, _SOME)) > worth(self._run(best, _SOME)):
+                self._run_whole(first)
         return True
+
+    def _changed(self, best: _Entrant) -> list[_Entrant]:
+        """New candidates: the best one bent, and mixed with others that did well."""
+        progress = self.run.evaluations / self.n_trials
+        strength = _STRENGTHS[0] + (_STRENGTHS[1] - _STRENGTHS[0]) * progress
+        others = [entrant for entrant in self.elite if entrant.schedule != best.schedule][:_PARENTS]
+        found = []
+        for number in range(_MUTANTS):
+            if others and number % 2:
+                other = others[int(self.rng.integers(len(others)))]
+                share = float(self.rng.uniform(0.25, 0.75))
+                schedule = blend(self.budget, best.schedule, other.schedule, share, best.first)
+                found.append(replace(best, schedule=schedule, why="mixed"))
+            else:
+                schedule = deform(self.budget, best.schedule, self.rng, strength, best.first)
+                found.append(replace(best, schedule=schedule, why="bent"))
+        return found
 
 
 def exit_model(run: BudgetedRun, first_layer: int, ranker: dict[str, Any] | None = None) -> ExitModel:

@@ -10,12 +10,22 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..budget import Budget, fill, fit, refuse_unreachable
 from ..errors import ThinsightError
 from ..schedule import Schedule
 
-__all__ = ["bend", "deform", "first_layer_for", "fit_sigmoid", "from_scores", "random_staircase", "sigmoid"]
+__all__ = [
+    "bend",
+    "blend",
+    "deform",
+    "first_layer_for",
+    "fit_sigmoid",
+    "from_scores",
+    "random_staircase",
+    "sigmoid",
+]
 
 _FURTHEST = 60.0  # logits beyond it are rates of 0 or 1 in float64
 
@@ -136,7 +146,9 @@ def random_staircase(budget: Budget, rng: np.random.Generator, first_layer: int 
     return fill(budget, fit(budget, curve, 0.0, 1.0, "a random staircase"), first_layer)
 
 
-def from_scores(budget: Budget, logits: Sequence[float], first_layer: int = 0) -> Schedule:
+def from_scores(
+    budget: Budget, logits: Sequence[float] | NDArray[np.float64], first_layer: int = 0
+) -> Schedule:
     """The schedule whose rates have these logits per layer (of layers from ``first_layer`` on), all moved by
     one number so that the budget is spent to the last token. Logits that rise are made level.
     """
@@ -161,13 +173,28 @@ def deform(
         strength: standard deviation of its height, in logits.
         first_layer: layers before it keep all.
     """
-    rates = np.clip(schedule.keep_rates[first_layer:], 0.25 / budget.n_vision, 1 - 0.25 / budget.n_vision)
-    layers = np.arange(len(rates))
-    centre, width = rng.uniform(-0.5, len(rates) - 0.5), math.exp(rng.uniform(-0.5, 1.5))
+    logits = _logits(budget, schedule, first_layer)
+    layers = np.arange(len(logits))
+    centre, width = rng.uniform(-0.5, len(logits) - 0.5), math.exp(rng.uniform(-0.5, 1.5))
     bump = np.exp(-0.5 * ((layers - centre) / width) ** 2)
     if rng.random() < 0.5:  # from one layer on: what moves a step
         bump = (layers >= centre).astype(float)
-    return from_scores(budget, np.log(rates / (1 - rates)) + strength * rng.normal() * bump, first_layer)
+    return from_scores(budget, logits + strength * rng.normal() * bump, first_layer)
+
+
+def blend(budget: Budget, one: Schedule, two: Schedule, share: float, first_layer: int = 0) -> Schedule:
+    """A schedule between two: ``share`` of the first one's logits, the rest the second one's, and the budget
+    spent again."""
+    first, second = (_logits(budget, schedule, first_layer) for schedule in (one, two))
+    return from_scores(budget, share * first + (1 - share) * second, first_layer)
+
+
+def _logits(budget: Budget, schedule: Schedule, first_layer: int) -> NDArray[np.float64]:
+    """Of the rates from ``first_layer`` on, those of 0 and 1 taken for a quarter of a token less extreme."""
+    edge = 0.25 / budget.n_vision
+    rates = np.clip(schedule.keep_rates[first_layer:], edge, 1 - edge)
+    logits: NDArray[np.float64] = np.log(rates / (1 - rates))
+    return logits
 
 
 def bend(budget: Budget, schedule: Schedule, layer: int) -> Schedule:
@@ -177,10 +204,9 @@ def bend(budget: Budget, schedule: Schedule, layer: int) -> Schedule:
     Raises:
         ThinsightError: the layers above alone cost more.
     """
-    head, n = schedule.keep_rates[:layer], budget.n_vision
+    head = schedule.keep_rates[:layer]
     limit = head[-1] if head else 1.0
-    tail = np.clip(schedule.keep_rates[layer:], 0.25 / n, 1 - 0.25 / n)
-    logits = np.log(tail / (1 - tail))
+    logits = _logits(budget, schedule, layer)
 
     def curve(shift: float) -> Schedule:
         return Schedule([*head, *(min(limit, _logistic(x + shift)) for x in logits)])
