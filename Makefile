@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: demo test conformance lint bench overhead results train train-internvl data clean
+.PHONY: demo test conformance lint bench peers bench-gpu overhead results train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
@@ -16,6 +16,7 @@ test: .venv/ready
 conformance: .venv/ready
 	@mkdir -p out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/conformance -m "" -n auto --dist worksteal --junitxml=out/conformance.xml
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/conformance -m conformance -n auto --dist worksteal
 	PYTHONPATH=src:tests $(BIN)/python -m conformance.table out/conformance.xml --write docs/models.md README.md
 
 lint: .venv/ready
@@ -23,14 +24,23 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Measured speed against what the FLOPs promise: for two hours on two idle cores, row by row.
 bench: .venv/ready
-	$(BIN)/python -m benchmarks.prefill
+	$(BIN)/python -m benchmarks.prefill --resume
+
+# The same prompts through other ways of dropping tokens.
+peers: .venv/ready
+	$(BIN)/python -m benchmarks.peers --resume
+
+# The large shapes, on one GPU; `python -m benchmarks.gpu --tiny` tries the script on a CPU.
+bench-gpu: .venv/ready
+	$(BIN)/python -m benchmarks.gpu --resume
 
 # What a schedule that keeps everything costs over the stock model.
 overhead: .venv/ready
 	$(BIN)/python -m benchmarks.overhead
 
-# Every method at equal cost on the embedded models, for hours on two cores: benchmarks/results/README.md.
+# Every method at equal cost on the embedded models, for two hours on two cores: benchmarks/results/README.md.
 results: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo & \
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo-internvl; wait

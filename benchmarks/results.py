@@ -27,7 +27,7 @@ STEPS = {"demo": 32, "demo-internvl": 8}  # of G-Search's counts: an eighth of t
 PAGE = Path(__file__).parent / "results"
 SEEDS, N_TRIALS = 3, 16
 TRANSFER_BUDGET = 0.25
-ADAPTIVE = "search-adaptive"
+ADAPTIVE, ADAPTIVE_BUDGETS = "search-adaptive", (0.25, 0.125)
 SHOWN = tuple(name for name in method_names() if name != ADAPTIVE)  # that one has a section of its own
 ABOUT = f"""Searches choose on the calibration set (384 questions), {N_TRIALS} evaluations each, seeds
 0 to {SEEDS - 1}; scores are on the test set (1,152 questions), which has no part in choosing. Intervals:
@@ -120,6 +120,7 @@ def adaptive_of(name: str, out: Path) -> Comparison:
         model=ModelOptions(name),
         seeds=(0,),
         n_trials=N_TRIALS,
+        budgets=ADAPTIVE_BUDGETS,
         methods=("search-sensitivity", ADAPTIVE),
         out=out / name,
         resume=True,

@@ -220,7 +220,7 @@ def search(
     ] = 0.1,
     n_trials: Annotated[
         int | None,
-        typer.Option("--n-trials", min=1, help="Evaluations under a budget (20); bayes: per layer (8)."),
+        typer.Option("--n-trials", min=1, help="Evaluations under a budget (16); bayes: per layer (8)."),
     ] = None,
     limit: Limit = None,
     metric: Metric = None,
@@ -337,7 +337,7 @@ def compare(
     ranker: Annotated[str, typer.Option("--ranker", help="Of the searches that do not choose it.")] = (
         "text-attention"
     ),
-    n_trials: Annotated[int, typer.Option("--n-trials", min=8, help="Evaluations of each search.")] = 20,
+    n_trials: Annotated[int, typer.Option("--n-trials", min=8, help="Evaluations of each search.")] = 16,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of what is random, seeds from 0.")] = 1,
     limit: Limit = None,
     metric: Metric = None,

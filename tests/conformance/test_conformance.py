@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from thinsight.adaptive import Adaptive
 from thinsight.errors import ThinsightError
+from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.runtime.families import SUPPORTED
 from thinsight.schedule import Schedule
@@ -255,3 +257,36 @@ def test_what_cannot_work_is_refused_with_the_reason(name: str) -> None:
     with pytest.raises(ThinsightError, match=message):
         apply(model, Schedule([1, 0.5, 0.5, 0.2]))
     assert [dict(module._forward_pre_hooks) for module in model.modules()] == hooks
+
+
+# --- a schedule for each prompt
+
+
+@behaviour("adaptive")
+def test_each_prompt_runs_as_under_its_own_schedule(family: Family) -> None:
+    model, inputs = family.model(), family.inputs(IMAGES, seed=8)
+    many, few = Schedule([1, 0.8, 0.7, 0.6]), Schedule([1, 0.8, 0.4, 0.1])
+    one = Adaptive("concentration", 2, (), (many,), (1.0,))
+    with apply(model, Reduction(many, adaptive=one)) as handle, torch.no_grad():
+        model(**inputs)
+        values = handle.statistic()
+    low, high = sorted(values)[len(values) // 2 - 1 : len(values) // 2 + 1]
+    edge = (low + high) / 2
+    both = Adaptive("concentration", 2, (edge,), (many, few), (0.5, 0.5))
+    with apply(model, Reduction(both.mean(), adaptive=both)) as handle:
+        out = generate(model, inputs, 3)
+        kept = handle.kept(3)
+        assert handle.statistic() == pytest.approx(values, abs=1e-5)
+    plain, counts = [], []
+    for schedule in (many, few):
+        with apply(model, schedule) as handle:
+            plain.append(torch.stack(generate(model, inputs, 3).logits))
+            counts.append([len(row) for row in handle.kept(3)])
+    levels = [both.level(value) for value in values]
+    assert set(levels) == {0, 1}
+    for row, level in enumerate(levels):
+        assert len(kept[row]) == counts[level][row]
+        for step, logits in enumerate(out.logits):
+            close(logits[row], plain[level][step][row])
+            if logits[row].argmax() != plain[level][step][row].argmax():
+                break  # a tie of random weights; what follows may differ

@@ -57,7 +57,7 @@ class CompareOptions:
     budget_unit: str = "keep"
     methods: tuple[str, ...] = ("all",)
     seeds: tuple[int, ...] = (0,)
-    n_trials: int = 20
+    n_trials: int = 16
     ranker: str | dict[str, Any] = "text-attention"
     batch_size: int = 8
     cache_gib: float = 4.0

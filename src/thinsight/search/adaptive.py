@@ -39,7 +39,7 @@ def adaptive_search(
     evaluator: SearchEvaluator,
     budget: Budget,
     *,
-    n_trials: int = 20,
+    n_trials: int = 16,
     seed: int = 0,
     first_layer: int | None = None,
     warm_start: Schedule | None = None,

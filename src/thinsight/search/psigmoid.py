@@ -31,7 +31,7 @@ def psigmoid(
     evaluator: SearchEvaluator,
     budget: Budget,
     *,
-    n_trials: int = 20,
+    n_trials: int = 16,
     seed: int = 0,
     amplitude: bool = False,
     floor: bool = False,

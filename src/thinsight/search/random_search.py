@@ -26,7 +26,7 @@ def random_search(
     evaluator: SearchEvaluator,
     budget: Budget,
     *,
-    n_trials: int = 20,
+    n_trials: int = 16,
     seed: int = 0,
     first_layer: int | None = None,
     rankers: Sequence[dict[str, Any]] = (),
