@@ -17,10 +17,10 @@ from family_processor import RowProcessor
 from tiny import tiny_images, tiny_llava, tiny_processor
 
 from thinsight.errors import ThinsightError
-from thinsight.evaluation import Evaluator, Example, prefix_cache
+from thinsight.evaluation import Evaluator, Example, feature_store, prefix_cache
 from thinsight.evaluation.feature_store import FeatureStore
 from thinsight.reduction import Reduction
-from thinsight.runtime import apply, recording, resuming
+from thinsight.runtime import apply, can_share, recording, resuming
 from thinsight.runtime.families import SUPPORTED, sliding_layers
 from thinsight.schedule import Schedule
 from thinsight.search import gsearch, random_search, sensitivity_search
@@ -180,6 +180,28 @@ def test_sharing_that_does_not_pay_is_given_up(model: Any, monkeypatch: pytest.M
         candidate = head.with_tail(3, (9 - number) / 16)
         same(evaluator(candidate), plain(candidate))
         assert evaluator._began[0] == (3 if 0 < number <= uses else 0)
+
+
+def test_a_full_disk_ends_sharing_and_nothing_else(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator, plain = evaluator_of(model, cache_gib=0), evaluator_of(model, reuse=False)
+    head = Schedule([1, 1, 0.8, 0.6, 0.6, 0.6])
+    _ = evaluator.full
+    evaluator.share(head, 3)
+
+    def no_room(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(feature_store, "save_file", no_room)
+    for rate in (0.5, 0.3):
+        same(evaluator(head.with_tail(3, rate)), plain(head.with_tail(3, rate)))
+        assert evaluator._began[0] == 0
+
+
+def test_a_model_on_several_devices_runs_whole() -> None:
+    model = tiny_llava()
+    assert can_share(model)
+    model.hf_device_map = {"model.vision_tower": 0, "model.language_model": 1}
+    assert not can_share(model)
 
 
 def test_searches_find_the_same(model: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ThinsightError
 from ..ranking import TEXT_ATTENTION, get_ranker
 from ..reduction import Reduction
 from ..runtime import Handle, Snapshot, can_share, num_layers, recording, resuming
@@ -97,9 +98,6 @@ class PrefixCache:
 
         Yields:
             What `decode` takes as ``prompt_scope``.
-
-        Raises:
-            ThinsightError: a snapshot has to go into a file, which cannot be written.
         """
         key = tuple(batch)
         start = self.start(reduction, batch, cached)
@@ -135,15 +133,22 @@ class PrefixCache:
 
     def _keep(self, key: Batch, snapshot: Snapshot, prefix: _Prefix) -> None:
         began = self._now()
-        self._kept.put(key, snapshot.to("cpu"))
+        try:
+            self._kept.put(key, snapshot.to("cpu"))
+        except ThinsightError:  # no room for a file: the search goes on without
+            self._give_up()
+            return
         self._prefixes[key] = prefix
         self._spent += self._now() - began
 
     def _judge(self) -> None:
         """Give up where it costs more than it saves."""
         if self._possible and self._uses >= _PROBATION and self._spent > self._saved:
-            self._possible = False
-            self._forget()
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._possible = False
+        self._forget()
 
     def _forget(self) -> None:
         self._announced = ()

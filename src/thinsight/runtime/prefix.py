@@ -126,9 +126,13 @@ def _mapped_state(state: PassState, function: Mapped) -> PassState:
 
 
 def can_share(model: Any) -> bool:
-    """Whether passes of a model can be cut in two: not where layers have a sliding window, whose caches hold
-    more than keys and values."""
-    return not sliding_layers(model)
+    """Whether passes of a model can be cut in two.
+
+    Not where layers have a sliding window, whose caches hold more than keys and values, nor where they are on
+    several devices.
+    """
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    return len(devices) <= 1 and not sliding_layers(model)
 
 
 @contextmanager
