@@ -27,7 +27,7 @@ STEPS = {"demo": 32, "demo-internvl": 8}  # of G-Search's counts: an eighth of t
 PAGE = Path(__file__).parent / "results"
 SEEDS, N_TRIALS = 3, 16
 TRANSFER_BUDGET = 0.25
-ADAPTIVE, ADAPTIVE_BUDGETS = "search-adaptive", (0.25, 0.125)
+ADAPTIVE, ADAPTIVE_BUDGETS, ADAPTIVE_MODELS = "search-adaptive", (0.25, 0.125), ("demo-internvl",)
 SHOWN = tuple(name for name in method_names() if name != ADAPTIVE)  # that one has a section of its own
 ABOUT = f"""Searches choose on the calibration set (384 questions), {N_TRIALS} evaluations each, seeds
 0 to {SEEDS - 1}; scores are on the test set (1,152 questions), which has no part in choosing. Intervals:
@@ -266,7 +266,7 @@ def _random_claim(at: dict[tuple[float, str], MethodAtBudget]) -> str:
 def write_page(out: Path) -> Path:
     """Everything into benchmarks/results/."""
     PAGE.mkdir(exist_ok=True)
-    adaptive = {name: adaptive_of(name, out) for name in MODELS}
+    adaptive = {name: adaptive_of(name, out) for name in ADAPTIVE_MODELS}
     # last, so that the folders' tables and figures are these
     comparisons = {name: comparison_of(name, out) for name in MODELS}
     benches = {name: Bench(name, out) for name in MODELS}
@@ -302,7 +302,8 @@ def main() -> None:
     if arguments.only:
         comparison_of(arguments.only, arguments.out, arguments.budgets or BUDGETS)
         if not arguments.budgets:
-            adaptive_of(arguments.only, arguments.out)
+            if arguments.only in ADAPTIVE_MODELS:
+                adaptive_of(arguments.only, arguments.out)
             Bench(arguments.only, arguments.out).gsearch()
         return
     print(f"Written: {write_page(arguments.out)}")
