@@ -94,12 +94,14 @@ def test_a_compiled_prefill_is_the_eager_one(family: Family) -> None:
         close(torch.compile(model, backend="eager")(**inputs, logits_to_keep=1).logits, eager)
 
 
+@pytest.mark.parametrize("skip", [True, False])
 @behaviour("compiled", [FAMILIES["llava"]])
-def test_what_was_compiled_before_does_not_leave_the_reduction_out(family: Family) -> None:
-    """Nor does what was compiled under it stay when it is off."""
+def test_what_was_compiled_before_does_not_leave_the_reduction_out(family: Family, skip: bool) -> None:
+    """Nor does what was compiled under it stay when it is off; whether the compiler guards hooks or not."""
     model, inputs = family.build(), family.inputs(RAGGED, seed=21)
     fast = torch.compile(model, backend="eager")
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=False):
+    settings = {"error_on_recompile": False, "skip_nnmodule_hook_guards": skip}
+    with torch.no_grad(), torch._dynamo.config.patch(**settings):
         stock = model(**inputs, logits_to_keep=1).logits
         close(fast(**inputs, logits_to_keep=1).logits, stock)
         with CASE.apply(model):

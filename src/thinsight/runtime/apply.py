@@ -270,9 +270,10 @@ def _new_tokens(module: nn.Module, args: tuple[Any, ...], last: Any) -> int:
 
 
 def _forget_compiled() -> None:
-    """Have torch.compile look at the hooks again: what it compiled before does not ask whether they
-    changed (`torch._dynamo.config.skip_nnmodule_hook_guards`), and would leave the reduction out."""
-    if "torch._dynamo" in sys.modules:
+    """Have torch.compile look at the hooks again: what it compiled before does not ask whether they changed,
+    unless it was told to, and would leave the reduction out."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and getattr(dynamo.config, "skip_nnmodule_hook_guards", True):
         torch.compiler.reset()
 
 

@@ -118,11 +118,12 @@ def _adapted(run: BudgetedRun, best: Trial) -> Trial | None:
 def _statistics(run: BudgetedRun, best: Trial, layer: int) -> NDArray[np.float64]:
     """The statistic of every calibration prompt, under the best schedule; counted as an evaluation."""
     family = Adaptive(STATISTIC, layer, (), (best.schedule,), (1.0,))
-    bound: Reduction = run.evaluator.reduction(best.schedule)  # type: ignore[attr-defined]
+    evaluator: Any = run.evaluator  # one that has statistics
+    bound: Reduction = evaluator.reduction(best.schedule)
     reduction = Reduction(
         best.schedule, best.ranker or bound.ranker, model_type=bound.model_type, adaptive=family
     )
-    values: NDArray[np.float64] = run.evaluator.statistics(reduction)  # type: ignore[attr-defined]
+    values: NDArray[np.float64] = evaluator.statistics(reduction)
     run.count(best, "statistics")
     return values
 
