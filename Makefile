@@ -24,7 +24,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Measured speed against what the FLOPs promise: for two hours on two idle cores, row by row.
+# Measured speed against what the FLOPs promise, row by row, for hours on two idle cores.
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.prefill --resume
 
@@ -40,7 +40,7 @@ bench-gpu: .venv/ready
 overhead: .venv/ready
 	$(BIN)/python -m benchmarks.overhead
 
-# Every method at equal cost on the embedded models, for two hours on two cores: benchmarks/results/README.md.
+# Every method at equal cost on the embedded models, for hours on two cores: benchmarks/results/README.md.
 results: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo & \
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo-internvl; wait
