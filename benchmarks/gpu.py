@@ -7,15 +7,17 @@ attention implementation x mode x schedule; the options choose among them.
 Only the decoder is measured: every vision tower is tiny and never runs, and the prompts are random embeddings
 of which N are said to be vision tokens. Modes:
 
-- eager: the model as it is; whole answers, and shares of scoring and hooks, are measured here alone;
-- compiled: torch.compile of the decoder's forward;
-- captured: prefill recorded as a CUDA graph, one for each side, and replayed.
+- eager: the model as it is; shares of scoring and hooks are measured here alone;
+- compiled: torch.compile of the decoder's forward, without whole answers;
+- captured: the decoder's prefill recorded as a CUDA graph, for each side, and replayed (`CapturedPrefill`).
+  Positions of vision tokens are read once, before any clock starts. Where there is no GPU, the recording is
+  an eager call, and the row says so.
 
 A row that cannot run says why in the place of its figures: a mode or an attention implementation that raises,
 or memory that does not suffice. Nothing is assumed to work: a row whose cache does not hold what the schedule
 says is refused as well. Figures are committed with their date and device, and only where a GPU gave them.
-`--tiny` runs every model class at toy size on the CPU, eager, in seconds: its times mean nothing, it shows
-that the script runs.
+`--tiny` runs every model class at toy size on the CPU, eager and captured, in seconds: its times mean
+nothing, it shows that the script runs.
 """
 
 from __future__ import annotations
@@ -51,12 +53,14 @@ from benchmarks.prefill import (
 )
 from thinsight import Reduction, apply
 from thinsight.cost import kv_bytes
-from thinsight.runtime import num_layers
+from thinsight.runtime import CapturedPrefill, Handle, num_layers
+from thinsight.runtime.recording import EagerReplay
 
 IMAGE_TOKEN = 5
 BEFORE_IMAGE = 4  # text tokens
 EAGER, COMPILED, CAPTURED = "eager", "compiled", "captured"
-WARM_UP = 3  # passes before a capture, as torch's documentation asks
+WARM_UP = 3  # passes of each side that compile it
+GRAPH, REPLAY = "CUDA graph", "eager replay"  # how a prefill was captured
 COMPILER = {
     # by default what was compiled without hooks would also serve the model that has them
     "skip_nnmodule_hook_guards": False,
@@ -150,7 +154,14 @@ def build(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> Any:
         return AutoModelForImageTextToText.from_config(config_of(decoder), dtype=dtype).eval()
 
 
-def workload(model: Any, n_vision: int, batch: int) -> Workload:
+@dataclass(frozen=True)
+class Prompts(Workload):
+    """A workload that tells what its prefill is given."""
+
+    inputs: Mapping[str, Any]
+
+
+def workload(model: Any, n_vision: int, batch: int) -> Prompts:
     """Prompts as embeddings, with one image in the midst of the text."""
     seq, hidden = n_vision + TEXT_TOKENS, model.config.text_config.hidden_size
     generator = torch.Generator(model.device).manual_seed(0)
@@ -166,19 +177,21 @@ def workload(model: Any, n_vision: int, batch: int) -> Workload:
         )  # fmt: skip
 
     @contextmanager
-    def under(reduction: Reduction) -> Iterator[None]:
+    def under(reduction: Reduction) -> Iterator[Handle]:
         with apply(model, reduction) as handle, handle.vision(vision):
-            yield
+            yield handle
 
-    return Workload(
+    # without a mask: stock asks the device about it, and that cannot be captured
+    inputs = {"inputs_embeds": embeddings, "use_cache": True, "logits_to_keep": 1}
+    return Prompts(
         model=model,
         batch=batch,
         n_vision=n_vision,
         n_text=TEXT_TOKENS,
-        # without a mask: stock asks the device about it, and that cannot be captured
-        prefill=lambda: model(inputs_embeds=embeddings, use_cache=True, logits_to_keep=1),
+        prefill=lambda: model(**inputs),
         answer=answer,
         under=under,
+        inputs=inputs,
     )
 
 
@@ -210,43 +223,27 @@ def compiled(work: Workload, reduction: Reduction) -> Iterator[Workload]:
 
 
 @contextmanager
-def captured(work: Workload, reduction: Reduction) -> Iterator[Workload]:
-    """Both sides as CUDA graphs for this very prompt length; replayed, not called."""
-    full = Captured(work.prefill)
-    with work.under(reduction):
-        reduced = Captured(work.prefill)
-    now = full
+def captured(work: Prompts, reduction: Reduction) -> Iterator[Workload]:
+    """Each side recorded for this very prompt length when its turn comes, before it is timed."""
+    stock = ExitStack()
 
     @contextmanager
-    def under(_: Reduction) -> Iterator[None]:
-        nonlocal now
-        now = reduced
-        try:
+    def record(*handle: Handle) -> Iterator[None]:
+        recorder = None if work.device.type == "cuda" else EagerReplay()
+        with CapturedPrefill(work.model, *handle, recorder=recorder):
+            work.prefill()
             yield
-        finally:
-            now = full
 
-    yield replace(work, prefill=lambda: now.replay(), under=under)
+    @contextmanager
+    def under(which: Reduction) -> Iterator[None]:
+        stock.close()
+        with work.under(which) as handle, handle.planned(handle.plan(**work.inputs)), record(handle):
+            yield
+        stock.enter_context(record())
 
-
-class Captured:
-    """One call as a CUDA graph."""
-
-    def __init__(self, job: Callable[[], Any]) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                job()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = job()
-
-    def replay(self) -> Any:
-        """Run it again; the output is the same object, overwritten."""
-        self.graph.replay()
-        return self.output
+    with stock:
+        stock.enter_context(record())
+        yield replace(work, under=under)
 
 
 MODES = {EAGER: as_it_is, COMPILED: compiled, CAPTURED: captured}
@@ -256,11 +253,11 @@ MODES = {EAGER: as_it_is, COMPILED: compiled, CAPTURED: captured}
 
 
 @torch.inference_mode()
-def measure(work: Workload, schedule: str, attention: str, mode: str, runs: Runs) -> Row:
+def measure(work: Prompts, schedule: str, attention: str, mode: str, runs: Runs) -> Row:
     """One row's figures, or why there are none."""
     reduction = SCHEDULES[schedule](num_layers(work.model), work.n_vision)
     if mode != EAGER:
-        runs = replace(runs, answers=0, shares=0)
+        runs = replace(runs, answers=runs.answers if mode == CAPTURED else 0, shares=0)
     try:
         with ExitStack() as stack:
             stack.enter_context(attending(work.model, attention))
@@ -272,7 +269,8 @@ def measure(work: Workload, schedule: str, attention: str, mode: str, runs: Runs
     if not caches_right(work, reduction, row):
         return {"skipped": "the cache is not the schedule's"}
     if mode == CAPTURED:  # a graph has its memory from the capture on: a replay takes none
-        row |= {"full_peak_bytes": None, "reduced_peak_bytes": None}
+        recorder = GRAPH if work.device.type == "cuda" else REPLAY
+        row |= {"full_peak_bytes": None, "reduced_peak_bytes": None, "recorder": recorder}
     return row
 
 
@@ -302,13 +300,20 @@ def reason(error: Exception) -> str:
     return shorten(f"{type(error).__name__}: {error}".replace("|", "/"), LONGEST_REASON)
 
 
+def shown_mode(row: Row) -> str:
+    """A cell with the mode, and how it was captured if not as it should be."""
+    return f"{row['mode']} ({REPLAY})" if row.get("recorder") == REPLAY else str(row["mode"])
+
+
 def skipped(row: Row) -> str:
     """A cell that says why a row has no figures."""
     return shorten(row.get("skipped", ""), LONGEST_CELL)
 
 
 COLUMNS: Columns = {
-    **{name: setting(name) for name in ("model", "N", "batch", "attention", "mode", "schedule")},
+    **{name: setting(name) for name in ("model", "N", "batch", "attention")},
+    "mode": shown_mode,
+    "schedule": setting("schedule"),
     **MEASURED,
     "not measured": skipped,
 }
@@ -378,11 +383,11 @@ def options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=Runs.tokens, help="length of an answer")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="toy sizes, eager, on the CPU")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, on the CPU")
     if parser.parse_known_args(argv)[0].tiny:
         parser.set_defaults(
-            batch=[1, 2], attention=["sdpa"], modes=[EAGER], runs=1, answers=1, tokens=2, dtype="float32",
-            device="cpu", out=Path("out/gpu-tiny.json"),
+            batch=[1, 2], attention=["sdpa"], modes=[EAGER, CAPTURED], runs=1, answers=1, tokens=2,
+            dtype="float32", device="cpu", out=Path("out/gpu-tiny.json"),
         )  # fmt: skip
     return parser.parse_args(argv)
 

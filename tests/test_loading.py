@@ -4,6 +4,7 @@ do."""
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,29 @@ def test_dtype_and_attention_are_taken(folder: Path) -> None:
     model, _ = loading.load_model(str(folder), dtype="bfloat16", device="cpu", attn="eager")
     assert model.dtype == torch.bfloat16
     assert model.config.text_config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("found", "warned"),
+    [
+        ({"architecture": "x86_64", "avx2": True}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"architecture": "x86_64", "amx_bf16": True}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_a_cpu_without_bfloat16_is_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any], warned: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loading.load_model(folder, dtype="bfloat16", device="cpu")
+        said = [str(each.message) for each in told]
+        told.clear()
+        loading.load_model(folder, dtype="float32", device="cpu")
+        assert not any("bfloat16" in str(each.message) for each in told)
+    assert any("neither AVX512-BF16 nor AMX" in each for each in said) == warned
 
 
 def test_demo_is_read_from_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,3 +249,20 @@ def test_a_foreign_readme_is_left_alone(tmp_path: Path) -> None:
     Reduction(SCHEDULE).save_pretrained(tmp_path)
     Reduction(Schedule.full(7)).save_pretrained(tmp_path)
     assert "7 layers" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("rerank", [False, 0.8, True])
+def test_when_tokens_are_ranked_anew_is_saved(tmp_path: Path, rerank: bool | float) -> None:
+    reduction = Reduction(SCHEDULE, rerank=rerank)
+    reduction.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "reduction_config.json").read_text())
+    assert config.get("rerank", True) == rerank
+    assert ("rerank" in config) == (rerank is not True)  # older versions read what says nothing new
+    assert Reduction.from_pretrained(tmp_path) == reduction
+    assert Reduction(SCHEDULE) != Reduction(SCHEDULE, rerank=0.8)
+
+
+@pytest.mark.parametrize("rerank", [1, 0, 2.5, "always", None])
+def test_a_damaged_rerank_is_refused(tmp_path: Path, rerank: Any) -> None:
+    with pytest.raises(ThinsightError, match=r"reduction_config\.json: rerank is"):
+        Reduction.from_pretrained(saved(tmp_path, rerank=rerank))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .loading import load_demo, load_model
     from .ranking import Ranker, get_ranker, list_rankers
     from .reduction import Reduction
-    from .runtime import Handle, apply, encode_images
+    from .runtime import CapturedPrefill, Handle, apply, encode_images
     from .schedule import Schedule
     from .search.adaptive import adaptive_search
     from .search.frontier import Frontier, frontier
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adaptive": "adaptive",
+    "CapturedPrefill": "runtime",
     "Evaluation": "evaluation",
     "Evaluator": "evaluation",
     "Example": "evaluation",
@@ -73,6 +74,7 @@ _MODULES = ("cost", "search")  # `thinsight.search` is a package that can be cal
 
 __all__ = [
     "Adaptive",
+    "CapturedPrefill",
     "Evaluation",
     "Evaluator",
     "Example",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -72,7 +73,7 @@ def load_model(
     Args:
         name: "demo" or "demo-internvl", a folder written by ``save_pretrained``, or a hub id.
         dtype: "float32", "bfloat16", "float16", or "auto": as stored, but float32 instead of float16 on a
-            CPU.
+            CPU. A warning says so where a CPU has no instructions for bfloat16 (AVX512-BF16, AMX).
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
         attn: attention implementation, "sdpa", "eager", "flash_attention_2" ...
         trust_remote_code: let the checkpoint bring its own Python code. Off unless asked for.
@@ -113,6 +114,12 @@ def load_model(
     if device_map is None:
         with _one_line(name, f"it onto {target}"):
             model = model.to(target)
+    if model.dtype == torch.bfloat16 and model.device.type == "cpu" and not _computes_bfloat16():
+        warnings.warn(
+            "this CPU has neither AVX512-BF16 nor AMX, so bfloat16 saves memory but is likely slower than "
+            "float32 (--dtype float32)",
+            stacklevel=2,
+        )
     return model.eval(), processor
 
 
@@ -235,6 +242,14 @@ def _resolve_device(device: str) -> torch.device:
                 f"device is {device!r}, but torch sees {count} CUDA devices: use --device cpu"
             )
     return target
+
+
+def _computes_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16; taken for granted where torch does not tell."""
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
+    if found.get("architecture") != "x86_64":
+        return True
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def _resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype | str:

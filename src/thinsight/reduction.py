@@ -13,6 +13,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .errors import ThinsightError
 from .schedule import Schedule
 from .version import __version__
 
-__all__ = ["CONFIG_NAME", "Reduction"]
+__all__ = ["CONFIG_NAME", "Reduction", "check_rerank"]
 
 CONFIG_NAME = "reduction_config.json"
 CARD_NAME = "README.md"
@@ -38,7 +39,7 @@ _KEYS = (
     "search",
     "measured",
 )
-_OPTIONAL_KEY = "adaptive"  # written only where there is one
+_OPTIONAL_KEYS = ("adaptive", "rerank")  # written only where they say something
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -57,6 +58,8 @@ class Reduction:
         measured: what it was measured to do (scores, ratios, device ...), JSON values; None if not measured.
         adaptive: schedules among which each prompt gets its own; ``schedule`` is then their mean
             (``adaptive.mean()``), for figures and costs.
+        rerank: True: tokens are ranked anew at every reduction; a number in (0, 1): only once fewer than this
+            share of the tokens are to be kept that the prompt's last ranking kept; False: once.
 
     A reduction is not changed after it is made: ``dataclasses.replace(reduction, measured={...})`` makes a
     new one.
@@ -72,6 +75,7 @@ class Reduction:
     search: dict[str, Any] | None
     measured: dict[str, Any] | None
     adaptive: Adaptive | None
+    rerank: bool | float
 
     def __init__(
         self,
@@ -83,6 +87,7 @@ class Reduction:
         search: Mapping[str, Any] | None = None,
         measured: Mapping[str, Any] | None = None,
         adaptive: Adaptive | None = None,
+        rerank: bool | float = True,
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise ThinsightError(f"schedule is {schedule!r}; pass a thinsight.Schedule")
@@ -99,6 +104,7 @@ class Reduction:
         object.__setattr__(self, "search", _mapping(search, "search"))
         object.__setattr__(self, "measured", _mapping(measured, "measured"))
         object.__setattr__(self, "adaptive", adaptive)
+        object.__setattr__(self, "rerank", check_rerank(rerank))
 
     def average(self, of: Callable[[Schedule], float]) -> float:
         """A function of a prompt's schedule, such as its cost, for the average prompt."""
@@ -203,7 +209,9 @@ class Reduction:
             "measured": self.measured,
         }
         if self.adaptive is not None:
-            config[_OPTIONAL_KEY] = self.adaptive.to_dict()
+            config["adaptive"] = self.adaptive.to_dict()
+        if self.rerank is not True:
+            config["rerank"] = self.rerank
         try:
             return json.dumps(config, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         except (TypeError, ValueError) as error:
@@ -221,6 +229,22 @@ class Reduction:
             measured=self.measured,
             adaptive=self.adaptive,
         )
+
+
+def check_rerank(rerank: Any) -> bool | float:
+    """`rerank` as it is kept: True, False, or a number in (0, 1).
+
+    Raises:
+        ThinsightError: it is none of these.
+    """
+    if isinstance(rerank, bool):
+        return rerank
+    if not isinstance(rerank, Real) or not 0 < float(rerank) < 1:
+        raise ThinsightError(
+            f"rerank is {rerank!r}; it must be True (rank at every reduction), False (only at the first) or "
+            "a number in (0, 1)"
+        )
+    return float(rerank)
 
 
 def _read(path: Path) -> Reduction:
@@ -247,7 +271,8 @@ def _read(path: Path) -> Reduction:
             model_type=config["model_type"],
             search=config["search"],
             measured=config["measured"],
-            adaptive=Adaptive.from_dict(config[_OPTIONAL_KEY]) if _OPTIONAL_KEY in config else None,
+            adaptive=Adaptive.from_dict(config["adaptive"]) if "adaptive" in config else None,
+            rerank=config.get("rerank", True),
         )
     except ThinsightError as error:
         raise ThinsightError(f"{path}: {error}") from None
@@ -283,7 +308,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_keys(path: Path, config: dict[str, Any]) -> None:
-    unknown = sorted(config.keys() - {*_KEYS, _OPTIONAL_KEY})
+    unknown = sorted(config.keys() - {*_KEYS, *_OPTIONAL_KEYS})
     if unknown:
         raise ThinsightError(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
     missing = [key for key in _KEYS if key not in config]

@@ -74,7 +74,7 @@ class Case:
     queries: str = "instruction"
     per: str = "image"
     fixed: bool = False  # rank by `FixedScores`
-    rerank: bool = True
+    rerank: bool | float = True
 
     def apply(self, model: PreTrainedModel) -> Any:
         """Put the reduction on."""

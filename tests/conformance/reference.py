@@ -31,7 +31,8 @@ class Reference:
             "last", its last token.
         per: what competes for a place: the tokens of an "image", or all of the "prompt".
         scores: fixed scores of the turn's vision tokens, in place of attention.
-        rerank: rank anew at every reduction of a turn; False: the first one's scores serve all.
+        rerank: rank anew at every reduction of a turn; a number: where fewer than this share of the tokens
+            stay that stayed at the last ranking; False: the first one's scores serve all.
         seed: of the model's weights.
     """
 
@@ -43,7 +44,7 @@ class Reference:
         queries: str = "instruction",
         per: str = "image",
         scores: Sequence[float] | None = None,
-        rerank: bool = True,
+        rerank: bool | float = True,
         seed: int = 0,
     ) -> None:
         self.family = family
@@ -116,7 +117,8 @@ class _Ranking:
         after = [place for place in range(start, end) if self.tokens and place > self.tokens[-1]]
         self.rows = after if after and reference.queries == "instruction" else [end - 1]
         self.weights: Tensor | None = None  # (heads, seq, seq) of the layer before
-        self.first: Tensor | None = None  # (seq,) what each token received at the first reduction
+        self.received: Tensor | None = None  # (seq,) what each token received when it was last ranked
+        self.stayed = 0  # how many tokens that ranking left
 
     def watch(self, module: nn.Module, args: Any, output: Any) -> None:
         """Keep a layer's attention weights."""
@@ -125,6 +127,9 @@ class _Ranking:
     def rank(self, layer: int) -> None:
         """Hide what does not enter this layer."""
         reference = self.reference
+        counts = [reference.schedule.counts(size)[layer] for size in self.sizes]
+        if sum(counts) < sum(map(len, self.groups)) and self._is_due(sum(counts)):
+            self._read(sum(counts))
         for number, (group, size) in enumerate(zip(self.groups, self.sizes, strict=True)):
             count = reference.schedule.counts(size)[layer]
             if count < len(group):
@@ -136,15 +141,24 @@ class _Ranking:
         reference.hidden[layer] |= set(self.tokens) - kept
         reference.kept.append(sorted(self.tokens.index(place) for place in kept))
 
+    def _is_due(self, staying: int) -> bool:
+        rerank = self.reference.rerank
+        if rerank is True or self.received is None:
+            return True
+        return rerank is not False and staying / self.stayed < rerank
+
+    def _read(self, staying: int) -> None:
+        if self.reference.scores is not None:
+            return
+        assert self.weights is not None, "layer 0 has no layer before it"
+        self.received, self.stayed = self.weights[:, self.rows].mean(dim=(0, 1)), staying
+
     def _scores(self, group: list[int]) -> dict[int, float]:
         fixed = self.reference.scores
         if fixed is not None:
             return {place: fixed[self.tokens.index(place)] for place in group}
-        assert self.weights is not None, "layer 0 has no layer before it"
-        received = self.weights[:, self.rows].mean(dim=(0, 1))
-        if not self.reference.rerank:
-            self.first = received = received if self.first is None else self.first
-        return {place: float(received[place]) for place in group}
+        assert self.received is not None
+        return {place: float(self.received[place]) for place in group}
 
 
 def hide(mask: Tensor | None, places: set[int], states: Tensor) -> Tensor:

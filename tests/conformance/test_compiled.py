@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._dynamo.exc import Unsupported
 from transformers import CompileConfig, PreTrainedModel
 
+from thinsight.runtime import apply
 from thinsight.schedule import Schedule
 
 from .behaviours import behaviour
@@ -92,6 +93,33 @@ def test_a_compiled_prefill_is_the_eager_one(family: Family) -> None:
     with CASE.apply(model), torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=False):
         eager = model(**inputs, logits_to_keep=1).logits
         close(torch.compile(model, backend="eager")(**inputs, logits_to_keep=1).logits, eager)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize(
+    ("schedule", "most"), [([1, 0.8, 0.5, 0.1], 14), ([1, 0.5, 0.5, 0.5], 11)], ids=["three", "one"]
+)
+@behaviour("compiled", [FAMILIES["llava"]])
+def test_a_planned_prefill_compiles_to_few_graphs_once(
+    family: Family, schedule: list[float], most: int
+) -> None:
+    """Of four layers; the second pass compiles nothing."""
+    model, inputs, graphs = family.build(), family.inputs(SINGLE, seed=21), []
+
+    def keep(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with apply(model, Schedule(schedule)) as handle, torch.no_grad(), handle.planned(handle.plan(**inputs)):
+        eager = model(inputs_embeds=embeds, logits_to_keep=1).logits
+        fast = torch.compile(model, backend=keep)
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            close(fast(inputs_embeds=embeds, logits_to_keep=1).logits, eager)
+            assert 1 < len(graphs) <= most
+            before = len(graphs)
+            close(fast(inputs_embeds=embeds, logits_to_keep=1).logits, eager)
+            assert len(graphs) == before
 
 
 @pytest.mark.parametrize("skip", [True, False])

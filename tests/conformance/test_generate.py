@@ -490,9 +490,10 @@ def test_two_generations_in_a_row_are_alike(family: Family) -> None:
 # --- which tokens
 
 
+@pytest.mark.parametrize("rerank", [False, 0.6])  # 0.6: at layers 1 and 3 of 1, 2 and 3
 @behaviour("one ranking")
-def test_one_ranking_reused_equals_the_reference(family: Family) -> None:
-    case = Case(CASE.schedule, rerank=False)
+def test_a_ranking_reused_equals_the_reference(family: Family, rerank: bool | float) -> None:
+    case = Case(CASE.schedule, rerank=rerank)
     check_steps(family, case, family.batch(family.rows(PADDED, 16)), steps=2)
 
 

@@ -262,3 +262,19 @@ def test_a_forward_of_the_layers_own_comes_back(model: Any) -> None:
                 pass
     finally:
         del layer.__dict__["forward"]
+
+
+def test_candidates_are_told_apart_by_when_they_rank(model: Any) -> None:
+    """Answers and snapshots of one are not taken for another's, and reuse changes none."""
+    plain, reused = evaluator_of(model, reuse=False), evaluator_of(model)
+    shared = Schedule([1, 0.8, 0.6, 0.5, 0.5, 0.5])
+    reused.share(shared, 4)
+    given = {}
+    for rerank in (True, 0.7, False, 0.9, True):
+        for rate in (0.4, 0.1):
+            candidate = Reduction(shared.with_tail(4, rate), rerank=rerank)
+            same(reused(candidate), plain(candidate))
+            fresh = evaluator_of(model, reuse=False)
+            same(plain(candidate), fresh(candidate))
+            given[rerank, rate] = plain.predictions(candidate)
+    assert given[True, 0.1] != given[False, 0.1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from thinsight.errors import ThinsightError
-from thinsight.ranking import STATES, Context, Ranker, choose, get_ranker, list_rankers, register
+from thinsight.ranking import STATES, Context, Ranker, best, choose, get_ranker, list_rankers, register
 
 HIDDEN = 12
 SIZES = [[16], [16, 9], [], [1]]  # per row, N of each image
@@ -253,6 +253,17 @@ def test_nan_loses_to_numbers_but_not_to_dropped_tokens() -> None:
     group = torch.zeros(1, 4, dtype=torch.long)
     assert choose(scores, valid, group, group + 2)[0].tolist() == [False, True, True, False]
     assert choose(scores, valid, group, group + 3)[0].tolist() == [True, True, True, False]
+
+
+def test_the_best_of_a_row_are_what_is_chosen_of_one_group() -> None:
+    draw = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 6, (4, 20), generator=draw).float()  # many ties
+    scores[1, ::3], scores[2, 5] = float("nan"), float("inf")
+    valid = torch.rand(4, 20, generator=draw) < 0.8
+    group = torch.zeros(4, 20, dtype=torch.long)
+    for count in (0, 1, 7, 19, 20):
+        wanted = choose(scores, valid, group, torch.full_like(group, count))
+        assert torch.equal(best(scores, valid, count), wanted)
 
 
 def test_groups_compete_apart() -> None:

@@ -92,9 +92,23 @@ def test_shrinking_twice() -> None:
     assert torch.equal(back, wanted)
 
 
+def test_shrinking_rows_of_one_length_needs_no_filling() -> None:
+    made = build_layout([Vision(VISION[:1].expand(2, -1))], REAL[:1].expand(2, -1))
+    assert made is not None
+    alive = torch.tensor([[True, False, True], [False, True, True]])
+    take, columns = shrink(made, alive, [2, 2], None)
+    assert take.tolist() == [[2, 3, 5, 6, 7], [2, 4, 5, 6, 7]]
+    assert columns.valid is None
+    alive = torch.tensor([[False, False, True], [False, True, False]])
+    take, columns = shrink(made, alive, [1, 1], columns)
+    assert take.tolist() == [[0, 2, 3, 4], [0, 1, 3, 4]]
+    assert columns.index.tolist() == [[2, 5, 6, 7], [2, 4, 6, 7]]
+
+
 def test_physical_place_of_logical_columns() -> None:
     columns = Columns(torch.tensor([[0, 2, 5, 7]]), None)
-    assert columns.physical(torch.tensor([[7, 2]]), 8).tolist() == [[3, 1]]
+    (places,) = columns.physical(8, torch.tensor([[7, 2]]))
+    assert places.tolist() == [[3, 1]]
 
 
 def test_gather_tokens_broadcasts_rotary_tables() -> None:

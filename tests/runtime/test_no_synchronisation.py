@@ -1,4 +1,5 @@
-"""Between the first and the last decoder layer of a prefill nothing asks the device for a number."""
+"""Between the first and the last decoder layer of a prefill nothing asks the device for a number, and nowhere
+in one that follows a plan."""
 
 from __future__ import annotations
 
@@ -9,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from conformance.behaviours import for_each
+from conformance.families import FAMILIES
 from conformance.family import IMAGES, PADDED, Family
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from thinsight.runtime import apply, decoder_layers
+from thinsight.errors import ThinsightError
+from thinsight.runtime import apply, decoder_layers, vision_token_mask
+from thinsight.runtime.recording import NeverWaiting
 from thinsight.schedule import Schedule
 
 SCHEDULE = Schedule([1, 0.7, 0.4, 0.2])
@@ -89,3 +93,68 @@ def test_the_watch_would_see_it(family: Family) -> None:
         model(**family.batch(family.rows(list(IMAGES))).inputs)
         hook.remove()
     assert watching.found == ["aten::_local_scalar_dense"]
+
+
+# --- a planned pass, as a whole
+
+# a sliding cache counts on the CPU, experts multiply in bfloat16 alone there, PaliGemma looks at its masks
+NOT_THERE = (
+    "llava-mistral", "gemma3", "aya-vision", "cohere2-vision", "glm4v-moe", "qwen3-vl-moe", "paligemma",
+    "paligemma2",
+)  # fmt: skip
+PLANNED = [family for name, family in FAMILIES.items() if name not in NOT_THERE]
+
+
+def planned_pass(family: Family, ranker: Any, per: str, plan: bool) -> list[int]:
+    """A prefill on the meta device, where tensors have no numbers: lengths of the cache's layers."""
+    model = family.build()
+    inputs = family.batch(family.rows([[3, 5]])).inputs
+    with apply(model, SCHEDULE, ranker=ranker, per=per) as handle, torch.no_grad():
+        made = handle.plan(**inputs)
+        assert made is not None
+        made = made.mapped(lambda tensor: tensor.to("meta"))
+        vision = vision_token_mask(model, inputs["input_ids"])
+        embeds = model.get_input_embeddings()(inputs["input_ids"]).to("meta")
+        model.to("meta")
+        with handle.planned(made if plan else None), handle.vision(vision), NeverWaiting():
+            cache = model(inputs_embeds=embeds, logits_to_keep=1).past_key_values
+    return [layer.keys.shape[2] for layer in cache.layers]
+
+
+@pytest.mark.parametrize("per", ["image", "prompt"])
+@for_each(PLANNED)
+def test_a_planned_pass_runs_where_there_are_no_numbers(family: Family, per: str) -> None:
+    lengths = planned_pass(family, "text-attention", per, plan=True)
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[3] < lengths[2] < lengths[1] < lengths[0]
+
+
+@for_each([FAMILIES["llava"]])
+def test_a_pass_without_a_plan_does_not(family: Family) -> None:
+    with pytest.raises((ThinsightError, NotImplementedError)):
+        planned_pass(family, "text-attention", "image", plan=False)
+
+
+@for_each([FAMILIES["llava"]])
+def test_nor_does_a_ranker_that_looks_at_numbers(family: Family) -> None:
+    with pytest.raises((ThinsightError, RuntimeError, NotImplementedError)):
+        planned_pass(family, "random", "image", plan=True)
+
+
+@pytest.mark.parametrize(
+    ("operation", "name"),
+    [
+        (lambda x: x.sum().item(), "_local_scalar_dense"),
+        (lambda x: x.nonzero(), "nonzero"),
+        (lambda x: x[x > 0], "index"),
+        (lambda x: torch.tensor([1.0, 2.0]), "lift_fresh"),
+        (lambda x: x.to("meta"), "_to_copy"),
+        (lambda x: torch.equal(x, x), "equal"),
+    ],
+)
+def test_what_a_recording_cannot_hold_is_named(operation: Any, name: str) -> None:
+    x = torch.arange(4.0)
+    with NeverWaiting():
+        x + 1
+        with pytest.raises(ThinsightError, match=f"waits for the device .aten::{name}"):
+            operation(x)

@@ -67,6 +67,23 @@ def test_rows_of_the_softmax(is_causal: bool, masked: bool) -> None:
     torch.testing.assert_close(attention_rows(query, key, four, 0.3, rows, is_causal=True), got)
     added = torch.zeros(four.shape).masked_fill(~four, torch.finfo(torch.float32).min)
     torch.testing.assert_close(attention_rows(query, key, added, 0.3, rows, is_causal=True), got)
+    for row in range(2):  # alone, and laid out as heads are before attention transposes them
+        one = [each[row : row + 1].transpose(1, 2).contiguous().transpose(1, 2) for each in (query, key)]
+        some = None if mask is None else mask[row : row + 1]
+        alone = attention_rows(*one, some, 0.3, rows[row : row + 1], is_causal=is_causal)
+        torch.testing.assert_close(alone, got[row : row + 1])
+
+
+def test_a_row_that_sees_nothing_has_a_softmax_all_the_same() -> None:
+    """A padding row under left padding: whatever it gives, it may not be NaN, for it is weighted with 0."""
+    draw = torch.Generator().manual_seed(1)
+    query, key = torch.randn(1, 2, 4, 8, generator=draw), torch.randn(1, 2, 4, 8, generator=draw)
+    padding = torch.tensor([[False, False, True, True]])
+    causal = torch.ones(4, 4, dtype=torch.bool).tril() & padding
+    for mask in (padding, causal[None, None]):
+        got = attention_rows(query, key, mask, 1.0, torch.tensor([[0, 3]]), is_causal=True)
+        assert got.isfinite().all()
+        torch.testing.assert_close(got.sum(-1), torch.ones(1, 2, 2))
 
 
 def test_vision_attention_is_what_the_class_token_gives() -> None:

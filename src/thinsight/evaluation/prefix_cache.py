@@ -33,14 +33,14 @@ _clock = time.perf_counter
 
 @dataclass(frozen=True)
 class _Prefix:
-    """What has to agree for a snapshot to fit: the rates before a layer, and the ranker."""
+    """What decides whether a snapshot fits: the rates before a layer, the ranker and when it ranks."""
 
     rates: tuple[float, ...]
     ranker: str
 
     @classmethod
     def of(cls, reduction: Reduction, layer: int) -> _Prefix:
-        ranker = json.dumps(reduction.ranker, sort_keys=True, default=repr)
+        ranker = json.dumps([reduction.ranker, reduction.rerank], sort_keys=True, default=repr)
         return cls(reduction.schedule.keep_rates[:layer], ranker)
 
     @property

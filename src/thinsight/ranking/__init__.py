@@ -11,11 +11,14 @@ from .base import (
     VISION_ATTENTION,
     Context,
     Ranker,
+    best,
     choose,
     get_ranker,
     list_rankers,
     mean_rows,
     register,
+    row_weights,
+    weighted_rows,
 )
 from .cdpruner import CDPruner
 from .dart import Dart
@@ -50,10 +53,13 @@ __all__ = [
     "VisPruner",
     "VisionAttention",
     "VisionZip",
+    "best",
     "choose",
     "get_ranker",
     "get_statistic",
     "list_rankers",
     "mean_rows",
     "register",
+    "row_weights",
+    "weighted_rows",
 ]

@@ -33,11 +33,14 @@ __all__ = [
     "VISION_ATTENTION",
     "Context",
     "Ranker",
+    "best",
     "choose",
     "get_ranker",
     "list_rankers",
     "mean_rows",
     "register",
+    "row_weights",
+    "weighted_rows",
 ]
 
 TEXT_ATTENTION = "text-attention"
@@ -81,9 +84,20 @@ class Context:
 
 def mean_rows(attention: Tensor, queries: Tensor) -> Tensor:
     """The mean over heads and real queries of (batch, heads, queries, tokens): (batch, tokens)."""
-    weight = queries.to(attention.dtype)  # (batch, queries)
-    weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
-    return (attention.mean(dim=1) * weight[:, :, None]).sum(dim=1)
+    return weighted_rows(attention, row_weights(queries).to(attention.dtype))
+
+
+def row_weights(queries: Tensor) -> Tensor:
+    """What each query weighs in a mean over the real ones: (batch, queries) bool -> float32, rows sum to 1
+    (0 where none is real)."""
+    weight = queries.float()
+    return weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def weighted_rows(attention: Tensor, weights: Tensor) -> Tensor:
+    """The mean over heads of (batch, heads, queries, tokens), its queries summed with weights (batch,
+    queries): (batch, tokens)."""
+    return (attention.mean(dim=1) * weights[:, :, None]).sum(dim=1)
 
 
 class Ranker(ABC):
@@ -186,6 +200,22 @@ def get_ranker(spec: str | Mapping[str, Any] | Ranker) -> Ranker:
     return ranker(**settings)
 
 
+def best(scores: Tensor, valid: Tensor, count: int) -> Tensor:
+    """The `count` best valid tokens of each row: `choose` where a row is one group.
+
+    Args:
+        scores: (batch, tokens) float, higher is better; ignored where `valid` is False.
+        valid: (batch, tokens) bool, the tokens to choose from.
+        count: how many are to be chosen.
+
+    Returns:
+        (batch, tokens) bool, as for `choose`.
+    """
+    # stable, which topk is not: equal scores fall to the earlier token
+    order = _comparable(scores, valid).argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(valid).scatter(1, order[:, :count], True) & valid
+
+
 def choose(scores: Tensor, valid: Tensor, group: Tensor, count: Tensor) -> Tensor:
     """The `count` best valid tokens of each group.
 
@@ -200,12 +230,16 @@ def choose(scores: Tensor, valid: Tensor, group: Tensor, count: Tensor) -> Tenso
         (batch, tokens) bool. Exactly `count` tokens of each group, or all its valid ones if they are fewer.
         Equal scores fall to the earlier token; NaN is lower than any number.
     """
-    ranked = scores.float()
-    ranked = ranked.nan_to_num(nan=torch.finfo(ranked.dtype).min).masked_fill(~valid, -math.inf)
-    order = ranked.argsort(dim=1, descending=True, stable=True)  # (batch, tokens)
+    order = _comparable(scores, valid).argsort(dim=1, descending=True, stable=True)  # (batch, tokens)
     by_group = group.gather(1, order).argsort(dim=1, stable=True)
     order = order.gather(1, by_group)  # best first inside each group, groups one after the other
     groups = group.gather(1, order).contiguous()
     place = torch.arange(order.shape[1], device=order.device) - torch.searchsorted(groups, groups)
     chosen = place < count.gather(1, order)
     return torch.zeros_like(valid).scatter(1, order, chosen) & valid
+
+
+def _comparable(scores: Tensor, valid: Tensor) -> Tensor:
+    """Scores without NaN, those that are not valid below all others."""
+    ranked = scores.float()
+    return ranked.nan_to_num(nan=torch.finfo(ranked.dtype).min).masked_fill(~valid, -math.inf)

@@ -17,6 +17,7 @@ from .base import Context, Ranker, register
 __all__ = ["Random"]
 
 _SEEDS = 2**31
+_SIZES = 2**32  # above any number of tokens
 
 
 @register
@@ -38,8 +39,8 @@ class Random(Ranker):
 
     def score(self, context: Context) -> Tensor:
         scores = torch.zeros(context.valid.shape, dtype=torch.float32, device=context.valid.device)
-        images = torch.stack([context.image, context.size], dim=-1)[context.valid]  # (valid tokens, 2)
-        for image, size in torch.unique(images, dim=0).tolist():
+        both = context.image * _SIZES + context.size  # pairs as one number each, which sort much faster
+        for image, size in (divmod(pair, _SIZES) for pair in torch.unique(both[context.valid]).tolist()):
             drawn = _permutation(self.seed, image, size).to(scores.device)
             here = context.valid & (context.image == image) & (context.size == size)
             scores = torch.where(here, drawn[context.index.clamp(max=size - 1)], scores)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -26,13 +26,16 @@ from ..ranking import (
     VISION_ATTENTION,
     Context,
     Ranker,
+    best,
     choose,
     get_ranker,
     get_statistic,
+    row_weights,
 )
+from ..reduction import check_rerank
 from ..schedule import Schedule
 from .cache import Kept, Thinned, append, filled, kept_before, thin, thinned
-from .call import Call, Said, encode_pixels, named_arguments, read_call
+from .call import Plan, Said, encode_pixels, named_arguments, read_call, same_shape
 from .encoding import VisionTap
 from .families import (
     attention_implementation,
@@ -45,7 +48,7 @@ from .families import (
     sliding_layers,
     writes_vision_after,
 )
-from .layout import Columns, last_of_prompt, query_columns, shrink
+from .layout import Columns, Layout, last_of_prompt, query_columns, shrink
 from .masks import causal, gather_tokens, reduce_mask, replace_tokens, scatter_tokens
 from .scoring import Probe, TextRows
 
@@ -53,7 +56,7 @@ if TYPE_CHECKING:
     from ..adaptive import Adaptive
     from ..reduction import Reduction
 
-__all__ = ["Handle", "PassState", "apply", "check_rankable"]
+__all__ = ["Handle", "PassState", "applied", "apply", "check_rankable"]
 
 PER = ("image", "prompt")
 _compiling = torch.compiler.is_compiling  # a hook asks for every layer and token
@@ -67,7 +70,7 @@ def apply(
     *,
     ranker: Any = None,
     per: str = "image",
-    rerank: bool = True,
+    rerank: bool | float | None = None,
 ) -> Handle:
     """Run a model under a reduction: its layers see fewer vision tokens, its interface stays the same.
 
@@ -92,17 +95,21 @@ def apply(
         ranker: for a schedule only: a ranker, its name, or a dict; "text-attention" if not given.
         per: "image": the keep rate holds for each image of a prompt; "prompt": for all its vision tokens
             together.
-        rerank: rank anew at every reduction; False: the first one's ranking serves all that follow.
+        rerank: True: rank anew at every reduction; a number in (0, 1): only once fewer than this share of the
+            tokens are to be kept that the prompt's last ranking kept, until then that one serves; False: the
+            first ranking serves all that follow. None: as the reduction says; True for a schedule.
 
     Returns:
         The handle, which is also a context manager.
 
     Raises:
         ThinsightError: unsupported model, a schedule of the wrong length, a ranker that cannot rank where it
-            would have to, a reduction of another model family, or a model that has a reduction on already.
+            would have to, a reduction of another model family, a model that has a reduction on already, or a
+            `rerank` that is none of the above.
     """
     check_supported(model)
     schedule, chosen = _schedule_and_ranker(model, reduction, ranker)
+    rerank = check_rerank(getattr(reduction, "rerank", True) if rerank is None else rerank)
     layers = decoder_layers(model)
     if schedule.num_layers != len(layers):
         raise ThinsightError(
@@ -119,6 +126,11 @@ def apply(
         handle = Handle(model, schedule, chosen, per, rerank, getattr(reduction, "adaptive", None))
         _applied.add(base_model(model))
     return handle
+
+
+def applied(model: PreTrainedModel) -> bool:
+    """Whether a reduction is on a model."""
+    return base_model(model) in _applied
 
 
 def _check_windows(model: PreTrainedModel, schedule: Schedule) -> None:
@@ -176,6 +188,7 @@ class PassState:
     spread: bool
     attention: Tensor | None
     scores: Tensor | None
+    ranked: tuple[int | None, ...]
     levels: tuple[int, ...]
     trace: tuple[tuple[int, Tensor], ...]
 
@@ -183,9 +196,10 @@ class PassState:
 class _Run:
     """One forward pass with vision tokens: where it stands between its layers."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.alive = call.layout.valid  # (batch, tokens) bool
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.call = plan.call
+        self.alive = plan.call.layout.valid  # (batch, tokens) bool
         self.columns: Columns | None = None  # of the pass's own tokens; None: all are there
         self.take: Tensor | None = None  # (batch, physical) int64, columns of the states that go on
         self.kept: Kept | None = None  # the cache's record after this pass, at this stage
@@ -193,11 +207,15 @@ class _Run:
         # (batch, heads, queries, tokens) float32, of the layer before, or pooled: (batch, tokens)
         self.attention: Tensor | None = None
         self.armed: Probe | None = None  # of the layer that runs
-        self.scores: Tensor | None = None  # (batch, tokens) float32, of the last ranking
-        self.queries: tuple[Tensor, Tensor] | None = None  # logical columns (batch, queries), which are real
+        self.scores: Tensor | None = None  # (batch, tokens) float32, of each row's last ranking
+        # per row, how many tokens that ranking kept
+        self.ranked: list[int | None] = [None] * len(plan.call.layout.sizes)
+        self.weights: Tensor | None = None  # (batch, queries) float32, of rows of attention that are pooled
+        self.queries = plan.queries  # logical columns (batch, queries), which are real
         self.trace: list[tuple[int, Tensor]] = [(0, self.alive)]  # from which layer on, alive
-        self.last = last_of_prompt(call.layout, call.prompt)  # (batch, tokens) bool
-        self.levels = [0] * len(call.layout.sizes)  # per row, which of an adaptive reduction's schedules
+        self.last = plan.last  # (batch, tokens) bool
+        self.levels = [0] * len(plan.call.layout.sizes)  # per row, which of an adaptive reduction's schedules
+        self.quota = plan.quota  # (stages, batch, groups) int64 for these levels; None: not made yet
         self.first = 0  # layers before it do not run: see prefix.py
 
     def state(self) -> PassState:
@@ -211,6 +229,7 @@ class _Run:
             self.spread,
             self.attention if read is None else read,
             self.scores,
+            tuple(self.ranked),
             tuple(self.levels),
             tuple(self.trace),
         )
@@ -219,7 +238,9 @@ class _Run:
         """Go on from there."""
         self.alive, self.columns, self.take, self.kept = state.alive, state.columns, state.take, state.kept
         self.spread, self.attention, self.scores = state.spread, state.attention, state.scores
-        self.levels, self.trace = list(state.levels), list(state.trace)
+        if self.levels != list(state.levels):
+            self.levels, self.quota = list(state.levels), None
+        self.ranked, self.trace = list(state.ranked), list(state.trace)
 
 
 class _Hook:
@@ -281,6 +302,7 @@ class _Local(threading.local):
     """What a handle knows of this thread's pass."""
 
     run: _Run | None = None
+    plan: Plan | None = None
 
 
 class Handle:
@@ -292,7 +314,7 @@ class Handle:
         schedule: Schedule,
         ranker: Ranker,
         per: str,
-        rerank: bool = True,
+        rerank: bool | float = True,
         adaptive: Adaptive | None = None,
     ) -> None:
         self.model: PreTrainedModel = model
@@ -301,7 +323,8 @@ class Handle:
         self.ranker = ranker
         self.per = per
         self.rerank = rerank
-        self._local = _Local()  # .run, .masks, .said, .candidates, .trace, .statistic: of this thread
+        # .run, .plan, .masks, .said, .candidates, .trace, .statistic: of this thread
+        self._local = _Local()
         self._counts: dict[tuple[int, int], tuple[int, ...]] = {}
         self._schedules = (schedule,) if adaptive is None else adaptive.schedules
         self._statistic = None if adaptive is None else get_statistic(adaptive.statistic)
@@ -380,6 +403,11 @@ class Handle:
     def __exit__(self, *exception: Any) -> None:
         self.remove()
 
+    @property
+    def on(self) -> bool:
+        """Whether the reduction is on the model still."""
+        return self._on
+
     # --- for the caller
 
     @contextmanager
@@ -416,6 +444,61 @@ class Handle:
             yield
         finally:
             self._local.said = before
+
+    def plan(self, **inputs: Any) -> Plan | None:
+        """Read a pass's inputs once, for passes of the same shape that ask the device for nothing.
+
+        What `prompt` and `vision` say counts here, where the plan is made.
+
+        Args:
+            **inputs: as for the model's forward. Pixels are encoded here, for their token counts: pass
+                features (`EncodedImages.model_inputs`) to have them encoded once.
+
+        Returns:
+            What to pass to `planned`; None where there is no vision token, or nothing to drop.
+
+        Raises:
+            ThinsightError: vision tokens cannot be told from the inputs.
+        """
+        if not self._starts:
+            return None
+        return self._read(encode_pixels(self.model, inputs))
+
+    @contextmanager
+    def planned(self, plan: Plan | None) -> Iterator[None]:
+        """This thread's passes of more than one token follow a plan instead of reading their inputs.
+
+        Which positions are vision is the plan's word and is not looked at again: inputs must have them where
+        those of the plan had. `plan` may be None, as `plan()` returns it: then each pass reads its own.
+        """
+        before, self._local.plan = self._local.plan, plan
+        try:
+            yield
+        finally:
+            self._local.plan = before
+
+    def reading(self) -> Plan | None:
+        """What this thread's pass has read of its inputs; None where no vision token passes."""
+        run = self._run()
+        return None if run is None or run.first else run.plan
+
+    @contextmanager
+    def running(self, plan: Plan) -> Iterator[None]:
+        """The decoder's layers, called by themselves, reduce as in a pass of this plan."""
+        before, masks = self._local.run, getattr(self._local, "masks", {})
+        self._local.run, self._local.masks = _Run(plan), {}
+        try:
+            yield
+        finally:
+            self._disarm(self._local.run)
+            self._local.run, self._local.masks = before, masks
+
+    def trace(self, trace: Sequence[tuple[int, Tensor]]) -> None:
+        """Say what this thread's pass kept where its layers ran elsewhere: from which layer on, (batch,
+        tokens) bool."""
+        run = self._run()
+        if run is not None:
+            run.trace = list(trace)
 
     def state(self) -> PassState | None:
         """Where this thread's pass stands, on the way into a layer; None where no vision token passes."""
@@ -480,20 +563,37 @@ class Handle:
         self._local.run = None
         self._local.masks = {}
         arguments = encode_pixels(self.model, named_arguments(module, args, kwargs))
-        said: Said = getattr(self._local, "said", Said())
         candidates = getattr(self._local, "candidates", 0)
         self._local.candidates = 0
-        call = read_call(self.model, arguments, replace(said, candidates=candidates))
-        if call is not None:
+        made = self._local.plan
+        if made is None:
+            plan = self._read(arguments, candidates)
+        else:
+            plan = made if same_shape(made, arguments) else None
+        if plan is not None:
             # generate_batch() changes the implementation on its way, or passes a cache of its own
             check_attention(self.model, paged=arguments.get("cache") is not None)
             check_recomputation(self.model)
-            run = _Run(call)
+            run = _Run(plan)
             run.first = getattr(self._local, "first", 0)
-            if self.ranker.needs & {TEXT_ATTENTION, STATES} or self.adaptive is not None:
-                run.queries = query_columns(call.layout, call.prompt, self.ranker.queries)
             self._local.run = run
         return (), arguments
+
+    def _read(self, arguments: dict[str, Any], candidates: int = 0) -> Plan | None:
+        """All that a pass needs to know of its inputs; None where there is no vision token."""
+        said: Said = getattr(self._local, "said", Said())
+        call = read_call(self.model, arguments, replace(said, candidates=candidates))
+        if call is None:
+            return None
+        layout, queries, ends = call.layout, None, None
+        if self.ranker.needs & {TEXT_ATTENTION, STATES} or self.adaptive is not None:
+            queries = query_columns(layout, call.prompt, self.ranker.queries)
+        last = last_of_prompt(layout, call.prompt)
+        if last is not None:
+            groups = layout.image if self.per == "image" else torch.zeros_like(layout.image)
+            ends = tuple(torch.where(last, groups, -1).amax(1).tolist())
+        quota = None if self.adaptive is not None else self._quotas(layout, [0] * len(layout.sizes))
+        return Plan(call, queries, last, ends, quota)
 
     def _run(self) -> _Run | None:
         """This thread's pass; None where no vision token passes, as in decoding."""
@@ -534,7 +634,7 @@ class Handle:
         assert self._statistic is not None
         values = self._statistic(run.attention, run.queries[1].to(run.attention.device), run.alive)
         self._local.statistic = values.tolist()
-        run.levels = [adaptive.level(value) for value in self._local.statistic]
+        run.levels, run.quota = [adaptive.level(value) for value in self._local.statistic], None
 
     def _start_stage(self, run: _Run, layer: int, cache: Any, states: Tensor) -> Tensor:
         """Drop what this layer does not get; the states, which a ranker that merges has changed."""
@@ -547,37 +647,49 @@ class Handle:
         return states
 
     def _drop(self, run: _Run, layer: int, states: Tensor) -> Tensor:
-        """Rank what is alive and keep the best, as `run.take` and `run.columns` say; the states as above."""
-        layout, places = run.call.layout, self._places(run, run.call.layout.column)
+        """Keep the best of what is alive, as `run.take` and `run.columns` say; the states as above."""
+        counts, ranking = self._rows(run, layer), self._ranking(run, layer)
         merges = type(self.ranker).merge is not Ranker.merge
         with torch.no_grad():
-            context = self._context(run, layer, states, places)
-            if run.scores is None or self.rerank:
-                run.scores = self.ranker.score(context).to(run.alive.device)
+            context = self._context(run, layer, states) if any(ranking) or merges else None
+            if context is not None and any(ranking):
+                self._rank(run, context, ranking, [sum(row) for row in counts])
             run.attention = None
-            kept = [
-                sum(self._count(n, layer, level) for n in self._groups(sizes))
-                for sizes, level in zip(layout.sizes, run.levels, strict=True)
-            ]
+            assert run.scores is not None
             scores = run.scores if run.last is None else run.scores.masked_fill(run.last, torch.inf)
-            run.alive = choose(scores, run.alive, *self._quota(run, layer))
-            if run.last is not None and bool((run.last & ~run.alive).any()):
-                raise ThinsightError(
-                    f"a prompt ends in an image of which layer {layer} keeps no token, so nothing is left to "
-                    "answer from; let text follow on the image"
-                )
-            run.take, run.columns = shrink(layout, run.alive, kept, run.columns)
-        merged = self.ranker.merge(context, run.alive) if merges else None
+            if len(set(counts)) == 1 and len(counts[0]) == 1:
+                run.alive = best(scores, run.alive, counts[0][0])
+            else:
+                run.alive = choose(scores, run.alive, *self._quota(run, layer))
+            self._check_ends(run, layer)
+            places = self._places(run, run.call.layout.column)[0] if merges else None
+            run.take, run.columns = shrink(
+                run.call.layout, run.alive, [sum(row) for row in counts], run.columns
+            )
+        if context is None or places is None:
+            return states
+        merged = self.ranker.merge(context, run.alive)
         return states if merged is None else replace_tokens(states, places, run.alive, merged)
 
-    def _context(self, run: _Run, layer: int, states: Tensor, places: Tensor) -> Context:
+    def _rank(self, run: _Run, context: Context, ranking: list[bool], counts: list[int]) -> None:
+        """Score the rows that rank anew; the others keep their last scores."""
+        scores = self.ranker.score(context).to(run.alive.device)
+        keeping = [not ranks and last is not None for ranks, last in zip(ranking, run.ranked, strict=True)]
+        if run.scores is not None and any(keeping):
+            rows = zip(keeping, run.scores, scores, strict=True)
+            scores = torch.stack([old if keeps else new for keeps, old, new in rows])
+        run.scores = scores
+        rows_now = zip(ranking, counts, run.ranked, strict=True)
+        run.ranked = [count if ranks else last for ranks, count, last in rows_now]
+
+    def _context(self, run: _Run, layer: int, states: Tensor) -> Context:
         layout = run.call.layout
         pooled = run.attention is not None and run.attention.ndim == 2
         seen = text = None
         if STATES in self.ranker.needs:
             assert run.queries is not None
-            seen = gather_tokens(states, places)
-            text = gather_tokens(states, self._places(run, run.queries[0]))
+            places = self._places(run, layout.column, run.queries[0])
+            seen, text = (gather_tokens(states, each) for each in places)
         return Context(
             layer=layer,
             valid=run.alive,
@@ -593,11 +705,11 @@ class Handle:
         )
 
     @staticmethod
-    def _places(run: _Run, columns: Tensor) -> Tensor:
+    def _places(run: _Run, *columns: Tensor) -> tuple[Tensor, ...]:
         """Where logical columns (batch, any) stand in the states that come next; dropped ones: anywhere."""
         if run.columns is None or run.spread:
             return columns
-        return run.columns.physical(columns, run.call.seq)
+        return run.columns.physical(run.call.seq, *columns)
 
     def _reduce_vision(
         self, run: _Run, columns: Columns, layer: int, states: Tensor, args: Any, kwargs: dict[str, Any]
@@ -615,8 +727,7 @@ class Handle:
         reduced["attention_mask"] = self._mask(kwargs, held, columns, seq, total, states.device)
         embeddings = kwargs.get("position_embeddings")
         if embeddings is not None:
-            parts = (gather_tokens(part, columns.index) for part in embeddings)
-            reduced["position_embeddings"] = tuple(parts)
+            reduced["position_embeddings"] = tuple(self._rotary(part, columns) for part in embeddings)
         return self._arguments(states, args, reduced)
 
     def _reduce_text(self, held: Thinned, states: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -642,6 +753,17 @@ class Handle:
         if args:
             return (states, *args[1:]), reduced
         return args, {**reduced, "hidden_states": states}
+
+    def _rotary(self, table: Tensor, columns: Columns) -> Tensor:
+        """A rotary table at the columns that are there, made once for the layers of a stage."""
+        if torch.compiler.is_compiling():  # as in `_mask`
+            return gather_tokens(table, columns.index)
+        made: dict[Any, Any] = self._local.masks
+        key = (id(table), id(columns))
+        if key not in made:
+            made[key] = gather_tokens(table, columns.index), table, columns
+        taken: Tensor = made[key][0]
+        return taken
 
     def _mask(
         self,
@@ -682,14 +804,14 @@ class Handle:
     def _arm(self, run: _Run, layer: int, kwargs: dict[str, Any]) -> None:
         """Have the layer's attention read for the next one's ranking."""
         decides = self.adaptive is not None and layer + 1 == self.adaptive.layer
-        ranks = self._falls(run, layer + 1) and (run.scores is None or self.rerank)
-        if run.queries is None or not (ranks or decides):
+        if run.queries is None or not (decides or any(self._ranking(run, layer + 1))):
             return
-        rows, columns = (self._places(run, each) for each in (run.queries[0], run.call.layout.column))
+        rows, columns = self._places(run, run.queries[0], run.call.layout.column)
+        if run.weights is None and self.ranker.pools and self.adaptive is None:
+            run.weights = row_weights(run.queries[1])
         run.armed = self._probes[layer]
         cached = filled(kwargs.get("past_key_values"), layer)
-        pooled = run.queries[1] if self.ranker.pools and self.adaptive is None else None
-        run.armed.arm(TextRows(rows, columns, run.alive, cached, pooled))
+        run.armed.arm(TextRows(rows, columns, run.alive, cached, run.weights))
 
     @staticmethod
     def _disarm(run: _Run) -> None:
@@ -728,27 +850,54 @@ class Handle:
             self._counts[n, level] = self._schedules[level].counts(n)
         return self._counts[n, level][layer]
 
+    def _rows(self, run: _Run, layer: int) -> list[tuple[int, ...]]:
+        """Per row, how many tokens of each group enter a layer; -1: the pass."""
+        groups = [self._groups(sizes) for sizes in run.call.layout.sizes]
+        if layer < 0:
+            return groups
+        rows = zip(groups, run.levels, strict=True)
+        return [tuple(self._count(n, layer, level) for n in sizes) for sizes, level in rows]
+
     def _falls(self, run: _Run, layer: int) -> bool:
         """Whether any group has fewer tokens in this layer than in the one before."""
-        rows = zip(run.call.layout.sizes, run.levels, strict=True)
-        groups = {(n, level) for sizes, level in rows for n in self._groups(sizes)}
-        return any(
-            self._count(n, layer, level) < (self._count(n, layer - 1, level) if layer else n)
-            for n, level in groups
-        )
+        return self._rows(run, layer) != self._rows(run, layer - 1)
+
+    def _ranking(self, run: _Run, layer: int) -> list[bool]:
+        """Which rows rank anew before this layer. Each row decides by its own counts, so that a prompt is
+        ranked alike alone and in a batch."""
+        share = float(self.rerank)  # True is 1: a row that falls gets less than ever; False is 0
+        rows = zip(self._rows(run, layer), self._rows(run, layer - 1), run.ranked, strict=True)
+        return [now != before and (last is None or sum(now) < share * last) for now, before, last in rows]
 
     def _quota(self, run: _Run, layer: int) -> tuple[Tensor, Tensor]:
         """The group of each token and how many its group may keep, (batch, tokens) int64 both."""
-        layout, device = run.call.layout, run.call.layout.image.device
-        rows = list(zip(layout.sizes, run.levels, strict=True))
-        if self.per == "prompt":
-            totals = torch.tensor(
-                [self._count(sum(sizes), layer, level) for sizes, level in rows], device=device
-            )
-            return torch.zeros_like(layout.image), totals[:, None].expand_as(layout.image)
-        count = torch.zeros_like(layout.size)
-        levels = None if self.adaptive is None else torch.tensor(run.levels, device=device)[:, None]
-        for n, level in {(n, level) for sizes, level in rows for n in sizes}:
-            here = layout.size == n if levels is None else (layout.size == n) & (levels == level)
-            count = torch.where(here, self._count(n, layer, level), count)
-        return layout.image, count
+        layout = run.call.layout
+        if run.quota is None:
+            run.quota = self._quotas(layout, run.levels)
+        group = layout.image if self.per == "image" else torch.zeros_like(layout.image)
+        return group, run.quota[self._starts.index(layer)].gather(1, group)
+
+    def _quotas(self, layout: Layout, levels: list[int]) -> Tensor:
+        """How many of each group every stage may keep: (stages, batch, groups) int64, 0 where a row has
+        fewer groups."""
+        rows = [(self._groups(sizes), level) for sizes, level in zip(layout.sizes, levels, strict=True)]
+        most = max(1, *(len(groups) for groups, _ in rows))
+        counts = [
+            [
+                [self._count(n, layer, level) for n in groups] + [0] * (most - len(groups))
+                for groups, level in rows
+            ]
+            for layer in self._starts
+        ]
+        return torch.tensor(counts, device=layout.image.device)
+
+    def _check_ends(self, run: _Run, layer: int) -> None:
+        """Refuse to drop the image that a prompt ends in."""
+        if run.plan.ends is None:
+            return
+        for group, sizes, level in zip(run.plan.ends, run.call.layout.sizes, run.levels, strict=True):
+            if group >= 0 and not self._count(self._groups(sizes)[group], layer, level):
+                raise ThinsightError(
+                    f"a prompt ends in an image of which layer {layer} keeps no token, so nothing is left to "
+                    "answer from; let text follow on the image"
+                )

@@ -6,13 +6,14 @@ Knows nothing about schedules, or about what is done with the tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..errors import ThinsightError
@@ -20,7 +21,7 @@ from .encoding import received_of, vision_outputs
 from .families import MODALITIES, tiles_stand_apart, vision_placeholders
 from .layout import Layout, Vision, build_layout
 
-__all__ = ["Call", "Said", "encode_pixels", "named_arguments", "read_call"]
+__all__ = ["Call", "Plan", "Said", "encode_pixels", "named_arguments", "read_call", "same_shape"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,88 @@ class Call:
     layout: Layout
     prompt: Tensor  # (batch, seq) bool: not padding, not a continuation
     received: Tensor | None  # (batch, tokens) float32: attention inside the vision tower, if it was read
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a pass needs to know of its inputs: with it, the pass asks the device for nothing.
+
+    Attributes:
+        call: what was read.
+        queries: logical columns (batch, queries) int64 of the text that ranks and which of them are real
+            (batch, queries) bool; None where none does.
+        last: (batch, tokens) bool, the vision tokens in which prompts end; None where none does.
+        ends: per row, the group of that token, -1 where there is none; None as `last` is.
+        quota: (stages, batch, groups) int64, how many tokens each group may keep; None where the pass itself
+            decides it.
+    """
+
+    call: Call
+    queries: tuple[Tensor, Tensor] | None
+    last: Tensor | None
+    ends: tuple[int, ...] | None
+    quota: Tensor | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What passes must have in common for one to run on the other's tensors: all that is on the host."""
+        layout = self.call.layout
+        absent = tuple(each is None for each in (self.queries, self.last, self.quota, self.call.received))
+        shapes = (tuple(tensor.shape) for tensor in self.tensors())
+        return (self.call.seq, self.call.past, layout.sizes, layout.text, self.ends, absent, *shapes)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, in the order of `mapped`."""
+        found: list[Tensor] = []
+
+        def take(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.mapped(take)
+        return found
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Plan:
+        """With every tensor changed, always in the same order."""
+
+        def optional(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        layout = self.call.layout
+        names = ("real", "column", "valid", "image", "index", "size")
+        layout = replace(layout, **{name: change(getattr(layout, name)) for name in names})
+        call = replace(
+            self.call, layout=layout, prompt=change(self.call.prompt), received=optional(self.call.received)
+        )
+        queries = None if self.queries is None else (change(self.queries[0]), change(self.queries[1]))
+        return Plan(call, queries, optional(self.last), self.ends, optional(self.quota))
+
+    @property
+    def padded(self) -> bool:
+        """Whether any row has padding."""
+        layout = self.call.layout
+        rows = zip(layout.text, layout.sizes, strict=True)
+        return any(text + sum(sizes) < self.call.seq for text, sizes in rows)
+
+    def bucketed(self, seq: int, multiple: int) -> Plan:
+        """The plan of the same prompts with columns behind them up to `seq`, of a shape that few things set.
+
+        All that is not vision counts as text, padding and the new columns included, so that how many columns
+        a layer gets does not hang on it; they neither rank nor, by the mask, are seen by the prompt. More
+        than one query column becomes a multiple of `multiple`.
+        """
+        layout, more = self.call.layout, seq - self.call.seq
+        layout = replace(
+            layout,
+            real=layout.real.new_ones(layout.real.shape[0], seq),
+            text=tuple(seq - sum(sizes) for sizes in layout.sizes),
+        )
+        call = replace(self.call, seq=seq, layout=layout, prompt=pad(self.call.prompt, (0, more)))
+        queries = self.queries
+        if queries is not None and queries[0].shape[1] > 1:
+            unread = -queries[0].shape[1] % multiple
+            queries = (pad(queries[0], (0, unread)), pad(queries[1], (0, unread)))
+        return replace(self, call=call, queries=queries)
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +175,25 @@ def read_call(model: PreTrainedModel, call: Mapping[str, Any], said: Said | None
         prompt = prompt & (torch.arange(seq, device=real.device) < seq - said.candidates)
     outputs = call.get("mm_encoder_outputs") or {}
     return Call(seq, past, layout, prompt, _per_row(layout, received_of(outputs.get("image"))))
+
+
+def same_shape(plan: Plan, call: Mapping[str, Any]) -> bool:
+    """Whether a call is one that a plan describes; False for one new token per row, which no plan does.
+
+    Raises:
+        ThinsightError: its new tokens are not as many as the plan's, or stand behind a cache of other length.
+    """
+    given = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
+    if given is None or given.shape[1] == 1:
+        return False
+    wanted = (plan.call.prompt.shape[0], plan.call.seq, plan.call.past)
+    found = (*given.shape[:2], _length(call.get("past_key_values")))
+    if found != wanted:
+        raise ThinsightError(
+            f"the plan is for {wanted[0]} rows of {wanted[1]} tokens behind {wanted[2]} cached ones, but the "
+            f"pass has {found[0]} rows of {found[1]} behind {found[2]}; make a plan of these inputs"
+        )
+    return True
 
 
 def _length(cache: Any) -> int:

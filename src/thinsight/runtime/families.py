@@ -31,6 +31,7 @@ __all__ = [
     "decoder_layers",
     "model_device",
     "num_layers",
+    "reads_prompt_both_ways",
     "refusal",
     "sliding_layers",
     "tiles_stand_apart",
@@ -76,6 +77,8 @@ MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 # The encoder lists tiles, or a whole row's images as one: an image is an unbroken run of vision tokens.
 _RUNS = frozenset({"cohere2_vision", "idefics2", "idefics3", "internvl", "smolvlm"})
+# Every token of a prompt sees all of it, unless its token type is 1, as an answer's is.
+_BOTH_WAYS = frozenset({"paligemma"})
 # Videos stand behind the placeholder of images.
 _ONE_PLACEHOLDER = frozenset({"glm46v", "glm4v", "glm4v_moe"})
 
@@ -144,6 +147,11 @@ def vision_token_mask(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
 def tiles_stand_apart(model: PreTrainedModel) -> bool:
     """Whether an image is an unbroken run of vision tokens, not an entry of the encoder's output."""
     return model.config.model_type in _RUNS
+
+
+def reads_prompt_both_ways(model: PreTrainedModel) -> bool:
+    """Whether a prompt's tokens see those behind them, so that its images' states depend on its question."""
+    return model.config.model_type in _BOTH_WAYS
 
 
 def writes_vision_after(model: PreTrainedModel) -> range:

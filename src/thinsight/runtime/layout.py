@@ -51,11 +51,13 @@ class Columns:
         """Without the first `count`."""
         return Columns(self.index[:, count:], None if self.valid is None else self.valid[:, count:])
 
-    def physical(self, logical: Tensor, seq: int) -> Tensor:
-        """Where logical columns (batch, n) are now; meaningless for those that were dropped."""
+    def physical(self, seq: int, *logical: Tensor) -> tuple[Tensor, ...]:
+        """Where logical columns, each (batch, any), of `seq` are now; meaningless for those that were
+        dropped."""
         place = torch.arange(self.length, device=self.index.device).expand_as(self.index)
         inverse = torch.zeros(self.index.shape[0], seq, dtype=torch.long, device=self.index.device)
-        return inverse.scatter(1, self.index, place).gather(1, logical)
+        inverse = inverse.scatter(1, self.index, place)
+        return tuple(inverse.gather(1, each) for each in logical)
 
 
 @dataclass(frozen=True)
@@ -222,11 +224,12 @@ def shrink(layout: Layout, alive: Tensor, kept: list[int], before: Columns | Non
     """
     rows = [text + vision for text, vision in zip(layout.text, kept, strict=True)]
     length = max(1, *rows)
-    vision = layout.vision
-    wanted = (layout.real & ~vision) | layout.spread(alive)  # (batch, seq)
+    wanted = layout.real & ~layout.spread(~alive)  # (batch, seq)
     if before is not None:
         wanted = wanted.gather(1, before.index)  # filling was not wanted then, so it is not wanted now
-    take = (~wanted).long().argsort(dim=1, stable=True)[:, :length].sort(dim=1).values  # (batch, length)
-    index = take if before is None else before.index.gather(1, take)
+    take = wanted.argsort(dim=1, descending=True, stable=True)[:, :length]  # (batch, length)
     ragged = any(row < length for row in rows)
+    if ragged:
+        take = take.sort(dim=1).values  # filling was behind
+    index = take if before is None else before.index.gather(1, take)
     return take, Columns(index, wanted.gather(1, take) if ragged else None)

@@ -19,9 +19,11 @@ __all__ = ["causal", "gather_tokens", "reduce_mask", "replace_tokens", "scatter_
 def gather_tokens(states: Tensor, index: Tensor) -> Tensor:
     """Columns of (..., batch or 1, seq, dim) by index (batch, physical) -> (..., batch, physical, dim)."""
     index = index.to(states.device)
-    shape = (*states.shape[:-3], index.shape[0], *states.shape[-2:])
-    wanted = index[:, :, None].expand(*states.shape[:-3], *index.shape, states.shape[-1])
-    return states.expand(shape).gather(-2, wanted)
+    rows, seq = states.shape[-3:-1]
+    if rows > 1:
+        index = index + seq * torch.arange(rows, device=index.device)[:, None]
+    # whole columns are copied, not one number after the other as `gather` does
+    return states.flatten(-3, -2).index_select(-2, index.flatten()).unflatten(-2, index.shape)
 
 
 def scatter_tokens(states: Tensor, columns: Columns, seq: int) -> Tensor:

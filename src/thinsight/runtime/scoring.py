@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 from ..errors import ThinsightError
-from ..ranking import mean_rows
+from ..ranking import weighted_rows
 
 __all__ = ["Probe", "Request", "TextRows", "VisionReceived", "attention_rows"]
 
@@ -58,31 +58,60 @@ def attention_rows(
     Returns:
         (batch, heads, rows, keys) float32.
     """
-    batch, heads, queries, dim = query.shape
-    keys = key.shape[2]
-    index = rows[:, None, :, None]
-    picked = (
-        query.gather(2, index.expand(batch, heads, -1, dim)).float() * scaling
-    )  # (batch, heads, rows, dim)
+    batch, heads, _, dim = query.shape
+    if batch == 1:
+        picked = query.index_select(2, rows[0])
+    else:
+        place = torch.arange(batch, device=rows.device)[:, None]
+        picked = query[place, :, rows].transpose(1, 2)
+    picked = picked.float() * scaling  # (batch, heads, rows, dim)
     # heads that share a key head are put in one group, so that keys need not be repeated
-    grouped = picked.reshape(batch, key.shape[1], -1, dim)  # (batch, key heads, heads of each * rows, dim)
-    logits = (grouped @ key.float().transpose(2, 3)).view(batch, heads, -1, keys)
+    grouped = picked.reshape(batch * key.shape[1], -1, dim)  # (batch * key heads, heads of each * rows, dim)
+    # flat before it is transposed: the product would copy a transposed batch of keys element by element
+    logits = grouped @ key.float().flatten(0, 1).transpose(1, 2)
+    logits = logits.view(batch, heads, -1, key.shape[2])
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
+    added = _added(mask, query, key, rows, is_causal, cached)
+    return (logits if added is None else logits.add_(added)).softmax(dim=-1)
+
+
+def _added(
+    mask: Tensor | BlockMask | None,
+    query: Tensor,
+    key: Tensor,
+    rows: Tensor,
+    is_causal: bool,
+    cached: int | None,
+) -> Tensor | None:
+    """What the mask adds to the logits of some query rows, (batch, heads or 1, rows, keys) float32; None
+    where it hides nothing.
+
+    Filling the logits themselves, which are as many times larger as there are heads, takes longer than their
+    product.
+    """
+    batch, keys = query.shape[0], key.shape[2]
+    lowest = torch.finfo(torch.float32).min
     if isinstance(mask, BlockMask):
-        return logits.masked_fill(~_seen(mask, rows, keys), torch.finfo(logits.dtype).min).softmax(dim=-1)
-    if (mask is None or mask.ndim == 2) and is_causal:
-        last_seen = rows + (keys - queries if cached is None else cached)  # (batch, rows)
-        later = torch.arange(keys, device=key.device) > last_seen[:, :, None]
-        logits.masked_fill_(later[:, None], -torch.inf)
-    if mask is not None and mask.ndim == 2:
-        logits.masked_fill_(~mask.bool()[:, None, None, :keys], torch.finfo(logits.dtype).min)
-    elif mask is not None:
+        return _zeros(~_seen(mask, rows, keys), lowest)
+    if mask is not None and mask.ndim == 4:
         mask = mask[..., :keys].expand(batch, -1, -1, -1)
-        mask = mask.gather(2, index.expand(batch, mask.shape[1], -1, keys))
-        lowest = torch.finfo(logits.dtype).min
-        logits = logits.masked_fill_(~mask, lowest) if mask.dtype == torch.bool else logits.add_(mask.float())
-    return logits.softmax(dim=-1)
+        mask = mask.gather(2, rows[:, None, :, None].expand(batch, mask.shape[1], -1, keys))
+        return _zeros(~mask, lowest) if mask.dtype == torch.bool else mask.float()
+    added = None
+    if is_causal:
+        last_seen = rows + (keys - query.shape[2] if cached is None else cached)  # (batch, rows)
+        later = torch.arange(keys, device=key.device) > last_seen[:, :, None]
+        added = _zeros(later, -torch.inf)[:, None]
+    if mask is not None:
+        padding = ~mask.bool()[:, None, None, :keys]
+        added = _zeros(padding, lowest) if added is None else added.masked_fill_(padding, lowest)
+    return added
+
+
+def _zeros(hidden: Tensor, fill: float) -> Tensor:
+    """Float32 zeros, but for `fill` where `hidden` (bool) is True."""
+    return torch.where(hidden, fill, torch.zeros((), dtype=torch.float32, device=hidden.device))
 
 
 def _seen(mask: BlockMask, rows: Tensor, keys: int) -> Tensor:
@@ -112,7 +141,7 @@ class Request:
 
 class TextRows(Request):
     """Rows of new tokens over columns of new tokens: result (batch, heads, rows, columns) float32, or, with
-    ``pooled``, its mean over heads and real rows (batch, columns)."""
+    ``weights``, its mean over heads and weighted rows (batch, columns)."""
 
     def __init__(
         self,
@@ -120,24 +149,26 @@ class TextRows(Request):
         columns: Tensor,
         valid: Tensor,
         filled: int | None = None,
-        pooled: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         self.rows = rows  # (batch, rows) physical columns of this pass
-        self.pooled = pooled  # (batch, rows) bool: which rows are real
+        self.weights = weights  # (batch, rows) float32, see `row_weights`
         self.columns = columns  # (batch, columns) likewise
         self.valid = valid  # (batch, columns) bool: the others receive nothing
         self.filled = filled
 
     def read(self, rows_of: Callable[[Tensor], Tensor], query: Tensor, key: Tensor) -> None:
         rows = rows_of(self.rows.to(query.device))
-        columns = self.columns.to(query.device) + self.cached(query, key)
+        columns, cached = self.columns.to(query.device), self.cached(query, key)
+        if cached:
+            columns = columns + cached
         valid = self.valid.to(query.device)
-        if self.pooled is not None:
-            received = mean_rows(rows, self.pooled.to(query.device))  # (batch, keys)
-            self.result = received.gather(1, columns).masked_fill(~valid, 0)
+        if self.weights is not None:
+            received = weighted_rows(rows, self.weights.to(query.device))  # (batch, keys)
+            self.result = torch.where(valid, received.gather(1, columns), 0)
             return
         columns = columns[:, None, None, :].expand(*rows.shape[:3], -1)
-        self.result = rows.gather(3, columns).masked_fill(~valid[:, None, None, :], 0)
+        self.result = torch.where(valid[:, None, None, :], rows.gather(3, columns), 0)
 
 
 class VisionReceived(Request):

@@ -1,0 +1,348 @@
+"""Prefills recorded once per shape and replayed: one launch in the place of thousands.
+
+The model's own forward and `generate` run as ever, encoder and embeddings included; what is replayed is the
+decoder, from its input to its last hidden state and its cache. Knows how the decoder is called and what a
+plan is. Knows nothing about how a pass is reduced, nor about how it is recorded.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..errors import ThinsightError
+from .apply import Handle, applied
+from .cache import Kept, Thinned
+from .call import Plan
+from .families import (
+    attention_implementation,
+    check_supported,
+    decoder,
+    model_device,
+    sliding_layers,
+    writes_vision_after,
+)
+from .layout import Columns
+from .masks import causal
+from .recording import CudaGraphs, NeverWaiting, Recorder
+
+__all__ = ["CapturedPrefill"]
+
+ATTENTION = ("sdpa", "eager")
+
+
+class CapturedPrefill:
+    """Records the decoder's prefills on a model, reduced or not, and replays them: same results, less time.
+
+    ``with apply(model, reduction) as handle, CapturedPrefill(model, handle): model.generate(**inputs)``, or
+    `remove()`. The first pass of a shape records, which takes a few passes' time; later ones copy their
+    inputs in and replay. Prompts are of one shape where batch, images' token counts (N) and bucketed length
+    agree: columns that no token of the prompt sees are put behind it, up to a multiple, and are gone from
+    outputs and cache. Decoding, passes without a vision token under a reduction, and whatever else is no
+    plain prefill (gradients, hidden states or attentions as output, a cache of another kind or one that is
+    filled, a finished mask of more than two dimensions that would have to grow) run as they do without this.
+
+    Hooks on the decoder's modules run when a pass is recorded, not when it is replayed. Results are copies of
+    what is replayed, so they stay as they are. Hidden states at padding have no meaning. Remove it before the
+    model is moved, changed, copied or pickled.
+
+    Args:
+        model: a supported model, on one CUDA device.
+        handle: of the reduction that is on it; None for the model as it is.
+        multiple: lengths are bucketed to multiples of this, from 1.
+        most: shapes to hold; the one used longest ago is forgotten.
+        recorder: how to record; CUDA graphs if not given.
+
+    Raises:
+        ThinsightError: a model, reduction or device with which no pass can be recorded; or, from a pass, a
+            ranker or a model that asks the device for numbers on the way.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        handle: Handle | None = None,
+        *,
+        multiple: int = 16,
+        most: int = 16,
+        recorder: Recorder | None = None,
+    ) -> None:
+        _check(model, handle, recorder)
+        for name, value in (("multiple", multiple), ("most", most)):
+            if not isinstance(value, int) or value < 1:
+                raise ThinsightError(f"{name} is {value!r}; make it a whole number from 1")
+        self._model = model
+        self.handle = handle
+        self.multiple = multiple
+        self.most = most
+        self.replayed = 0  # passes
+        self._recorder = CudaGraphs(model_device(model)) if recorder is None else recorder
+        self._recorded: OrderedDict[Any, _Recorded] = OrderedDict()
+        self._shaped: tuple[Plan | None, Plan | None, Any] = (None, None, None)
+        self._lock = threading.Lock()  # buffers and what is replayed serve one pass at a time
+        self._decoder: Any = decoder(model)
+        self._own = self._decoder.__dict__.get("forward")  # device maps put one there
+        self._forward: Callable[..., Any] = self._decoder.forward
+        self._decoder.forward = self._pass
+
+    @property
+    def recorded(self) -> int:
+        """How many shapes are held."""
+        return len(self._recorded)
+
+    def remove(self) -> None:
+        """Give the model back as it was, and the memory. Safe to call twice."""
+        if self._decoder.__dict__.get("forward") == self._pass:
+            del self._decoder.forward
+            if self._own is not None:
+                self._decoder.forward = self._own
+        self._recorded.clear()
+        self._shaped = (None, None, None)
+
+    def __enter__(self) -> CapturedPrefill:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.remove()
+
+    # --- one pass
+
+    def _pass(self, *args: Any, **kwargs: Any) -> Any:
+        """The decoder's forward."""
+        plan = None if self.handle is None else self.handle.reading()
+        if args or not self._recordable(kwargs, plan):
+            return self._forward(*args, **kwargs)
+        seq = kwargs["inputs_embeds"].shape[1]
+        inputs = self._inputs(kwargs, plan)
+        with torch.inference_mode(False), torch.no_grad(), self._lock:
+            recorded = self._ready(inputs, plan)
+            output, trace = recorded.replay()
+            self.replayed += 1
+            result = _own_output(output, seq, kwargs.get("past_key_values"))
+            kept = [(layer, alive.clone()) for layer, alive in trace]
+        if self.handle is not None:
+            self.handle.trace(kept)
+        return result
+
+    def _recordable(self, kwargs: dict[str, Any], plan: Plan | None) -> bool:
+        """Whether a call of the decoder is a plain prefill."""
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        if plan is None and not self._stock():
+            return False
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        if embeds is None or embeds.shape[1] == 1:
+            return False
+        config, cached = self._decoder.config, kwargs.get("use_cache")
+        asked = [name for name in (*vars(config), *kwargs) if name.startswith("output_")]
+        if any(kwargs.get(name, getattr(config, name, False)) for name in asked):
+            return False
+        grows = embeds.shape[1] % self.multiple
+        return (
+            (config.use_cache if cached is None else cached)
+            and _empty(kwargs.get("past_key_values"))
+            and (mask is None or (isinstance(mask, Tensor) and (mask.ndim == 2 or not grows)))
+            and all(name in _TENSORS or _plain(value) for name, value in kwargs.items())
+        )
+
+    def _stock(self) -> bool:
+        """Whether the layers run as without a reduction."""
+        if self.handle is None:
+            return not applied(self._model)
+        return self.handle.on and self.handle.schedule.is_full
+
+    def _inputs(self, kwargs: dict[str, Any], plan: Plan | None) -> _Inputs:
+        """The call with its columns brought to the bucket's length."""
+        embeds, positions, mask = (kwargs.get(name) for name in _TENSORS[:3])
+        assert embeds is not None
+        more = -embeds.shape[1] % self.multiple
+        tensors = {
+            "inputs_embeds": pad(embeds, (0, 0, 0, more)),
+            "position_ids": None if positions is None else pad(positions, (0, more)),
+            "attention_mask": self._mask(mask, embeds, more, plan),
+        }
+        return _Inputs(
+            {name: tensor for name, tensor in tensors.items() if tensor is not None},
+            {name: value for name, value in kwargs.items() if name not in _TENSORS and value is not None},
+        )
+
+    def _mask(self, mask: Tensor | None, embeds: Tensor, more: int, plan: Plan | None) -> Tensor | None:
+        """The mask as attention takes it; None where nothing but what comes later is hidden."""
+        if mask is None or mask.ndim != 2:
+            return mask
+        real = mask.to(embeds.device, torch.bool)
+        if not plan.padded if plan is not None else bool(real.all()):
+            return None
+        length = embeds.shape[1] + more
+        seen = pad(real, (0, more))[:, None, None] & causal(length, length, "sdpa", embeds.device)
+        # padding sees itself: a softmax over nothing is no number, and would spread
+        seen = seen | torch.eye(length, dtype=torch.bool, device=embeds.device)
+        if self._decoder.config._attn_implementation == "sdpa":
+            return seen
+        return torch.zeros_like(seen, dtype=embeds.dtype).masked_fill(~seen, torch.finfo(embeds.dtype).min)
+
+    # --- recordings
+
+    def _ready(self, inputs: _Inputs, plan: Plan | None) -> _Recorded:
+        """The recording of this shape, with this pass's numbers in its buffers."""
+        shaped, shape = self._shape(plan)
+        key = (self._decoder.config._attn_implementation, inputs.key, shape)
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            recorded = self._record(inputs, shaped)
+            self._recorded[key] = recorded
+            if len(self._recorded) > self.most:
+                self._recorded.popitem(last=False)
+        else:
+            self._recorded.move_to_end(key)
+            for name, tensor in inputs.tensors.items():
+                recorded.inputs.tensors[name].copy_(tensor)
+            if recorded.plan is not None and shaped is not None and recorded.read is not plan:
+                for buffer, tensor in zip(recorded.plan.tensors(), shaped.tensors(), strict=True):
+                    buffer.copy_(tensor)
+        recorded.read = plan
+        return recorded
+
+    def _shape(self, plan: Plan | None) -> tuple[Plan | None, Any]:
+        """The plan at its bucket's length, and what its shape is known by."""
+        if plan is None:
+            return None, None
+        if plan is not self._shaped[0]:  # one that the caller made serves many passes
+            shaped = plan.bucketed(plan.call.seq + -plan.call.seq % self.multiple, self.multiple)
+            self._shaped = plan, shaped, shaped.key
+        return self._shaped[1:]
+
+    def _record(self, inputs: _Inputs, plan: Plan | None) -> _Recorded:
+        tensors = {name: tensor.clone() for name, tensor in inputs.tensors.items()}
+        inputs = replace(inputs, tensors=tensors)
+        plan = None if plan is None else plan.mapped(torch.clone)
+
+        def job() -> _Result:
+            cache = DynamicCache(config=self._decoder.config)
+            with ExitStack() as stack:
+                if self.handle is not None and plan is not None:
+                    # a plan of its own: what it derives from its tensors belongs to one run
+                    stack.enter_context(self.handle.running(plan.mapped(lambda tensor: tensor)))
+                output = self._forward(
+                    **inputs.tensors, **{**inputs.constants, "use_cache": True, "past_key_values": cache}
+                )
+                state = None if self.handle is None else self.handle.state()
+            return output, () if state is None else state.trace
+
+        with NeverWaiting():
+            job()
+        return _Recorded(inputs, plan, self._recorder.record(job))
+
+
+_TENSORS = ("inputs_embeds", "position_ids", "attention_mask", "past_key_values")
+_Result = tuple[Any, tuple[tuple[int, Tensor], ...]]  # the decoder's output, and what a handle traces
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """A call of the decoder, but for its cache."""
+
+    tensors: dict[str, Tensor]
+    constants: dict[str, Any]
+
+    @property
+    def key(self) -> Any:
+        """What two calls have in common that differ in their numbers alone."""
+        tensors = tuple((name, tuple(t.shape), t.dtype) for name, t in self.tensors.items())
+        return tensors, tuple(sorted(self.constants.items()))
+
+
+@dataclass
+class _Recorded:
+    """A recording and the tensors that it reads."""
+
+    inputs: _Inputs
+    plan: Plan | None
+    replay: Callable[[], _Result]
+    read: Plan | None = None  # the pass's own plan whose numbers are in `plan`
+
+
+def _check(model: Any, handle: Handle | None, recorder: Recorder | None) -> None:
+    """Refuse what no pass can be recorded with."""
+    check_supported(model)
+    if handle is not None and not isinstance(handle, Handle):
+        raise ThinsightError(
+            f"handle is a {type(handle).__name__}; pass what apply(model, reduction) returns"
+        )
+    if handle is None and applied(model):
+        raise ThinsightError("a reduction is on the model; pass its handle, too")
+    if handle is not None and handle.model is not model:
+        raise ThinsightError("handle is of another model; pass the handle of a reduction on this model")
+    if handle is not None and handle.adaptive is not None:
+        raise ThinsightError(
+            "handle is of an adaptive reduction, whose schedule is read from each prompt on the way; record "
+            "a reduction of one schedule"
+        )
+    implementation = attention_implementation(model)
+    if implementation not in ATTENTION:
+        raise ThinsightError(
+            f"attn_implementation is {implementation!r}, which asks the device about masks and positions; "
+            f"load the model with one of {', '.join(ATTENTION)}"
+        )
+    if sliding_layers(model) or writes_vision_after(model):
+        raise ThinsightError(
+            f"{type(model).__name__}: decoder layers with a sliding window, or into which vision features "
+            "are written, cannot be recorded; run it without CapturedPrefill"
+        )
+    devices = {str(parameter.device) for parameter in decoder(model).parameters()}
+    if len(devices) > 1:
+        raise ThinsightError(f"the decoder is on {', '.join(sorted(devices))}; put it on one device")
+    if recorder is None and model_device(model).type != "cuda":
+        raise ThinsightError(
+            f"the model is on {model_device(model)}, but a prefill is recorded as a CUDA graph; move the "
+            "model to a CUDA device, or run it without CapturedPrefill"
+        )
+
+
+def _empty(cache: Any) -> bool:
+    """Whether a cache is none yet, or a plain one that holds nothing."""
+    if cache is None:
+        return True
+    plain = type(cache) is DynamicCache and not cache.offloading
+    return plain and not cache.get_seq_length() and all(type(held) is DynamicLayer for held in cache.layers)
+
+
+def _plain(value: Any) -> bool:
+    """Whether an argument is the same for every pass that says the same."""
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _own_output(output: Any, seq: int, cache: DynamicCache | None) -> Any:
+    """A copy of the decoder's output for its first `seq` columns, with the caller's cache filled."""
+    found = output.past_key_values
+    more = output.last_hidden_state.shape[1] - seq
+    cache = copy.copy(found) if cache is None else cache
+    records: dict[int, Kept] = {}  # layers of a stage share one
+    cache.layers = [_own_layer(held, more, records) for held in found.layers]
+    states = output.last_hidden_state[:, :seq].clone()
+    return type(output)(**{**output, "last_hidden_state": states, "past_key_values": cache})
+
+
+def _own_layer(held: Any, more: int, records: dict[int, Kept]) -> Any:
+    """A copy of a cache layer without its last `more` columns."""
+    mine, length = copy.copy(held), held.keys.shape[-2] - more
+    mine.keys, mine.values = (each[..., :length, :].clone() for each in (held.keys, held.values))
+    if isinstance(held, Thinned) and held.kept is not None:
+        kept = held.kept
+        if id(kept) not in records:
+            index, valid = kept.columns.index[:, :length].clone(), kept.columns.valid
+            columns = Columns(index, None if valid is None else valid[:, :length].clone())
+            records[id(kept)] = Kept(columns, kept.covered - more)
+        mine.kept = records[id(kept)]
+    return mine
