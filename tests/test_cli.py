@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from typer.testing import CliRunner, Result
 from thinsight import Reduction, Schedule, __version__, loading
 from thinsight.cli import app
 from thinsight.evaluation import examples as example_files
+from thinsight.evaluation import full_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +60,23 @@ def search(small: SmallRun, *more: object) -> Result:
         "cpu",
     ]
     return run("search", *options, "--max-drop", 0.7, "--max-new-tokens", 2, *more)
+
+
+def test_batches_and_early_stops_of_a_search(small: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(*_: Any) -> int:
+        warnings.warn("the machine is odd", stacklevel=1)
+        return 2
+
+    monkeypatch.setattr(full_model, "fastest", found)
+    result = search(small, "--batch-size", "auto", "--confidence", 0.9, "--limit", 4, "--step", 8)
+    assert result.exit_code == 0
+    assert "The calibration set runs in batches of 2 prompts" in result.stderr
+    assert "warning: the machine is odd\n" in result.stderr
+    record = Reduction.from_pretrained("thinsight-out").search
+    assert record is not None
+    assert record["confidence"] == 0.9
+    assert "batch_size is 'many'" in error_of("search", "--batch-size", "many")
+    assert "batch_size is 0" in error_of("search", "--batch-size", 0)
 
 
 # -- everything works ----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,9 +115,19 @@ Metric = Annotated[
     str | None, typer.Option("--metric", help="One metric for all examples, such as agreement.")
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per forward pass.")]
+SearchBatchSize = Annotated[
+    str, typer.Option("--batch-size", help="Prompts per forward pass, or auto: the fastest, measured first.")
+]
 CacheGib = Annotated[
     float,
     typer.Option("--cache-gib", help="Vision features kept in memory, in GiB; more go into temporary files."),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache-dir",
+        help="Folder that keeps vision features and the full model's answers for later runs. Default: none.",
+    ),
 ]
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")
@@ -222,11 +233,20 @@ def search(
         int | None,
         typer.Option("--n-trials", min=1, help="Evaluations under a budget (16); bayes: per layer (8)."),
     ] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(
+            "--confidence",
+            help="bisect: leave a candidate that fails with this confidence, such as 0.99. "
+            "Default: one that fails for certain.",
+        ),
+    ] = None,
     limit: Limit = None,
     metric: Metric = None,
     max_new_tokens: MaxNewTokens = None,
-    batch_size: BatchSize = 8,
+    batch_size: SearchBatchSize = "8",
     cache_gib: CacheGib = 4.0,
+    cache_dir: CacheDir = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -255,10 +275,12 @@ def search(
         step=step,
         trade_off=trade_off,
         n_trials=n_trials,
+        confidence=confidence,
         start=start,
         seed=seed,
-        batch_size=batch_size,
+        batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
         cache_gib=cache_gib,
+        cache_dir=cache_dir,
         out=out,
         resume=resume,
         command=shlex.join(["thinsight", *context.obj]),
@@ -344,6 +366,7 @@ def compare(
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 8,
     cache_gib: CacheGib = 4.0,
+    cache_dir: CacheDir = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn: Attn = "sdpa",
@@ -369,6 +392,7 @@ def compare(
         ranker=_ranker(ranker),
         batch_size=batch_size,
         cache_gib=cache_gib,
+        cache_dir=cache_dir,
         out=out,
         resume=resume,
     )
@@ -521,7 +545,8 @@ def list_models() -> None:
 
 
 def _watched(job: Callable[[Any], Any]) -> Any:
-    """Run a job with its progress on standard error, and transformers' own bars and warnings off."""
+    """Run a job with its progress on standard error, warnings as lines of it, and transformers' own bars and
+    warnings off."""
     from transformers.utils import logging
 
     from .console import ConsoleWatcher
@@ -529,7 +554,8 @@ def _watched(job: Callable[[Any], Any]) -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     raise_on_interrupt()  # all is loaded, and what is done from here on is kept
-    with ConsoleWatcher(Console(stderr=True)) as watcher:
+    with ConsoleWatcher(Console(stderr=True)) as watcher, warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: watcher.on_note(f"warning: {message}")
         return job(watcher)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -234,6 +236,40 @@ def test_agreement_takes_one_forward_pass_per_batch_and_nothing_twice():
     assert again.cost == 0
 
 
+def test_answers_that_can_score_nothing_are_not_finished():
+    model = make_model()
+    examples = make_examples(8, ("no answer of this model begins so",))
+    evaluator = Evaluator(model, tiny_processor(), examples, batch_size=4, max_new_tokens=NEW_TOKENS)
+    assert evaluator.full_score == 0
+    forward = Counter(model)
+    assert evaluator(SCHEDULES["to nothing"]).score == 0
+    assert forward.calls == 2
+    whole = evaluator.predictions(SCHEDULES["to nothing"])
+    assert forward.calls > 4  # step by step
+    fresh = Evaluator(model, tiny_processor(), examples, batch_size=4, max_new_tokens=NEW_TOKENS)
+    assert whole == fresh.predictions(SCHEDULES["to nothing"])
+
+
+def test_a_right_answer_takes_the_full_model_no_step(labeled):
+    model = make_model()
+    told = Evaluator(model, tiny_processor(), labeled, batch_size=4, max_new_tokens=NEW_TOKENS)
+    blind = [dataclasses.replace(example, answers=()) for example in labeled]
+    untold = Evaluator(model, tiny_processor(), blind, batch_size=4, max_new_tokens=NEW_TOKENS)
+    assert told.full_answers == untold.full_answers
+    assert [a.log_likelihood for a in told._full] == pytest.approx(
+        [a.log_likelihood for a in untold._full], abs=1e-4
+    )
+    right = [dataclasses.replace(labeled[0], answers=(told.full_answers[0].text,))]
+    stop = told.full_answers[0].tokens[-1]
+    model.generation_config.eos_token_id = stop
+    processor = tiny_processor()
+    processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(stop)
+    forward = Counter(model)
+    evaluator = Evaluator(model, processor, right, max_new_tokens=NEW_TOKENS)
+    assert evaluator.full_score == 1
+    assert forward.calls == 1
+
+
 def test_cost_is_the_flops_of_prompts_and_drafts(labeled):
     from thinsight import cost
 
@@ -368,7 +404,8 @@ def test_progress_is_reported():
         progress=lambda *args: seen.append(args),
     )
     evaluator(SCHEDULES["mild"])
-    full, reduced = [("full model", n, 5) for n in (2, 4, 5)], [("reduced model", n, 5) for n in (2, 4, 5)]
+    full = [("full model", n, 5) for n in (2, 3, 5)]  # three images, then two questions about one
+    reduced = [("reduced model", n, 5) for n in (2, 4, 5)]
     assert seen == full + reduced
 
 
@@ -385,7 +422,7 @@ def test_the_model_is_as_before_afterwards(labeled, monkeypatch):
 
     monkeypatch.setattr(decoding._Run, "step", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluator(SCHEDULES["to nothing"])
+        evaluator.predictions(SCHEDULES["to nothing"])
     assert torch.equal(model(**inputs).logits, before)
 
 

@@ -170,3 +170,33 @@ def test_unknown_metric_lists_the_known_ones():
 def test_a_metric_without_answers_is_an_error():
     with pytest.raises(ThinsightError, match="needs at least one answer"):
         get_metric("anls")("red", [])
+
+
+@pytest.mark.parametrize(
+    ("beginning", "answers", "lost"),
+    [
+        ("", ["red"], False),
+        ("Re", ["red"], False),
+        ("red", ["blue", "red circle"], False),
+        ("red.", ["red"], False),
+        ("red. ", ["red"], False),
+        ("red.\ufffd", ["red"], False),
+        ("red,", ["red"], True),
+        ("reds", ["red"], True),
+        ("green", ["red", "blue"], True),
+        ("3.5", ["3"], True),
+    ],
+)
+def test_exact_match_knows_a_lost_beginning(beginning, answers, lost):
+    assert get_metric("exact_match").lost(beginning, answers) is lost
+    assert not get_metric("anls").lost(beginning, answers)
+
+
+def test_what_is_lost_scores_nothing_and_what_matches_is_never_lost():
+    metric = get_metric("exact_match")
+    answers = ["Red circle.", "No.  7"]
+    for text in ("red  circle", " RED circle.", "no. 7.", "no. 7", "red circles", "circle", "no"):
+        lost = [metric.lost(text[:end], answers) for end in range(len(text) + 1)]
+        assert lost == sorted(lost)  # once lost, lost for good
+        if metric(text, answers):
+            assert not any(lost)

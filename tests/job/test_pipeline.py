@@ -16,6 +16,8 @@ from small_run import SmallRun, make_small_run
 
 from thinsight import Evaluator, Reduction, load_examples, paired_bootstrap
 from thinsight.errors import ThinsightError
+from thinsight.evaluation import full_model
+from thinsight.evaluation.full_model import FullModel
 from thinsight.job import pipeline
 from thinsight.job.pipeline import SearchOptions, SearchOutcome, search_and_report
 from thinsight.job.session import ModelOptions
@@ -166,9 +168,50 @@ def test_resuming_runs_no_stage_again(
     for name in ("gsearch", "measure", "rank_consistency"):
         monkeypatch.setattr(pipeline, name, refuse)
     monkeypatch.setattr(Evaluator, "_decode", refuse)
+    monkeypatch.setattr(FullModel, "_answer", refuse)
     again = search_and_report(options_for(small, outcome.folder, resume=True, command="the command"))
     assert again.reduction == outcome.reduction
     assert replace(again.data, created="", pictures=()) == replace(outcome.data, created="", pictures=())
+
+
+def test_a_confidence_reaches_the_search_and_its_record(small: SmallRun, tmp_path: Path) -> None:
+    options = options_for(small, tmp_path / "run", confidence=0.9)
+    outcome = search_and_report(options)
+    assert outcome.reduction.search is not None
+    assert outcome.reduction.search["confidence"] == 0.9
+    message = error_of(replace(options, resume=True, confidence=None))
+    assert "made with confidence 0.9, this run has None" in message
+
+
+def test_a_batch_size_is_found_once_and_kept_with_the_run(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def two(tokens: list[int], *_: Any) -> int:
+        measured.append(len(tokens))
+        return 2
+
+    sizes: list[int] = []
+    answers = Evaluator._answers
+
+    def watched(self: Evaluator, *arguments: Any, **more: Any) -> Any:
+        sizes.append(self.batch_size)
+        return answers(self, *arguments, **more)
+
+    monkeypatch.setattr(full_model, "fastest", two)
+    monkeypatch.setattr(Evaluator, "_answers", watched)
+    options = options_for(small, tmp_path / "run", batch_size="auto")
+    with pytest.raises(KeyboardInterrupt):
+        search_and_report(options, Stop("Testing FastV"))
+    assert measured == [16, 12]
+    resumed = search_and_report(replace(options, resume=True))
+    assert measured == [16, 12]
+    assert set(sizes) == {2}
+    plain = search_and_report(options_for(small, tmp_path / "plain", batch_size=2))
+    assert resumed.reduction.schedule == plain.reduction.schedule
+    assert resumed.data.methods == plain.data.methods
+    assert resumed.data.timing[0].batch == 2
 
 
 def error_of(options: SearchOptions) -> str:
@@ -222,6 +265,11 @@ def test_a_rank_free_search_may_begin_at_layer_0(small: SmallRun, tmp_path: Path
         ({"ranker": "oracle"}, "ranker is 'oracle'"),
         ({"ranker": {"name": "text-attention", "rows": 3}}, "no setting 'rows'"),
         ({"solver": "guess"}, "solver is 'guess'"),
+        ({"batch_size": "many"}, "batch_size is 'many'"),
+        ({"confidence": 1.5}, "confidence is 1.5"),
+        ({"confidence": 0.9, "max_drop": None, "budget": 0.5}, "0.9, which only G-Search takes"),
+        ({"confidence": 0.9, "frontier": True}, "confidence is 0.9, which only G-Search takes"),
+        ({"confidence": 0.9, "solver": "bayes"}, "confidence is 0.9, but solver 'bayes'"),
         ({"metric": "vibes"}, "unknown metric 'vibes'"),
         ({"metric": "exact_match"}, "has no answer"),
         ({"data": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
@@ -236,6 +284,7 @@ def test_bad_input_is_refused_before_long_work(
         raise AssertionError("long work began")
 
     monkeypatch.setattr(Evaluator, "_decode", refuse)
+    monkeypatch.setattr(FullModel, "_answer", refuse)
     out = tmp_path / "run"
     assert words in error_of(options_for(small, out, **changes))
     assert not (out / "run.json").exists()  # so that the corrected command needs no --resume

@@ -11,6 +11,7 @@ from itertools import combinations_with_replacement
 
 import numpy as np
 
+from thinsight.evaluation.bounds import LossTest, random_order
 from thinsight.evaluation.result import Evaluation
 from thinsight.schedule import Schedule
 
@@ -144,3 +145,31 @@ class SmoothOracle:
 
     def __call__(self, schedule: Schedule) -> Evaluation:
         return self.sample(schedule, 1.0)
+
+
+class DrawingOracle(NeedOracle):
+    """Runs examples one by one in a random order, and stops by a confidence as the real evaluator does.
+
+    Without one it stops as soon as it is certain, in a random order too. ``run`` counts the examples.
+    """
+
+    run = 0
+
+    def at_least(
+        self, schedule: Schedule, floor: float, confidence: float | None = None, seed: int = 0
+    ) -> Evaluation:
+        self.calls.append(schedule)
+        counts = schedule.counts(self.num_vision_tokens)
+        total = len(self.needs)
+        order = random_order(np.ones(total), [seed, hash(counts) % 2**32])
+        allowed = (1 - floor) * total
+        test = LossTest(np.ones(total), allowed, confidence or 0.5)
+        lost = 0
+        for seen, example in enumerate(order, start=1):
+            loss = not all(c >= k for c, k in zip(counts, self.needs[example], strict=True))
+            lost += loss
+            self.run += 1
+            doubtful = test.sees(float(loss)) and confidence is not None
+            if (lost > allowed or doubtful) and seen < total:
+                return Evaluation(score=min(floor, 1 - lost / total), complete=False, cost=seen / total)
+        return Evaluation(score=1 - lost / total, cost=1.0)

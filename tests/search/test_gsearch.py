@@ -5,10 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import InterruptedOracle, NeedOracle, StoppingOracle, TokenOracle, all_counts
+from oracles import (
+    DrawingOracle,
+    InterruptedOracle,
+    NeedOracle,
+    StoppingOracle,
+    TokenOracle,
+    all_counts,
+)
 
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.result import Evaluation
@@ -242,6 +250,85 @@ def test_the_reduction_says_how_it_was_found() -> None:
     assert gsearch(NeedOracle(4, [[4, 1, 1]]), 0.0).reduction.ranker == {"name": "text-attention"}
 
 
+def unforeseen(examples: int = 400) -> list[list[int]]:
+    """Examples whose needs nothing foretells; most need little."""
+    drawn = np.random.default_rng(0).geometric(0.25, size=(examples, 4)).clip(0, 32)
+    return np.sort(drawn, axis=1)[:, ::-1].tolist()
+
+
+def test_a_confidence_runs_fewer_examples_to_a_schedule_within_the_tolerance() -> None:
+    certain, confident = DrawingOracle(32, unforeseen(2000)), DrawingOracle(32, unforeseen(2000))
+    exact = gsearch(certain, 0.1, first_layer=0, step=4)
+    early = gsearch(confident, 0.1, first_layer=0, step=4, confidence=0.99)
+    assert early.schedule == exact.schedule
+    assert early.score == exact.score >= 0.9 - 1e-9
+    assert [trial.accepted for trial in early.trials] == [trial.accepted for trial in exact.trials]
+
+    def run_in_vain(result: SearchResult) -> float:
+        return sum(trial.cost or 0.0 for trial in result.trials if not trial.accepted)
+
+    assert run_in_vain(early) < 0.6 * run_in_vain(exact)
+    assert confident.run < certain.run
+
+
+def test_a_wrong_drop_costs_tokens_and_never_score() -> None:
+    """At a confidence of a half, candidates within the tolerance are dropped now and then."""
+    exact = gsearch(NeedOracle(32, unforeseen()), 0.05, first_layer=0).schedule.mean_keep_rate
+    rates = []
+    for seed in range(20):
+        result = gsearch(DrawingOracle(32, unforeseen()), 0.05, first_layer=0, confidence=0.5, seed=seed)
+        counts = result.schedule.counts(32)
+        assert result.score == pytest.approx(NeedOracle(32, unforeseen()).score(counts))
+        assert result.score >= 0.95 - 1e-9
+        rates.append(result.schedule.mean_keep_rate)
+    assert max(rates) > exact
+
+
+def test_without_a_confidence_the_evaluator_is_asked_as_ever(tmp_path: Path) -> None:
+    class Strict(StoppingOracle):
+        def at_least(self, schedule: Schedule, floor: float, **more: Any) -> Evaluation:
+            assert not more
+            return super().at_least(schedule, floor)
+
+    result = gsearch(Strict(16, needs_of_five), 0.2, study=tmp_path / "s")
+    assert "confidence" not in (tmp_path / "s").read_text()
+    assert result.reduction.search is not None
+    assert "confidence" not in result.reduction.search
+
+
+def test_an_evaluator_that_knows_no_confidence_goes_on_being_certain() -> None:
+    plain = gsearch(StoppingOracle(16, needs_of_five), 0.2)
+    confident = gsearch(StoppingOracle(16, needs_of_five), 0.2, confidence=0.9)
+    assert confident.trials == plain.trials
+    assert confident.reduction.search == {**(plain.reduction.search or {}), "confidence": 0.9}
+
+
+def test_a_confident_search_resumes_to_the_same_result(tmp_path: Path) -> None:
+    class Stops(DrawingOracle):
+        left = 5
+
+        def at_least(self, *arguments: Any, **more: Any) -> Evaluation:
+            if self.left == 0:
+                raise KeyboardInterrupt
+            self.left -= 1
+            return super().at_least(*arguments, **more)
+
+    options: dict[str, Any] = {"max_drop": 0.05, "first_layer": 0, "confidence": 0.9, "seed": 2}
+    straight = gsearch(DrawingOracle(32, unforeseen()), **options)
+    with pytest.raises(KeyboardInterrupt):
+        gsearch(Stops(32, unforeseen()), study=tmp_path / "s", **options)
+    with pytest.raises(ThinsightError, match=r"made with confidence 0.9, this search has None"):
+        gsearch(
+            DrawingOracle(32, unforeseen()),
+            study=tmp_path / "s",
+            resume=True,
+            **{**options, "confidence": None},
+        )
+    again = DrawingOracle(32, unforeseen())
+    assert gsearch(again, study=tmp_path / "s", resume=True, **options).trials == straight.trials
+    assert len(again.calls) == straight.evaluations - 5
+
+
 class Recorder(Silent):
     def __init__(self) -> None:
         self.plans: list[SearchPlan] = []
@@ -303,6 +390,9 @@ def test_the_plan_counts_what_the_journal_holds(tmp_path: Path) -> None:
         ({"solver": "bayes", "trade_off": -1}, "trade_off is -1"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": "x"}, "seed is 'x'"),
+        ({"confidence": 1.0}, "confidence is 1.0"),
+        ({"confidence": 99}, "confidence is 99"),
+        ({"confidence": 0.99, "solver": "bayes"}, "confidence is 0.99, but solver 'bayes'"),
     ],
 )
 def test_bad_arguments_are_named_before_any_work(arguments: dict[str, Any], named: str) -> None:

@@ -22,14 +22,15 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 
 from ..errors import ThinsightError
 from ..runtime import vision_token_mask
-from ..runtime.families import sliding_layers
+from ..runtime.families import reads_prompt_both_ways, sliding_layers
 from .encoding import PromptBatch
 from .passes import pass_inputs, prompt_positions
 
-__all__ = ["DecodingRules", "GreedyAnswer", "PromptScope", "decode"]
+__all__ = ["Beginning", "DecodingRules", "GreedyAnswer", "PromptScope", "decode"]
 
 # Settings of a generation config that change greedy answers and are not supported; their neutral values.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -85,6 +86,13 @@ class DecodingRules:
             max_new_tokens, stop_tokens, int(pad), 1.0 if penalty is None else float(penalty), suppressed
         )
 
+    def cut(self, tokens: Sequence[int], stop: int | None) -> tuple[int, ...]:
+        """Tokens and a stop token as one answer: over at the first token that ends it, and no longer than
+        allowed."""
+        whole = [*tokens, *([] if stop is None else [stop])][: self.max_new_tokens]
+        ends = (place + 1 for place, token in enumerate(whole) if token in self.stop_tokens)
+        return tuple(whole[: next(ends, None)])
+
     def ends(self, tokens: Sequence[int]) -> bool:
         """Whether an answer is over after these tokens."""
         return len(tokens) >= self.max_new_tokens or (len(tokens) > 0 and tokens[-1] in self.stop_tokens)
@@ -100,13 +108,21 @@ class GreedyAnswer:
         finished: whether ``tokens`` is the whole answer.
         margin: the smallest gap between the best and the second best logit over ``tokens``.
         log_likelihood: natural logarithm of the probability that the model gives to the draft, each token
-            after the draft's own before it; to ``tokens`` where there was no draft.
+            after the draft's own before it; to ``tokens`` where there was no draft or it was a guess.
     """
 
     tokens: tuple[int, ...]
     finished: bool
     margin: float
     log_likelihood: float
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The first columns of a batch of prompts, read before: keys and values of as many rows."""
+
+    cache: Cache
+    columns: int
 
 
 @torch.no_grad()
@@ -117,18 +133,25 @@ def decode(
     rules: DecodingRules,
     *,
     drafts: Sequence[tuple[int, ...]] | None = None,
+    guessed: bool = False,
     finish: Sequence[bool] | None = None,
+    lost: Callable[[int, Sequence[int]], bool] | None = None,
     prompt_scope: PromptScope | None = None,
+    beginning: Beginning | None = None,
 ) -> list[GreedyAnswer]:
     """Greedy answers of a batch of prompts.
 
     Args:
         model: a transformers model, with or without a reduction in force.
-        batch: left-padded prompts.
+        batch: left-padded prompts; where a beginning was read, what follows it is left-padded too.
         vision: keyword arguments of the first forward pass that carry the images.
         drafts: one expected answer per row (its stop token included, if it has one); may be empty.
+        guessed: the drafts are only to save steps; the likelihoods are those of the answers.
         finish: per row, whether to go on decoding where the answer leaves the draft; True for all when left
             out.
+        lost: asked with a row's number and its answer so far: whether the rest is of no use.
+        prompt_scope: is told which tokens of a first pass are the prompt.
+        beginning: columns that need not be read any more; its cache is filled on.
 
     Returns:
         One ``GreedyAnswer`` per row.
@@ -138,9 +161,10 @@ def decode(
     wanted = list(finish) if finish is not None else [True] * rows
     forced = [_feedable(model, draft) for draft in expected]
     cut_short = any(len(fed) < len(draft) - 1 for fed, draft in zip(forced, expected, strict=True))
-    run = _Run(model, batch, rules)
-    run.check(vision, forced, expected, keep_cache=cut_short or any(wanted), prompt_scope=prompt_scope)
-    while rows_left := run.open_rows(expected, wanted):
+    run = _Run(model, batch, rules, beginning)
+    rated = [()] * rows if guessed else expected
+    run.check(vision, forced, rated, keep_cache=cut_short or any(wanted), prompt_scope=prompt_scope)
+    while rows_left := run.open_rows(expected, wanted, lost or (lambda row, answer: False)):
         run.step(rows_left)
     return [
         GreedyAnswer(tuple(tokens), rules.ends(tokens), margin, likelihood)
@@ -168,6 +192,13 @@ class _Columns:
     types: dict[str, torch.Tensor]  # (batch, columns)
     is_prompt: torch.Tensor  # (batch, columns) bool
 
+    def behind(self, count: int) -> _Columns:
+        """Without the first ones, which may still be attended to."""
+        types = {name: types[:, count:] for name, types in self.types.items()}
+        return _Columns(
+            self.ids[:, count:], self.mask, self.positions[..., count:], types, self.is_prompt[:, count:]
+        )
+
     def without_gaps(self) -> _Columns:
         """The same tokens with all that is not attended to on the left, and no more of it than needed."""
         width = int(self.mask.sum(-1).max())
@@ -188,13 +219,16 @@ class _Columns:
 class _Run:
     """The state of one batch while it is decoded; columns are prompt, draft, then one per step."""
 
-    def __init__(self, model: Any, batch: PromptBatch, rules: DecodingRules) -> None:
+    def __init__(
+        self, model: Any, batch: PromptBatch, rules: DecodingRules, beginning: Beginning | None
+    ) -> None:
         device = model.device
         self.model = model
+        self.beginning = beginning
         self.rules = rules
         self.prompt = batch.input_ids.to(device)  # (batch, prompt)
         self.mask = batch.attention_mask.to(device)  # (batch, columns so far): 1 where one may be attended to
-        self.prompt_lengths = self.mask.sum(-1)  # (batch,)
+        self.prompt_mask = self.mask.bool()  # (batch, prompt)
         self.positions = prompt_positions(model, batch)  # (batch, prompt) or (axes, batch, prompt)
         self.last_position = self.positions[..., -1:]  # all prompts end in the last column
         self.types = {name: types.to(device) for name, types in batch.per_token.items()}  # (batch, prompt)
@@ -202,14 +236,14 @@ class _Run:
         self.answers: list[list[int]] = []
         self.margins: list[float] = []
         self.likelihoods: list[float] = []
-        self.drafted = False
+        self.rated = False  # whether likelihoods are those of drafts
         self.cache: Any = None
 
     def check(
         self,
         vision: dict[str, Any],
         forced: Sequence[Sequence[int]],
-        expected: Sequence[Sequence[int]],
+        rated: Sequence[Sequence[int]],
         *,
         keep_cache: bool,
         prompt_scope: PromptScope | None,
@@ -228,16 +262,21 @@ class _Run:
             types={name: torch.cat([t, self._type_of(name, draft)], -1) for name, t in self.types.items()},
             is_prompt=torch.cat([torch.ones_like(self.mask), torch.zeros_like(draft)], dim=-1).bool(),
         )
-        outputs = self._read(columns, vision, prompt_scope, use_cache=keep_cache, logits_to_keep=extra + 1)
+        asked: dict[str, Any] = {"use_cache": keep_cache, "logits_to_keep": extra + 1}
+        if self.beginning is None:
+            outputs = self._read(columns, vision, prompt_scope, **asked)
+        else:
+            rest = columns.behind(self.beginning.columns)
+            outputs = self._read(rest, vision, prompt_scope, cache=self.beginning.cache, **asked)
         self.cache = outputs.past_key_values if keep_cache else None
-        self.drafted = any(expected)
-        predicted, gaps, likely = self._predict_all(outputs.logits, draft, expected)  # (batch, extra + 1)
+        self.rated = any(rated)
+        predicted, gaps, likely = self._predict_all(outputs.logits, draft, rated)  # (batch, extra + 1)
         accepted = torch.zeros_like(draft)
         for row, tokens in enumerate(forced):
             agreed = _shared_length(predicted[row], tokens)
             self.answers.append(predicted[row][: agreed + 1])
             self.margins.append(min(gaps[row][: agreed + 1]))
-            self.likelihoods.append(math.fsum(likely[row][: len(tokens) + 1]))
+            self.likelihoods.append(math.fsum(likely[row][: (len(tokens) if self.rated else agreed) + 1]))
             accepted[row, :agreed] = 1
         self.mask = torch.cat([self.mask, accepted], dim=-1)
         if self._windows_reach_too_short():
@@ -262,10 +301,8 @@ class _Run:
 
     def _type_of(self, name: str, draft: torch.Tensor) -> torch.Tensor:
         """Token types of an answer: ordinary text that sees nothing behind itself."""
-        causal = getattr(self.model.config, "model_type", None) == "paligemma" and name == "token_type_ids"
-        return torch.full_like(
-            draft, int(causal)
-        )  # PaliGemma's prompts see all of themselves, its answers not
+        causal = reads_prompt_both_ways(self.model) and name == "token_type_ids"
+        return torch.full_like(draft, int(causal))
 
     def _windows_reach_too_short(self) -> bool:
         """Whether a layer with a sliding window would lose tokens to the columns of rejected positions."""
@@ -281,12 +318,18 @@ class _Run:
         ).past_key_values
         self.mask = columns.mask
 
-    def open_rows(self, drafts: Sequence[tuple[int, ...]], wanted: Sequence[bool]) -> list[int]:
+    def open_rows(
+        self,
+        drafts: Sequence[tuple[int, ...]],
+        wanted: Sequence[bool],
+        lost: Callable[[int, Sequence[int]], bool],
+    ) -> list[int]:
         """Rows whose answer is not over and is wanted whole, or has not left its draft yet."""
         rows = []
         for row, answer in enumerate(self.answers):
             on_draft = 0 < len(answer) < len(drafts[row]) and drafts[row][: len(answer)] == tuple(answer)
-            if (wanted[row] or on_draft) and not self.rules.ends(answer):
+            needed = on_draft or (wanted[row] and not lost(row, answer))
+            if needed and not self.rules.ends(answer):
                 rows.append(row)
         return rows
 
@@ -316,14 +359,14 @@ class _Run:
         for row in rows:
             self.answers[row].append(chosen[row])
             self.margins[row] = min(self.margins[row], gaps[row])
-            if not self.drafted:
+            if not self.rated:
                 self.likelihoods[row] += likely[row]
 
     def _predict_all(
-        self, logits: torch.Tensor, draft: torch.Tensor, expected: Sequence[Sequence[int]]
+        self, logits: torch.Tensor, draft: torch.Tensor, rated: Sequence[Sequence[int]]
     ) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
         """For every answer position, the greedy token given the draft before it, its lead, and the
-        log-probability of the token that was expected there (of the greedy one where none was)."""
+        log-probability of the token that is rated there (of the greedy one where none is)."""
         # logits: (batch, extra + 1, vocabulary)
         before = draft.tolist()
         tokens, gaps, likely = [], [], []
@@ -331,7 +374,7 @@ class _Run:
             scores = self._adjusted(logits[:, position].float(), [row[:position] for row in before])
             tokens.append(scores.argmax(-1))
             gaps.append(_lead(scores))
-            wanted = [row[position] if position < len(row) else -1 for row in expected]
+            wanted = [row[position] if position < len(row) else -1 for row in rated]
             here = torch.where(draft.new_tensor(wanted) < 0, tokens[-1], draft.new_tensor(wanted))
             likely.append(scores.log_softmax(-1).gather(-1, here[:, None])[:, 0])
         return tuple(torch.stack(each, dim=-1).tolist() for each in (tokens, gaps, likely))
@@ -347,10 +390,9 @@ class _Run:
 
     def _penalized(self, scores: torch.Tensor, answers: Sequence[Sequence[int]]) -> torch.Tensor:
         penalty = self.rules.repetition_penalty
-        width = self.prompt.shape[1]
         for row, answer in enumerate(answers):
-            start = width - int(self.prompt_lengths[row])
-            used = torch.cat([self.prompt[row, start:], self.prompt.new_tensor(list(answer))]).unique()
+            read = self.prompt[row, self.prompt_mask[row]]
+            used = torch.cat([read, self.prompt.new_tensor(list(answer))]).unique()
             old = scores[row, used]
             scores[row, used] = torch.where(old < 0, old * penalty, old / penalty)
         return scores

@@ -50,6 +50,11 @@ class Prompt:
     def n_text(self) -> int:
         return len(self) - self.n_vision
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """By which prompts of like length stand together: all tokens, and vision tokens."""
+        return len(self), self.n_vision
+
 
 @dataclass(frozen=True)
 class PromptBatch:

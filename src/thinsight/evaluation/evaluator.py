@@ -1,7 +1,8 @@
 """The evaluator: maps a reduction to the exact score of greedy decoding on a set of examples.
 
-What makes it cheap changes no score: the vision tower runs once per image, the full model's answer is drafted
-so that one forward pass decides whether a reduced model says the same, and answers once computed are kept.
+What makes it cheap changes no score: the vision tower runs once per image, the full model reads an image once
+for all questions about it, its answer is drafted so that one forward pass decides whether a reduced model
+says the same, and answers once computed are kept.
 Knows nothing about searches, nor about how the runtime drops tokens.
 """
 
@@ -10,9 +11,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+import os
+import zlib
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple
@@ -27,21 +30,26 @@ from ..reduction import Reduction
 from ..runtime import Handle, apply, num_layers
 from ..runtime.families import check_supported
 from ..schedule import Schedule
+from .batch_size import check_batch_size, chunks
+from .bounds import LossTest, check_confidence, random_order
 from .decoding import DecodingRules, GreedyAnswer, PromptScope, decode
+from .disk_store import DiskStore
 from .encoding import Prompt, encode_prompt, pad_batch
 from .examples import Example, validate_examples
 from .feature_store import DEFAULT_CACHE_GIB
+from .full_model import FullModel
+from .hashing import hash_json, hash_model
 from .metrics import Metric, get_metric
 from .prefix_cache import PrefixCache
 from .result import Evaluation
-from .vision_cache import VisionCache
 
 __all__ = ["Evaluator", "FullAnswer", "check_metric"]
 
 _MIN_NEW_TOKENS = 4
 _NEW_TOKENS_MARGIN = 4  # the stop token, and room for a few tokens more than the longest right answer
 _NEW_TOKENS_UNLABELED = 32
-_SAMPLED_WEIGHTS = 1024  # of each tensor, for the fingerprint
+_LEAST_HARDNESS = 0.02  # of an example that the full model is quite sure of, on a scale of losses
+_FORMAT = 1  # of the answers kept on disk
 _ROUNDING_SLACK = 1e-9  # an early stop must be certain in spite of rounding
 
 Progress = Callable[[str, int, int], None]
@@ -52,6 +60,13 @@ class FullAnswer(NamedTuple):
 
     tokens: tuple[int, ...]
     text: str
+
+
+class _Drawn(NamedTuple):
+    """Batches in a random order, and the test that is told each one's loss."""
+
+    batches: list[list[int]]
+    test: LossTest
 
 
 class Evaluator:
@@ -70,20 +85,24 @@ class Evaluator:
         metric: one metric for all; None takes each example's own, else "exact_match" where it has answers and
             "agreement" where it has none. "agreement" is 1 where the reduced model's answer has the very
             tokens of the full model's.
-        batch_size: prompts per forward pass.
+        batch_size: prompts per forward pass. "auto": the fastest power of two, measured once on the longest
+            prompts before the first pass. Where the full model's first pass runs out of the device's memory,
+            it is halved, with a warning.
         ranker: which tokens a bare schedule keeps: a ranker's name, dict or object.
         max_new_tokens: cuts every answer, the full model's too. None: the longest right answer's tokens + 4,
             at least 4; 32 if no example has an answer.
         progress: called as ``progress(what, done, total)`` after each batch, in examples.
         cache_gib: how much of the images' vision features is kept in main memory, in GiB, and as much again
             of what candidates share; more goes into temporary files. No score depends on it.
-        reuse: whether candidates share the layers in which a search says that they agree (see `share`). No
-            score depends on it.
+        reuse: whether candidates share the layers in which a search says that they agree (see `share`), and
+            the full model reads images once for all questions about them. No score depends on it.
+        cache_dir: a folder in which vision features and the full model's answers are kept for later runs of
+            the same model on the same data; None: nowhere. No score depends on it.
 
     Raises:
         ThinsightError: bad examples (see ``validate_examples``), unknown metric or ranker, a prompt without
-            image token, a model that is not supported or is in training mode, or generation settings that
-            exact scoring does not support.
+            image token, a model that is not supported or is in training mode, generation settings that
+            exact scoring does not support, or a ``cache_dir`` that cannot be written.
     """
 
     def __init__(
@@ -92,15 +111,15 @@ class Evaluator:
         processor: Any,
         examples: Sequence[Example],
         metric: str | None = None,
-        batch_size: int = 8,
+        batch_size: int | str = 8,
         ranker: Any = "text-attention",
         max_new_tokens: int | None = None,
         progress: Progress | None = None,
         cache_gib: float = DEFAULT_CACHE_GIB,
         reuse: bool = True,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ThinsightError(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
+        check_batch_size(batch_size)
         check_supported(model)
         if model.training:
             raise ThinsightError(
@@ -108,22 +127,33 @@ class Evaluator:
             )
         if not callable(processor):
             raise ThinsightError(f"processor is {processor!r}: pass the model's own processor")
+        disk = None if cache_dir is None else DiskStore(cache_dir)
         validate_examples(examples)
         self.model = model
         self.processor = processor
         self.examples = tuple(examples)
-        self.batch_size = batch_size
         self.ranker = get_ranker(ranker)
         self.progress = progress
         self._metrics = [_metric_of(example, metric) for example in self.examples]
         self.rules = DecodingRules.of(
             model.generation_config, _max_new_tokens(max_new_tokens, processor, self.examples)
         )
-        self._vision = VisionCache(model, processor, cache_gib)
+        self._prompts = [encode_prompt(model, processor, example) for example in self.examples]
+        self._full_model = FullModel(
+            model,
+            processor,
+            self.examples,
+            self._prompts,
+            self.rules,
+            batch_size=batch_size,
+            cache_gib=cache_gib,
+            reuse=reuse,
+            disk=disk,
+            report=partial(self._report, "full model"),
+        )
         self._prefixes = PrefixCache(model, cache_gib) if reuse else None
         self._began: dict[int, int] = {}  # the layer at which each example's last pass began
         self._shape = cost.decoder_shape(model.config)
-        self._prompts = [encode_prompt(model, processor, example) for example in self.examples]
         self._memo: dict[tuple[Any, ...], dict[int, GreedyAnswer]] = {}
         self._failures = np.zeros(len(self.examples))
         self._calls = 0
@@ -139,6 +169,27 @@ class Evaluator:
     def num_vision_tokens(self) -> int:
         """N: the median number of vision tokens of a prompt."""
         return median_low(prompt.n_vision for prompt in self._prompts)
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts per forward pass; "auto" is measured when first asked for."""
+        return self._full_model.batch_size
+
+    def fix_batch_size(self, size: int | None = None) -> int:
+        """The batch size for good.
+
+        Args:
+            size: what an earlier run found; call it before anything is evaluated. None: the one with which
+                the full model's answers, computed now if they are not known, fit into memory.
+
+        Raises:
+            ThinsightError: ``size`` is not a whole number of at least 1.
+        """
+        if size is None:
+            _ = self._full
+        else:
+            self._full_model.fix_batch_size(size)
+        return self.batch_size
 
     @property
     def prompt_sizes(self) -> list[tuple[int, int]]:
@@ -182,7 +233,7 @@ class Evaluator:
     @cached_property
     def full_answers(self) -> list[FullAnswer]:
         """The full model's greedy answers, in the order of the examples."""
-        return [FullAnswer(answer.tokens, self._text(answer)) for answer in self._full]
+        return [FullAnswer(answer.tokens, self._text(answer.tokens)) for answer in self._full]
 
     def __call__(self, schedule: Schedule | Reduction) -> Evaluation:
         """The exact score under a schedule (with the evaluator's ranker) or a reduction (with its own).
@@ -192,15 +243,34 @@ class Evaluator:
         """
         return self._evaluate(self._bind(schedule), floor=None)
 
-    def at_least(self, schedule: Schedule | Reduction, floor: float) -> Evaluation:
+    def at_least(
+        self,
+        schedule: Schedule | Reduction,
+        floor: float,
+        confidence: float | None = None,
+        seed: int = 0,
+    ) -> Evaluation:
         """Like a call, but gives up as soon as the score cannot reach ``floor`` any more.
 
         Batches that lost most in earlier calls come first. Given up means: even with the highest possible
         score on all examples not yet run, the mean stays below ``floor``. The result then has
         ``complete=False``, an upper bound of the score, and NaN for the examples not run. A result with
         ``complete=True`` is the very one of a call.
+
+        With ``confidence`` it also gives up once the examples run show with that confidence that the score is
+        below ``floor``, which then stands for the upper bound: a schedule that reaches ``floor`` is given up
+        with a probability of at most ``1 - confidence``, however often that is looked at (see
+        `bounds.LossTest`). For that to hold, batches come in a random order of ``seed`` and schedule, those
+        that the full model is least sure of likely first.
+
+        Raises:
+            ThinsightError: ``confidence`` is not between 0 and 1, or as for a call.
         """
-        return self._evaluate(self._bind(schedule), floor=float(floor))
+        if confidence is None:
+            return self._evaluate(self._bind(schedule), floor=float(floor))
+        check_confidence(confidence)
+        reduction = self._bind(schedule)
+        return self._evaluate(reduction, float(floor), drawn=self._draw(reduction, floor, confidence, seed))
 
     def sample(self, schedule: Schedule | Reduction, share: float) -> Evaluation:
         """The exact score on a share of the examples, the same ones every time; a larger share holds a
@@ -235,11 +305,11 @@ class Evaluator:
         if reduction.adaptive is None:
             raise ThinsightError("the reduction is not adaptive: it has no statistic of a prompt")
         values = np.full(len(self.examples), np.nan)
-        known = self._memo.setdefault(self._key(self._bind(reduction)), {})
+        known = self._known(self._bind(reduction))
         batches = self._batches  # the full model's answers come first
         with apply(self.model, reduction) as handle:
             for batch in batches:
-                answers = self._decode(batch, handle, reduction, self._whole(batch))
+                answers = self._decode(batch, handle, reduction)
                 known.update(zip(batch, answers, strict=True))
                 values[batch] = handle.statistic()
                 self._report("statistics", int(np.isfinite(values).sum()))
@@ -265,7 +335,7 @@ class Evaluator:
         with closing(self._answers(reduction, self._batches, whole=True)) as stream:
             for batch, answers in stream:
                 for index, answer in zip(batch, answers, strict=True):
-                    texts[index] = self._text(answer)
+                    texts[index] = self._text(answer.tokens)
         return texts
 
     def reduction(self, schedule: Schedule) -> Reduction:
@@ -284,11 +354,14 @@ class Evaluator:
 
         Weights enter by an even sample of each tensor.
         """
+        return self._hash(self.ranker.to_dict())
+
+    def _hash(self, ranker: dict[str, Any] | None) -> str:
         digest = hashlib.sha256()
-        _hash_model(digest, self.model)
-        _hash_json(digest, [self.ranker.to_dict(), self.rules.max_new_tokens, sorted(self.rules.stop_tokens)])
+        hash_model(digest, self.model)
+        hash_json(digest, [ranker, self.rules.max_new_tokens, sorted(self.rules.stop_tokens)])
         for example, prompt, metric in zip(self.examples, self._prompts, self._metrics, strict=True):
-            _hash_json(digest, [example.id, prompt.input_ids.tolist(), example.answers, metric.name])
+            hash_json(digest, [example.id, prompt.input_ids.tolist(), example.answers, metric.name])
             for image, key in zip(example.images, example.image_keys, strict=True):
                 digest.update(image.read_bytes() if isinstance(image, Path) else key.encode())
         return digest.hexdigest()
@@ -297,14 +370,7 @@ class Evaluator:
 
     @cached_property
     def _full(self) -> list[GreedyAnswer]:
-        answers: dict[int, GreedyAnswer] = {}
-        by_length = sorted(range(len(self.examples)), key=lambda index: (self._size(index), index))
-        # a full schedule leaves the model as it is, and makes sure that no other reduction is on it
-        with apply(self.model, Schedule.full(self.num_layers)):
-            for batch in _chunks(by_length, self.batch_size):
-                answers.update(zip(batch, self._decode(batch), strict=True))
-                self._report("full model", len(answers))
-        return [answers[index] for index in range(len(self.examples))]
+        return self._full_model.answers(lambda: self._hash(None))
 
     @cached_property
     def _batches(self) -> list[list[int]]:
@@ -313,9 +379,9 @@ class Evaluator:
         assert scores is not None
 
         def place(index: int) -> tuple[Any, ...]:
-            return (*self._size(index), scores[index], self._full[index].margin, index)
+            return (*self._prompts[index].size, scores[index], self._full[index].margin, index)
 
-        return list(_chunks(sorted(range(len(self.examples)), key=place), self.batch_size))
+        return list(chunks(sorted(range(len(self.examples)), key=place), self.batch_size))
 
     @cached_property
     def _spread(self) -> list[int]:
@@ -324,10 +390,6 @@ class Evaluator:
         bits = max(1, (count - 1).bit_length())
         mirrored = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
         return [number for number in mirrored if number < count]
-
-    def _size(self, index: int) -> tuple[int, int]:
-        prompt = self._prompts[index]
-        return len(prompt), prompt.n_vision
 
     # -- reduced models --------------------------------------------------------------------------------------
 
@@ -341,15 +403,21 @@ class Evaluator:
         return reduction
 
     def _evaluate(
-        self, reduction: Reduction, floor: float | None, batches: Sequence[list[int]] | None = None
+        self,
+        reduction: Reduction,
+        floor: float | None,
+        batches: Sequence[list[int]] | None = None,
+        drawn: _Drawn | None = None,
     ) -> Evaluation:
         """On all examples or on the given batches, giving up below ``floor`` if there is one."""
         if reduction.schedule.is_full and batches is None:
             return self.full
         scores = np.full(len(self.examples), np.nan)
         likely: list[GreedyAnswer] = []
-        known = set(self._memo.get(self._key(reduction), {}))
+        known = set(self._known(reduction))
         ordered = batches or (self._batches if floor is None else self._hardest_first)
+        if drawn is not None:
+            ordered = drawn.batches
         with closing(self._answers(reduction, ordered)) as stream:
             for batch, answers in stream:
                 likely += answers
@@ -357,13 +425,16 @@ class Evaluator:
                     scores[index] = self._score(index, answer)
                 if floor is not None and self._upper_bound(scores) < floor - _ROUNDING_SLACK:
                     break
+                if drawn is not None and drawn.test.sees(float((self._ceilings - scores)[batch].sum())):
+                    break
         run = np.flatnonzero(~np.isnan(scores))
+        bound = self._upper_bound(scores)
         self._note_failures(scores, run)
         complete = batches is not None or len(run) == len(scores)
         fresh = [index for index in run.tolist() if index not in known]
         spent = reduction.average(lambda schedule: self._flops(fresh, schedule))
         return Evaluation(
-            score=float(np.mean(scores[run])) if complete else self._upper_bound(scores),
+            score=float(np.mean(scores[run]) if complete or floor is None else min(bound, floor)),
             per_example=scores,
             complete=complete,
             full_score=self.full_score,
@@ -379,44 +450,56 @@ class Evaluator:
 
         The reduction is in force in the model until the generator is closed.
         """
-        known = self._memo.setdefault(self._key(reduction), {})
+        known = self._known(reduction)
         done = 0
         with ExitStack() as stack:
             handle: Handle | None = None
             for batch in batches:
-                wanted = [whole or want for want in self._whole(batch)]
-                if not all(self._settled(known.get(i), want) for i, want in zip(batch, wanted, strict=True)):
+                if not all(self._settled(index, known.get(index), whole) for index in batch):
                     handle = handle or stack.enter_context(apply(self.model, reduction))
-                    known.update(zip(batch, self._decode(batch, handle, reduction, wanted), strict=True))
+                    known.update(zip(batch, self._decode(batch, handle, reduction, whole), strict=True))
                 done += len(batch)
                 self._report("reduced model", done)
                 yield batch, [known[index] for index in batch]
 
-    def _whole(self, batch: Sequence[int]) -> list[bool]:
-        """Whether an example's metric reads the whole answer."""
-        return [self._metrics[index].name != "agreement" for index in batch]
+    def _known(self, reduction: Reduction) -> dict[int, GreedyAnswer]:
+        """The answers under a reduction so far, by example; more are put there."""
+        if reduction.schedule.is_full:
+            return self._memo.setdefault(self._key(reduction), dict(enumerate(self._full)))
+        return self._memo.setdefault(self._key(reduction), {})
 
-    @staticmethod
-    def _settled(answer: GreedyAnswer | None, whole: bool) -> bool:
-        return answer is not None and (answer.finished or not whole)
+    def _settled(self, index: int, answer: GreedyAnswer | None, whole: bool) -> bool:
+        """Whether an example's score, or the whole answer, is known."""
+        if answer is None or answer.finished:
+            return answer is not None
+        return not whole and (self._metrics[index].name == "agreement" or self._lost(index, answer.tokens))
+
+    def _lost(self, index: int, tokens: Sequence[int]) -> bool:
+        """Whether an answer that begins so scores nothing however it goes on."""
+        return self._metrics[index].lost(self._text(tokens), self.examples[index].answers)
 
     def _decode(
         self,
         batch: Sequence[int],
-        handle: Handle | None = None,
-        reduction: Reduction | None = None,
-        wanted: Sequence[bool] | None = None,
+        handle: Handle,
+        reduction: Reduction,
+        whole: bool = False,
     ) -> list[GreedyAnswer]:
+        """Answers under a reduction: whole ones, or as much of them as their scores take."""
         prompts = pad_batch([self._prompts[index] for index in batch], self.rules.pad_token)
-        ranker = None if reduction is None else reduction.ranker
-        vision = self._vision.inputs([self.examples[index] for index in batch], ranker)
-        if handle is None or reduction is None:
-            return decode(self.model, prompts, vision, self.rules)
+        vision = self._full_model.vision.inputs([self.examples[index] for index in batch], reduction.ranker)
         drafts = [self._full[index].tokens for index in batch]
-        cached = wanted is None or any(wanted)
-        with self._first_pass(handle, reduction, batch, cached) as scope:
+        finish = [whole or self._metrics[index].name != "agreement" for index in batch]
+        with self._first_pass(handle, reduction, batch, any(finish)) as scope:
             return decode(
-                self.model, prompts, vision, self.rules, drafts=drafts, finish=wanted, prompt_scope=scope
+                self.model,
+                prompts,
+                vision,
+                self.rules,
+                drafts=drafts,
+                finish=finish,
+                lost=None if whole else lambda row, tokens: self._lost(batch[row], tokens),
+                prompt_scope=scope,
             )
 
     def _first_pass(
@@ -431,7 +514,7 @@ class Evaluator:
     def _key(self, reduction: Reduction) -> tuple[Any, ...]:
         """Reductions with one key keep the same tokens of every prompt here."""
         schedule = reduction.schedule
-        ranker = json.dumps(reduction.ranker, sort_keys=True, default=repr)
+        ranker = json.dumps([reduction.ranker, reduction.rerank], sort_keys=True, default=repr)
         if reduction.adaptive is not None:
             return ranker, reduction.adaptive
         if any(len(example.images) > 1 for example in self.examples):  # counts may be per image
@@ -444,11 +527,11 @@ class Evaluator:
         metric = self._metrics[index]
         if metric.name == "agreement":
             return float(answer.tokens == self._full[index].tokens)
-        return metric(self._text(answer), self.examples[index].answers)
+        return metric(self._text(answer.tokens), self.examples[index].answers)
 
-    def _text(self, answer: GreedyAnswer) -> str:
+    def _text(self, tokens: Sequence[int]) -> str:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        return str(tokenizer.decode(list(answer.tokens), skip_special_tokens=True)).strip()
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
     @cached_property
     def _ceilings(self) -> NDArray[np.float64]:
@@ -471,6 +554,22 @@ class Evaluator:
         assert self.full.per_example is not None
         lost = (self._failures + self._ceilings - self.full.per_example) / (self._calls + 1)
         return sorted(self._batches, key=lambda batch: -float(np.mean(lost[batch])))
+
+    def _draw(self, reduction: Reduction, floor: float, confidence: float, seed: int) -> _Drawn:
+        """All batches in a random order, with the test that their losses keep the score at ``floor``.
+
+        The order must not depend on how the reduction does, nor on what was evaluated before (a resumed
+        search takes the same one), so only the full model's answers say what is hard.
+        """
+        assert self.full.per_example is not None
+        unsure = np.exp([-answer.margin for answer in self._full])  # (examples,)
+        hardness = self._ceilings - self.full.per_example + unsure + _LEAST_HARDNESS
+        weights = np.array([hardness[batch].sum() ** 2 for batch in self._batches])  # nearly hardest first
+        # an order of its own for every reduction, so that no choice among them depends on this one
+        order = random_order(weights, [seed, zlib.crc32(repr(self._key(reduction)).encode())])
+        allowed = float((self._ceilings - floor + _ROUNDING_SLACK).sum())
+        test = LossTest(weights[order], allowed, confidence)
+        return _Drawn([self._batches[number] for number in order], test)
 
     def _note_failures(self, scores: NDArray[np.float64], run: NDArray[np.intp]) -> None:
         self._calls += 1
@@ -529,22 +628,3 @@ def _max_new_tokens(given: int | None, processor: Any, examples: Sequence[Exampl
     tokenizer = getattr(processor, "tokenizer", processor)
     longest = max(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"])
     return max(_MIN_NEW_TOKENS, longest + _NEW_TOKENS_MARGIN)
-
-
-def _chunks(indices: Sequence[int], size: int) -> Iterator[list[int]]:
-    for start in range(0, len(indices), size):
-        yield list(indices[start : start + size])
-
-
-def _hash_json(digest: Any, value: Any) -> None:
-    digest.update(json.dumps(value, sort_keys=True, default=repr).encode())
-
-
-def _hash_model(digest: Any, model: Any) -> None:
-    config = {**model.config.to_dict(), "_name_or_path": None}  # a model may move
-    _hash_json(digest, [type(model).__name__, config, str(model.dtype)])
-    for name, tensor in model.state_dict().items():
-        flat = tensor.reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)].float().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(sample.tobytes())

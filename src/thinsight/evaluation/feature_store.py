@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import ThinsightError
 
-__all__ = ["DEFAULT_CACHE_GIB", "FeatureStore", "Stored"]
+__all__ = ["DEFAULT_CACHE_GIB", "FeatureStore", "Stored", "separate_tensors"]
 
 DEFAULT_CACHE_GIB = 4.0
 
@@ -115,24 +115,12 @@ class FeatureStore(Generic[S]):
                 filed.path.unlink()
 
     def _file(self, entry: S) -> _Filed[S]:
-        tensors: dict[str, Tensor] = {}
-        memory: set[int] = set()
-
-        def gather(name: str, tensor: Tensor) -> Tensor:
-            own = tensor.untyped_storage().data_ptr() not in memory  # files hold no shared memory
-            tensors[name] = (
-                tensor.contiguous() if own else tensor.clone(memory_format=torch.contiguous_format)
-            )
-            memory.add(tensors[name].untyped_storage().data_ptr())
-            return tensor
-
-        entry.mapped(gather)
         try:
             if self._folder is None:
                 self._folder = TemporaryDirectory(prefix="thinsight-", ignore_cleanup_errors=True)
             # never onto an earlier file, whose tensors may still be in use
             path = Path(self._folder.name) / f"{self._files}.safetensors"
-            save_file(tensors, path)
+            save_file(separate_tensors(entry), path)
         except (OSError, SafetensorError) as error:
             raise ThinsightError(
                 f"a cache entry of {entry.num_bytes} bytes cannot be written to a temporary file "
@@ -140,3 +128,18 @@ class FeatureStore(Generic[S]):
             ) from error
         self._files += 1
         return _Filed(entry.to("meta"), path)
+
+
+def separate_tensors(entry: Stored) -> dict[str, Tensor]:
+    """An entry's tensors by name, contiguous and without shared memory, which files cannot hold."""
+    tensors: dict[str, Tensor] = {}
+    memory: set[int] = set()
+
+    def gather(name: str, tensor: Tensor) -> Tensor:
+        own = tensor.untyped_storage().data_ptr() not in memory
+        tensors[name] = tensor.contiguous() if own else tensor.clone(memory_format=torch.contiguous_format)
+        memory.add(tensors[name].untyped_storage().data_ptr())
+        return tensor
+
+    entry.mapped(gather)
+    return tensors

@@ -48,6 +48,19 @@ class Metric:
             return max(vqa_accuracy(answer, answers) for answer in answers)
         return 1.0
 
+    def lost(self, beginning: str, answers: Sequence[str]) -> bool:
+        """Whether it is certain that no prediction that begins so scores anything.
+
+        Args:
+            beginning: a prediction's first characters; the last ones may be those of a character that is not
+                whole yet (U+FFFD).
+            answers: as for a call.
+        """
+        if self.rule is not exact_match:
+            return False
+        said = _squeezed(beginning.rstrip("\ufffd"))
+        return not any(f"{_plain(answer)}.".startswith(said) for answer in answers)
+
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction equals one of the answers, else 0.

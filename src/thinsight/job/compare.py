@@ -16,6 +16,7 @@ from ..baselines import BASELINES
 from ..budget import Budget, LatencyModel, TimeBudget, check_budget_value, make_budget
 from ..errors import ThinsightError
 from ..evaluation.attention import attention_statistics
+from ..evaluation.disk_store import DiskStore
 from ..evaluation.evaluator import Evaluator, check_metric
 from ..ranking import get_ranker
 from ..reduction import Reduction
@@ -61,6 +62,7 @@ class CompareOptions:
     ranker: str | dict[str, Any] = "text-attention"
     batch_size: int = 8
     cache_gib: float = 4.0
+    cache_dir: Path | None = None
     out: Path = Path("thinsight-compare")
     resume: bool = False
 
@@ -91,6 +93,8 @@ class CompareOptions:
             if getattr(self, name) < low:
                 raise ThinsightError(f"{name} is {getattr(self, name)}: it must be at least {low}")
         get_ranker(self.ranker)
+        if self.cache_dir is not None:
+            DiskStore(self.cache_dir)
         self.model.check()
 
 
@@ -185,6 +189,7 @@ def _evaluator(
         max_new_tokens=options.max_new_tokens,
         progress=watcher.on_progress,
         cache_gib=options.cache_gib / 2,  # two sets
+        cache_dir=options.cache_dir,
     )
 
 

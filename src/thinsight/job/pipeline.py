@@ -20,7 +20,9 @@ import numpy as np
 from .. import baselines
 from ..budget import Budget, KeepBudget, LatencyModel, TimeBudget, check_budget_value, make_budget
 from ..errors import ThinsightError
+from ..evaluation.batch_size import AUTO, check_batch_size
 from ..evaluation.consistency import rank_consistency
+from ..evaluation.disk_store import DiskStore
 from ..evaluation.encoding import typical_batch
 from ..evaluation.evaluator import Evaluator, check_metric
 from ..evaluation.examples import Example
@@ -53,7 +55,7 @@ from ..search.search import (
     budget_of,
     choose_method,
 )
-from ..search.solvers import get_solver
+from ..search.solvers import check_early_stop, get_solver
 from ..timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement, measure
 from .kept import picture_of, varied
 from .results import (
@@ -121,10 +123,12 @@ class SearchOptions:
     trade_off: float = 0.1
     n_trials: int | None = None
     start: str | None = None
+    confidence: float | None = None
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int | str = 8
     cache_gib: float = DEFAULT_CACHE_GIB
-    timing_runs: int = 7
+    cache_dir: Path | None = None
+    timing_runs: int = 5
     new_tokens: int = 16
     pictures: int = 6
     out: Path = DEFAULT_OUT
@@ -156,8 +160,8 @@ class SearchOptions:
             raise ThinsightError(
                 f"max_drop is {self.max_drop}: it must be a number of at least 0, such as 0.01"
             )
+        check_batch_size(self.batch_size)
         least = {
-            "batch_size": 1,
             "timing_runs": 1,
             "new_tokens": 1,
             "pictures": 0,
@@ -169,8 +173,18 @@ class SearchOptions:
                     f"{name} is {getattr(self, name)}: it must be a whole number of at least {low}"
                 )
         FeatureStore(self.cache_gib)
+        if self.cache_dir is not None:
+            DiskStore(self.cache_dir)
         self.start_schedule(layers_of(self.model.check()) if self.start is not None else None)
-        get_solver(self.solver, step=self.step, trade_off=self.trade_off, n_trials=self.solver_trials)
+        solver = get_solver(
+            self.solver, step=self.step, trade_off=self.trade_off, n_trials=self.solver_trials
+        )
+        check_early_stop(solver, self.confidence)
+        if self.confidence is not None and not self.searches_layers:
+            raise ThinsightError(
+                f"confidence is {self.confidence}, which only G-Search takes: leave it out, or search with "
+                "max_drop and without a frontier"
+            )
         if self.n_trials is not None and self.n_trials < 1:
             raise ThinsightError(f"n_trials is {self.n_trials}: it must be a whole number of at least 1")
         if self.metric is not None:
@@ -267,6 +281,13 @@ class _Scores:
 
 
 @dataclass(frozen=True)
+class _BatchSize:
+    """How many prompts of a set fit into memory at once, as the run folder keeps it."""
+
+    size: int
+
+
+@dataclass(frozen=True)
 class _Limit:
     """A budget as the run folder keeps it."""
 
@@ -359,8 +380,22 @@ class _Run:
         search = self.folder.once("search", _Search, self._run_search)
         return search, Reduction.from_pretrained(self.folder.path)
 
+    def _fix_batch_size(self, which: str, evaluator: Evaluator) -> int:
+        """The batch size of a set: found or halved once, so that a resumed run has the same batches."""
+        asked = self.options.batch_size
+
+        def find() -> _BatchSize:
+            found = _BatchSize(evaluator.fix_batch_size())
+            if asked == AUTO:
+                self.watcher.on_note(f"The {which} set runs in batches of {found.size} prompts")
+            return found
+
+        kept = self.folder.once(f"batches-{asked}-{which}", _BatchSize, find)
+        return evaluator.fix_batch_size(kept.size)
+
     def _run_search(self) -> _Search:
         options = self.options
+        self._fix_batch_size("calibration", self.calibration)
         result, points = self._along_frontier() if options.frontier else (self._result(), ())
         reduction = replace(result.reduction, base_model_name_or_path=options.model.model)
         reduction.save_pretrained(self.folder.path)
@@ -429,6 +464,7 @@ class _Run:
                 step=options.step,
                 trade_off=options.trade_off,
                 n_trials=options.solver_trials,
+                confidence=options.confidence,
                 **journal,
             )
         budget = self.folder.once("budget", _Limit, self._limit).budget(self.opened.model.config)
@@ -469,6 +505,7 @@ class _Run:
         self.watcher.on_stage(f"Testing {name}")
 
         def run() -> _Scores:
+            self._fix_batch_size("test", self.test)
             evaluation = self.test.full if kind == "full" else self.test(reduction)
             assert evaluation.per_example is not None
             return _Scores(evaluation.score, tuple(evaluation.per_example.tolist()))
@@ -501,11 +538,13 @@ class _Run:
         self.watcher.on_stage("Timing full against reduced")
 
         def run() -> Measurement:
+            batch_size = self._fix_batch_size("test", self.test)
             return measure(
                 self.opened.model,
-                typical_batch(self.opened.processor, self.sets.test, self.options.batch_size),
+                typical_batch(self.opened.processor, self.sets.test, batch_size),
                 reduction,
                 runs=self.options.timing_runs,
+                warmup=1,
                 new_tokens=self.options.new_tokens,
                 progress=functools.partial(self.watcher.on_progress, "timing"),
             )
@@ -636,6 +675,7 @@ def _evaluator(
         max_new_tokens=options.max_new_tokens,
         progress=watcher.on_progress,
         cache_gib=options.cache_gib / 2,  # two sets
+        cache_dir=options.cache_dir,
     )
 
 
@@ -681,6 +721,7 @@ def _settings(
         "max_drop": options.tolerance if options.budget is None else None,
         "ranker": "auto" if options.chooses_ranker else calibration.ranker.to_dict(),
         "solver": dict(solver.settings),
+        "confidence": options.confidence,
         "first_layer": options.gsearch_layer if options.budget is None else options.first_layer,
         "seed": options.seed,
         "calibration fingerprint": calibration.fingerprint,

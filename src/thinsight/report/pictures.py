@@ -90,7 +90,7 @@ def data_uri(image: Image.Image) -> str:
 
 def _encoded(image: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
-    settings = {"quality": 88} if kind == "JPEG" else {"optimize": True}
+    settings = {"quality": 88} if kind == "JPEG" else {"compress_level": 6}
     image.convert("RGB").save(buffer, kind, **settings)
     return buffer.getvalue()
 

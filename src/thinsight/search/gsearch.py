@@ -16,7 +16,7 @@ from ..reduction import Reduction
 from ..schedule import Schedule
 from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .result import SearchResult, Trial
-from .solvers import LayerProblem, Solver, get_solver
+from .solvers import LayerProblem, Solver, check_early_stop, get_solver
 from .study import SearchEvaluator, Study, share_prefix
 
 __all__ = ["gsearch"]
@@ -34,6 +34,7 @@ def gsearch(
     trade_off: float = 0.1,
     n_trials: int = 8,
     seed: int = 0,
+    confidence: float | None = None,
     study: str | os.PathLike[str] | None = None,
     resume: bool = False,
     observer: SearchObserver | None = None,
@@ -68,7 +69,13 @@ def gsearch(
         step: *bisect*: counts are multiples of this.
         trade_off: *bayes*: the paper's weight lambda.
         n_trials: *bayes*: proposals per layer.
-        seed: of everything random (*bisect* has nothing random).
+        seed: of everything random (*bisect* has nothing random unless ``confidence`` is given).
+        confidence: *bisect*: also drop a candidate once the examples run so far show with this confidence
+            that its score over all of them is out of tolerance, such as 0.99. A candidate within the
+            tolerance is then dropped wrongly with a probability of at most 1 - confidence, each, which can
+            cost tokens but not score: what is accepted was run on all examples. None: dropped only when it
+            is certain. Of use where examples fail that the full model is sure of; an evaluator that cannot
+            (see `thinsight.search.SearchEvaluator`) goes on being certain.
         study: journal file; every evaluation is on disk before the next begins, also when the run is
             interrupted.
         resume: continue that journal. The schedule is the one of an uninterrupted run. (Where an evaluator
@@ -83,17 +90,18 @@ def gsearch(
     """
     _check(evaluator, max_drop, first_layer, seed)  # before the full score, which may take a run to obtain
     chosen = get_solver(solver, step=step, trade_off=trade_off, n_trials=n_trials)
-    settings = {
+    check_early_stop(chosen, confidence)
+    settings: dict[str, Any] = {
         "method": "gsearch",
         "max_drop": float(max_drop),
         "first_layer": int(first_layer),
         "solver": chosen.settings,
         "seed": int(seed),
     }
-    run = _Run(
-        evaluator, chosen, settings, Study(evaluator, settings, study, resume=resume), observer or Silent()
-    )
-    return run.search()
+    if confidence is not None:
+        settings["confidence"] = float(confidence)
+    journal = Study(evaluator, settings, study, resume=resume, confidence=confidence, seed=int(seed))
+    return _Run(evaluator, chosen, settings, journal, observer or Silent()).search()
 
 
 class _Run:

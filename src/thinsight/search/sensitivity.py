@@ -277,5 +277,10 @@ def exit_model(run: BudgetedRun, first_layer: int, ranker: dict[str, Any] | None
             return run.study.full_score - trial.score
         return full - trial.agreement
 
-    losses = np.array([[loss(layer, rate) for rate in rates] for layer in layers])
+    def losses_at(layer: int) -> list[float]:
+        share_prefix(run.evaluator, Schedule.full(num_layers), layer)
+        return [loss(layer, rate) for rate in rates]
+
+    losses = np.array([losses_at(layer) for layer in layers])
+    share_prefix(run.evaluator, Schedule.full(num_layers), first_layer)
     return ExitModel(num_layers, first_layer, tuple(layers), tuple(rates), losses)

@@ -14,10 +14,11 @@ from numbers import Integral, Real
 from typing import Any, Protocol
 
 from ..errors import ThinsightError
+from ..evaluation.bounds import check_confidence
 from .proposals import quiet
 from .result import Trial
 
-__all__ = ["Bayes", "Bisect", "LayerProblem", "Solver", "get_solver"]
+__all__ = ["Bayes", "Bisect", "LayerProblem", "Solver", "check_early_stop", "get_solver"]
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,22 @@ def get_solver(solver: str | Solver, *, step: int, trade_off: float, n_trials: i
     if isinstance(solver, str) or not callable(getattr(solver, "solve", None)):
         raise ThinsightError(f"solver is {solver!r}; choose 'bisect' or 'bayes', or pass a Solver object")
     return solver
+
+
+def check_early_stop(solver: Solver, confidence: float | None) -> None:
+    """Check that a confidence of early stops (None: there is none) is one, and that the solver has them.
+
+    Raises:
+        ThinsightError: it is not between 0 and 1, or the solver asks for exact scores only.
+    """
+    if confidence is None:
+        return
+    check_confidence(confidence)
+    if isinstance(solver, Bayes):
+        raise ThinsightError(
+            f"confidence is {confidence!r}, but solver 'bayes' scores every candidate on all examples: "
+            "leave it out, or choose 'bisect'"
+        )
 
 
 _STARTUP = 3  # random proposals before the Gaussian process takes over, the known point included

@@ -7,10 +7,12 @@ line per evaluation. A resumed search proposes the same candidates again and fin
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,7 +32,8 @@ class SearchEvaluator(Protocol):
     """The only thing a search sees: schedules in, scores out.
 
     An evaluator may also have ``at_least(schedule, floor) -> Evaluation``, which may stop as soon as the
-    score provably cannot reach ``floor``; ``fingerprint``, a string that names model, data, metric and
+    score provably cannot reach ``floor``, and where it takes ``confidence=`` and ``seed=``, as soon as it
+    does not with that confidence; ``fingerprint``, a string that names model, data, metric and
     ranker; ``reduction(schedule) -> Reduction``, which binds the ranker and the model family;
     ``sample(schedule, share) -> Evaluation``, the score on about that share of the examples, the same ones
     every time; ``first_layer``, the first layer at which its ranker can rank; ``full_cost``, the cost of
@@ -96,6 +99,9 @@ class Study:
         settings: what defines the search (JSON values); a journal of other settings is refused.
         path: the journal file, or None to keep nothing.
         resume: continue an existing journal; a missing one is started.
+        confidence: let an evaluator that can stop below a floor with this confidence; None: only when it is
+            certain.
+        seed: of what such an evaluator draws.
 
     Raises:
         ThinsightError: the journal exists and ``resume`` is False, is damaged, belongs to another search,
@@ -109,8 +115,13 @@ class Study:
         path: str | os.PathLike[str] | None = None,
         *,
         resume: bool = False,
+        confidence: float | None = None,
+        seed: int = 0,
     ) -> None:
         self._evaluator = evaluator
+        self._early: dict[str, Any] = {}
+        if confidence is not None and _takes(getattr(evaluator, "at_least", None), "confidence", "seed"):
+            self._early = {"confidence": confidence, "seed": seed}
         self._records: dict[_Asked, Record] = {}
         self._path = None if path is None else Path(path)
         if self._path is not None:
@@ -165,7 +176,7 @@ class Study:
         elif floor is None or at_least is None:
             evaluation = self._evaluator(wanted)
         else:
-            evaluation = at_least(wanted, floor)
+            evaluation = at_least(wanted, floor, **self._early)
         return Record(
             evaluation.score,
             evaluation.complete,
@@ -194,6 +205,14 @@ class Study:
                 self._records[asked] = record
             _check_part(path, "evaluator", found, _evaluator_facts(self._evaluator))
             _truncate(path, len(text))  # a line cut off by a crash goes, so that the next one starts clean
+
+
+def _takes(function: Callable[..., Any] | None, *names: str) -> bool:
+    """Whether a function takes all of these keywords."""
+    if function is None:
+        return False
+    parameters = inspect.signature(function).parameters
+    return any(each.kind is each.VAR_KEYWORD for each in parameters.values()) or {*names} <= {*parameters}
 
 
 def _header(evaluator: SearchEvaluator, settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""What results depend on, as the bytes of a hash: a model, an image, a processor, the machine.
+
+Two equal hashes mean that the same numbers would come out. Knows nothing about what is computed or kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+import transformers
+
+from ..errors import ThinsightError
+from ..version import __version__
+from .examples import ImageSource, open_image
+
+__all__ = ["hash_image", "hash_json", "hash_machine", "hash_model", "hash_processor"]
+
+_SAMPLED_WEIGHTS = 1024  # of each tensor
+
+
+def hash_json(digest: Any, value: Any) -> None:
+    """Values of JSON; anything else enters by its ``repr``."""
+    digest.update(json.dumps(value, sort_keys=True, default=repr).encode())
+
+
+def hash_model(digest: Any, model: Any, without: Collection[Any] = ()) -> None:
+    """A model's class, config, dtype and weights, of which an even sample of each tensor enters.
+
+    ``without`` are modules whose weights do not matter.
+    """
+    config = {**model.config.to_dict(), "_name_or_path": None}  # a model may move
+    hash_json(digest, [type(model).__name__, config, str(model.dtype)])
+    skipped = [f"{name}." for name, module in model.named_modules() if any(module is one for one in without)]
+    for name, tensor in model.state_dict().items():
+        if name.startswith(tuple(skipped)):
+            continue
+        flat = tensor.reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)].float().cpu().numpy()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(sample.tobytes())
+
+
+def hash_image(digest: Any, image: ImageSource) -> None:
+    """An image file's bytes, or a PIL image's size and pixels."""
+    if isinstance(image, Path):
+        data = image.read_bytes()
+        hash_json(digest, ["file", len(data)])
+    else:
+        pixels = open_image(image)
+        data = pixels.tobytes()
+        hash_json(digest, ["pixels", pixels.size])
+    digest.update(data)
+
+
+def hash_processor(digest: Any, processor: Any) -> None:
+    """A processor's settings, its image processor's among them; the tokenizer is left out.
+
+    Raises:
+        ThinsightError: a processor that does not tell its settings.
+    """
+    if not callable(getattr(processor, "to_dict", None)):
+        raise ThinsightError(
+            f"cache_dir is given, but the processor {type(processor).__name__} has no to_dict() to tell its "
+            "settings by: pass the model's own processor, or leave cache_dir out"
+        )
+    # a dict of settings names one class for two implementations, on PIL and on torchvision
+    kinds = [type(each).__name__ for each in (processor, getattr(processor, "image_processor", None))]
+    hash_json(digest, [kinds, processor.to_dict()])
+
+
+def hash_machine(digest: Any, model: Any) -> None:
+    """What decides the last bits of a model's numbers besides the model: versions, device, kernels."""
+    device = model.device
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    kernels = {str(getattr(config, "_attn_implementation", None)) for config in configs}
+    hash_json(
+        digest,
+        [
+            [module.__version__ for module in (torch, transformers, PIL)],
+            __version__,
+            torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
+            torch.get_float32_matmul_precision(),
+            sorted(kernels),
+        ],
+    )
