@@ -200,13 +200,13 @@ def search(
     ),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the search in --out.")] = False,
     ranker: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--ranker",
             help="text-attention, vision-attention, random ...; settings as name:key=value,... "
-            "auto: chosen by the search.",
+            "Default: chosen by the search (auto) where it can, else text-attention.",
         ),
-    ] = "text-attention",
+    ] = None,
     solver: Annotated[str, typer.Option("--solver", help="bisect, or bayes (the paper's).")] = "bisect",
     frontier: Annotated[
         bool,
@@ -269,7 +269,7 @@ def search(
         budget_unit=budget_unit,
         method=method,
         frontier=frontier,
-        ranker=_ranker(ranker),
+        ranker=None if ranker is None else _ranker(ranker),
         solver=solver,
         first_layer=first_layer,
         step=step,

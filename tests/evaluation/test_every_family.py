@@ -21,12 +21,18 @@ from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.runtime.families import SUPPORTED, sliding_layers
 from thinsight.schedule import Schedule
+from thinsight.search.rankers import rankers_for
 
 HELD = {name: family for name, family in FAMILIES.items() if family.model_type in SUPPORTED}
 NEW_TOKENS = 5
 FULL = Schedule.full(4)
 REDUCED = Schedule([1, 0.7, 0.4, 0])
 SPECS = ([3, 5], [2, 3, 9], [4, 1, 2, 2])
+UNREADABLE = {  # towers whose attention cannot be told per token
+    *("llava-next", "llava-next-video", "llava-onevision", "llava-pixtral", "video-llava", "idefics2"),
+    *("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "glm4v", "glm4v-moe", "glm4.6v"),
+    *("mistral3", "lighton-ocr"),
+}
 STOP = [EOS, *range(60, 70)]  # so that answers end at various lengths
 
 
@@ -63,6 +69,18 @@ def test_answers_are_those_of_generate(family):
     assert [answer.tokens for answer in evaluator.full_answers] == full
     assert evaluator.predictions(REDUCED) == [processor.tokenizer.decode(tokens) for tokens in reduced]
     assert full != reduced  # some answers were not the drafted ones
+
+
+@for_each(HELD.values())
+def test_a_search_chooses_among_rankers_that_can_rank(family):
+    evaluator = evaluator_of(family.name, RowProcessor(family, SPECS))
+    found = rankers_for(evaluator)
+    names = [ranker["first"]["name"] if "first" in ranker else ranker["name"] for ranker in found]
+    assert names[:2] == ["text-attention"] * 2
+    assert names[-1] == "cdpruner"
+    assert ("vision-attention" in names) is (family.name not in UNREADABLE)
+    for ranker in found:
+        assert evaluator.sample(Reduction(REDUCED, ranker), 0.5).agreement is not None
 
 
 @pytest.mark.parametrize("name", ["gemma3", "paligemma", "internvl-qwen2", "qwen3-vl"])

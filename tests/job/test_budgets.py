@@ -88,13 +88,28 @@ def test_a_search_may_start_from_a_reduction(small: SmallRun, tmp_path: Path) ->
             options_for(small, tmp_path / "other", **{"budget": 0.6, "start": start, **changes}).check()
 
 
-def test_the_search_may_choose_the_ranker(small: SmallRun, tmp_path: Path) -> None:
-    options = options_for(small, tmp_path / "run", budget=0.6, ranker="auto", n_trials=12)
+@pytest.mark.parametrize("ranker", ["auto", None])
+def test_the_search_chooses_the_ranker(ranker: str | None, small: SmallRun, tmp_path: Path) -> None:
+    options = options_for(small, tmp_path / "run", budget=0.6, ranker=ranker, n_trials=12)
     outcome = search_and_report(options)
     tried = [json.loads(line) for line in (outcome.folder / "study.jsonl").read_text().splitlines()[1:]]
     names = {line["ranker"]["name"] for line in tried if "ranker" in line}
     assert names == {"text-attention", "staged"}
     assert outcome.reduction.ranker["name"] in names
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ranker": "uniform"}, {"ranker": {"name": "uniform"}, "frontier": True}, {"max_drop": 0.5}]
+)
+def test_a_named_ranker_and_searches_that_do_not_choose(
+    changes: dict[str, Any], small: SmallRun, tmp_path: Path
+) -> None:
+    options = options_for(
+        small, tmp_path / "run", **{"budget": None if "max_drop" in changes else 0.6, **changes}
+    )
+    assert not options.chooses_ranker
+    name = options.first_ranker if isinstance(options.first_ranker, str) else options.first_ranker["name"]
+    assert name == ("text-attention" if "max_drop" in changes else "uniform")
 
 
 def test_a_frontier_gives_every_cost_and_picks(
@@ -142,7 +157,7 @@ def test_a_latency_model_is_fitted_kept_and_used_again(small: SmallRun, tmp_path
         ({"method": "magic"}, "method is 'magic'"),
         ({"ranker": "auto"}, "ranker 'auto' needs a budget"),
         ({"frontier": True, "budget_unit": "ms", "budget": 1.0}, "frontier has its own search"),
-        ({"budget": 0.1}, "the budget is 0.1"),
+        ({"budget": 0.1, "ranker": "text-attention"}, "the budget is 0.1"),
     ],
 )
 def test_bad_options_are_named(small: SmallRun, tmp_path: Path, changes: dict[str, Any], words: str) -> None:

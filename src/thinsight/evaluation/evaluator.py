@@ -206,6 +206,17 @@ class Evaluator:
         """The first layer at which another ranker can rank: its name, dict or object."""
         return 0 if get_ranker(ranker).ranks_at_layer_0 else 1
 
+    def can_rank(self, ranker: Any) -> bool:
+        """Whether the model has what a ranker reads: its name, dict or object. Tried on the first example's
+        images, for some towers show only then that their attention cannot be told per token."""
+        schedule = Schedule.step(self.num_layers, min(self.first_layer_of(ranker), self.num_layers - 1), 0.5)
+        try:
+            apply(self.model, schedule, ranker=ranker).remove()
+            self._full_model.vision.inputs(self.examples[:1], ranker)
+        except ThinsightError:
+            return False
+        return True
+
     @property
     def full_cost(self) -> float:
         """Decoder prefill FLOPs of one full evaluation of the full model."""

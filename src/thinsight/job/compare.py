@@ -22,9 +22,10 @@ from ..ranking import get_ranker
 from ..reduction import Reduction
 from ..report.comparison import Comparison, Run, draw, markdown, to_csv
 from ..schedule import Schedule
+from ..search.rankers import rankers_for
 from ..search.result import SearchResult
 from ..search.search import CHOOSE_RANKER, METHODS, budget_of
-from .pipeline import AUTO_RANKERS, TITLES
+from .pipeline import TITLES
 from .results import MedianPrompt
 from .run_folder import RunFolder
 from .session import ModelOptions, Opened, Sets, environment, load_sets, open_model
@@ -311,7 +312,8 @@ class _Comparing:
             "observer": self.watcher,
         }
         if name in CHOOSE_RANKER:
-            result: SearchResult = METHODS[name](self.calibration, budget, rankers=AUTO_RANKERS, **arguments)
+            rankers = rankers_for(self.calibration)
+            result: SearchResult = METHODS[name](self.calibration, budget, rankers=rankers, **arguments)
         else:
             result = METHODS[name](self._reaching(budget), budget, **arguments)
         return _Found.of(result.reduction, float(result.evaluations), result.seconds, result.score)

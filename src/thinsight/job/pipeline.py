@@ -20,7 +20,8 @@ import numpy as np
 from .. import baselines
 from ..budget import Budget, KeepBudget, LatencyModel, TimeBudget, check_budget_value, make_budget
 from ..errors import ThinsightError
-from ..evaluation.batch_size import AUTO, check_batch_size
+from ..evaluation.batch_size import AUTO as AUTO_SIZE
+from ..evaluation.batch_size import check_batch_size
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.disk_store import DiskStore
 from ..evaluation.encoding import typical_batch
@@ -47,6 +48,7 @@ from ..runtime import apply
 from ..schedule import Schedule
 from ..search import SearchResult, frontier, gsearch
 from ..search.frontier import SHARES
+from ..search.rankers import AUTO, FIRST_CHOICE, rankers_for
 from ..search.search import (
     CHOOSE_RANKER,
     DEFAULT_MAX_DROP,
@@ -93,12 +95,6 @@ TITLES = {
     "sensitivity": "Sensitivity search",
 }
 CONSISTENCY_EXAMPLES = 64
-AUTO_RANKERS: list[dict[str, Any]] = [
-    {"name": "text-attention", "queries": "instruction"},
-    {"name": "text-attention", "queries": "last"},
-    *(get_ranker({"name": "staged", "first": first}).to_dict() for first in ("vision-attention", "cdpruner")),
-]
-"""What `ranker` "auto" chooses from."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ class SearchOptions:
     budget_unit: str = "keep"
     method: str | None = None
     frontier: bool = False
-    ranker: str | dict[str, Any] = "text-attention"
+    ranker: str | dict[str, Any] | None = None
     solver: str = "bisect"
     first_layer: int | None = None
     step: int = 1
@@ -212,13 +208,16 @@ class SearchOptions:
 
     @property
     def chooses_ranker(self) -> bool:
-        """Whether the search is to choose among `AUTO_RANKERS`."""
-        return (self.ranker if isinstance(self.ranker, str) else self.ranker.get("name")) == "auto"
+        """Whether the search is to choose the ranker: where that was asked for, and where it can and none
+        was named."""
+        if self.ranker is None:
+            return self.chosen in CHOOSE_RANKER and not self.frontier
+        return (self.ranker if isinstance(self.ranker, str) else self.ranker.get("name")) == AUTO
 
     @property
     def first_ranker(self) -> str | dict[str, Any]:
         """The ranker that was asked for, or the first of those to choose from."""
-        return AUTO_RANKERS[0] if self.chooses_ranker else self.ranker
+        return FIRST_CHOICE if self.ranker is None or self.chooses_ranker else self.ranker
 
     @property
     def searches_layers(self) -> bool:
@@ -386,7 +385,7 @@ class _Run:
 
         def find() -> _BatchSize:
             found = _BatchSize(evaluator.fix_batch_size())
-            if asked == AUTO:
+            if asked == AUTO_SIZE:
                 self.watcher.on_note(f"The {which} set runs in batches of {found.size} prompts")
             return found
 
@@ -471,7 +470,7 @@ class _Run:
         if options.n_trials is not None:
             journal["n_trials"] = options.n_trials
         if options.chooses_ranker:
-            journal["rankers"] = AUTO_RANKERS
+            journal["rankers"] = rankers_for(self.calibration)
         if options.start is not None:
             journal["warm_start"] = options.start_schedule(self.calibration.num_layers)
         found: SearchResult = METHODS[options.chosen](
@@ -719,7 +718,7 @@ def _settings(
         "limit": options.limit,
         "metric": options.metric,
         "max_drop": options.tolerance if options.budget is None else None,
-        "ranker": "auto" if options.chooses_ranker else calibration.ranker.to_dict(),
+        "ranker": AUTO if options.chooses_ranker else calibration.ranker.to_dict(),
         "solver": dict(solver.settings),
         "confidence": options.confidence,
         "first_layer": options.gsearch_layer if options.budget is None else options.first_layer,

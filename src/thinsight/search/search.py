@@ -16,6 +16,7 @@ from .adaptive import adaptive_search
 from .gsearch import gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
+from .rankers import AUTO, FIRST_CHOICE, rankers_for
 from .result import SearchResult
 from .sensitivity import sensitivity_search
 
@@ -72,7 +73,7 @@ def search(
     method: str | None = None,
     metric: str | None = None,
     batch_size: int = 8,
-    ranker: Any = "text-attention",
+    ranker: Any = None,
     max_new_tokens: int | None = None,
     cache_gib: float | None = None,
     **options: Any,
@@ -91,7 +92,8 @@ def search(
             "adaptive", "psigmoid" or "random".
         metric: name of a metric; None takes each example's own.
         batch_size: examples per forward pass.
-        ranker: which tokens are kept.
+        ranker: which tokens are kept. None: under a budget the search chooses ("auto") where its method can,
+            else text attention.
         max_new_tokens: longest answer; None takes the evaluator's default.
         cache_gib: main memory for vision features, see `thinsight.Evaluator`.
         **options: further arguments of the search, such as ``study``, ``seed`` or ``first_layer``.
@@ -100,6 +102,10 @@ def search(
         ThinsightError: bad arguments, examples or model; before long work starts.
     """
     chosen = choose_method(method, max_drop, budget)
+    if ranker == AUTO and chosen not in CHOOSE_RANKER:
+        raise ThinsightError(
+            f"ranker is 'auto', which needs a budget and a method that chooses it: {', '.join(CHOOSE_RANKER)}"
+        )
     if budget is not None:
         check_budget_value(budget, budget_unit)
     from ..evaluation.evaluator import Evaluator
@@ -114,12 +120,14 @@ def search(
         examples,
         metric=metric,
         batch_size=batch_size,
-        ranker=ranker,
+        ranker=FIRST_CHOICE if ranker in (None, AUTO) else ranker,
         max_new_tokens=max_new_tokens,
         cache_gib=DEFAULT_CACHE_GIB if cache_gib is None else cache_gib,
     )
     if budget is None:
         return gsearch(evaluator, DEFAULT_MAX_DROP if max_drop is None else max_drop, **options)
+    if ranker in (None, AUTO) and chosen in CHOOSE_RANKER:
+        options.setdefault("rankers", rankers_for(evaluator))
     limits = budget_of(evaluator, budget, budget_unit)
     found: SearchResult = METHODS[chosen](evaluator, limits, **options)
     return found
