@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: demo test conformance lint bench peers bench-gpu overhead results train train-internvl data clean
+.PHONY: demo test conformance lint bench limit peers bench-gpu overhead results train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
@@ -27,6 +27,10 @@ lint: .venv/ready
 # Measured speed against what the FLOPs promise, row by row, for hours on two idle cores.
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.prefill --resume
+
+# How much of that the device itself allows: the stock decoder on as many tokens as each layer sees.
+limit: .venv/ready
+	$(BIN)/python -m benchmarks.limit --side 24 --resume
 
 # The same prompts through other ways of dropping tokens.
 peers: .venv/ready

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, peers, prefill
+from benchmarks import gpu, limit, peers, prefill
 from thinsight.reduction import Reduction
 from thinsight.runtime import vision_token_mask
 from thinsight.schedule import Schedule
@@ -109,6 +109,36 @@ def test_flops_count_the_head_once_on_both_sides() -> None:
     assert set(prefill.flops_ratios(work, Schedule.full(10)).values()) == {1.0}
     # a tiny decoder before a vocabulary of 32,000: dropping nearly all gains little
     assert prefill.flops_ratios(work, Schedule.step(10, 1, 0.0))["flops_ratio"] < 80 / 64
+
+
+# --- limit
+
+
+def test_limit_rows_and_resume(tmp_path: Path) -> None:
+    out = tmp_path / "limit.json"
+    options = [
+        "--hidden",
+        "64",
+        "--layers",
+        "4",
+        "--side",
+        "6",
+        "--runs",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
+    limit.main(options)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["schedule"] for row in rows] == list(prefill.SCHEDULES)
+    for row in rows:
+        assert row["limit_ratio"] * row["limit_ms"] == pytest.approx(row["full_ms"])
+        assert row["closeness"] == pytest.approx(row["ratio"] / row["limit_ratio"])
+        assert row["limit_closeness"] == pytest.approx(row["limit_ratio"] / row["flops_ratio"])
+    limit.main([*options, "--resume"])
+    assert json.loads(out.read_text())["rows"] == rows
 
 
 # --- peers
