@@ -116,20 +116,8 @@ def test_flops_count_the_head_once_on_both_sides() -> None:
 
 def test_limit_rows_and_resume(tmp_path: Path) -> None:
     out = tmp_path / "limit.json"
-    options = [
-        "--hidden",
-        "64",
-        "--layers",
-        "4",
-        "--side",
-        "6",
-        "--runs",
-        "1",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-    ]
+    shape = split("--hidden 64 --layers 12 --side 6 --runs 1 --device cpu")
+    options = [*shape, "--out", str(out)]
     limit.main(options)
     rows = json.loads(out.read_text())["rows"]
     assert [row["schedule"] for row in rows] == list(prefill.SCHEDULES)
