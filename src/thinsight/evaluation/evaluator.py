@@ -49,7 +49,6 @@ _MIN_NEW_TOKENS = 4
 _NEW_TOKENS_MARGIN = 4  # the stop token, and room for a few tokens more than the longest right answer
 _NEW_TOKENS_UNLABELED = 32
 _LEAST_HARDNESS = 0.02  # of an example that the full model is quite sure of, on a scale of losses
-_FORMAT = 1  # of the answers kept on disk
 _ROUNDING_SLACK = 1e-9  # an early stop must be certain in spite of rounding
 
 Progress = Callable[[str, int, int], None]
