@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from thinsight.runtime.apply import _Hook
+from thinsight.runtime.hooks import Hook
 from thinsight.runtime.scoring import TextRows
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -70,7 +70,7 @@ def peak_of(job: Callable[[], Any], device: torch.device) -> tuple[Any, int | No
 
 
 def _shares(job: Callable[[], Any], device: torch.device) -> Share:
-    with _stopwatch(TextRows, "read", device) as scoring, _stopwatch(_Hook, "__call__", device) as hooks:
+    with _stopwatch(TextRows, "read", device) as scoring, _stopwatch(Hook, "__call__", device) as hooks:
         synchronize(device)
         start = time.perf_counter()
         job()

@@ -284,6 +284,10 @@ def test_groups_compete_apart() -> None:
         ({"name": "random", "seed": -1}, "seed is -1"),
         ({"name": "random", "seed": 1.5}, "seed is 1.5"),
         ({"name": "text-attention", "queries": "first"}, "choose one of last, instruction"),
+        (
+            {"name": "text-attention", "rows": 0},
+            "rows is 0; it must be a whole number of at least 1, or null",
+        ),
         ({"name": "dart", "vision_pivots": -1}, "vision_pivots is -1"),
         ({"name": "dart", "vision_pivots": 0, "text_pivots": 0}, "there must be a pivot"),
         ({"name": "vispruner", "keep": 1.5}, "keep is 1.5"),
@@ -305,6 +309,10 @@ def test_specifications_round_trip() -> None:
     assert hash(get_ranker(ranker.to_dict())) == hash(ranker)
     assert get_ranker("text-attention") != ranker
     assert repr(ranker) == "TextAttention(queries='last')"
+    every_row = get_ranker({"name": "text-attention", "rows": None})
+    assert every_row.to_dict() == {"name": "text-attention", "queries": "instruction", "rows": None}
+    assert every_row.rows is None
+    assert get_ranker("text-attention").rows == 32
 
 
 def test_a_name_cannot_be_taken_twice() -> None:

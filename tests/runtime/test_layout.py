@@ -63,6 +63,21 @@ def test_queries() -> None:
     assert [c[r].tolist() for c, r in zip(columns, real, strict=True)] == [[5], [5], [5]]
 
 
+@pytest.mark.parametrize(
+    ("most", "wanted"),
+    [(None, [2, 3, 4, 5, 6, 7]), (9, [2, 3, 4, 5, 6, 7]), (6, [2, 3, 4, 5, 6, 7]), (3, [3, 5, 7]), (1, [7])],
+)
+def test_of_many_queries_some_evenly_spaced(most: int | None, wanted: list[int]) -> None:
+    """The last one is always among them, and a shorter row beside it asks as it does alone."""
+    vision = torch.tensor([[0, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0]]).bool()
+    prompt = torch.ones(2, 8).bool()
+    made = build_layout([Vision(vision)], prompt)
+    assert made is not None
+    columns, real = query_columns(made, prompt, "instruction", most)
+    short = [7] if most == 1 else [6, 7]
+    assert [c[r].tolist() for c, r in zip(columns, real, strict=True)] == [wanted, short]
+
+
 def test_shrinking_twice() -> None:
     made = layout()
     alive = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 1, 1, 1], [0] * 5]).bool()

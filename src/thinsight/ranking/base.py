@@ -112,6 +112,8 @@ class Ranker(ABC):
     name: ClassVar[str]
     needs: frozenset[str] = frozenset()
     queries: str = "instruction"
+    rows: int | None = None
+    """At most so many of these rows, evenly spaced; None: all."""
     pools: bool = False
     """Whether of text attention it reads `Context.mean_attention()` alone, which costs less to have."""
 

@@ -41,7 +41,7 @@ class Staged(Ranker):
             raise ThinsightError("staged rankers cannot merge tokens; choose rankers that only score")
         super().__init__(first=self.first.to_dict(), then=self.then.to_dict())
         self.needs = self.first.needs | self.then.needs
-        self.queries, self.pools = self.then.queries, self.then.pools
+        self.queries, self.rows, self.pools = self.then.queries, self.then.rows, self.then.pools
 
     @property
     def ranks_at_layer_0(self) -> bool:

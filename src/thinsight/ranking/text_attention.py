@@ -10,7 +10,10 @@ from torch import Tensor
 from ..errors import ThinsightError
 from .base import QUERIES, TEXT_ATTENTION, Context, Ranker, register
 
-__all__ = ["TextAttention"]
+__all__ = ["ROWS", "TextAttention"]
+
+ROWS = 32
+"""Rows of attention that are averaged unless a setting says otherwise."""
 
 
 @register
@@ -19,18 +22,24 @@ class TextAttention(Ranker):
 
     Mean over heads and query rows of the softmax attention. The paper does not say which rows;
     ``queries="last"`` is FastV's choice (arXiv 2403.06764), ``"instruction"`` averages all text tokens after
-    the last image.
+    the last image: `rows` of them at most, evenly spaced with the last among them, so that ranking stays
+    cheap where the text is long (None for all).
     """
 
     name = "text-attention"
     needs = frozenset({TEXT_ATTENTION})
     pools = True
 
-    def __init__(self, queries: str = "instruction") -> None:
+    def __init__(self, queries: str = "instruction", rows: int | None = ROWS) -> None:
         if queries not in QUERIES:
             raise ThinsightError(f"queries is {queries!r}; choose one of {', '.join(QUERIES)}")
-        super().__init__(queries=queries)
+        if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
+            raise ThinsightError(
+                f"rows is {rows!r}; it must be a whole number of at least 1, or null for all"
+            )
+        super().__init__(queries=queries, **({} if rows == ROWS else {"rows": rows}))
         self.queries = queries
+        self.rows = rows
 
     def score(self, context: Context) -> Tensor:
         received = context.mean_attention()

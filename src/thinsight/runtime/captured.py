@@ -22,7 +22,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import ThinsightError
-from .apply import Handle, applied
 from .cache import Kept, Thinned
 from .call import Plan
 from .families import (
@@ -33,6 +32,7 @@ from .families import (
     sliding_layers,
     writes_vision_after,
 )
+from .handle import Handle, applied
 from .layout import Columns
 from .masks import causal
 from .recording import CudaGraphs, NeverWaiting, Recorder

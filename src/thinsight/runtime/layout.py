@@ -170,7 +170,9 @@ def _runs(columns: np.ndarray) -> list[int]:
     return np.diff(np.array([0, *ends, len(columns)])).tolist()
 
 
-def query_columns(layout: Layout, prompt: Tensor, queries: str) -> tuple[Tensor, Tensor]:
+def query_columns(
+    layout: Layout, prompt: Tensor, queries: str, most: int | None = None
+) -> tuple[Tensor, Tensor]:
     """The prompt's text tokens whose attention ranks.
 
     Args:
@@ -178,6 +180,7 @@ def query_columns(layout: Layout, prompt: Tensor, queries: str) -> tuple[Tensor,
         prompt: (batch, seq) bool, False at padding and at tokens that continue the prompt (an answer).
         queries: "last", or "instruction" (text after the row's last vision token; the last token if there is
             none).
+        most: of a row with more such tokens, this many, evenly spaced from the first to the last; None: all.
 
     Returns:
         Logical columns (batch, queries) int64, and which of them are real (batch, queries) bool.
@@ -194,7 +197,17 @@ def query_columns(layout: Layout, prompt: Tensor, queries: str) -> tuple[Tensor,
     asked = torch.where(single, place == last, asked)
     width = int(asked.sum(1).max())
     columns = (~asked).long().argsort(dim=1, stable=True)[:, :width]
+    if most is not None and most < width:
+        columns = columns.gather(1, _evenly(asked.sum(dim=1, keepdim=True), most))
     return columns, asked.gather(1, columns)
+
+
+def _evenly(found: Tensor, most: int) -> Tensor:
+    """Places 0, 1, ... of `found` (batch, 1) things, or `most` evenly spaced ones, the last among them:
+    (batch, most) int64."""
+    place = torch.arange(most, device=found.device).expand(len(found), -1)
+    spaced = (place + 1) * found // most - 1
+    return torch.where(found > most, spaced, place)
 
 
 def last_of_prompt(layout: Layout, prompt: Tensor) -> Tensor | None:

@@ -65,7 +65,7 @@ def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-atte
     call = read_call(model, arguments)
     if call is None:
         raise ThinsightError("no prompt has an image; layer_scores needs vision tokens to score")
-    rows, real = query_columns(call.layout, call.prompt, chosen.queries)
+    rows, real = query_columns(call.layout, call.prompt, chosen.queries, chosen.rows)
     probes = [Probe(attention_of(layer)) for layer in layers]
     requests = [TextRows(rows, call.layout.column, call.layout.valid) for _ in layers]
     try:

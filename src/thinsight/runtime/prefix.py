@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import ThinsightError
-from .apply import Handle, PassState
 from .cache import Kept, ThinnedLayer, thin
 from .families import decoder_layers, sliding_layers
+from .handle import Handle
 from .layout import Columns
+from .passes import PassState
 
 __all__ = ["Snapshot", "can_share", "recording", "resuming"]
 
