@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .evaluation import (
         Evaluation,
         Evaluator,
+        EvaluatorPool,
         Example,
         RankConsistency,
         load_examples,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         rank_consistency,
     )
     from .loading import load_demo, load_model
+    from .packing import PackedModel, pack
     from .ranking import Ranker, get_ranker, list_rankers
     from .reduction import Reduction
     from .runtime import CapturedPrefill, Handle, apply, encode_images
@@ -43,9 +45,11 @@ _HOMES = {
     "CapturedPrefill": "runtime",
     "Evaluation": "evaluation",
     "Evaluator": "evaluation",
+    "EvaluatorPool": "evaluation",
     "Example": "evaluation",
     "Frontier": "search",
     "Handle": "runtime",
+    "PackedModel": "packing",
     "RankConsistency": "evaluation",
     "Ranker": "ranking",
     "Reduction": "reduction",
@@ -64,6 +68,7 @@ _HOMES = {
     "load_examples": "evaluation",
     "load_model": "loading",
     "models": "supported",
+    "pack": "packing",
     "paired_bootstrap": "evaluation",
     "psigmoid": "search",
     "random_search": "search",
@@ -77,9 +82,11 @@ __all__ = [
     "CapturedPrefill",
     "Evaluation",
     "Evaluator",
+    "EvaluatorPool",
     "Example",
     "Frontier",
     "Handle",
+    "PackedModel",
     "RankConsistency",
     "Ranker",
     "Reduction",
@@ -100,6 +107,7 @@ __all__ = [
     "load_examples",
     "load_model",
     "models",
+    "pack",
     "paired_bootstrap",
     "psigmoid",
     "random_search",

@@ -15,6 +15,7 @@ import torch
 import transformers
 
 from ..errors import ThinsightError
+from ..packing import packed_layers
 from ..version import __version__
 from .examples import ImageSource, open_image
 
@@ -87,5 +88,6 @@ def hash_machine(digest: Any, model: Any) -> None:
             [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
             torch.get_float32_matmul_precision(),
             sorted(kernels),
+            len(packed_layers(model)),
         ],
     )
