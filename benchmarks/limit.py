@@ -28,18 +28,20 @@ from benchmarks.prefill import (
     about,
     add_options,
     add_shape_options,
-    build,
     flops_ratios,
     milliseconds,
     number,
     prompt,
+    random_models,
     setting,
+    weights,
     workload,
 )
 from thinsight import Reduction
 
 COLUMNS: Columns = {
     **{name: setting(name) for name in ("N", "batch", "schedule")},
+    "weights": weights,
     "FLOPs": number("flops_ratio", "{:.2f}"),
     "limit": number("limit_ratio", "{:.2f}"),
     "measured": number("ratio", "{:.2f}"),
@@ -95,9 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
     arguments = parser.parse_args(argv)
     results = Results(arguments.out, about(torch.device(arguments.device)), COLUMNS, arguments.resume)
-    for side in arguments.side:
-        shape = Shape(arguments.hidden, arguments.layers, side)
-        model = build(shape, getattr(torch, arguments.dtype), arguments.device)
+    for shape, model in random_models(arguments):
         for batch in arguments.batch:
             for name in arguments.schedules:
                 settings = {
@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "N": shape.vision_tokens,
                     "batch": batch,
                     "dtype": arguments.dtype,
+                    "packed": arguments.pack,
                     "schedule": name,
                 }
                 if not results.has(settings):

@@ -33,15 +33,14 @@ from benchmarks.prefill import (
     Columns,
     Results,
     Row,
-    Shape,
     Workload,
     about,
     add_options,
     add_shape_options,
-    build,
     milliseconds,
     number,
     prompt,
+    random_models,
     setting,
     workload,
 )
@@ -276,15 +275,14 @@ def compare(work: Workload, vision: Tensor, runs: int) -> list[Row]:
 
 def run(arguments: argparse.Namespace, results: Results) -> None:
     """Measure the shapes and batches that are not there yet."""
-    for side in arguments.side:
-        shape = Shape(arguments.hidden, arguments.layers, side)
-        model = build(shape, getattr(torch, arguments.dtype), arguments.device)
+    for shape, model in random_models(arguments):
         for batch in arguments.batch:
             settings = {
                 **asdict(shape),
                 "N": shape.vision_tokens,
                 "batch": batch,
                 "dtype": arguments.dtype,
+                "packed": arguments.pack,
                 "runs": arguments.runs,
             }
             if not results.has(settings):

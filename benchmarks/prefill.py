@@ -40,6 +40,7 @@ from thinsight.budget import KeepBudget
 from thinsight.cost import breakdown
 from thinsight.evaluation.encoding import typical_batch
 from thinsight.loading import DEMOS, load_demo
+from thinsight.packing import pack, packed_layers
 from thinsight.runtime import encode_images, num_layers, vision_token_mask
 from thinsight.search.shapes import sigmoid
 from thinsight.timing import alternate, cache_bytes, on_device
@@ -220,13 +221,19 @@ def sizes(work: Workload, reduction: Reduction) -> Row:
     with work.under(reduction):
         reduced, reduced_peak = _cached(work)
     return {
-        "weight_bytes": sum(weight.numel() * weight.element_size() for weight in work.model.parameters()),
+        "weight_bytes": weight_bytes(work.model),
         "full_kv_bytes": full,
         "reduced_kv_bytes": reduced,
         "kv_ratio": full / reduced,
         "full_peak_bytes": full_peak,
         "reduced_peak_bytes": reduced_peak,
     }
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the weights, packed ones included."""
+    packed = sum(layer.weight.nbytes for layer in packed_layers(model))
+    return packed + sum(weight.nbytes for weight in model.parameters())
 
 
 def _cached(work: Workload) -> tuple[int, int | None]:
@@ -358,6 +365,11 @@ def number(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
     return cell
 
 
+def weights(row: Row) -> str:
+    """A cell that shows how weights lay."""
+    return "packed" if row["packed"] else "plain"
+
+
 MIB = 2.0**-20
 MEASURED: Columns = {
     "full ms": number("full_ms", "{:.1f}"),
@@ -374,6 +386,7 @@ MEASURED: Columns = {
 }
 COLUMNS: Columns = {
     **{name: setting(name) for name in ("model", "N", "batch", "schedule")},
+    "weights": weights,
     **MEASURED,
 }
 
@@ -393,6 +406,7 @@ def settings_of(name: str, work: Workload, schedule: str, runs: Runs) -> Row:
         "batch": work.batch,
         "schedule": schedule,
         "dtype": str(work.model.dtype).removeprefix("torch."),
+        "packed": bool(packed_layers(work.model)),
         **asdict(runs),
     }
 
@@ -404,11 +418,19 @@ def workloads(arguments: argparse.Namespace) -> Iterator[tuple[str, Workload]]:
         examples = load_examples("demo:test")
         for batch in arguments.batch:
             yield name, workload(model, typical_batch(processor, examples, batch))
+    for shape, model in random_models(arguments):
+        for batch in arguments.batch:
+            yield RANDOM, workload(model, prompt(shape, batch))
+
+
+def random_models(arguments: argparse.Namespace) -> Iterator[tuple[Shape, Any]]:
+    """The models that the options of `add_shape_options` ask for, one at a time."""
     for side in arguments.side:
         shape = Shape(arguments.hidden, arguments.layers, side)
         model = build(shape, getattr(torch, arguments.dtype), arguments.device)
-        for batch in arguments.batch:
-            yield RANDOM, workload(model, prompt(shape, batch))
+        if arguments.pack:
+            pack(model)
+        yield shape, model
 
 
 def run(
@@ -438,6 +460,7 @@ def add_shape_options(parser: argparse.ArgumentParser, batch: list[int]) -> None
         "--side", type=int, nargs="*", default=[24, 48], help="patches a side; N is its square"
     )
     parser.add_argument("--batch", type=int, nargs="+", default=batch)
+    parser.add_argument("--pack", action="store_true", help="weights in the order the CPU's kernels read")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -449,11 +472,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=list(SCHEDULES))
     parser.add_argument("--answers", type=int, default=Runs.answers, help="timed answers of each side")
     parser.add_argument("--tokens", type=int, default=Runs.tokens, help="length of an answer")
+    parser.add_argument("--shares", type=int, default=Runs.shares, help="passes whose shares are measured")
     parser.add_argument(
         "--demos", action=argparse.BooleanOptionalAction, default=True, help="demo models too"
     )
     arguments = parser.parse_args(argv)
-    runs = Runs(arguments.runs, arguments.answers, arguments.tokens)
+    runs = Runs(arguments.runs, arguments.answers, arguments.tokens, arguments.shares)
     results = Results(arguments.out, about(torch.device(arguments.device)), COLUMNS, arguments.resume)
     run(workloads(arguments), arguments.schedules, runs, results)
     results.print("Prefill, full over reduced")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from PIL import Image
 from small_run import SmallRun, make_small_run
 from typer.testing import CliRunner, Result
 
-from thinsight import Reduction, Schedule, __version__, loading
+from thinsight import Reduction, Schedule, __version__, loading, packing
 from thinsight.cli import app
 from thinsight.evaluation import examples as example_files
 from thinsight.evaluation import full_model
+from thinsight.job import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,14 +77,35 @@ def test_batches_and_early_stops_of_a_search(small: SmallRun, monkeypatch: pytes
     record = Reduction.from_pretrained("thinsight-out").search
     assert record is not None
     assert record["confidence"] == 0.9
-    assert "batch_size is 'many'" in error_of("search", "--batch-size", "many")
-    assert "batch_size is 0" in error_of("search", "--batch-size", 0)
+
+
+def test_an_evaluation_in_the_fastest_batches(small: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full_model, "fastest", lambda *_: 2)
+    on_it = ("--model", small.model, "--data", small.test, "--device", "cpu", "--max-new-tokens", 2)
+    found, plain = (run("evaluate", *on_it, "--batch-size", size) for size in ("auto", 2))
+    assert found.exit_code == 0
+    assert "The examples run in batches of 2 prompts" in found.stderr
+    assert "run in batches" not in plain.stderr
+    assert found.stdout == plain.stdout
+
+
+@pytest.mark.parametrize("command", ["search", "compare", "evaluate"])
+def test_batch_sizes_that_are_none(command: str) -> None:
+    for size in ("many", "-1", "1.5", "9" * 5000):
+        assert f"batch_size is '{size}': it must be" in error_of(command, "--batch-size", size)
+    assert "batch_size is 0: it must be" in error_of(command, "--batch-size", 0)
+
+
+def test_a_timed_batch_is_a_number() -> None:
+    assert "valid integer" in error_of("bench", "--batch-size", "auto")
 
 
 # -- everything works ----------------------------------------------------------------------------------------
 
 
-def test_search_then_everything_else_on_its_folder(small: SmallRun, tmp_path: Path) -> None:
+def test_search_then_everything_else_on_its_folder(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = search(small, "--out", "run")
     assert found.exit_code == 0
     assert "G-Search" in found.stdout
@@ -101,6 +124,13 @@ def test_search_then_everything_else_on_its_folder(small: SmallRun, tmp_path: Pa
     assert timed.exit_code == 0
     assert "Decoder FLOPs of the median prompt" in timed.stdout
     assert "KV cache after prefill, measured" in timed.stdout
+
+    small_layers = error_of("bench", *on_it, "--pack", "--batch-size", 2)
+    assert "no plain linear layer of 524288 weights" in small_layers
+    monkeypatch.setattr(commands, "pack", partial(packing.pack, smallest=0))
+    packed = run("bench", *on_it, "--pack", "--runs", 1, "--new-tokens", 1, "--batch-size", 2)
+    assert packed.exit_code == 0
+    assert "timed on packed weights" in packed.stdout
 
     (tmp_path / "run" / "report.html").unlink()
     assert run("report", "run").exit_code == 0

@@ -110,12 +110,21 @@ Trust = Annotated[
     typer.Option("--trust-remote-code", help="Let the checkpoint run its own code. Never unless you say so."),
 ]
 Data = Annotated[str | None, typer.Option("--data", help="JSON-lines file, demo:calibration or demo:test.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option("--data", help="Calibration examples: JSON-lines file. Default: demo:calibration."),
+]
+Test = Annotated[
+    str | None,
+    typer.Option(
+        "--test-data", help="Test examples. Default: the demo's, or half of --data, split by image."
+    ),
+]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only so many examples of each set.")]
 Metric = Annotated[
     str | None, typer.Option("--metric", help="One metric for all examples, such as agreement.")
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Prompts per forward pass.")]
-SearchBatchSize = Annotated[
+BatchSize = Annotated[
     str, typer.Option("--batch-size", help="Prompts per forward pass, or auto: the fastest, measured first.")
 ]
 CacheGib = Annotated[
@@ -132,6 +141,14 @@ CacheDir = Annotated[
 MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")
 ]
+BudgetUnit = Annotated[
+    str,
+    typer.Option(
+        "--budget-unit",
+        help="keep (mean keep rate), flops (up to 1 a fraction of the full decoder's) or ms.",
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue what was begun in --out.")]
 ReductionSource = Annotated[
     str | None,
     typer.Option(
@@ -161,16 +178,8 @@ def _root(
 def search(
     context: typer.Context,
     model: Model = "demo",
-    data: Annotated[
-        str | None,
-        typer.Option("--data", help="Calibration examples: JSON-lines file. Default: demo:calibration."),
-    ] = None,
-    test_data: Annotated[
-        str | None,
-        typer.Option(
-            "--test-data", help="Test examples. Default: the demo's, or half of --data, split by image."
-        ),
-    ] = None,
+    data: Calibration = None,
+    test_data: Test = None,
     max_drop: Annotated[
         float | None,
         typer.Option(
@@ -182,13 +191,7 @@ def search(
         float | None,
         typer.Option("--budget", help="What a prefill may cost, in place of --max-drop; 0.25 keeps 25 %."),
     ] = None,
-    budget_unit: Annotated[
-        str,
-        typer.Option(
-            "--budget-unit",
-            help="keep (mean keep rate), flops (up to 1 a fraction of the full decoder's) or ms.",
-        ),
-    ] = "keep",
+    budget_unit: BudgetUnit = "keep",
     method: Annotated[
         str | None,
         typer.Option(
@@ -198,7 +201,7 @@ def search(
     out: Annotated[Path, typer.Option("--out", help="Folder for the reduction and the report.")] = Path(
         _DEFAULT_OUT
     ),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the search in --out.")] = False,
+    resume: Resume = False,
     ranker: Annotated[
         str | None,
         typer.Option(
@@ -244,7 +247,7 @@ def search(
     limit: Limit = None,
     metric: Metric = None,
     max_new_tokens: MaxNewTokens = None,
-    batch_size: SearchBatchSize = "8",
+    batch_size: BatchSize = "8",
     cache_gib: CacheGib = 4.0,
     cache_dir: CacheDir = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything random.")] = 0,
@@ -278,7 +281,7 @@ def search(
         confidence=confidence,
         start=start,
         seed=seed,
-        batch_size=int(batch_size) if batch_size.isdecimal() else batch_size,
+        batch_size=_batch_size(batch_size),
         cache_gib=cache_gib,
         cache_dir=cache_dir,
         out=out,
@@ -298,8 +301,9 @@ def evaluate(
     limit: Limit = None,
     metric: Metric = None,
     max_new_tokens: MaxNewTokens = None,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = "8",
     cache_gib: CacheGib = 4.0,
+    cache_dir: CacheDir = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn: Attn = "sdpa",
@@ -307,21 +311,20 @@ def evaluate(
 ) -> None:
     """Score full against reduced on a set of examples (default: demo:test)."""
     from .job import commands
+    from .job.scoring import ScoringOptions
     from .report import print_report
 
     options = commands.JobOptions(
         _model_options(model, dtype, device, attn, trust_remote_code), data, limit, reduction
     )
-    report = _watched(
-        lambda watcher: commands.evaluate(
-            options,
-            metric=metric,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            cache_gib=cache_gib,
-            watcher=watcher,
-        )
+    scoring = ScoringOptions(
+        metric=metric,
+        max_new_tokens=max_new_tokens,
+        batch_size=_batch_size(batch_size),
+        cache_gib=cache_gib,
+        cache_dir=cache_dir,
     )
+    report = _watched(lambda watcher: commands.evaluate(options, scoring=scoring, watcher=watcher))
     print_report(report, Console())
 
 
@@ -331,31 +334,17 @@ def compare(
         list[float] | None,
         typer.Option("--budget", help="May be repeated. Default: 0.5 0.25 0.125 0.0625."),
     ] = None,
-    budget_unit: Annotated[
-        str,
-        typer.Option(
-            "--budget-unit",
-            help="keep (mean keep rate), flops (up to 1 a fraction of the full decoder's) or ms.",
-        ),
-    ] = "keep",
+    budget_unit: BudgetUnit = "keep",
     methods: Annotated[
         str, typer.Option("--methods", help="all, or names with commas, such as search-sensitivity,fastv.")
     ] = "all",
     model: Model = "demo",
-    data: Annotated[
-        str | None,
-        typer.Option("--data", help="Calibration examples: JSON-lines file. Default: demo:calibration."),
-    ] = None,
-    test_data: Annotated[
-        str | None,
-        typer.Option(
-            "--test-data", help="Test examples. Default: the demo's, or half of --data, split by image."
-        ),
-    ] = None,
+    data: Calibration = None,
+    test_data: Test = None,
     out: Annotated[Path, typer.Option("--out", help="Folder for tables and figure.")] = Path(
         "thinsight-compare"
     ),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the comparison in --out.")] = False,
+    resume: Resume = False,
     ranker: Annotated[str, typer.Option("--ranker", help="Of the searches that do not choose it.")] = (
         "text-attention"
     ),
@@ -364,7 +353,7 @@ def compare(
     limit: Limit = None,
     metric: Metric = None,
     max_new_tokens: MaxNewTokens = None,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = "8",
     cache_gib: CacheGib = 4.0,
     cache_dir: CacheDir = None,
     dtype: Dtype = "auto",
@@ -390,7 +379,7 @@ def compare(
         seeds=tuple(range(seeds)),
         n_trials=n_trials,
         ranker=_ranker(ranker),
-        batch_size=batch_size,
+        batch_size=_batch_size(batch_size),
         cache_gib=cache_gib,
         cache_dir=cache_dir,
         out=out,
@@ -432,9 +421,14 @@ def bench(
     model: Model = "demo",
     data: Data = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Choose prompts among so many examples.")] = 64,
-    batch_size: BatchSize = 8,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", min=1, help="Prompts that are timed together.")
+    ] = 8,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Measured runs of each side.")] = 7,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Length of the whole answer.")] = 16,
+    packed: Annotated[
+        bool, typer.Option("--pack", help="Both sides on weights in the order the CPU's kernels read them.")
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn: Attn = "sdpa",
@@ -449,7 +443,12 @@ def bench(
     )
     result = _watched(
         lambda watcher: commands.bench(
-            options, batch_size=batch_size, runs=runs, new_tokens=new_tokens, watcher=watcher
+            options,
+            batch_size=batch_size,
+            runs=runs,
+            new_tokens=new_tokens,
+            packed=packed,
+            watcher=watcher,
         )
     )
     print_report(result.data, Console())
@@ -563,6 +562,11 @@ def _model_options(model: str, dtype: str, device: str, attn: str, trust_remote_
     from .job.session import ModelOptions
 
     return ModelOptions(model, dtype, device, attn, trust_remote_code)
+
+
+def _batch_size(text: str) -> int | str:
+    """A whole number as such; any other word is left to the check of the options."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
 
 
 def _ranker(text: str) -> dict[str, Any]:

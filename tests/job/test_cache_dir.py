@@ -28,11 +28,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     return make_small_run(tmp_path_factory.mktemp("small"))
 
 
-def run(command: str, small: SmallRun, out: Path, *more: object) -> Result:
-    data = ["--model", small.model, "--device", "cpu", "--data", small.calibration, "--test-data", small.test]
-    rest = ["--max-new-tokens", 2, "--batch-size", 4, "--out", out]
-    words = [command, *data, *SETTINGS[command], *rest, *more]
+def invoke(command: str, small: SmallRun, *more: object) -> Result:
+    words = [command, "--model", small.model, "--device", "cpu", "--max-new-tokens", 2, *more]
     return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def run(command: str, small: SmallRun, out: Path, *more: object) -> Result:
+    data = ["--data", small.calibration, "--test-data", small.test, "--batch-size", 4, "--out", out]
+    return invoke(command, small, *data, *SETTINGS[command], *more)
 
 
 @pytest.fixture
@@ -80,10 +83,27 @@ def test_a_search_keeps_what_the_next_one_needs(small: SmallRun, tmp_path: Path,
         assert evaluator._full_model.vision.inputs(examples)
 
 
-@pytest.mark.parametrize("command", ["search", "compare"])
+def test_an_evaluation_reads_what_a_search_kept(small: SmallRun, tmp_path: Path, refuse: Any) -> None:
+    """Of the test set, which is encoded in the same batches."""
+    kept, out = tmp_path / "kept", tmp_path / "out"
+    assert run("search", small, out, "--cache-dir", kept).exit_code == 0
+    on_it = ("--reduction", out, "--data", small.test, "--limit", 4, "--batch-size", 4)
+    plain = invoke("evaluate", small, *on_it)
+    assert plain.exit_code == 0, plain.output
+    refuse()
+    again = invoke("evaluate", small, *on_it, "--cache-dir", kept)
+    assert again.exit_code == 0, again.output
+    assert again.stdout == plain.stdout
+
+
+@pytest.mark.parametrize("command", ["search", "compare", "evaluate"])
 def test_a_folder_that_cannot_be_written_is_one_line(command: str, small: SmallRun, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    result = run(command, small, tmp_path / "out", "--cache-dir", tmp_path / "file")
+    unwritable = ("--cache-dir", tmp_path / "file")
+    if command == "evaluate":
+        result = invoke(command, small, "--data", small.test, *unwritable)
+    else:
+        result = run(command, small, tmp_path / "out", *unwritable)
     assert result.exit_code == 2
     assert "cache_dir" in result.stderr
     assert "cannot be written" in result.stderr

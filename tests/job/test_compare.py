@@ -15,6 +15,7 @@ from small_run import SmallRun, make_small_run
 from thinsight import Evaluator, load_examples
 from thinsight.baselines import BASELINES
 from thinsight.errors import ThinsightError
+from thinsight.evaluation import full_model
 from thinsight.job.compare import CompareOptions, CompareOutcome, compare, method_names
 from thinsight.job.pipeline import SearchOptions, search_and_report
 from thinsight.job.session import ModelOptions
@@ -157,6 +158,30 @@ def test_an_interruption_loses_nothing(
         compare(options_for(small, tmp_path / "run", resume=True, n_trials=9, **chosen))
 
 
+def test_a_batch_size_is_found_once_and_kept_with_the_comparison(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def two(tokens: list[int], *_: Any) -> int:
+        measured.append(len(tokens))
+        return 2
+
+    monkeypatch.setattr(full_model, "fastest", two)
+    methods = ("search-sensitivity", "fastv")
+    auto = options_for(small, tmp_path / "auto", batch_size="auto", budgets=(0.6,), methods=methods[1:])
+    compare(auto)
+    assert measured == [12]  # a baseline runs nothing on the calibration set
+    found = compare(replace(auto, methods=methods, resume=True)).comparison
+    assert measured == [12, 16]
+    plain = compare(replace(auto, out=tmp_path / "plain", batch_size=2, methods=methods)).comparison
+    assert [replace(run, seconds=0) for run in found.runs] == [replace(run, seconds=0) for run in plain.runs]
+    assert found.full_per_example == plain.full_per_example
+    again = compare(replace(auto, methods=methods, resume=True, seeds=(0, 1))).comparison
+    assert measured == [12, 16]
+    assert len(again.runs) == 3
+
+
 def test_files_hold_what_was_found(outcome: CompareOutcome) -> None:
     names = [path.name for path in outcome.files]
     assert names[:3] == ["comparison.json", "comparison.csv", "comparison.md"]
@@ -220,6 +245,10 @@ def test_the_table_averages_seeds_and_pairs_examples() -> None:
         ({"budget_unit": "tokens"}, "budget_unit is 'tokens'"),
         ({"n_trials": 2}, "n_trials is 2"),
         ({"ranker": "oracle"}, "ranker is 'oracle'"),
+        ({"batch_size": 0}, "batch_size is 0: it must be a whole number of at least 1, or 'auto'"),
+        ({"batch_size": "many"}, "batch_size is 'many'"),
+        ({"cache_gib": -1.0}, "cache_gib is -1.0"),
+        ({"metric": "vibes"}, "unknown metric 'vibes'"),
     ],
 )
 def test_bad_options_are_named_before_any_work(

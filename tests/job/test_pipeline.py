@@ -18,7 +18,7 @@ from thinsight import Evaluator, Reduction, load_examples, paired_bootstrap
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import full_model
 from thinsight.evaluation.full_model import FullModel
-from thinsight.job import pipeline
+from thinsight.job import pipeline, searching
 from thinsight.job.pipeline import SearchOptions, SearchOutcome, search_and_report
 from thinsight.job.session import ModelOptions
 from thinsight.job.watching import Watcher
@@ -165,8 +165,8 @@ def test_resuming_runs_no_stage_again(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("this stage was done already")
 
-    for name in ("gsearch", "measure", "rank_consistency"):
-        monkeypatch.setattr(pipeline, name, refuse)
+    for room, name in ((searching, "gsearch"), (pipeline, "measure"), (pipeline, "rank_consistency")):
+        monkeypatch.setattr(room, name, refuse)
     monkeypatch.setattr(Evaluator, "_decode", refuse)
     monkeypatch.setattr(FullModel, "_answer", refuse)
     again = search_and_report(options_for(small, outcome.folder, resume=True, command="the command"))
@@ -263,7 +263,7 @@ def test_a_rank_free_search_may_begin_at_layer_0(small: SmallRun, tmp_path: Path
         ({"batch_size": 0}, "batch_size is 0"),
         ({"cache_gib": -1.0}, "cache_gib is -1.0"),
         ({"ranker": "oracle"}, "ranker is 'oracle'"),
-        ({"ranker": {"name": "text-attention", "rows": 3}}, "no setting 'rows'"),
+        ({"ranker": {"name": "text-attention", "columns": 3}}, "no setting 'columns'"),
         ({"solver": "guess"}, "solver is 'guess'"),
         ({"batch_size": "many"}, "batch_size is 'many'"),
         ({"confidence": 1.5}, "confidence is 1.5"),

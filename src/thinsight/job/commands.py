@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import functools
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 from ..errors import ThinsightError
+from ..evaluation.batch_size import AUTO
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.encoding import encode_prompt, typical_batch
-from ..evaluation.evaluator import Evaluator, check_metric
+from ..evaluation.evaluator import check_metric
 from ..evaluation.examples import Example, check_image_file, load_examples, validate_examples
-from ..evaluation.feature_store import DEFAULT_CACHE_GIB, FeatureStore
-from ..evaluation.metrics import get_metric
+from ..packing import pack
 from ..report import words
 from ..report.data import DatasetInfo, Headline, Picture, ReportData
 from ..schedule import Schedule
@@ -34,6 +35,7 @@ from .results import (
     task_rows,
     timing_rows,
 )
+from .scoring import ScoringOptions, make_evaluator
 from .session import (
     DEMO_TEST,
     ModelOptions,
@@ -99,34 +101,31 @@ class ShowResult:
 def evaluate(
     options: JobOptions,
     *,
-    metric: str | None = None,
-    batch_size: int = 8,
-    max_new_tokens: int | None = None,
-    cache_gib: float = DEFAULT_CACHE_GIB,
+    scoring: ScoringOptions | None = None,
     watcher: Watcher | None = None,
 ) -> ReportData:
     """Full against reduced on a set of examples, with the drop's interval.
 
+    Args:
+        options: model, data and reduction.
+        scoring: how the examples are scored; None is the default in all of it.
+        watcher: told what is being done.
+
+    Returns:
+        The scores, and the cost of the median prompt, as a report shows them.
+
     Raises:
         ThinsightError: bad input, before any answer is decoded.
     """
-    watcher = watcher or Watcher()
-    if metric is not None:
-        get_metric(metric)
-    FeatureStore(cache_gib)
+    watcher, scoring = watcher or Watcher(), scoring or ScoringOptions()
+    scoring.check()
+    metric = scoring.metric
     examples, opened, found = _open(options, watcher, metric)
-    evaluator = Evaluator(
-        opened.model,
-        opened.processor,
-        examples,
-        metric=metric,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        progress=watcher.on_progress,
-        cache_gib=cache_gib,
-    )
+    evaluator = make_evaluator(scoring, opened, examples, watcher)
     watcher.on_stage("Full model")
     full = evaluator.full
+    if scoring.batch_size == AUTO:
+        watcher.on_note(f"The examples run in batches of {evaluator.batch_size} prompts")
     watcher.on_stage("Reduced model")
     reduced = evaluator(found.reduction)
     drop = drop_of(full, reduced, examples)
@@ -178,12 +177,22 @@ def bench(
     batch_size: int = 8,
     runs: int = 7,
     new_tokens: int = 16,
+    packed: bool = False,
     watcher: Watcher | None = None,
 ) -> BenchResult:
     """Measured time, KV cache and FLOPs, full against reduced in one run.
 
+    Args:
+        options: model, data and reduction.
+        batch_size: prompts that are timed together, a number: a size found by "auto" would change what the
+            times are of from machine to machine.
+        runs: measured runs of each side.
+        new_tokens: length of the whole answer.
+        packed: whether both sides run on packed weights, see `thinsight.pack`.
+        watcher: told what is being done.
+
     Raises:
-        ThinsightError: bad input.
+        ThinsightError: bad input, or weights that cannot be packed.
     """
     watcher = watcher or Watcher()
     for name, value in (("batch_size", batch_size), ("runs", runs), ("new_tokens", new_tokens)):
@@ -191,18 +200,20 @@ def bench(
             raise ThinsightError(f"{name} is {value}: it must be a whole number of at least 1")
     examples, opened, found = _open(options, watcher)
     inputs = typical_batch(opened.processor, examples, batch_size)
-    watcher.on_stage("Timing full against reduced")
-    measurement = measure(
-        opened.model,
-        inputs,
-        found.reduction,
-        runs=runs,
-        new_tokens=new_tokens,
-        progress=functools.partial(watcher.on_progress, "timing"),
-    )
+    with pack(opened.model) if packed else nullcontext():
+        watcher.on_stage("Timing full against reduced")
+        measurement = measure(
+            opened.model,
+            inputs,
+            found.reduction,
+            runs=runs,
+            new_tokens=new_tokens,
+            progress=functools.partial(watcher.on_progress, "timing"),
+        )
     prompt = _median(opened, examples)
+    how = "timed on packed weights" if packed else "timed"
     data = replace(
-        _about(f"{options.model.model} under {found.where}, timed", opened, prompt),
+        _about(f"{options.model.model} under {found.where}, {how}", opened, prompt),
         keep_rates=found.reduction.schedule.keep_rates,
         timing=timing_rows(measurement),
     )
