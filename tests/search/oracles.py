@@ -6,8 +6,9 @@ hold what the example needs there; the score is the share of examples answered.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations_with_replacement
+from typing import Any
 
 import numpy as np
 
@@ -99,6 +100,45 @@ class InterruptedOracle:
             raise KeyboardInterrupt
         self.left -= 1
         return self.inner(schedule)
+
+
+class SeveralOracle:
+    """Another oracle, asked for ``at_once`` schedules at a time. They finish last one first, ``rounds`` keeps
+    their number, and whatever the inner one raises goes on once the others are finished.
+    """
+
+    def __init__(self, inner: Any, at_once: int) -> None:
+        self.inner = inner
+        self.at_once = at_once
+        self.rounds: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, schedule: Schedule) -> Evaluation:
+        self.rounds.append(1)
+        return self.inner(schedule)
+
+    def several(
+        self,
+        schedules: Sequence[Schedule],
+        floor: float | None,
+        done: Callable[[int, Evaluation], object],
+        **early: Any,
+    ) -> None:
+        assert len(set(schedules)) == len(schedules) <= self.at_once
+        self.rounds.append(len(schedules))
+        failure: BaseException | None = None
+        for place, schedule in reversed(list(enumerate(schedules))):
+            try:
+                if floor is None or not hasattr(self.inner, "at_least"):
+                    done(place, self.inner(schedule))
+                else:
+                    done(place, self.inner.at_least(schedule, floor, **early))
+            except BaseException as error:
+                failure = error
+        if failure is not None:
+            raise failure
 
 
 def all_counts(n: int, num_layers: int, first_layer: int) -> Iterator[tuple[int, ...]]:

@@ -412,6 +412,10 @@ def test_what_is_no_evaluator_is_refused() -> None:
     with pytest.raises(ThinsightError, match="evaluator has no num_layers"):
         gsearch(object())  # type: ignore[arg-type]
     oracle = NeedOracle(4, [[4, 4, 4]])
+    oracle.at_once = 0  # type: ignore[attr-defined]
+    with pytest.raises(ThinsightError, match=r"evaluator\.at_once is 0"):
+        gsearch(oracle)
+    oracle = NeedOracle(4, [[4, 4, 4]])
     oracle.full_score = float("nan")
     with pytest.raises(ThinsightError, match=r"full_score is nan"):
         gsearch(oracle)

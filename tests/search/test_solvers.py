@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -10,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import NeedOracle
 
+from thinsight.errors import ThinsightError
 from thinsight.schedule import Schedule
 from thinsight.search import Bayes, Bisect, LayerProblem, Trial, gsearch
 
@@ -36,6 +40,96 @@ def test_bisect_finds_the_least_multiple_of_step(upper: int, data: st.DataObject
     assert count == min(-(-least // step) * step, upper)
     assert len(seen) == len(set(seen)) <= solver.most_evaluations(upper)
     assert all(0 <= tried < upper for tried in seen)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 600), st.integers(1, 40), st.sets(st.integers(0, 600)))
+def test_one_at_a_time_halves_what_is_left(upper: int, step: int, passing: set[int]) -> None:
+    wanted: list[int] = []
+    fails, passes = -1, -(-upper // step)
+    while passes - fails > 1:
+        middle = (fails + passes) // 2
+        wanted.append(middle * step)
+        fails, passes = (fails, middle) if middle * step in passing else (middle, passes)
+    seen: list[int] = []
+
+    def probe(count: int, *, exact: bool = False) -> Trial:
+        seen.append(count)
+        return Trial(0, 0.0, count, 0.0, True, count in passing, Schedule.full(1))
+
+    assert Bisect(step).solve(LayerProblem(upper, 1.0, probe, float, seed=0)) == min(passes * step, upper)
+    assert seen == wanted
+
+
+def in_rounds(single: LayerProblem, rounds: list[list[int]]) -> LayerProblem:
+    """The same question, asked several counts at a time."""
+
+    def probe_all(counts: Sequence[int]) -> list[Trial]:
+        rounds.append(list(counts))
+        return [single.probe(count) for count in counts]
+
+    return replace(single, probe_all=probe_all)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 600), st.integers(1, 9), st.data())
+def test_several_at_once_find_the_same_in_fewer_rounds(upper: int, at_once: int, data: st.DataObject) -> None:
+    least, step = data.draw(st.integers(0, upper)), data.draw(st.integers(1, 40))
+    seen: list[int] = []
+    rounds: list[list[int]] = []
+    solver = Bisect(step, at_once)
+    count = solver.solve(in_rounds(problem(upper, least, seen), rounds))
+    assert count == Bisect(step).solve(problem(upper, least, []))
+    assert len(seen) == len(set(seen)) <= solver.most_evaluations(upper)
+    assert all(0 <= tried < upper and tried % step == 0 for tried in seen)
+    assert all(counts == sorted(counts) and 1 <= len(counts) <= at_once for counts in rounds)
+    width = -(-upper // step) + 1
+    assert len(rounds) <= math.ceil(round(math.log(width, at_once + 1), 9))
+
+
+def test_each_round_cuts_into_parts_of_like_width() -> None:
+    rounds: list[list[int]] = []
+    assert Bisect(at_once=3).solve(in_rounds(problem(63, 22, []), rounds)) == 22
+    assert rounds == [[15, 31, 47], [19, 23, 27], [20, 21, 22]]
+    rounds.clear()
+    assert Bisect(step=10, at_once=7).solve(in_rounds(problem(64, 22, []), rounds)) == 30
+    assert rounds == [[0, 10, 20, 30, 40, 50, 60]]
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 200), st.integers(1, 9))
+def test_the_most_evaluations_never_fall_with_the_count(upper: int, at_once: int) -> None:
+    solver = Bisect(at_once=at_once)
+    assert solver.most_evaluations(upper - 1) <= solver.most_evaluations(upper)
+    assert Bisect().most_evaluations(upper) == upper.bit_length()
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 100), st.integers(1, 9), st.sets(st.integers(0, 99)))
+def test_where_nothing_is_monotone_what_is_found_was_accepted(
+    upper: int, at_once: int, passing: set[int]
+) -> None:
+    tried: list[int] = []
+
+    def probe(count: int, *, exact: bool = False) -> Trial:
+        tried.append(count)
+        return Trial(0, 0.0, count, 0.0, True, count in passing, Schedule.full(1))
+
+    count = Bisect(at_once=at_once).solve(LayerProblem(upper, 1.0, probe, float, seed=0))
+    assert count == upper or (count in passing and count in tried)
+    assert count == 0 or (count - 1 in tried and count - 1 not in passing)  # its neighbour fails
+
+
+def test_a_problem_without_probe_all_is_probed_one_after_another() -> None:
+    seen: list[int] = []
+    assert Bisect(at_once=3).solve(problem(15, 5, seen)) == 5
+    assert seen == [3, 7, 11, 4, 5, 6]
+
+
+def test_several_at_once_is_no_setting_and_must_be_a_number() -> None:
+    assert Bisect(4, at_once=3).settings == Bisect(4).settings == {"name": "bisect", "step": 4}
+    with pytest.raises(ThinsightError, match="at_once is 0"):
+        Bisect(at_once=0)
 
 
 def test_bayes_weighs_accuracy_against_cost() -> None:

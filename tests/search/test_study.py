@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
-from oracles import NeedOracle, StoppingOracle
+from oracles import NeedOracle, SeveralOracle, StoppingOracle
 
 from thinsight.errors import ThinsightError
+from thinsight.evaluation.result import Evaluation
 from thinsight.schedule import Schedule
 from thinsight.search import Study, gsearch
 
@@ -131,3 +132,43 @@ def test_a_bound_does_not_pass_for_a_score(tmp_path: Path) -> None:
         assert exact.complete
         assert exact.score == 0.0
     assert len(oracle.calls) == 2
+
+
+def test_several_are_run_once_each_and_come_in_their_order() -> None:
+    counts = [3, 8, 0, 3, 5]
+    schedules = [Schedule.step(5, 2, count / 8) for count in counts]
+    for oracle in (NeedOracle(8, NEEDS), SeveralOracle(NeedOracle(8, NEEDS), 5)):
+        study = Study(oracle, {})  # type: ignore[arg-type]
+        study.evaluate(schedules[1])
+        records = study.evaluate_all(schedules)
+        assert [record.score for record in records] == [0.0, 1.0, 0.0, 0.0, 0.5]
+        assert len(oracle.calls) == 4
+        assert study.evaluate_all(schedules) == records
+        assert len(oracle.calls) == 4
+
+
+def test_several_take_no_longer_than_the_last_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 12.0, 15.0])
+    monkeypatch.setattr("thinsight.search.study.time.perf_counter", lambda: next(clock))
+    study = Study(SeveralOracle(NeedOracle(8, NEEDS), 2), {})  # type: ignore[arg-type]
+    records = study.evaluate_all([Schedule.step(5, 2, 0.5), Schedule.step(5, 2, 0.25)])
+    assert [record.seconds for record in records] == [3.0, 2.0]  # the second one finished first
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_what_finished_beside_a_failure_is_on_disk(tmp_path: Path, failure: type[BaseException]) -> None:
+    class Failing(NeedOracle):
+        def __call__(self, schedule: Schedule) -> Evaluation:
+            if schedule == schedules[1]:
+                raise failure
+            return super().__call__(schedule)
+
+    schedules = [Schedule.step(5, 2, count / 8) for count in (2, 4, 6)]
+    study = Study(SeveralOracle(Failing(8, NEEDS), 3), {}, tmp_path / "s")  # type: ignore[arg-type]
+    with pytest.raises(failure):
+        study.evaluate_all(schedules)
+    again = SeveralOracle(NeedOracle(8, NEEDS), 3)
+    study = Study(again, {}, tmp_path / "s", resume=True)  # type: ignore[arg-type]
+    assert study.recorded == 2
+    study.evaluate_all(schedules)
+    assert again.calls == [schedules[1]]

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from .evaluator import Evaluator
     from .examples import Example, load_examples
     from .metrics import METRICS, get_metric
+    from .pool import EvaluatorPool
 
 __all__ = [
     "METRICS",
     "Evaluation",
     "Evaluator",
+    "EvaluatorPool",
     "Example",
     "Interval",
     "RankConsistency",
@@ -35,6 +37,7 @@ __all__ = [
 _LAZY = {
     "METRICS": "metrics",
     "Evaluator": "evaluator",
+    "EvaluatorPool": "pool",
     "Example": "examples",
     "RankConsistency": "consistency",
     "attention_statistics": "attention",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
@@ -17,7 +18,7 @@ from ..schedule import Schedule
 from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .result import SearchResult, Trial
 from .solvers import LayerProblem, Solver, check_early_stop, get_solver
-from .study import SearchEvaluator, Study, share_prefix
+from .study import Record, SearchEvaluator, Study, share_prefix
 
 __all__ = ["gsearch"]
 
@@ -60,12 +61,18 @@ def gsearch(
     Whatever the solver, the schedule returned was evaluated and lies within ``max_drop`` (or is the full
     one).
 
+    Where the evaluator runs several schedules at the same time (`thinsight.EvaluatorPool`, k devices),
+    *bisect* tries k counts in place of one: fewer rounds, more evaluations, all of which count as cost. If
+    the score never falls when a count rises, the schedule is the same as with one device; otherwise it may be
+    another one, which was run on all examples and lies within ``max_drop`` all the same.
+
     Args:
         evaluator: see `thinsight.search.SearchEvaluator`; `thinsight.Evaluator` is one.
         max_drop: largest drop of the calibration score, in the metric's own unit (0.01 is one point), at
             least 0.
         first_layer: the shallowest layer that may receive fewer tokens, numbered from 0.
-        solver: ``"bisect"``, ``"bayes"``, or an object with `Solver`'s members.
+        solver: ``"bisect"``, ``"bayes"``, or an object with `Solver`'s members, which is used as it is:
+            ``Bisect(at_once=k)`` tries k counts per round on any evaluator.
         step: *bisect*: counts are multiples of this.
         trade_off: *bayes*: the paper's weight lambda.
         n_trials: *bayes*: proposals per layer.
@@ -79,7 +86,8 @@ def gsearch(
         study: journal file; every evaluation is on disk before the next begins, also when the run is
             interrupted.
         resume: continue that journal. The schedule is the one of an uninterrupted run. (Where an evaluator
-            learns in which order to run examples, the bounds and costs of early stops may differ.)
+            learns in which order to run examples, the bounds and costs of early stops may differ.) It may
+            have been begun with another number of devices, and is then continued with the one of today.
         observer: told what happens, for progress and ETA.
 
     Returns:
@@ -89,7 +97,8 @@ def gsearch(
         ThinsightError: bad arguments, or a journal that cannot be used; before the first evaluation.
     """
     _check(evaluator, max_drop, first_layer, seed)  # before the full score, which may take a run to obtain
-    chosen = get_solver(solver, step=step, trade_off=trade_off, n_trials=n_trials)
+    at_once = int(getattr(evaluator, "at_once", 1))
+    chosen = get_solver(solver, step=step, trade_off=trade_off, n_trials=n_trials, at_once=at_once)
     check_early_stop(chosen, confidence)
     settings: dict[str, Any] = {
         "method": "gsearch",
@@ -147,12 +156,16 @@ class _Run:
         share_prefix(self.evaluator, self.schedule, layer)
         tried: dict[int, Trial] = {}
 
+        def probe_all(counts: Sequence[int], exact: bool = False) -> list[Trial]:
+            trials = self._try(layer, counts, exact)
+            for trial in trials:
+                tried[trial.count] = trial
+                self.trials.append(trial)
+                self.observer.on_trial(trial, self._progress(layer))
+            return trials
+
         def probe(count: int, *, exact: bool = False) -> Trial:
-            trial = self._try(layer, count, exact)
-            tried[count] = trial
-            self.trials.append(trial)
-            self.observer.on_trial(trial, self._progress(layer))
-            return trial
+            return probe_all([count], exact)[0]
 
         count = self.solver.solve(
             LayerProblem(
@@ -161,6 +174,7 @@ class _Run:
                 probe=probe,
                 mean_keep_rate=lambda count: self._candidate(layer, count).mean_keep_rate,
                 seed=self._layer_seed(layer),
+                probe_all=probe_all,
             )
         )
         if count != self.count:
@@ -171,9 +185,15 @@ class _Run:
         self.settled = len(self.trials)
         self.observer.on_layer(layer, count, self._progress(layer + 1))
 
-    def _try(self, layer: int, count: int, exact: bool) -> Trial:
-        schedule = self._candidate(layer, count)
-        record = self.study.evaluate(schedule, None if exact else self.floor)
+    def _try(self, layer: int, counts: Sequence[int], exact: bool) -> list[Trial]:
+        schedules = [self._candidate(layer, count) for count in counts]
+        records = self.study.evaluate_all(schedules, None if exact else self.floor)
+        return [
+            self._trial(layer, count, schedule, record)
+            for count, schedule, record in zip(counts, schedules, records, strict=True)
+        ]
+
+    def _trial(self, layer: int, count: int, schedule: Schedule, record: Record) -> Trial:
         return Trial(
             layer=layer,
             keep_rate=count / self.n,
@@ -248,6 +268,9 @@ class _Run:
             "score": self.score,
             "calibration": getattr(self.evaluator, "fingerprint", None),
         }
+        at_once = getattr(self.solver, "at_once", 1)
+        if at_once > 1:  # where the score is not monotone, the schedule depends on it
+            record["at_once"] = at_once
         return replace(bind(self.schedule), search=record)
 
 
@@ -261,6 +284,7 @@ def _check(evaluator: SearchEvaluator, max_drop: float, first_layer: int, seed: 
         )
     _check_whole(evaluator.num_vision_tokens, "evaluator.num_vision_tokens", 1, None)
     _check_whole(evaluator.num_layers, "evaluator.num_layers", 1, None)
+    _check_whole(getattr(evaluator, "at_once", 1), "evaluator.at_once", 1, None)
     _check_whole(first_layer, "first_layer", 0, int(evaluator.num_layers) - 1)
     _check_whole(seed, "seed", 0, None)
 

@@ -8,7 +8,7 @@ Knows nothing about the layers' order, about journals, or about how a candidate 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Protocol
@@ -32,6 +32,8 @@ class LayerProblem:
             that cannot pass may stop early. The trial says whether the count was accepted.
         mean_keep_rate: the mean keep rate over all layers of the candidate with a given count.
         seed: for the solver's random numbers, of its own for every layer.
+        probe_all: tries several counts, at the same time where the evaluator can; the trials come in the
+            order of the counts. None: `try_all` probes one after another.
     """
 
     upper: int
@@ -39,6 +41,11 @@ class LayerProblem:
     probe: Callable[..., Trial]  # (count: int, *, exact: bool = False) -> Trial
     mean_keep_rate: Callable[[int], float]
     seed: int
+    probe_all: Callable[[Sequence[int]], list[Trial]] | None = None
+
+    def try_all(self, counts: Sequence[int]) -> list[Trial]:
+        """The trials of several counts, whether or not they can be tried at the same time."""
+        return [self.probe(count) for count in counts] if self.probe_all is None else self.probe_all(counts)
 
 
 class Solver(Protocol):
@@ -64,34 +71,56 @@ class Bisect:
     """Least accepted count by bisection: ``ceil(log2(upper + 1))`` evaluations, exact when the score is
     monotone.
 
+    With ``at_once`` = k above 1, each round tries k counts that cut what is left into k + 1 parts, and goes
+    on below the least accepted one, above its refused neighbour: about ``log(upper) / log(k + 1)`` rounds of
+    k evaluations, most of which turn out not to be needed. Where the score is monotone the count found is the
+    same for every k. Where it is not, several counts may pass whose lower neighbours fail, and which of them
+    is found depends on k; each of them was accepted.
+
     Nothing that was evaluated for the layers above settles a count here (those candidates differ above this
     layer), and ``upper`` itself is the schedule already accepted, so no evaluation is a repeat.
 
     Args:
         step: counts are multiples of this; 1 is exact, larger ones save ``log2(step)`` evaluations a layer.
+        at_once: counts tried per round. It is none of the ``settings``: an evaluation is the same whatever
+            it stood beside, so a journal may be resumed with another number.
     """
 
     step: int = 1
+    at_once: int = 1
 
     def __post_init__(self) -> None:
         _positive(self.step, "step")
+        _positive(self.at_once, "at_once")
 
     @property
     def settings(self) -> dict[str, Any]:
         return {"name": "bisect", "step": self.step}
 
     def most_evaluations(self, upper: int) -> int:
-        return self._steps(upper).bit_length()
+        width, most = self._steps(upper) + 1, 0  # from what fails to what passes
+        while width > 1:
+            most += min(self.at_once, width - 1)
+            width = -(-width // (self.at_once + 1))
+        return most
 
     def solve(self, problem: LayerProblem) -> int:
         fails, passes = -1, self._steps(problem.upper)  # in steps; the top one stands for ``upper`` itself
         while passes - fails > 1:
-            middle = (fails + passes) // 2
-            if problem.probe(middle * self.step).accepted:
-                passes = middle
-            else:
-                fails = middle
+            between = self._between(fails, passes)
+            trials = problem.try_all([each * self.step for each in between])
+            for each, trial in zip(between, trials, strict=True):
+                if trial.accepted:
+                    passes = each
+                    break
+                fails = each
         return min(passes * self.step, problem.upper)
+
+    def _between(self, fails: int, passes: int) -> list[int]:
+        """Up to ``at_once`` numbers that cut an interval into parts of like width, in rising order."""
+        width = passes - fails
+        parts = min(self.at_once + 1, width)
+        return [fails + width * part // parts for part in range(1, parts)]
 
     def _steps(self, upper: int) -> int:
         return -(-upper // self.step)
@@ -146,14 +175,16 @@ class Bayes:
         return score - self.trade_off * problem.mean_keep_rate(count)
 
 
-def get_solver(solver: str | Solver, *, step: int, trade_off: float, n_trials: int) -> Solver:
+def get_solver(
+    solver: str | Solver, *, step: int, trade_off: float, n_trials: int, at_once: int = 1
+) -> Solver:
     """The solver of that name with its settings; a solver object is returned as it is.
 
     Raises:
         ThinsightError: an unknown name or bad settings.
     """
     if solver == "bisect":
-        return Bisect(step)
+        return Bisect(step, at_once)
     if solver == "bayes":
         return Bayes(trade_off, n_trials)
     if isinstance(solver, str) or not callable(getattr(solver, "solve", None)):

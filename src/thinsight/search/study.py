@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +40,13 @@ class SearchEvaluator(Protocol):
     one full evaluation in the unit of `Evaluation.cost`; and ``share(schedule, layer)``, which is told from
     which layer on the candidates to come differ from a schedule, 0 when there are none. Where a search
     chooses the ranker too, it passes reductions in place of schedules.
+
+    One that can score several schedules at the same time, such as `thinsight.EvaluatorPool`, says how many it
+    is best asked for with ``at_once``, and has ``several(schedules, floor, done, **early)``. That scores each
+    as ``at_least(schedule, floor, **early)`` does, or as a call where ``floor`` is None, and calls
+    ``done(place, evaluation)`` in the calling thread as soon as one is finished, in any order. Where one
+    fails or the calling thread is interrupted, it says so of all that did finish, leaves nothing running, and
+    raises. Without ``at_once`` a search asks for one at a time.
     """
 
     @property
@@ -60,7 +67,11 @@ class SearchEvaluator(Protocol):
 
 @dataclass(frozen=True)
 class Record:
-    """One evaluation as the journal keeps it."""
+    """One evaluation as the journal keeps it.
+
+    ``seconds`` is by how much it made the search longer: of several at the same time, the one that finished
+    first has its wall time, and each other one what it took beyond the one before it.
+    """
 
     score: float
     complete: bool
@@ -154,10 +165,41 @@ class Study:
         if known is not None:
             return known
         record = self._run(asked, ranker, floor)
+        self._keep(asked, record)
+        return record
+
+    def evaluate_all(self, schedules: Sequence[Schedule], floor: float | None = None) -> list[Record]:
+        """The evaluations of several schedules in their order, those not known at the same time where the
+        evaluator can.
+
+        Each is on disk as soon as it is finished, also where another one fails.
+
+        Args:
+            schedules: the candidates.
+            floor: as for `evaluate`.
+        """
+        asked = dict.fromkeys(_Asked(schedule, floor is None) for schedule in schedules)
+        missing = [each for each in asked if self._known(each) is None]
+        if len(missing) > 1 and hasattr(self._evaluator, "several"):
+            self._run_all(missing, floor)
+        return [self.evaluate(schedule, floor) for schedule in schedules]
+
+    def _run_all(self, asked: list[_Asked], floor: float | None) -> None:
+        before = time.perf_counter()
+
+        def done(place: int, evaluation: Evaluation) -> None:
+            nonlocal before
+            now = time.perf_counter()
+            self._keep(asked[place], _record(evaluation, now - before))
+            before = now
+
+        schedules = [each.schedule for each in asked]
+        self._evaluator.several(schedules, floor, done, **self._early)  # type: ignore[attr-defined]
+
+    def _keep(self, asked: _Asked, record: Record) -> None:
         if self._path is not None:
             _append(self._path, _line(asked, record))
         self._records[asked] = record
-        return record
 
     def _known(self, asked: _Asked) -> Record | None:
         same = self._records.get(asked)
@@ -177,14 +219,7 @@ class Study:
             evaluation = self._evaluator(wanted)
         else:
             evaluation = at_least(wanted, floor, **self._early)
-        return Record(
-            evaluation.score,
-            evaluation.complete,
-            evaluation.cost,
-            time.perf_counter() - started,
-            evaluation.agreement,
-            evaluation.share,
-        )
+        return _record(evaluation, time.perf_counter() - started)
 
     def _open(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
         # the evaluator is asked last: its full score may take a run over all examples
@@ -237,6 +272,17 @@ def _full_score(evaluator: SearchEvaluator) -> float:
     if not math.isfinite(score):
         raise ThinsightError(f"evaluator.full_score is {score}; a search needs a finite number")
     return score
+
+
+def _record(evaluation: Evaluation, seconds: float) -> Record:
+    return Record(
+        evaluation.score,
+        evaluation.complete,
+        evaluation.cost,
+        seconds,
+        evaluation.agreement,
+        evaluation.share,
+    )
 
 
 def _line(asked: _Asked, record: Record) -> dict[str, Any]:
