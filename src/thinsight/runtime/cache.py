@@ -400,6 +400,8 @@ def thin(cache: Cache, layer: int, schedule: Schedule) -> Thinned:
 
 def append(before: Kept | None, past: int, new: Columns, seq: int) -> Kept:
     """The record after a pass that kept `new` of its `seq` tokens, behind `past` logical columns."""
+    if not past:
+        return Kept(new, seq)
     if before is None:
         cached = torch.arange(past, device=new.index.device).expand(new.index.shape[0], -1)
         return Kept(Columns(cached, None).join(new.index + past, new.valid), past + seq)

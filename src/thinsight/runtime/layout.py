@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Columns", "Layout", "Vision", "build_layout", "last_of_prompt", "query_columns", "shrink"]
+__all__ = [
+    "Columns",
+    "Layout",
+    "Vision",
+    "build_layout",
+    "last_of_prompt",
+    "query_columns",
+    "shrink",
+    "text_marks",
+]
 
 
 @dataclass(frozen=True)
@@ -223,11 +232,19 @@ def last_of_prompt(layout: Layout, prompt: Tensor) -> Tensor | None:
     return found if bool(found.any()) else None
 
 
-def shrink(layout: Layout, alive: Tensor, kept: list[int], before: Columns | None) -> tuple[Tensor, Columns]:
+def text_marks(layout: Layout) -> Tensor:
+    """(batch, seq) int64: 1 at tokens that are neither vision nor padding."""
+    return (layout.real & ~layout.vision).long()
+
+
+def shrink(
+    layout: Layout, text: Tensor, alive: Tensor, kept: list[int], before: Columns | None
+) -> tuple[Tensor, Columns]:
     """Drop the vision tokens that are not `alive`, and padding where the batch gets shorter for it.
 
     Args:
         layout: of the pass.
+        text: its `text_marks`, the same for every reduction of the pass.
         alive: (batch, tokens) bool, the vision tokens to keep.
         kept: how many of them there are in each row (the same numbers, known without asking the device).
         before: the columns so far; None when all are still there.
@@ -237,7 +254,7 @@ def shrink(layout: Layout, alive: Tensor, kept: list[int], before: Columns | Non
     """
     rows = [text + vision for text, vision in zip(layout.text, kept, strict=True)]
     length = max(1, *rows)
-    wanted = layout.real & ~layout.spread(~alive)  # (batch, seq)
+    wanted = text.scatter_add(1, layout.column, alive.long())  # (batch, seq), 0 or 1
     if before is not None:
         wanted = wanted.gather(1, before.index)  # filling was not wanted then, so it is not wanted now
     take = wanted.argsort(dim=1, descending=True, stable=True)[:, :length]  # (batch, length)
@@ -245,4 +262,4 @@ def shrink(layout: Layout, alive: Tensor, kept: list[int], before: Columns | Non
     if ragged:
         take = take.sort(dim=1).values  # filling was behind
     index = take if before is None else before.index.gather(1, take)
-    return take, Columns(index, wanted.gather(1, take) if ragged else None)
+    return take, Columns(index, wanted.gather(1, take) > 0 if ragged else None)

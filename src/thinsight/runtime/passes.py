@@ -53,6 +53,7 @@ class Pass:
         self.scores: Tensor | None = None  # (batch, tokens) float32, of each row's last ranking
         # per row, how many tokens that ranking kept
         self.ranked: list[int | None] = [None] * len(plan.call.layout.sizes)
+        self.text: Tensor | None = None  # (batch, seq) int64, see `text_marks`; None until a token is dropped
         self.weights: Tensor | None = None  # (batch, queries) float32, of rows of attention that are pooled
         self.queries = plan.queries  # logical columns (batch, queries), which are real
         self.trace: list[tuple[int, Tensor]] = [(0, self.alive)]  # from which layer on, alive

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ThinsightError
 from ..ranking import STATES, Context, Ranker, best, choose
-from .layout import shrink
+from .layout import shrink, text_marks
 from .masks import gather_tokens, replace_tokens
 from .passes import Pass
 from .quotas import Quotas
@@ -43,9 +43,10 @@ class Selector:
                 run.alive = choose(scores, run.alive, *self.quotas.of_tokens(run, layer))
             self._check_ends(run, layer)
             places = run.places(run.call.layout.column)[0] if self.merges else None
-            run.take, run.columns = shrink(
-                run.call.layout, run.alive, [sum(row) for row in counts], run.columns
-            )
+            if run.text is None:
+                run.text = text_marks(run.call.layout)
+            kept = [sum(row) for row in counts]
+            run.take, run.columns = shrink(run.call.layout, run.text, run.alive, kept, run.columns)
         if context is None or places is None:
             return states
         merged = self.ranker.merge(context, run.alive)
