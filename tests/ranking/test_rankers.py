@@ -312,7 +312,7 @@ def test_specifications_round_trip() -> None:
     every_row = get_ranker({"name": "text-attention", "rows": None})
     assert every_row.to_dict() == {"name": "text-attention", "queries": "instruction", "rows": None}
     assert every_row.rows is None
-    assert get_ranker("text-attention").rows == 32
+    assert get_ranker("text-attention").rows == 16
 
 
 def test_a_name_cannot_be_taken_twice() -> None:

@@ -12,7 +12,7 @@ from .base import QUERIES, TEXT_ATTENTION, Context, Ranker, register
 
 __all__ = ["ROWS", "TextAttention"]
 
-ROWS = 32
+ROWS = 16
 """Rows of attention that are averaged unless a setting says otherwise."""
 
 
