@@ -20,6 +20,8 @@ from thinsight.schedule import Schedule
 from .family import Family
 from .inputs import Row, answer
 
+ROWS = 16  # of text that rank, evenly spaced, where there are more
+
 
 class Reference:
     """One prompt, possibly continued by answers and later turns.
@@ -115,6 +117,8 @@ class _Ranking:
         end = start + len(turn.ids)
         self.last = end - 1
         after = [place for place in range(start, end) if self.tokens and place > self.tokens[-1]]
+        if len(after) > ROWS:
+            after = [after[number * len(after) // ROWS - 1] for number in range(1, ROWS + 1)]
         self.rows = after if after and reference.queries == "instruction" else [end - 1]
         self.weights: Tensor | None = None  # (heads, seq, seq) of the layer before
         self.received: Tensor | None = None  # (seq,) what each token received when it was last ranked

@@ -13,6 +13,8 @@ from transformers import LlavaForConditionalGeneration
 
 from thinsight.schedule import Schedule
 
+ROWS = 16  # of text that rank, evenly spaced, where there are more
+
 
 class Reference:
     """One prompt (a row without padding), possibly continued by answers and later turns."""
@@ -49,6 +51,8 @@ class Reference:
             groups.append(tokens[first : first + size])
             first += size
         after = [c for c in range(start, len(self.vision)) if tokens and c > tokens[-1]]
+        if len(after) > ROWS:
+            after = [after[number * len(after) // ROWS - 1] for number in range(1, ROWS + 1)]
         rows = after if after and self.queries == "instruction" else [len(self.vision) - 1]
         alive = [list(group) for group in groups]
         self.kept = []
