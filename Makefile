@@ -24,17 +24,20 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Measured speed against what the FLOPs promise, row by row, for hours on two idle cores.
+# Measured speed against what the FLOPs promise, row by row, for hours on two idle cores. Tables go to
+# out/bench; those of benchmarks/results are another machine's.
 bench: .venv/ready
-	$(BIN)/python -m benchmarks.prefill --resume
+	$(BIN)/python -m benchmarks.prefill --resume --out out/bench/prefill.json
+	$(BIN)/python -m benchmarks.prefill --resume --out out/bench/prefill.json --no-demos --pack
 
 # How much of that the device itself allows: the stock decoder on as many tokens as each layer sees.
 limit: .venv/ready
-	$(BIN)/python -m benchmarks.limit --side 24 --resume
+	$(BIN)/python -m benchmarks.limit --resume --out out/bench/limit.json --side 24
+	$(BIN)/python -m benchmarks.limit --resume --out out/bench/limit.json --side 24 --pack
 
 # The same prompts through other ways of dropping tokens.
 peers: .venv/ready
-	$(BIN)/python -m benchmarks.peers --resume
+	$(BIN)/python -m benchmarks.peers --resume --out out/bench/peers.json
 
 # The large shapes, on one GPU; `python -m benchmarks.gpu --tiny` tries the script on a CPU.
 bench-gpu: .venv/ready

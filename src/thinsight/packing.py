@@ -1,7 +1,7 @@
 """Linear layers whose weights lie as the CPU's matrix kernels read them.
 
-A plain linear layer has its weights reordered by the kernel in every call. For many tokens that is nothing;
-for the few that enter the deep layers of a reduced model, and for decoding, it takes as long as the product.
+A plain linear layer has its weights reordered by the kernel in every call. For many tokens that is next to
+nothing, but not for the few that enter the deep layers of a reduced model, nor for decoding.
 Knows nothing about reductions: a packed model runs with and without one.
 """
 
