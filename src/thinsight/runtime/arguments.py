@@ -58,7 +58,7 @@ class LayerArguments:
         states = args[0] if args else kwargs["hidden_states"]
         batch, seq = states.shape[:2]
         mask = kwargs.get("attention_mask")
-        ragged = held.kept is not None and held.kept.columns.valid is not None
+        ragged = held.ragged
         total = int(held.get_seq_length()) + seq if mask is None and ragged else 0
         held.expect(batch, seq)
         if held.kept is None:
@@ -90,6 +90,8 @@ class LayerArguments:
     ) -> Any:
         """A layer's mask in physical columns, made once for the layers of a stage."""
         mask = kwargs.get("attention_mask")
+        if mask is None and not _ragged(held, columns):
+            return None
         if torch.compiler.is_compiling():  # ids of tensors would tie the graph to these very tensors
             return self._reduced_mask(mask, held, columns, seq, total, device)
         made = self.local.masks
@@ -111,9 +113,16 @@ class LayerArguments:
     ) -> Any:
         keys = columns if held is None else held.columns()
         assert keys is not None
-        if mask is None and keys.valid is not None:
+        if mask is None:
             mask = causal(seq, total, attention_implementation(self.model), device)
-        return None if mask is None else reduce_mask(mask, keys, columns, 0 if held is None else held.offset)
+        return reduce_mask(mask, keys, columns, 0 if held is None else held.offset)
+
+
+def _ragged(held: Thinned | None, columns: Columns | None) -> bool:
+    """Whether some of the keys that a layer sees are filling."""
+    if held is not None:
+        return held.ragged
+    return columns is not None and columns.valid is not None
 
 
 def _replaced(states: Tensor, args: tuple[Any, ...], reduced: dict[str, Any]) -> Any:

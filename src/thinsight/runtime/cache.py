@@ -107,6 +107,11 @@ class Thinned(CacheLayerMixin):
         """The logical columns of the keys that the announced update returns."""
         raise NotImplementedError
 
+    @property
+    def ragged(self) -> bool:
+        """Whether some of those columns are filling."""
+        return self.kept is not None and self.kept.columns.valid is not None
+
     def check(self, schedule: Schedule) -> None:
         """Refuse another schedule than the one the layer was filled under.
 
@@ -223,6 +228,10 @@ class ThinnedSlidingLayer(ThinnedLayer, DynamicSlidingWindowLayer):
     def columns(self) -> Columns:
         assert self.held is not None
         return self.held
+
+    @property
+    def ragged(self) -> bool:
+        return self.held is not None and self.held.valid is not None
 
     def get_seq_length(self) -> int:
         return int(self.cumulative_length)

@@ -60,6 +60,7 @@ class Pass:
         self.last = plan.last  # (batch, tokens) bool
         self.levels = [0] * len(plan.call.layout.sizes)  # per row, which of an adaptive reduction's schedules
         self.quota = plan.quota  # (stages, batch, groups) int64 for these levels; None: not made yet
+        self.counts: dict[int, list[tuple[int, ...]]] = {}  # likewise, by layer: see `Quotas.rows`
         self.first = first  # layers before it do not run: see prefix.py
 
     def places(self, *columns: Tensor) -> tuple[Tensor, ...]:
@@ -67,6 +68,11 @@ class Pass:
         if self.columns is None or self.spread:
             return columns
         return self.columns.physical(self.call.seq, *columns)
+
+    def follow(self, levels: list[int]) -> None:
+        """From here on, each row goes by this one of an adaptive reduction's schedules."""
+        if levels != self.levels:
+            self.levels, self.quota, self.counts = levels, None, {}
 
     def disarm(self) -> None:
         """Take over what the layer before was to read."""
@@ -95,8 +101,7 @@ class Pass:
         """Go on from there."""
         self.alive, self.columns, self.take, self.kept = state.alive, state.columns, state.take, state.kept
         self.spread, self.attention, self.scores = state.spread, state.attention, state.scores
-        if self.levels != list(state.levels):
-            self.levels, self.quota = list(state.levels), None
+        self.follow(list(state.levels))
         self.ranked, self.trace = list(state.ranked), list(state.trace)
 
 

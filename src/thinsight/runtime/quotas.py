@@ -55,6 +55,12 @@ class Quotas:
 
     def rows(self, run: Pass, layer: int) -> list[tuple[int, ...]]:
         """Per row, how many tokens of each group enter a layer; -1: the pass."""
+        known = run.counts.get(layer)
+        if known is None:
+            known = run.counts[layer] = self._rows(run, layer)
+        return known
+
+    def _rows(self, run: Pass, layer: int) -> list[tuple[int, ...]]:
         groups = [self.groups(sizes) for sizes in run.call.layout.sizes]
         if layer < 0:
             return groups

@@ -179,7 +179,7 @@ class Reducer:
         assert self._statistic is not None
         values = self._statistic(run.attention, run.queries[1].to(run.attention.device), run.alive).tolist()
         self.local.statistic = values
-        run.levels, run.quota = [adaptive.level(value) for value in values], None
+        run.follow([adaptive.level(value) for value in values])
 
     def _start_stage(self, run: Pass, layer: int, cache: Any, states: Tensor) -> Tensor:
         """Drop what this layer does not get; the states, which a ranker that merges has changed."""

@@ -197,23 +197,36 @@ class _Arming:
         self.calls = 0
         self.original: Any = None
         self.implementation = ""  # outlives `down`: another thread may still be inside a call that it armed
+        self._armed: Any = None  # a copy of the config as it was when last armed
+        self._settings: dict[str, Any] = {}
 
     def up(self, attention: nn.Module) -> None:
         with self.lock:
             self.calls += 1
             if self.calls == 1:
                 self.original = attention.config
-                self.implementation = self.original._attn_implementation
-                armed = copy.copy(self.original)
-                # not through the public setter: that one also writes to the shared configs inside
-                armed._attn_implementation_internal = _NAME
-                attention.config = armed
+                settings = vars(self.original)
+                if self._armed is None or settings != self._settings:
+                    self._copy(settings)
+                _put_config(attention, self._armed)
+
+    def _copy(self, settings: dict[str, Any]) -> None:
+        self.implementation = self.original._attn_implementation
+        self._armed = copy.copy(self.original)
+        # not through the public setter: that one also writes to the shared configs inside
+        self._armed._attn_implementation_internal = _NAME
+        self._settings = dict(settings)
 
     def down(self, attention: nn.Module, calls: int) -> None:
         with self.lock:
             self.calls -= calls
             if self.calls == 0 and calls:
-                attention.config = self.original
+                _put_config(attention, self.original)
+
+
+def _put_config(attention: nn.Module, config: Any) -> None:
+    """Without nn.Module's own way of setting attributes, whose questions take longer than all else here."""
+    attention.__dict__["config"] = config
 
 
 _armings: weakref.WeakKeyDictionary[nn.Module, _Arming] = weakref.WeakKeyDictionary()
