@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -103,6 +106,45 @@ def test_gradients_flow_through(model, inputs) -> None:
     plain = gradient()
     with pack(model, smallest=0):
         torch.testing.assert_close(gradient(), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A fresh one, which does not write out a trace of its work for pytest: that takes ten times as long."""
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_packed_layers_compile_to_one_graph(model, backend: str) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    layer = model.get_decoder().layers[0].mlp
+    states = torch.randn(2, 3, model.config.text_config.hidden_size, requires_grad=True)
+
+    def result(run: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        states.grad = None
+        with torch.no_grad():
+            output = run(states)
+        run(states).square().sum().backward()
+        return output, states.grad.clone()
+
+    plain = result(layer)
+    with pack(model, smallest=0):
+        fast = result(torch.compile(layer, backend=backend, fullgraph=True))
+    torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.conformance
+@pytest.mark.usefixtures("compiler")
+@torch.no_grad()
+def test_a_packed_model_compiles_under_a_reduction(model, inputs) -> None:
+    with pack(model, smallest=0), apply(model, SCHEDULE):
+        logits = torch.compile(model, backend="aot_eager")(**inputs).logits
+        torch.testing.assert_close(logits, model(**inputs).logits)
 
 
 def test_hooks_on_a_layer_stay(model, inputs) -> None:

@@ -84,9 +84,42 @@ class PackedModel:
         self.unpack()
 
 
-def _product(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+def _onednn(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
     return product
+
+
+# Torch's compiler takes oneDNN's own operation for one whose weights are constants of the graph, and fails;
+# and it takes packed weights for plain ones, so that it would leave `to_dense` out.
+_compiled_product = torch.library.custom_op(
+    "thinsight::packed_product",
+    _onednn,
+    mutates_args=(),
+    schema="(Tensor input, Tensor packed, Tensor? bias) -> Tensor",
+)
+_compiled_plain = torch.library.custom_op(
+    "thinsight::plain_weight", Tensor.to_dense, mutates_args=(), schema="(Tensor packed) -> Tensor"
+)
+
+
+@_compiled_product.register_fake
+def _product_shape(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return input.new_empty(*input.shape[:-1], packed.shape[0])
+
+
+@_compiled_plain.register_fake
+def _plain_shape(packed: Tensor) -> Tensor:
+    return torch.empty_like(packed)
+
+
+def _product(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    product = _compiled_product if torch.compiler.is_compiling() else _onednn
+    return product(input, packed, bias)
+
+
+def _plain(packed: Tensor) -> Tensor:
+    plain: Tensor = _compiled_plain(packed) if torch.compiler.is_compiling() else packed.to_dense()
+    return plain
 
 
 class _Product(torch.autograd.Function):
@@ -101,7 +134,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor | None]:
         (gradient,) = gradients
         bias = gradient.flatten(0, -2).sum(0) if ctx.biased else None
-        return gradient @ ctx.packed.to_dense(), None, bias
+        return gradient @ _plain(ctx.packed), None, bias
 
 
 class _PackedLinear(nn.Linear):
@@ -118,7 +151,7 @@ class _PackedLinear(nn.Linear):
     @property
     def weight(self) -> Tensor:
         """A plain copy."""
-        return self.packed.to_dense()
+        return _plain(self.packed)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
