@@ -34,6 +34,7 @@ bench: .venv/ready
 limit: .venv/ready
 	$(BIN)/python -m benchmarks.limit --resume --out out/bench/limit.json --side 24
 	$(BIN)/python -m benchmarks.limit --resume --out out/bench/limit.json --side 24 --pack
+	$(BIN)/python -m benchmarks.products --out out/bench/products.json
 
 # The same prompts through other ways of dropping tokens.
 peers: .venv/ready

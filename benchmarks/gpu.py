@@ -38,19 +38,14 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from benchmarks.prefill import (
     MEASURED,
-    RESULTS,
     SCHEDULES,
     TEXT_TOKENS,
-    Columns,
-    Results,
-    Row,
     Runs,
     Workload,
-    about,
     add_options,
     compare,
-    setting,
 )
+from benchmarks.table import RESULTS, Columns, Results, Row, about, setting
 from thinsight import Reduction, apply
 from thinsight.cost import kv_bytes
 from thinsight.runtime import CapturedPrefill, Handle, num_layers

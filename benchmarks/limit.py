@@ -18,25 +18,18 @@ from typing import Any
 import torch
 
 from benchmarks.prefill import (
-    RESULTS,
     SCHEDULES,
     TEXT_TOKENS,
-    Columns,
-    Results,
-    Row,
     Shape,
-    about,
     add_options,
     add_shape_options,
     flops_ratios,
     milliseconds,
-    number,
     prompt,
     random_models,
-    setting,
-    weights,
     workload,
 )
+from benchmarks.table import RESULTS, Columns, Results, Row, about, number, setting, weights
 from thinsight import Reduction
 
 COLUMNS: Columns = {

@@ -28,23 +28,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.prefill import (
-    MIB,
-    RESULTS,
-    Columns,
-    Results,
-    Row,
     Workload,
-    about,
     add_options,
     add_shape_options,
     milliseconds,
-    number,
     prompt,
     random_models,
-    setting,
     workload,
 )
 from benchmarks.share import peak_of
+from benchmarks.table import MIB, RESULTS, Columns, Results, Row, about, number, setting
 from thinsight import apply
 from thinsight.baselines import fastv
 from thinsight.runtime import vision_token_mask

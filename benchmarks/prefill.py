@@ -7,33 +7,28 @@ was interrupted.
 
 What is timed is the decoder over a prompt whose images are encoded already, to the logits of its last
 position. FLOPs count just that: the layers as thinsight.cost counts them, and the head at one position.
-cost.py counts attention as the full square; `flops_ratio_causal` in the JSON has half of it, as a causal
-kernel does. Also measured, in passes that are not timed: bytes of the KV cache, the peak memory of a pass
-beyond the weights, and the share of a reduced pass that goes to scoring and hooks.
+cost.py counts attention as the full square, as the field does; a causal kernel does half of it, which
+`flops_ratio_causal` in the JSON and the column "causal" go by. Also measured, in passes that are not timed:
+bytes of the KV cache, the peak memory of a pass beyond the weights, and the share of a reduced pass that goes
+to scoring and hooks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import transformers
-from rich.console import Console
-from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.share import peak_of, share_of, synchronize
+from benchmarks.table import MIB, RESULTS, Columns, Results, Row, about, number, setting, weights
 from thinsight import Reduction, Schedule, apply, load_examples
 from thinsight.baselines import fastv
 from thinsight.budget import KeepBudget
@@ -45,8 +40,6 @@ from thinsight.runtime import encode_images, num_layers, vision_token_mask
 from thinsight.search.shapes import sigmoid
 from thinsight.timing import alternate, cache_bytes, on_device
 
-Row = dict[str, Any]
-
 # Keep rates that G-Search found for LLaVA-1.5-7B (arXiv 2412.00556, figure of the searched strategies).
 PAPER_GSEARCH = Schedule(
     [1, 1, .649, .64, .62, .62, .618, .503, .499, .498, .498, .486, .238, .237, .237, .237, .182, .182, .18,
@@ -56,8 +49,6 @@ PAPER_STEEPNESS = 0.6  # P-Sigmoid's k for 32 layers: the paper's best ones are 
 TEXT_TOKENS = 64
 IMAGE_TOKEN = 31_999
 RANDOM = "random LLaVA"
-RESULTS = Path(__file__).parent / "results"
-TABLE_WIDTH = 200  # rich would cut columns to a narrow terminal's width; this wraps there
 
 
 # --- what is run
@@ -199,7 +190,11 @@ def compare(work: Workload, reduction: Reduction, runs: Runs) -> Row:
         **times(work, reduction, runs),
         **shares(work, reduction, runs.shares),
     }
-    return {**row, "closeness": row["ratio"] / row["flops_ratio"]}
+    return {
+        **row,
+        "closeness": row["ratio"] / row["flops_ratio"],
+        "closeness_causal": row["ratio"] / row["flops_ratio_causal"],
+    }
 
 
 def flops_ratios(work: Workload, schedule: Schedule) -> Row:
@@ -273,110 +268,16 @@ def shares(work: Workload, reduction: Reduction, passes: int) -> Row:
     return {"scoring_share": found.scoring, "hooks_share": found.hooks}
 
 
-# --- results
+# --- the table's columns
 
 
-def about(device: torch.device) -> dict[str, Any]:
-    """Where and with what rows are measured."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
-        "device": gpu or "cpu",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
-    """The processor's name, or else its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-Columns = Mapping[str, Callable[[Row], str]]
-
-
-class Results:
-    """The rows of one benchmark, written as JSON and as Markdown whenever one is added."""
-
-    def __init__(self, path: Path, where: Mapping[str, Any], columns: Columns, resume: bool) -> None:
-        self.path, self.where, self.columns = path, dict(where), columns
-        self.rows: list[Row] = []
-        if resume and path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        found = json.loads(self.path.read_text())
-        self.rows = found.pop("rows")
-        found.pop("date")
-        if found != self.where:
-            raise SystemExit(f"{self.path} was measured on {found}, this is {self.where}: leave out --resume")
-
-    def has(self, settings: Row) -> bool:
-        """Whether a row of these settings is there."""
-        return any(all(row.get(name) == value for name, value in settings.items()) for row in self.rows)
-
-    def add(self, *rows: Row) -> None:
-        """Keep rows that belong together."""
-        self.rows += rows
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        date = datetime.now(timezone.utc).date().isoformat()
-        record = {**self.where, "date": date, "rows": self.rows}
-        self.path.write_text(json.dumps(record, indent=2) + "\n")
-        self.path.with_suffix(".md").write_text(self._markdown(date))
-
-    def _markdown(self, date: str) -> str:
-        head = [list(self.columns), ["---"] + ["---:"] * (len(self.columns) - 1)]
-        lines = [f"| {' | '.join(cells)} |" for cells in [*head, *map(self._cells, self.rows)]]
-        device = "" if self.where["device"] == "cpu" else f"{self.where['device']}; "
-        return "\n".join(lines) + (
-            f"\n\n{device}{self.where['machine']}, {self.where['threads']} threads; {date}; "
-            f"torch {self.where['torch']}, transformers {self.where['transformers']}.\n"
-        )
-
-    def print(self, title: str) -> None:
-        """The table on the terminal."""
-        table = Table(title=title)
-        for number, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if number else "left")
-        for row in self.rows:
-            table.add_row(*self._cells(row))
-        Console(width=TABLE_WIDTH).print(table)
-
-    def _cells(self, row: Row) -> list[str]:
-        return [cell(row) for cell in self.columns.values()]
-
-
-def setting(name: str) -> Callable[[Row], str]:
-    """A cell that shows one of the row's settings."""
-    return lambda row: str(row[name])
-
-
-def number(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
-    """A cell that shows a number; a dash where it was not measured."""
-
-    def cell(row: Row) -> str:
-        value = row.get(name)
-        return "-" if value is None else form.format(scale * value)
-
-    return cell
-
-
-def weights(row: Row) -> str:
-    """A cell that shows how weights lay."""
-    return "packed" if row["packed"] else "plain"
-
-
-MIB = 2.0**-20
 MEASURED: Columns = {
     "full ms": number("full_ms", "{:.1f}"),
     "reduced ms": number("reduced_ms", "{:.1f}"),
     "measured": number("ratio", "{:.2f}"),
     "FLOPs": number("flops_ratio", "{:.2f}"),
     "closeness": number("closeness", "{:.2f}"),
+    "causal": number("closeness_causal", "{:.2f}"),
     "answer": number("answer_ratio", "{:.2f}"),
     "KV": number("kv_ratio", "{:.2f}"),
     "full peak MiB": number("full_peak_bytes", "{:.0f}", MIB),

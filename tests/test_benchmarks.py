@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, limit, peers, prefill
+from benchmarks import gpu, limit, peers, prefill, products, table
 from thinsight.packing import packed_layers
 from thinsight.reduction import Reduction
 from thinsight.runtime import vision_token_mask
@@ -83,12 +83,12 @@ def test_packed_weights_are_counted_like_plain_ones() -> None:
 
 def test_resume_refuses_rows_of_another_machine(tmp_path: Path) -> None:
     out = tmp_path / "prefill.json"
-    where = prefill.about(torch.device("cpu"))
-    prefill.Results(out, where, {}, resume=False).add({"batch": 1})
-    assert prefill.Results(out, where, {}, resume=True).has({"batch": 1})
-    assert not prefill.Results(out, where, {}, resume=False).rows
+    where = table.about(torch.device("cpu"))
+    table.Results(out, where, {}, resume=False).add({"batch": 1})
+    assert table.Results(out, where, {}, resume=True).has({"batch": 1})
+    assert not table.Results(out, where, {}, resume=False).rows
     with pytest.raises(SystemExit, match="leave out --resume"):
-        prefill.Results(out, {**where, "threads": 99}, {}, resume=True)
+        table.Results(out, {**where, "threads": 99}, {}, resume=True)
 
 
 def test_demo_models_are_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +139,17 @@ def test_limit_rows_and_resume(tmp_path: Path) -> None:
         assert row["limit_closeness"] == pytest.approx(row["limit_ratio"] / row["flops_ratio"])
     limit.main([*options, "--resume"])
     assert json.loads(out.read_text())["rows"] == rows
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_products_rows(tmp_path: Path) -> None:
+    out = tmp_path / "products.json"
+    products.main([*split("--hidden 64 --layers 2 --tokens 8 4 --runs 1 --out"), str(out)])
+    few, most = json.loads(out.read_text())["rows"]
+    assert (few["tokens"], most["tokens"], most["of_most"]) == (4, 8, 1)
+    assert few["of_most"] == pytest.approx(few["memory"] / most["memory"])
+    assert few["ratio"] == pytest.approx(few["memory"] / few["cache"])
+    assert "| 4 |" in out.with_suffix(".md").read_text()
 
 
 # --- peers
