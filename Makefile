@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
 
-.PHONY: demo test conformance lint bench limit peers bench-gpu overhead results train train-internvl data clean
+.PHONY: demo test conformance lint bench limit peers bench-gpu overhead search-cost results train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
@@ -47,6 +47,10 @@ bench-gpu: .venv/ready
 # What a schedule that keeps everything costs over the stock model.
 overhead: .venv/ready
 	$(BIN)/python -m benchmarks.overhead
+
+# What G-Search costs on the embedded demo, and without prefix reuse and early stops; minutes.
+search-cost: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.search_cost --out out/bench/search_cost.json
 
 # Every method at equal cost on the embedded models, for hours on two cores: benchmarks/results/README.md.
 results: .venv/ready

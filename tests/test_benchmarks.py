@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, limit, peers, prefill, products, table
+from benchmarks import gpu, limit, peers, prefill, products, search_cost, table
 from thinsight.packing import packed_layers
 from thinsight.reduction import Reduction
 from thinsight.runtime import vision_token_mask
@@ -150,6 +150,19 @@ def test_products_rows(tmp_path: Path) -> None:
     assert few["of_most"] == pytest.approx(few["memory"] / most["memory"])
     assert few["ratio"] == pytest.approx(few["memory"] / few["cache"])
     assert "| 4 |" in out.with_suffix(".md").read_text()
+
+
+# --- search_cost
+
+
+def test_search_cost_rows(tmp_path: Path) -> None:
+    out = tmp_path / "search.json"
+    search_cost.main(["--examples", "4", "--max-drop", "0.5", "--out", str(out)])
+    cheap, whole = json.loads(out.read_text())["rows"]
+    assert cheap["same"]
+    assert cheap["keep_rates"] == whole["keep_rates"]
+    assert cheap["evaluations"] == whole["evaluations"]
+    assert cheap["full_runs"] < whole["full_runs"]
 
 
 # --- peers
