@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from .errors import ThinsightError
+from .errors import BadInput
 from .schedule import Schedule
 
 __all__ = ["Adaptive"]
@@ -47,30 +47,28 @@ class Adaptive:
 
     def __post_init__(self) -> None:
         if not isinstance(self.statistic, str) or not self.statistic:
-            raise ThinsightError(f"adaptive.statistic is {self.statistic!r}; it must be a name")
+            raise BadInput(f"adaptive.statistic is {self.statistic!r}; it must be a name")
         depths = {schedule.num_layers for schedule in self.schedules}
         if len(depths) != 1:
-            raise ThinsightError(
-                f"adaptive.schedules have {sorted(depths)} layers; give schedules of one depth"
-            )
+            raise BadInput(f"adaptive.schedules have {sorted(depths)} layers; give schedules of one depth")
         whole = isinstance(self.layer, int) and not isinstance(self.layer, bool)
         if not whole or not 1 <= self.layer < self.num_layers:
-            raise ThinsightError(
+            raise BadInput(
                 f"adaptive.layer is {self.layer!r}; it must be a whole number from 1 to {self.num_layers - 1}"
             )
         if not len(self.schedules) == len(self.shares) == len(self.edges) + 1:
-            raise ThinsightError(
+            raise BadInput(
                 f"adaptive has {len(self.schedules)} schedules, {len(self.edges)} edges and "
                 f"{len(self.shares)} shares; there must be one schedule and one share more than edges"
             )
         if not all(map(_finite, self.edges)) or any(b <= a for a, b in itertools.pairwise(self.edges)):
-            raise ThinsightError(f"adaptive.edges is {self.edges!r}; they must be finite numbers that rise")
+            raise BadInput(f"adaptive.edges is {self.edges!r}; they must be finite numbers that rise")
         if not all(_finite(share) and 0 <= share <= 1 for share in self.shares) or not math.isclose(
             math.fsum(self.shares), 1, abs_tol=_SLACK
         ):
-            raise ThinsightError(f"adaptive.shares is {self.shares!r}; they must be from 0 to 1 and sum to 1")
+            raise BadInput(f"adaptive.shares is {self.shares!r}; they must be from 0 to 1 and sum to 1")
         if len({schedule.keep_rates[: self.layer] for schedule in self.schedules}) != 1:
-            raise ThinsightError(
+            raise BadInput(
                 f"adaptive.schedules differ before layer {self.layer}, where the statistic is not known"
             )
 
@@ -116,10 +114,10 @@ class Adaptive:
             ThinsightError: missing, unknown or damaged entries.
         """
         if not isinstance(stored, Mapping) or set(stored) != set(_KEYS):
-            raise ThinsightError(f"adaptive is {stored!r}; it must be an object with {', '.join(_KEYS)}")
+            raise BadInput(f"adaptive is {stored!r}; it must be an object with {', '.join(_KEYS)}")
         for key in ("edges", "keep_rates", "shares"):
             if not isinstance(stored[key], Sequence) or isinstance(stored[key], str):
-                raise ThinsightError(f"adaptive.{key} is {stored[key]!r}; it must be a list")
+                raise BadInput(f"adaptive.{key} is {stored[key]!r}; it must be a list")
         return cls(
             stored["statistic"],
             stored["layer"],

@@ -24,7 +24,7 @@ from typing import Any
 
 from .adaptive import Adaptive
 from .budget import Budget, fill, fit, fit_rate
-from .errors import ThinsightError
+from .errors import BadInput
 from .reduction import Reduction
 from .schedule import Schedule
 
@@ -327,7 +327,7 @@ class Baseline:
         """
         if self.needs_statistics:
             if statistics is None:
-                raise ThinsightError(
+                raise BadInput(
                     f"{self.title} needs statistics=: attention_statistics(model, processor, examples)"
                 )
             options["statistics"] = statistics
@@ -371,7 +371,7 @@ def get_baseline(name: str) -> Baseline:
     try:
         return BASELINES[name]
     except (KeyError, TypeError):
-        raise ThinsightError(f"baseline is {name!r}; choose one of {', '.join(BASELINES)}") from None
+        raise BadInput(f"baseline is {name!r}; choose one of {', '.join(BASELINES)}") from None
 
 
 def _scaled_curve(mean: float, initial: float, curve: Sequence[float], layer: int) -> Schedule:
@@ -391,9 +391,9 @@ def _scaled_curve(mean: float, initial: float, curve: Sequence[float], layer: in
 
 def _layers(num_layers: int | None, budget: Budget | None) -> int:
     if budget is None and num_layers is None:
-        raise ThinsightError("a baseline needs num_layers= or budget=")
+        raise BadInput("a baseline needs num_layers= or budget=")
     if budget is not None and num_layers not in (None, budget.num_layers):
-        raise ThinsightError(f"num_layers={num_layers} contradicts the budget's {budget.num_layers} layers")
+        raise BadInput(f"num_layers={num_layers} contradicts the budget's {budget.num_layers} layers")
     return budget.num_layers if budget is not None else int(num_layers or 0)
 
 
@@ -413,7 +413,7 @@ def _at_layer_0(budget: Budget, rate: float, ranker: RankerSpec) -> Reduction:
 
 def _given(schedule: Schedule | None, budget: Budget | None, name: str) -> Schedule:
     if (schedule is None) == (budget is None):
-        raise ThinsightError(f"{name} dropping needs either a schedule or budget=")
+        raise BadInput(f"{name} dropping needs either a schedule or budget=")
     if schedule is not None:
         return schedule
     assert budget is not None
@@ -424,11 +424,11 @@ def _profiles(statistics: Iterable[Iterable[float]], depth: int) -> list[list[fl
     """Per layer, the attention of its best 0, 1, ... N tokens, as shares of all."""
     layers = [sorted(map(float, layer), reverse=True) for layer in statistics]
     if len(layers) != depth:
-        raise ThinsightError(f"statistics have {len(layers)} layers, the budget's model has {depth}")
+        raise BadInput(f"statistics have {len(layers)} layers, the budget's model has {depth}")
     for number, layer in enumerate(layers):
         # NaN fails both comparisons
         if not (layer and all(0 <= value < math.inf for value in layer) and sum(layer) > 0):
-            raise ThinsightError(
+            raise BadInput(
                 f"statistics[{number}] is no attention: give at least one value, none below 0, not all 0"
             )
     return [[value / sum(layer) for value in itertools.accumulate(layer, initial=0.0)] for layer in layers]

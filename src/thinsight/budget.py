@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Any, Protocol
 
 from . import cost
-from .errors import ThinsightError
+from .errors import BadInput, Unreachable
 from .schedule import Schedule
 
 __all__ = [
@@ -98,7 +98,7 @@ class KeepBudget(_Limited):
 
     def __post_init__(self) -> None:
         if isinstance(self.rate, bool) or not isinstance(self.rate, Real) or not 0 < self.rate <= 1:
-            raise ThinsightError(f"budget is {self.rate!r}; a mean keep rate must be above 0 and at most 1")
+            raise BadInput(f"budget is {self.rate!r}; a mean keep rate must be above 0 and at most 1")
 
     @property
     def limit(self) -> float:  # type: ignore[override]
@@ -147,7 +147,7 @@ class FlopsBudget(_Limited):
         Raises ThinsightError when the ratio is below 1 or not finite.
         """
         if not math.isfinite(ratio) or ratio < 1:
-            raise ThinsightError(f"flops_ratio must be at least 1 (full / reduced), got {ratio}")
+            raise BadInput(f"flops_ratio must be at least 1 (full / reduced), got {ratio}")
         shape = cost.decoder_shape(config)
         return cls(shape, n_vision, n_text, shape.prefill_flops(n_vision, n_text) / ratio)
 
@@ -287,7 +287,7 @@ def make_budget(
         limit = value * shape.prefill_flops(n_vision, n_text) if value <= 1 else value
         return FlopsBudget(shape, n_vision, n_text, limit)
     if latency is None:
-        raise ThinsightError("a budget in ms needs a latency model; see thinsight.timing.profile")
+        raise BadInput("a budget in ms needs a latency model; see thinsight.timing.profile")
     return TimeBudget(latency, shape.num_layers, n_vision, n_text, value)
 
 
@@ -298,11 +298,11 @@ def check_budget_value(value: Any, unit: str) -> None:
         ThinsightError: an unknown unit, or a value out of range.
     """
     if unit not in UNITS:
-        raise ThinsightError(f"budget_unit is {unit!r}; choose one of {', '.join(UNITS)}")
+        raise BadInput(f"budget_unit is {unit!r}; choose one of {', '.join(UNITS)}")
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not 0 < value < math.inf or (unit == "keep" and value > 1):
         wanted = "above 0 and at most 1" if unit == "keep" else "a finite number above 0"
-        raise ThinsightError(f"budget is {value!r}; in {unit} it must be {wanted}")
+        raise BadInput(f"budget is {value!r}; in {unit} it must be {wanted}")
 
 
 def fit(
@@ -373,7 +373,7 @@ def refuse_unreachable(budget: Budget, cheapest: Schedule, name: str) -> None:
     """
     if not budget.holds(cheapest):
         what = {"keep": "a mean keep rate of", "flops": "decoder FLOPs of", "ms": "milliseconds of prefill:"}
-        raise ThinsightError(
+        raise Unreachable(
             f"{name} cannot go below {what[budget.unit]} {budget.spent(cheapest):.4g}, the budget is "
             f"{budget.limit:.4g}: reduce at an earlier layer"
         )

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from .errors import ThinsightError
+from .errors import BadInput, ThinsightError
 from .interrupts import INTERRUPTED, raise_on_interrupt
 from .version import __version__
 
@@ -576,7 +576,7 @@ def _ranker(text: str) -> dict[str, Any]:
     for item in filter(None, settings.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
-            raise ThinsightError(f"ranker is {text!r}: write settings as name:key=value,key=value")
+            raise BadInput(f"ranker is {text!r}: write settings as name:key=value,key=value")
         value = value.strip()
         ranker[key.strip()] = int(value) if re.fullmatch(r"-?[0-9]+", value) else value
     return ranker

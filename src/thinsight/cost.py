@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import ThinsightError
+from .errors import BadInput, Unsupported
 from .schedule import Schedule
 
 __all__ = [
@@ -168,11 +168,11 @@ def kv_bytes(
 def layer_tokens(num_layers: int, n_vision: int, n_text: int, schedule: Schedule | None) -> tuple[int, ...]:
     """Tokens that enter each layer: the text and the vision tokens still kept."""
     if n_vision < 0 or n_text < 0:
-        raise ThinsightError(f"n_vision and n_text must not be negative, got {n_vision} and {n_text}")
+        raise BadInput(f"n_vision and n_text must not be negative, got {n_vision} and {n_text}")
     if schedule is None:
         return (n_vision + n_text,) * num_layers
     if schedule.num_layers != num_layers:
-        raise ThinsightError(
+        raise BadInput(
             f"the schedule has {schedule.num_layers} layers but the model has {num_layers}: "
             f"use schedule.resample({num_layers})"
         )
@@ -236,7 +236,7 @@ def _experts(text: Any, layers: int) -> Experts | None:
     if name is None:
         return None
     if not _field(text, "moe_intermediate_size") or _field(text, "shared_expert_intermediate_size"):
-        raise ThinsightError(
+        raise Unsupported(
             f"the text config has {name}={_field(text, name)} experts of a kind that is not counted: "
             "no FLOPs can be stated for this model"
         )
@@ -263,5 +263,5 @@ def _field(config: Any, name: str) -> Any:
 def _size(config: Any, name: str) -> int:
     value = _field(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ThinsightError(f"the config's {name} must be a positive integer, got {value!r}")
+        raise BadInput(f"the config's {name} must be a positive integer, got {value!r}")
     return value

@@ -1,15 +1,23 @@
-"""The one error that thinsight raises for bad input.
+"""The errors that thinsight raises, by what can be done about them.
 
-Knows nothing about where the input came from; the command turns it into one line and exit code 2.
+    ThinsightError
+    ├── BadInput         a value, file or option that cannot be right: mend it
+    ├── MissingPackage   an optional package is not installed: install it
+    ├── Unsupported      this model, attention or cache cannot be run so: choose another way
+    ├── Unreachable      no schedule of this shape fits into the budget: allow more, or start earlier
+    └── StorageError     a file cannot be read or written, or is damaged: mend the disk, then resume
+
+Code that goes on after a failure catches one of the kinds, never the root: a full disk is not a refusal.
+Knows nothing about where the input came from; the command turns any of them into one line and exit code 2.
 """
 
 from __future__ import annotations
 
-__all__ = ["ThinsightError"]
+__all__ = ["BadInput", "MissingPackage", "StorageError", "ThinsightError", "Unreachable", "Unsupported"]
 
 
 class ThinsightError(ValueError):
-    """Bad input. The message is one line that names the field, its value and what to do about it.
+    """The root of them. The message is one line that names the field, its value and what to do about it.
 
     Line breaks inside a quoted value (a file's content, another library's message) are folded into
     spaces, so a caller may print the message as it is.
@@ -17,3 +25,23 @@ class ThinsightError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(str(message).split()))
+
+
+class BadInput(ThinsightError):
+    """A value, a file's content or an option that cannot be right."""
+
+
+class MissingPackage(ThinsightError):
+    """An optional package that is needed for what was asked for is not installed."""
+
+
+class Unsupported(ThinsightError):
+    """What was asked for cannot be done with this model, attention implementation, cache or config."""
+
+
+class Unreachable(ThinsightError):
+    """A budget that no schedule of the wanted shape can hold."""
+
+
+class StorageError(ThinsightError):
+    """A file, folder or hub that cannot be read or written, or a file of ours that is damaged."""

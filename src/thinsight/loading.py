@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_accelerate_available, is_flash_attn_2_available, is_flash_attn_3_available
 
-from .errors import ThinsightError
+from .errors import BadInput, MissingPackage, StorageError, ThinsightError
 from .runtime.families import ATTENTION, refusal
 
 __all__ = [
@@ -56,7 +56,7 @@ def load_demo(
         ThinsightError: a name that is not an embedded model's; otherwise as `load_model`.
     """
     if name not in DEMOS:
-        raise ThinsightError(f"name is {name!r}: the embedded models are {', '.join(DEMOS)}")
+        raise BadInput(f"name is {name!r}: the embedded models are {', '.join(DEMOS)}")
     return load_model(name, dtype or "float32", device, attn)
 
 
@@ -86,7 +86,7 @@ def load_model(
     """
     target = check_options(dtype, device, attn)
     if device_map is not None and not is_accelerate_available():
-        raise ThinsightError("device_map needs the package accelerate: pip install accelerate")
+        raise MissingPackage("device_map needs the package accelerate: pip install accelerate")
     source, local = locate_model(name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     config = load_config(name, trust_remote_code)
@@ -107,9 +107,7 @@ def load_model(
     _check_depth(info, config, name)
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
-        raise ThinsightError(
-            f"model {str(name)!r} has no processor with a tokenizer: save its processor beside it"
-        )
+        raise BadInput(f"model {str(name)!r} has no processor with a tokenizer: save its processor beside it")
     tokenizer.padding_side = "left"  # generation continues a row at its right end
     if device_map is None:
         with _one_line(name, f"it onto {target}"):
@@ -144,11 +142,11 @@ def check_options(dtype: str, device: str, attn: str) -> torch.device:
     Raises ThinsightError that lists the choices.
     """
     if dtype != "auto" and dtype not in DTYPES:
-        raise ThinsightError(f"dtype is {dtype!r}: choose one of auto, {', '.join(DTYPES)}")
+        raise BadInput(f"dtype is {dtype!r}: choose one of auto, {', '.join(DTYPES)}")
     if attn not in ATTENTION:
-        raise ThinsightError(f"attn is {attn!r}: choose one of {', '.join(ATTENTION)}")
+        raise BadInput(f"attn is {attn!r}: choose one of {', '.join(ATTENTION)}")
     if attn in _FLASH and not _FLASH[attn]():
-        raise ThinsightError(
+        raise BadInput(
             f"attn is {attn!r}, whose package is not installed or finds no GPU: "
             "install it, or use --attn sdpa"
         )
@@ -163,7 +161,7 @@ def locate_model(name: str | Path) -> tuple[str, bool]:
     """
     if (embedded := DEMOS.get(str(name))) is not None:
         if not (embedded / "config.json").is_file():
-            raise ThinsightError(
+            raise BadInput(
                 f"the demo model {str(name)!r} is not part of this installation: "
                 "reinstall thinsight, or give --model"
             )
@@ -171,12 +169,12 @@ def locate_model(name: str | Path) -> tuple[str, bool]:
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ThinsightError(
+            raise BadInput(
                 f"model {str(name)!r} has no config.json: give a folder written by save_pretrained"
             )
         return str(path), True
     if path.exists():
-        raise ThinsightError(f"model {str(name)!r} is a file: give the folder that holds its config.json")
+        raise BadInput(f"model {str(name)!r} is a file: give the folder that holds its config.json")
     _check_hub_id(str(name))
     return str(name), False
 
@@ -194,33 +192,31 @@ def _check_hub_id(name: str) -> None:
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
     except HFValidationError:
-        raise ThinsightError(
-            f"model {name!r} is neither a folder that exists nor a hub id (owner/name)"
-        ) from None
+        raise BadInput(f"model {name!r} is neither a folder that exists nor a hub id (owner/name)") from None
     if cached:
         return
     if constants.HF_HUB_OFFLINE:
-        raise ThinsightError(
+        raise BadInput(
             f"model {name!r} is not a folder, not in the local cache, and HF_HUB_OFFLINE forbids asking the "
             "hub: unset it, or give a local folder"
         )
     try:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT)
     except GatedRepoError:
-        raise ThinsightError(
+        raise StorageError(
             f"model {name!r} is gated: accept its terms on the hub and run `hf auth login`"
         ) from None
     except RepositoryNotFoundError:
-        raise ThinsightError(
+        raise BadInput(
             f"model {name!r} is neither a folder here nor a public model on the hub: check the spelling, "
             "or run `hf auth login` if it is private"
         ) from None
     except HfHubHTTPError as error:
-        raise ThinsightError(
+        raise StorageError(
             f"the hub refused model {name!r} ({_first_line(error)}): try again later"
         ) from None
     except Exception as error:  # every transport has its own kinds: httpx, requests, OSError ...
-        raise ThinsightError(
+        raise StorageError(
             f"model {name!r} is not a local folder and the hub cannot be reached ({_first_line(error)}): "
             "check the network, or give a local folder"
         ) from None
@@ -232,15 +228,13 @@ def _resolve_device(device: str) -> torch.device:
     try:
         target = torch.device(device)
     except RuntimeError:
-        raise ThinsightError(f"device is {device!r}: choose auto, cpu, cuda or cuda:N") from None
+        raise BadInput(f"device is {device!r}: choose auto, cpu, cuda or cuda:N") from None
     if target.type not in ("cpu", "cuda"):
-        raise ThinsightError(f"device is {device!r}: choose auto, cpu, cuda or cuda:N")
+        raise BadInput(f"device is {device!r}: choose auto, cpu, cuda or cuda:N")
     if target.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (target.index or 0) >= count:
-            raise ThinsightError(
-                f"device is {device!r}, but torch sees {count} CUDA devices: use --device cpu"
-            )
+            raise BadInput(f"device is {device!r}, but torch sees {count} CUDA devices: use --device cpu")
     return target
 
 
@@ -262,7 +256,7 @@ def _resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype
 def _check_family(config: Any, name: str | Path) -> None:
     reason = refusal(config)
     if reason is not None:
-        raise ThinsightError(f"model {str(name)!r} cannot run under a reduction: {reason}")
+        raise BadInput(f"model {str(name)!r} cannot run under a reduction: {reason}")
 
 
 def _check_weights(info: dict[str, Any], name: str | Path) -> None:
@@ -273,7 +267,7 @@ def _check_weights(info: dict[str, Any], name: str | Path) -> None:
         # a mismatched weight comes as (name, shape on disk, shape in the model)
         bad = sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(what) or ())
         if bad:
-            raise ThinsightError(
+            raise BadInput(
                 f"model {str(name)!r}: {len(bad)} weights are {what.removesuffix('_keys')}, "
                 f"such as {bad[0]}: the checkpoint does not fit its config.json, download or save it anew"
             )
@@ -288,7 +282,7 @@ def _check_depth(info: dict[str, Any], config: Any, name: str | Path) -> None:
     numbers = {match.group() for key in extra for match in [_LAYER.search(key)] if match}
     ahead = getattr(config.get_text_config(), "num_nextn_predict_layers", 0) or 0
     if len(numbers) > ahead:
-        raise ThinsightError(
+        raise BadInput(
             f"model {str(name)!r}: the checkpoint has {len(numbers)} layers that its config.json does not "
             f"count, such as {extra[0]}: restore num_hidden_layers, download or save it anew"
         )
@@ -301,20 +295,20 @@ def _one_line(name: str | Path, what: str) -> Iterator[None]:
     except ThinsightError:
         raise
     except torch.cuda.OutOfMemoryError:
-        raise ThinsightError(
+        raise BadInput(
             f"model {str(name)!r} does not fit on the device: use --dtype bfloat16 or --device cpu"
         ) from None
     except Exception as error:  # from_pretrained raises OSError, ValueError, SafetensorError and more
         if "trust_remote_code" in str(error):
-            raise ThinsightError(
+            raise BadInput(
                 f"model {str(name)!r} brings its own code, which runs only if you say --trust-remote-code"
             ) from error
         if "torchvision" in str(error).lower():
-            raise ThinsightError(
+            raise MissingPackage(
                 f"model {str(name)!r}: {what} needs torchvision, which is not installed: "
                 "pip install torchvision"
             ) from error
-        raise ThinsightError(
+        raise BadInput(
             f"model {str(name)!r}: cannot load {what} ({_first_line(error)}): "
             "check the checkpoint's files, or download or save it anew"
         ) from error

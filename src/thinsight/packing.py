@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .errors import ThinsightError
+from .errors import BadInput, Unsupported
 from .runtime import decoder_layers
 
 __all__ = ["SMALLEST", "PackedModel", "pack", "packed_layers"]
@@ -45,10 +45,10 @@ def pack(model: PreTrainedModel, smallest: int = SMALLEST) -> PackedModel:
         ThinsightError: training mode, another device or dtype, a torch without oneDNN, or nothing to pack.
     """
     if model.training:
-        raise ThinsightError("the model is in training mode: packed weights cannot learn; call model.eval()")
+        raise BadInput("the model is in training mode: packed weights cannot learn; call model.eval()")
     layers = [(name, layer) for name, layer in _linear_layers(model) if layer.weight.numel() >= smallest]
     if not layers:
-        raise ThinsightError(
+        raise Unsupported(
             f"the model's decoder has no plain linear layer of {smallest} weights or more, and packing "
             "smaller ones gains nothing: leave pack out"
         )
@@ -158,13 +158,13 @@ class _PackedLinear(nn.Linear):
         destination[f"{prefix}weight"] = self.weight
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        raise ThinsightError("the model's weights are packed: call unpack() before loading others")
+        raise BadInput("the model's weights are packed: call unpack() before loading others")
 
     def _apply(self, fn: Any, recurse: bool = True) -> _PackedLinear:
         probe = torch.empty(0, dtype=self.packed.dtype)
         moved = fn(probe)
         if (moved.dtype, moved.device) != (probe.dtype, probe.device):
-            raise ThinsightError(
+            raise BadInput(
                 f"the model's weights are packed for {probe.dtype} on the CPU: call unpack() before moving "
                 f"it to {moved.dtype} on {moved.device}"
             )
@@ -195,13 +195,13 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
 def _check(name: str, weight: Tensor) -> None:
     where = f"{name} is {weight.dtype} on {weight.device}"
     if weight.device.type != "cpu":
-        raise ThinsightError(f"{where}: weights are packed for the CPU alone; leave pack out")
+        raise Unsupported(f"{where}: weights are packed for the CPU alone; leave pack out")
     if weight.dtype not in (torch.float32, torch.bfloat16):
-        raise ThinsightError(f"{where}: load the model in float32 to pack it, or leave pack out")
+        raise Unsupported(f"{where}: load the model in float32 to pack it, or leave pack out")
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        raise ThinsightError("this torch has no oneDNN, whose kernels packed weights are for: leave pack out")
+        raise Unsupported("this torch has no oneDNN, whose kernels packed weights are for: leave pack out")
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise ThinsightError(f"{where}, for which this CPU has no instructions: load the model in float32")
+        raise BadInput(f"{where}, for which this CPU has no instructions: load the model in float32")
 
 
 def _reordered(weight: Tensor) -> Tensor:

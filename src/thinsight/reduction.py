@@ -19,7 +19,7 @@ from typing import Any
 
 from .adaptive import Adaptive
 from .card import is_model_card, model_card
-from .errors import ThinsightError
+from .errors import BadInput, StorageError
 from .schedule import Schedule
 from .version import __version__
 
@@ -90,9 +90,9 @@ class Reduction:
         rerank: bool | float = True,
     ) -> None:
         if not isinstance(schedule, Schedule):
-            raise ThinsightError(f"schedule is {schedule!r}; pass a thinsight.Schedule")
+            raise BadInput(f"schedule is {schedule!r}; pass a thinsight.Schedule")
         if adaptive is not None and adaptive.num_layers != schedule.num_layers:
-            raise ThinsightError(
+            raise BadInput(
                 f"adaptive has {adaptive.num_layers} layers but the schedule {schedule.num_layers}; "
                 "pass adaptive.mean() as the schedule"
             )
@@ -127,7 +127,7 @@ class Reduction:
                 _write_atomically(card, self._card())
             _write_atomically(folder / CONFIG_NAME, config)
         except OSError as error:
-            raise ThinsightError(
+            raise StorageError(
                 f"folder {folder} cannot be written ({error.strerror or error}); pass a writable folder"
             ) from None
 
@@ -154,15 +154,13 @@ class Reduction:
         if folder.is_dir():
             path = folder / CONFIG_NAME
             if not path.is_file():
-                raise ThinsightError(
-                    f"folder {folder} has no {CONFIG_NAME}; pass a folder that a search wrote"
-                )
+                raise BadInput(f"folder {folder} has no {CONFIG_NAME}; pass a folder that a search wrote")
         elif folder.exists():
-            raise ThinsightError(f"{folder} is a file; pass the folder that holds {CONFIG_NAME}")
+            raise BadInput(f"{folder} is a file; pass the folder that holds {CONFIG_NAME}")
         elif _HUB_ID.fullmatch(name):
             path = _download(name, revision, token)
         else:
-            raise ThinsightError(
+            raise BadInput(
                 f"there is no folder {folder}; pass a folder with {CONFIG_NAME} or a Hub id owner/name"
             )
         return _read(path)
@@ -193,7 +191,7 @@ class Reduction:
                     repo_id=target, folder_path=folder, revision=revision, commit_message=commit_message
                 )
             except (HfHubHTTPError, HFValidationError, OSError) as error:
-                raise ThinsightError(f"repo_id {repo_id!r} could not be pushed to: {error}") from None
+                raise StorageError(f"repo_id {repo_id!r} could not be pushed to: {error}") from None
         return str(commit.commit_url)
 
     def _encoded(self) -> str:
@@ -215,7 +213,7 @@ class Reduction:
         try:
             return json.dumps(config, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         except (TypeError, ValueError) as error:
-            raise ThinsightError(
+            raise BadInput(
                 f"reduction cannot be saved as JSON ({error}); "
                 "ranker settings, search and measured may hold texts, finite numbers, lists and dicts"
             ) from None
@@ -240,7 +238,7 @@ def check_rerank(rerank: Any) -> bool | float:
     if isinstance(rerank, bool):
         return rerank
     if not isinstance(rerank, Real) or not 0 < float(rerank) < 1:
-        raise ThinsightError(
+        raise BadInput(
             f"rerank is {rerank!r}; it must be True (rank at every reduction), False (only at the first) or "
             "a number in (0, 1)"
         )
@@ -251,17 +249,15 @@ def _read(path: Path) -> Reduction:
     config = _parsed(path)
     version = config.get("schema_version")
     if isinstance(version, bool) or version != SCHEMA_VERSION:
-        raise ThinsightError(
+        raise BadInput(
             f"{path}: schema_version is {version!r}, this thinsight reads {SCHEMA_VERSION}; "
             "upgrade thinsight or search again"
         )
     _check_keys(path, config)
     if not isinstance(config["thinsight_version"], str):
-        raise ThinsightError(
-            f"{path}: thinsight_version is {config['thinsight_version']!r}; it must be a text"
-        )
+        raise BadInput(f"{path}: thinsight_version is {config['thinsight_version']!r}; it must be a text")
     if not isinstance(config["ranker"], dict):
-        raise ThinsightError(f"{path}: ranker is {config['ranker']!r}; it must be an object with a name")
+        raise BadInput(f"{path}: ranker is {config['ranker']!r}; it must be an object with a name")
     try:
         schedule = _schedule(config["keep_rates"], config["num_layers"])
         return Reduction(
@@ -274,25 +270,23 @@ def _read(path: Path) -> Reduction:
             adaptive=Adaptive.from_dict(config["adaptive"]) if "adaptive" in config else None,
             rerank=config.get("rerank", True),
         )
-    except ThinsightError as error:
-        raise ThinsightError(f"{path}: {error}") from None
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from None
 
 
 def _parsed(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ThinsightError(f"{path} cannot be read ({error.strerror or error}); check the file") from None
+        raise StorageError(f"{path} cannot be read ({error.strerror or error}); check the file") from None
     except UnicodeDecodeError:
-        raise ThinsightError(f"{path} is not UTF-8 text; search again or restore the file") from None
+        raise StorageError(f"{path} is not UTF-8 text; search again or restore the file") from None
     try:
         config = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
     except (ValueError, RecursionError) as error:
-        raise ThinsightError(
-            f"{path} is not valid JSON ({error}); search again or restore the file"
-        ) from None
+        raise StorageError(f"{path} is not valid JSON ({error}); search again or restore the file") from None
     if not isinstance(config, dict):
-        raise ThinsightError(f"{path} holds no JSON object; search again or restore the file")
+        raise StorageError(f"{path} holds no JSON object; search again or restore the file")
     return config
 
 
@@ -310,17 +304,17 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_keys(path: Path, config: dict[str, Any]) -> None:
     unknown = sorted(config.keys() - {*_KEYS, *_OPTIONAL_KEYS})
     if unknown:
-        raise ThinsightError(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+        raise BadInput(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
     missing = [key for key in _KEYS if key not in config]
     if missing:
-        raise ThinsightError(f"{path}: {missing[0]!r} is missing; search again or restore the file")
+        raise StorageError(f"{path}: {missing[0]!r} is missing; search again or restore the file")
 
 
 def _schedule(keep_rates: Any, num_layers: Any) -> Schedule:
     if not isinstance(keep_rates, list):
-        raise ThinsightError(f"keep_rates is {keep_rates!r}; it must be a list of numbers in [0, 1]")
+        raise BadInput(f"keep_rates is {keep_rates!r}; it must be a list of numbers in [0, 1]")
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers != len(keep_rates):
-        raise ThinsightError(
+        raise BadInput(
             f"num_layers is {num_layers!r} but there are {len(keep_rates)} keep_rates; they must agree"
         )
     return Schedule(keep_rates)
@@ -334,21 +328,21 @@ def _ranker_dict(ranker: Any) -> dict[str, Any]:
     elif hasattr(ranker, "name") and isinstance(getattr(ranker, "settings", None), Mapping):
         found = {"name": ranker.name, **ranker.settings}
     else:
-        raise ThinsightError(f"ranker is {ranker!r}; pass a name, a dict with a name, or a ranker object")
+        raise BadInput(f"ranker is {ranker!r}; pass a name, a dict with a name, or a ranker object")
     if not isinstance(found.get("name"), str) or not found["name"]:
-        raise ThinsightError(f"ranker is {ranker!r}; its name must be a text, such as 'text-attention'")
+        raise BadInput(f"ranker is {ranker!r}; its name must be a text, such as 'text-attention'")
     return found
 
 
 def _text(value: Any, field: str) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise ThinsightError(f"{field} is {value!r}; it must be a text or None")
+        raise BadInput(f"{field} is {value!r}; it must be a text or None")
     return value
 
 
 def _mapping(value: Any, field: str) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, Mapping):
-        raise ThinsightError(f"{field} is {value!r}; it must be a dict or None")
+        raise BadInput(f"{field} is {value!r}; it must be a dict or None")
     return None if value is None else dict(value)
 
 
@@ -359,7 +353,7 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None) -> P
     try:
         return Path(hf_hub_download(repo_id, CONFIG_NAME, revision=revision, token=token))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ThinsightError(
+        raise BadInput(
             f"there is no folder {repo_id!r}, and the Hugging Face Hub gave no {CONFIG_NAME} for it "
             f"({type(error).__name__}); check the name and the connection"
         ) from None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from .errors import ThinsightError
+from .errors import BadInput
 
 __all__ = ["Schedule"]
 
@@ -140,9 +140,7 @@ class Schedule:
         depth = _whole(num_layers, "num_layers", minimum=1)
         target = _rate(budget, "budget")
         if not isinstance(k, Real) or isinstance(k, bool) or not 0 < k <= _STEEPEST:
-            raise ThinsightError(
-                f"k is {k!r}; the sigmoid's steepness must be above 0 and at most {_STEEPEST:g}"
-            )
+            raise BadInput(f"k is {k!r}; the sigmoid's steepness must be above 0 and at most {_STEEPEST:g}")
         if target in (0.0, 1.0):
             return cls([target] * depth)
         return cls(_solve_sigmoid(depth, float(k), target))
@@ -191,17 +189,17 @@ def _falling(rates: list[float]) -> list[float]:
 
 def _checked_rates(keep_rates: Any) -> tuple[float, ...]:
     if isinstance(keep_rates, (str, bytes)):
-        raise ThinsightError(f"keep_rates is {keep_rates!r}; {_WANTED}")
+        raise BadInput(f"keep_rates is {keep_rates!r}; {_WANTED}")
     try:
         given = list(keep_rates)
     except TypeError:
-        raise ThinsightError(f"keep_rates is {keep_rates!r}; {_WANTED}") from None
+        raise BadInput(f"keep_rates is {keep_rates!r}; {_WANTED}") from None
     if not given:
-        raise ThinsightError(f"keep_rates is empty; {_WANTED}")
+        raise BadInput(f"keep_rates is empty; {_WANTED}")
     rates = [_rate(rate, f"keep_rates[{i}]") for i, rate in enumerate(given)]
     for i in range(1, len(rates)):
         if rates[i] > rates[i - 1]:
-            raise ThinsightError(
+            raise BadInput(
                 f"keep_rates[{i}] is {rates[i]} but keep_rates[{i - 1}] is {rates[i - 1]}; "
                 "rates must not rise with depth, since a dropped token stays dropped"
             )
@@ -211,20 +209,20 @@ def _checked_rates(keep_rates: Any) -> tuple[float, ...]:
 def _rate(value: Any, field: str) -> float:
     """``value`` as a float in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise ThinsightError(f"{field} is {value!r}; it must be a number in [0, 1]")
+        raise BadInput(f"{field} is {value!r}; it must be a number in [0, 1]")
     rate = float(value)
     if not 0.0 <= rate <= 1.0:  # false for NaN too
-        raise ThinsightError(f"{field} is {rate}; it must be a number in [0, 1]")
+        raise BadInput(f"{field} is {rate}; it must be a number in [0, 1]")
     return rate + 0.0  # -0.0 becomes 0.0
 
 
 def _whole(value: Any, field: str, *, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
-        raise ThinsightError(f"{field} is {value!r}; it must be a whole number of at least {minimum}")
+        raise BadInput(f"{field} is {value!r}; it must be a whole number of at least {minimum}")
     return int(value)
 
 
 def _layer(value: Any, num_layers: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < num_layers:
-        raise ThinsightError(f"layer is {value!r}; it must be a whole number from 0 to {num_layers - 1}")
+        raise BadInput(f"layer is {value!r}; it must be a whole number from 0 to {num_layers - 1}")
     return int(value)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .budget import LatencyModel
-from .errors import ThinsightError
+from .errors import BadInput
 from .reduction import Reduction
 from .runtime import apply, encode_images, num_layers, vision_token_mask
 from .runtime.encoding import has_pixels
@@ -116,9 +116,9 @@ def measure(
     """
     for name, value in (("runs", runs), ("new_tokens", new_tokens), ("warmup + 1", warmup + 1)):
         if value < 1:
-            raise ThinsightError(f"{name} is {value}: it must be at least 1")
+            raise BadInput(f"{name} is {value}: it must be at least 1")
     if not any(has_pixels(model, inputs, modality) for modality in MODALITIES):
-        raise ThinsightError("the inputs to time hold no pixel_values: give prompts with images")
+        raise BadInput("the inputs to time hold no pixel_values: give prompts with images")
     if isinstance(reduction, Schedule):
         reduction = Reduction(reduction)
     batch = on_device(model, inputs)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cost import DecoderShape, _field, _size, text_config
-from .errors import ThinsightError
+from .errors import BadInput, Unsupported
 
 __all__ = ["vision_flops"]
 
@@ -56,9 +56,9 @@ def vision_flops(config: Any, n_images: int = 1, *, n_vision: int | None = None)
     """
     vision = _field(config, "vision_config")
     if vision is None:
-        raise ThinsightError("vision_flops needs a config with a vision_config; this one has none")
+        raise Unsupported("vision_flops needs a config with a vision_config; this one has none")
     if _field(config, "model_type") in _ANY_RESOLUTION and n_vision is not None:
-        raise ThinsightError(
+        raise Unsupported(
             f"{_field(config, 'model_type')!r} cuts padding away after its vision tower: "
             "the number of vision tokens does not tell the tower's FLOPs"
         )
@@ -67,7 +67,7 @@ def vision_flops(config: Any, n_images: int = 1, *, n_vision: int | None = None)
         patches = _fixed_patches(vision)
         images = n_images if n_vision is None else n_vision * merged / patches
     elif n_vision is None:
-        raise ThinsightError(
+        raise BadInput(
             "this vision tower takes images of any size: say n_vision, the number of vision tokens they make"
         )
     else:
@@ -158,7 +158,7 @@ def _projector(config: Any, vision: Any) -> float:
     kind = _field(config, "model_type")
     weights = _PROJECTORS.get(kind)
     if weights is None:
-        raise ThinsightError(f"the projector of {kind!r} is not known: its vision encoder is not counted")
+        raise Unsupported(f"the projector of {kind!r} is not known: its vision encoder is not counted")
     return 2.0 * weights(config, vision)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-from ..errors import ThinsightError
+from ..errors import BadInput, StorageError
 from ..job.watching import Watcher
 from .config import architecture_of, check_original, convert_config, vision_depths
 from .keys import Conversion, find_conversion, text_rules, vision_rules
@@ -116,7 +116,7 @@ def _embedding_rows(source: Source) -> int:
         stored = source.tensors.get(f"language_model.model.{name}.weight")
         if stored is not None and stored.spec.shape:
             return stored.spec.shape[0]
-    raise ThinsightError(
+    raise BadInput(
         f"model {source.name!r} has no language_model.model.embed_tokens.weight (InternLM2: tok_embeddings): "
         "it is not an original InternVL checkpoint, or a file of it is missing"
     )
@@ -141,7 +141,7 @@ def _find_conversions(source: Source, config: InternVLConfig) -> dict[str, Conve
     found = {name: find_conversion(name, rules) for name in source.tensors}
     unknown = [name for name, conversion in found.items() if conversion is None]
     if unknown:
-        raise ThinsightError(_about(source, unknown, "that no rule knows", "unknown"))
+        raise BadInput(_about(source, unknown, "that no rule knows", "unknown"))
     return {name: conversion for name, conversion in found.items() if conversion is not None}
 
 
@@ -150,7 +150,7 @@ def _expected_shapes(config: InternVLConfig) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             model = InternVLForConditionalGeneration(config)
     except Exception as error:  # torch and transformers have several kinds for sizes that do not fit
-        raise ThinsightError(
+        raise BadInput(
             f"config.json does not make a model ({error or type(error).__name__}): "
             "download the checkpoint anew"
         ) from error
@@ -171,16 +171,16 @@ def _check_shapes(
             conversion.targets, _shapes_after(name, stored.shape, conversion), strict=True
         ):
             if target not in expected:
-                raise ThinsightError(_about(source, [name], "that the model has no place for", "unknown"))
+                raise BadInput(_about(source, [name], "that the model has no place for", "unknown"))
             if shape != expected[target]:
-                raise ThinsightError(
+                raise BadInput(
                     f"model {source.name!r}: {name} has shape {stored.shape}, which gives {target} the shape "
                     f"{shape}, but config.json asks for {expected[target]}: download the checkpoint anew"
                 )
             specs[target] = TensorSpec(shape, stored.dtype)
     missing = sorted(expected.keys() - specs.keys())
     if missing:
-        raise ThinsightError(_about(source, missing, "that the model needs", "missing"))
+        raise BadInput(_about(source, missing, "that the model needs", "missing"))
     return specs
 
 
@@ -188,7 +188,7 @@ def _shapes_after(name: str, shape: tuple[int, ...], conversion: Conversion) -> 
     try:
         parts = conversion.apply(torch.empty(shape, device="meta"))
     except RuntimeError as error:
-        raise ThinsightError(
+        raise BadInput(
             f"{name} has shape {shape}, which does not divide into the heads that config.json gives: "
             "download the checkpoint anew"
         ) from error
@@ -215,24 +215,24 @@ def _converted(plan: _Plan, watcher: Watcher) -> Iterator[tuple[str, Tensor]]:
 
 def _check_out(out: Path) -> Path:
     if out.exists() and not out.is_dir():
-        raise ThinsightError(f"out {out} is a file: give a folder")
+        raise BadInput(f"out {out} is a file: give a folder")
     if out.is_dir() and any(out.iterdir()):
-        raise ThinsightError(f"out {out} is not empty: give another folder, or empty it first")
+        raise BadInput(f"out {out} is not empty: give another folder, or empty it first")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ThinsightError(
+        raise StorageError(
             f"out {out} cannot be made ({error.strerror}): give a folder you may write"
         ) from error
     if not os.access(out.parent, os.W_OK):
-        raise ThinsightError(f"out {out} cannot be made: its parent folder may not be written")
+        raise StorageError(f"out {out} cannot be made: its parent folder may not be written")
     return out
 
 
 def _check_space(out: Path, needed: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < needed:
-        raise ThinsightError(
+        raise StorageError(
             f"out {out} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free: make room, or "
             "give a folder on another disk"
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import InternVLConfig, LlamaConfig, Phi3Config, Qwen2Config
 
-from ..errors import ThinsightError
+from ..errors import BadInput, ThinsightError, Unsupported
 
 __all__ = ["architecture_of", "check_original", "convert_config", "image_size_of", "vision_depths"]
 
@@ -81,31 +81,31 @@ def check_original(config: Mapping[str, Any], name: str) -> None:
     """
     kind = config.get("model_type")
     if kind == "internvl":
-        raise ThinsightError(f"model {name!r} is converted already (model_type 'internvl'): use it as it is")
+        raise BadInput(f"model {name!r} is converted already (model_type 'internvl'): use it as it is")
     if kind != "internvl_chat":
-        raise ThinsightError(
+        raise Unsupported(
             f"model {name!r} has model_type {kind!r}: convert takes original InternVL checkpoints, whose "
             "model_type is 'internvl_chat'"
         )
     for part in ("vision_config", "llm_config"):
         if not isinstance(config.get(part), dict):
-            raise ThinsightError(f"model {name!r} has no {part} in config.json: download the checkpoint anew")
+            raise BadInput(f"model {name!r} has no {part} in config.json: download the checkpoint anew")
         if config[part].get("quantization_config") is not None:
-            raise ThinsightError(f"model {name!r} is quantized: convert the original checkpoint instead")
+            raise Unsupported(f"model {name!r} is quantized: convert the original checkpoint instead")
     for lora in ("use_backbone_lora", "use_llm_lora"):
         if config.get(lora):
-            raise ThinsightError(
+            raise BadInput(
                 f"model {name!r} has {lora} {config[lora]!r}: merge its LoRA weights before converting it"
             )
     if config.get("ps_version", "v1") != "v2":
-        raise ThinsightError(
+        raise BadInput(
             f"model {name!r} has ps_version {config.get('ps_version', 'v1')!r}: InternVL 2 and later have "
             "'v2', and transformers knows no other pixel shuffle"
         )
     if config.get("pad2square"):
-        raise ThinsightError(f"model {name!r} has pad2square, which stock image processors do not do")
+        raise BadInput(f"model {name!r} has pad2square, which stock image processors do not do")
     if _tiles(config) > 1 and not config.get("use_thumbnail", False):
-        raise ThinsightError(
+        raise BadInput(
             f"model {name!r} has use_thumbnail false with {_tiles(config)} tiles: the stock image processor "
             "always adds the thumbnail; set dynamic_image_size to false in a copy of its config.json"
         )
@@ -125,7 +125,7 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     architectures = config["llm_config"].get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     if name not in _TEXT_CONFIGS:
-        raise ThinsightError(
+        raise Unsupported(
             f"llm_config.architectures is {architectures!r} in config.json; supported: "
             f"{', '.join(_TEXT_CONFIGS)}"
         )
@@ -151,9 +151,7 @@ def vision_depths(config: Mapping[str, Any]) -> tuple[int, int]:
     selected = config.get("select_layer", -1)
     needed = selected if selected >= 0 else stored + 1 + selected
     if not 1 <= needed <= stored:
-        raise ThinsightError(
-            f"select_layer is {selected} in config.json, but the vision tower has {stored} layers"
-        )
+        raise BadInput(f"select_layer is {selected} in config.json, but the vision tower has {stored} layers")
     return needed, stored
 
 
@@ -193,7 +191,7 @@ def convert_config(
         raise
     except Exception as error:  # transformers' own validation has several kinds
         reason = " ".join(str(error).split())[:200]
-        raise ThinsightError(
+        raise BadInput(
             f"config.json does not make a valid InternVLConfig ({reason}): download the checkpoint anew"
         ) from error
 
@@ -208,7 +206,7 @@ def _vision_field(config: Mapping[str, Any], name: str) -> Any:
 def _convert_vision(config: Mapping[str, Any]) -> dict[str, Any]:
     vision = {name: _vision_field(config, name) for name in _VISION_DEFAULTS}
     if vision["qk_normalization"] and vision["layer_norm_eps"] != _QK_NORM_EPS:
-        raise ThinsightError(
+        raise BadInput(
             f"vision_config.layer_norm_eps is {vision['layer_norm_eps']} with qk_normalization: transformers "
             f"fixes it to {_QK_NORM_EPS} there"
         )
@@ -240,7 +238,7 @@ def _check_rope(llm: Mapping[str, Any], architecture: str) -> None:
         return
     kind = scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, dict) else scaling
     if kind not in _ROPE_TYPES[architecture]:
-        raise ThinsightError(
+        raise Unsupported(
             f"llm_config.rope_scaling is of type {kind!r} in config.json; supported for {architecture}: "
             f"{', '.join(_ROPE_TYPES[architecture])}"
         )

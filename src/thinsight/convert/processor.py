@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .config import image_size_of
 from .prompts import Conversation, chat_template
 
@@ -62,7 +62,7 @@ def stop_token_id(conversation: Conversation, tokenizer: PreTrainedTokenizerFast
     """
     number = tokenizer.convert_tokens_to_ids(conversation.stop_token)
     if number is None or number == tokenizer.unk_token_id:
-        raise ThinsightError(
+        raise BadInput(
             f"the tokenizer has no {conversation.stop_token!r}, which ends a message in this checkpoint's "
             "template: they belong to different checkpoints"
         )

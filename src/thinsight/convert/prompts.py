@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import ThinsightError
+from ..errors import Unsupported
 
 __all__ = ["IMAGE_TOKEN", "VIDEO_TOKEN", "Conversation", "chat_template", "find_conversation"]
 
@@ -62,7 +62,7 @@ def find_conversation(config: dict[str, Any]) -> Conversation:
     """
     name = config.get("template")
     if name not in _CONVERSATIONS:
-        raise ThinsightError(f"template is {name!r} in config.json; supported: {', '.join(_CONVERSATIONS)}")
+        raise Unsupported(f"template is {name!r} in config.json; supported: {', '.join(_CONVERSATIONS)}")
     conversation = _CONVERSATIONS[name]
     own = config.get("system_message")
     if isinstance(own, str):

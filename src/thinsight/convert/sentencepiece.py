@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 
 __all__ = ["Piece", "SentencePieceModel", "build_tokenizer", "read_model"]
 
@@ -60,11 +60,11 @@ def read_model(path: Path) -> SentencePieceModel:
     try:
         model = _parse(path.read_bytes())
     except (OSError, ValueError, IndexError, struct.error) as error:
-        raise ThinsightError(f"{path} is not a SentencePiece model ({error}): download it anew") from error
+        raise BadInput(f"{path} is not a SentencePiece model ({error}): download it anew") from error
     if not model.pieces:
-        raise ThinsightError(f"{path} is not a SentencePiece model (it has no pieces): download it anew")
+        raise BadInput(f"{path} is not a SentencePiece model (it has no pieces): download it anew")
     if model.model_type != _BPE_MODEL or model.space_is_suffix or not model.escapes_spaces:
-        raise ThinsightError(
+        raise BadInput(
             f"{path} is not a BPE model that writes spaces as prefixes, as InternVL's text models have: "
             "put a tokenizer.json in its place"
         )
@@ -153,7 +153,7 @@ def _user_defined(model: SentencePieceModel, renamed: dict[int, str], prefix: st
         if piece.kind == _USER_DEFINED and number not in renamed
     ]
     if (prefix == "always" and found) or (prefix == "first" and any(_SPACE in text for text in found)):
-        raise ThinsightError(
+        raise BadInput(
             f"tokenizer.model has user-defined pieces such as {found[0]!r} and a dummy prefix, which a "
             "tokenizer.json cannot say: put the checkpoint's own tokenizer.json in its place"
         )

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput, StorageError, ThinsightError
 from ..loading import locate_model
 from .shards import DTYPE_BYTES, TensorSpec
 
@@ -82,9 +82,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ThinsightError(f"{path} cannot be read ({error}): download the checkpoint anew") from error
+        raise StorageError(f"{path} cannot be read ({error}): download the checkpoint anew") from error
     if not isinstance(data, dict):
-        raise ThinsightError(f"{path} holds no JSON object: download the checkpoint anew")
+        raise BadInput(f"{path} holds no JSON object: download the checkpoint anew")
     return data
 
 
@@ -95,7 +95,7 @@ def _download(repo_id: str) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=list(_WANTED_FILES)))
     except Exception as error:  # every transport has its own kinds: httpx, requests, OSError ...
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ThinsightError(
+        raise StorageError(
             f"model {repo_id!r} could not be downloaded ({reason}): check the network and the disk, and run "
             "the same command again; what has arrived is kept"
         ) from error
@@ -106,7 +106,7 @@ def _read_headers(folder: Path, name: str) -> dict[str, StoredTensor]:
     for file in _shard_files(folder, name):
         for key, tensor in _read_header(folder, file, name):
             if key in tensors:
-                raise ThinsightError(f"model {name!r} has {key} twice, in {tensors[key].file} and in {file}")
+                raise BadInput(f"model {name!r} has {key} twice, in {tensors[key].file} and in {file}")
             tensors[key] = tensor
     return tensors
 
@@ -115,26 +115,24 @@ def _shard_files(folder: Path, name: str) -> list[str]:
     if (folder / _INDEX).is_file():
         weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise ThinsightError(f"{folder / _INDEX} has no weight_map: download the checkpoint anew")
+            raise BadInput(f"{folder / _INDEX} has no weight_map: download the checkpoint anew")
         files = sorted({str(file) for file in weight_map.values()})
         for file in files:
             if Path(file).name != file:
-                raise ThinsightError(
-                    f"{_INDEX} names {file!r}, which is not a file of the checkpoint's folder"
-                )
+                raise BadInput(f"{_INDEX} names {file!r}, which is not a file of the checkpoint's folder")
             if not (folder / file).is_file():
-                raise ThinsightError(
+                raise BadInput(
                     f"model {name!r} lacks {file}, which {_INDEX} names: download the checkpoint anew"
                 )
         return files
     if (folder / _SINGLE).is_file():
         return [_SINGLE]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise ThinsightError(
+        raise BadInput(
             f"model {name!r} has its weights as pickles (.bin), which may run code when read: use a copy "
             "with safetensors, or save one from an environment that you trust"
         )
-    raise ThinsightError(f"model {name!r} has neither {_INDEX} nor {_SINGLE}: download the checkpoint anew")
+    raise BadInput(f"model {name!r} has neither {_INDEX} nor {_SINGLE}: download the checkpoint anew")
 
 
 def _read_header(folder: Path, file: str, name: str) -> Iterator[tuple[str, StoredTensor]]:
@@ -144,7 +142,7 @@ def _read_header(folder: Path, file: str, name: str) -> Iterator[tuple[str, Stor
                 view = shard.get_slice(key)
                 dtype = str(view.get_dtype())
                 if dtype not in DTYPE_BYTES:
-                    raise ThinsightError(
+                    raise BadInput(
                         f"model {name!r} stores {key} as {dtype}, so it is quantized: convert the original "
                         "floating-point checkpoint"
                     )
@@ -154,4 +152,4 @@ def _read_header(folder: Path, file: str, name: str) -> Iterator[tuple[str, Stor
 
 
 def _unreadable(name: str, file: str, error: Exception) -> ThinsightError:
-    return ThinsightError(f"model {name!r}: {file} cannot be read ({error}): download it anew")
+    return StorageError(f"model {name!r}: {file} cannot be read ({error}): download it anew")

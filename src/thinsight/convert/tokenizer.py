@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from ..errors import ThinsightError
+from ..errors import BadInput, StorageError
 from .prompts import IMAGE_TOKEN, VIDEO_TOKEN
 from .sentencepiece import build_tokenizer, read_model
 from .source import read_json
@@ -120,7 +120,7 @@ def _read_backend(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     elif (folder / "tokenizer.json").is_file():
         backend = _from_json(folder / "tokenizer.json")
     else:
-        raise ThinsightError(
+        raise BadInput(
             f"tokenizer_class is {kind!r} in {folder / 'tokenizer_config.json'}, and the folder has no "
             "vocabulary that goes with it: tokenizer.model, vocab.json and merges.txt, or tokenizer.json"
         )
@@ -150,9 +150,7 @@ def _surround(backend: Tokenizer, settings: Mapping[str, Any]) -> None:
     after = [named["eos_token"]] if settings.get("add_eos_token") else []
     for token in (*before, *after):
         if backend.token_to_id(token) is None:
-            raise ThinsightError(
-                f"tokenizer_config.json names {token!r}, which tokenizer.model does not have"
-            )
+            raise BadInput(f"tokenizer_config.json names {token!r}, which tokenizer.model does not have")
     single = [*before, "$A", *after]
     second = [*(f"{token}:1" for token in before), "$B:1", *(f"{token}:1" for token in after)]
     backend.post_processor = TemplateProcessing(
@@ -170,7 +168,7 @@ def _from_byte_pairs(folder: Path) -> Tokenizer:
     try:
         backend = Tokenizer(BPE(vocab=vocab, merges=[(left, right) for left, _, right in pairs]))
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ThinsightError(f"{folder / 'merges.txt'} does not fit vocab.json ({error})") from error
+        raise BadInput(f"{folder / 'merges.txt'} does not fit vocab.json ({error})") from error
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -186,7 +184,7 @@ def _from_json(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise ThinsightError(f"{path} cannot be read ({error}): download it anew") from error
+        raise StorageError(f"{path} cannot be read ({error}): download it anew") from error
 
 
 def _add_tokens(backend: Tokenizer, added: Mapping[int, AddedToken]) -> None:
@@ -194,7 +192,7 @@ def _add_tokens(backend: Tokenizer, added: Mapping[int, AddedToken]) -> None:
     for number, token in added.items():
         backend.add_tokens([token])
         if backend.token_to_id(token.content) != number:
-            raise ThinsightError(
+            raise BadInput(
                 f"added token {token.content!r} has id {number} in the original tokenizer but would get "
                 f"{backend.token_to_id(token.content)}: its vocabulary has a gap or lacks a file"
             )
@@ -204,9 +202,9 @@ def _check_image_tokens(backend: Tokenizer, vocab_size: int) -> None:
     for token in ("<img>", "</img>", IMAGE_TOKEN):
         number = backend.token_to_id(token)
         if number is None:
-            raise ThinsightError(f"the tokenizer has no {token!r}: it is not an InternVL checkpoint's")
+            raise BadInput(f"the tokenizer has no {token!r}: it is not an InternVL checkpoint's")
         if number >= vocab_size:
-            raise ThinsightError(
+            raise BadInput(
                 f"token {token!r} has id {number}, but the text model has {vocab_size} embeddings: the "
                 "tokenizer belongs to another checkpoint"
             )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..runtime import LayerScores, apply, layer_scores, num_layers
 from ..runtime.families import check_supported
 from ..schedule import Schedule
@@ -53,7 +53,7 @@ def attention_statistics(
     """
     scores = list(prompt_scores(model, processor, examples, ranker, batch_size, progress, "attention"))
     if min(float(each.min()) for each in scores) < 0:
-        raise ThinsightError(f"ranker {ranker!r} gives scores below 0, which are no attention")
+        raise BadInput(f"ranker {ranker!r} gives scores below 0, which are no attention")
     tokens = max(each.shape[1] for each in scores)
     return np.mean([_profile(each, tokens) for each in scores], axis=0)
 
@@ -78,15 +78,13 @@ def prompt_scores(
             `least_tokens` vision tokens, or a model that is not supported.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ThinsightError(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
+        raise BadInput(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
     check_supported(model)
     validate_examples(examples)
     prompts = [encode_prompt(model, processor, example) for example in examples]
     smallest = min(range(len(prompts)), key=lambda index: prompts[index].n_vision)
     if prompts[smallest].n_vision < least_tokens:
-        raise ThinsightError(
-            f"example {examples[smallest].id!r} has one vision token: give an image with more"
-        )
+        raise BadInput(f"example {examples[smallest].id!r} has one vision token: give an image with more")
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     images = VisionCache(model, processor)
     for start in range(0, len(order), batch_size):

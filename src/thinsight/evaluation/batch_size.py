@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..cost import DecoderShape
-from ..errors import ThinsightError
+from ..errors import BadInput
 
 __all__ = ["AUTO", "BatchSize", "check_batch_size", "chunks", "fastest", "free_bytes", "pass_bytes"]
 
@@ -34,7 +34,7 @@ def check_batch_size(wanted: Any) -> None:
     """
     whole = isinstance(wanted, int) and not isinstance(wanted, bool)
     if wanted != AUTO and (not whole or wanted < 1):
-        raise ThinsightError(f"batch_size is {wanted!r}: it must be a whole number of at least 1, or 'auto'")
+        raise BadInput(f"batch_size is {wanted!r}: it must be a whole number of at least 1, or 'auto'")
 
 
 def chunks(items: Sequence[T], size: int) -> Iterator[list[T]]:
@@ -88,7 +88,7 @@ class BatchSize:
     def _half(self) -> int:
         assert self.size is not None
         if self.size == 1:
-            raise ThinsightError(
+            raise BadInput(
                 "batch_size is 1, and the device's memory does not hold the pass of one prompt: load the "
                 "model with dtype bfloat16, spread it with device_map, or use smaller images"
             ) from None

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 
 __all__ = ["LossTest", "check_confidence", "random_order"]
 
@@ -29,7 +29,7 @@ def check_confidence(confidence: Any) -> None:
     """
     number = isinstance(confidence, Real) and not isinstance(confidence, bool)
     if not number or not 0 < confidence < 1:
-        raise ThinsightError(f"confidence is {confidence!r}; it must be between 0 and 1, such as 0.99")
+        raise BadInput(f"confidence is {confidence!r}; it must be between 0 and 1, such as 0.99")
 
 
 def random_order(weights: ArrayLike, seed: int | list[int]) -> list[int]:

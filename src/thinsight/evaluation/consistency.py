@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..runtime import num_layers
 from ..runtime.families import check_supported
 from .attention import prompt_scores
@@ -123,7 +123,7 @@ def rank_consistency(
     """
     check_supported(model)
     if num_layers(model) < 2:
-        raise ThinsightError(
+        raise BadInput(
             "the model has one decoder layer: rank consistency compares layers, use a deeper model"
         )
     found = prompt_scores(

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from ..errors import ThinsightError
+from ..errors import Unsupported
 from ..runtime import vision_token_mask
 from ..runtime.families import reads_prompt_both_ways, sliding_layers
 from .encoding import PromptBatch
@@ -71,7 +71,7 @@ class DecodingRules:
         for name, neutral in _REFUSED.items():
             value = getattr(generation_config, name, None)
             if value not in neutral:
-                raise ThinsightError(
+                raise Unsupported(
                     f"generation_config.{name} is {value!r}, which exact scoring does not support: "
                     f"set model.generation_config.{name} = {neutral[-1]!r}"
                 )

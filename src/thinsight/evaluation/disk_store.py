@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput, StorageError
 
 __all__ = ["DiskStore"]
 
@@ -39,7 +39,7 @@ class DiskStore:
 
     def __init__(self, cache_dir: str | os.PathLike[str]) -> None:
         if not isinstance(cache_dir, (str, os.PathLike)) or not os.fspath(cache_dir):
-            raise ThinsightError(f"cache_dir is {cache_dir!r}: give the path of a folder")
+            raise BadInput(f"cache_dir is {cache_dir!r}: give the path of a folder")
         self._folder = Path(cache_dir).expanduser()
         self._writable = True
         try:
@@ -48,7 +48,7 @@ class DiskStore:
             probe.write_bytes(b"")
             probe.unlink()
         except OSError as error:
-            raise ThinsightError(
+            raise StorageError(
                 f"cache_dir {self._folder} cannot be written ({error.strerror or error}): "
                 "give a folder you may write"
             ) from None

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..runtime import vision_token_mask
 from ..runtime.families import base_model
 from .examples import Example, open_image
@@ -76,7 +76,7 @@ def image_token(processor: Any) -> str:
         token = getattr(owner, "image_token", None)
         if token is not None:
             return str(token)
-    raise ThinsightError(
+    raise BadInput(
         f"the processor {type(processor).__name__} has no image token: pass the model's own processor"
     )
 
@@ -93,7 +93,7 @@ def prompt_text(processor: Any, example: Example) -> str:
     token = image_token(processor)
     placed = example.question.count(token)
     if placed not in (0, len(example.images)):
-        raise ThinsightError(
+        raise BadInput(
             f"example {example.id!r} has {len(example.images)} images but its question has {placed} "
             f"{token!r} tokens: give one per image, or none to put the images first"
         )
@@ -133,14 +133,14 @@ def encode_prompt(model: Any, processor: Any, example: Example) -> Prompt:
     try:
         inputs = process(processor, [example])
     except ValueError as error:  # the processor's own check of images against image tokens
-        raise ThinsightError(
+        raise BadInput(
             f"the prompt of example {example.id!r} does not fit its {len(example.images)} images ({error}): "
             f"the chat template must put {image_token(processor)!r} where an image belongs"
         ) from error
     input_ids = inputs["input_ids"]  # (1, seq)
     n_vision = int(vision_token_mask(model, input_ids).sum())
     if n_vision == 0:
-        raise ThinsightError(
+        raise BadInput(
             f"the prompt of example {example.id!r} has no image token that {type(model).__name__} knows: "
             "pass the processor that belongs to the model"
         )

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import cost
-from ..errors import ThinsightError
+from ..errors import BadInput, Unsupported
 from ..ranking import get_ranker
 from ..reduction import Reduction
 from ..runtime import Handle, apply, num_layers
@@ -121,11 +121,11 @@ class Evaluator:
         check_batch_size(batch_size)
         check_supported(model)
         if model.training:
-            raise ThinsightError(
+            raise BadInput(
                 "the model is in training mode, where answers may be random: call model.eval() first"
             )
         if not callable(processor):
-            raise ThinsightError(f"processor is {processor!r}: pass the model's own processor")
+            raise BadInput(f"processor is {processor!r}: pass the model's own processor")
         disk = None if cache_dir is None else DiskStore(cache_dir)
         validate_examples(examples)
         self.model = model
@@ -212,7 +212,7 @@ class Evaluator:
         try:
             apply(self.model, schedule, ranker=ranker).remove()
             self._full_model.vision.inputs(self.examples[:1], ranker)
-        except ThinsightError:
+        except Unsupported:
             return False
         return True
 
@@ -292,7 +292,7 @@ class Evaluator:
             ThinsightError: ``share`` is not in (0, 1], or as for a call.
         """
         if not 0 < share <= 1:
-            raise ThinsightError(f"share is {share!r}: it must be above 0 and at most 1")
+            raise BadInput(f"share is {share!r}: it must be above 0 and at most 1")
         count = max(1, round(share * len(self._batches)))
         chosen = sorted(self._spread[:count])
         return self._evaluate(self._bind(schedule), floor=None, batches=[self._batches[i] for i in chosen])
@@ -313,7 +313,7 @@ class Evaluator:
             ThinsightError: the reduction is not adaptive, or as for a call.
         """
         if reduction.adaptive is None:
-            raise ThinsightError("the reduction is not adaptive: it has no statistic of a prompt")
+            raise BadInput("the reduction is not adaptive: it has no statistic of a prompt")
         values = np.full(len(self.examples), np.nan)
         known = self._known(self._bind(reduction))
         batches = self._batches  # the full model's answers come first
@@ -406,7 +406,7 @@ class Evaluator:
     def _bind(self, schedule: Schedule | Reduction) -> Reduction:
         reduction = schedule if isinstance(schedule, Reduction) else self.reduction(schedule)
         if reduction.schedule.num_layers != self.num_layers:
-            raise ThinsightError(
+            raise BadInput(
                 f"the schedule has {reduction.schedule.num_layers} layers but the model has "
                 f"{self.num_layers}: use schedule.resample({self.num_layers})"
             )
@@ -620,7 +620,7 @@ def _metric_of(example: Example, metric: str | None) -> Metric:
     name = metric or example.metric or ("exact_match" if example.answers else "agreement")
     chosen = get_metric(name)
     if name != "agreement" and not example.answers:
-        raise ThinsightError(
+        raise BadInput(
             f"example {example.id!r} has no answer, which metric {name!r} needs: "
             "add one, or use metric='agreement'"
         )
@@ -630,7 +630,7 @@ def _metric_of(example: Example, metric: str | None) -> Metric:
 def _max_new_tokens(given: int | None, processor: Any, examples: Sequence[Example]) -> int:
     if given is not None:
         if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-            raise ThinsightError(f"max_new_tokens is {given!r}: it must be a whole number of at least 1")
+            raise BadInput(f"max_new_tokens is {given!r}: it must be a whole number of at least 1")
         return given
     answers = sorted({answer for example in examples for answer in example.answers})
     if not answers:

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .metrics import get_metric
 
 __all__ = [
@@ -67,19 +67,19 @@ class Example:
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, (tuple, list)):
-            raise ThinsightError(f"example {self.id!r}: images must be a tuple of paths or PIL images")
+            raise BadInput(f"example {self.id!r}: images must be a tuple of paths or PIL images")
         object.__setattr__(
             self, "images", tuple(Path(image) if isinstance(image, str) else image for image in self.images)
         )
         if isinstance(self.answers, str):
-            raise ThinsightError(
+            raise BadInput(
                 f"example {self.id!r}: answers is a text; pass a tuple of texts, ({self.answers!r},)"
             )
         object.__setattr__(self, "answers", tuple(self.answers or ()))
         for name, texts in (("question", (self.question,)), ("answers", self.answers)):
             wrong = [text for text in texts if not isinstance(text, str)]
             if wrong:
-                raise ThinsightError(f"example {self.id!r}: {name} holds {wrong[0]!r}; it must be a text")
+                raise BadInput(f"example {self.id!r}: {name} holds {wrong[0]!r}; it must be a text")
         if not self.group:
             object.__setattr__(self, "group", "+".join(_group_name(image) for image in self.images))
 
@@ -110,7 +110,7 @@ def load_examples(source: str | Path, limit: int | None = None, seed: int | None
             unknown metric, an image that is missing or cannot be decoded, or no examples at all.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise ThinsightError(f"limit is {limit!r}: it must be a whole number of at least 1")
+        raise BadInput(f"limit is {limit!r}: it must be a whole number of at least 1")
     path = _locate(source)
     examples = _parse_file(path)
     if limit is not None and limit < len(examples):
@@ -130,19 +130,17 @@ def validate_examples(examples: Sequence[Example], source: str = "the examples")
             that needs answers without any, or an image that is missing or cannot be decoded.
     """
     if isinstance(examples, str) or not isinstance(examples, Sequence):
-        raise ThinsightError(
+        raise BadInput(
             f"examples is {examples!r}; pass a list of Example, such as load_examples(...) returns"
         )
     if len(examples) == 0:
-        raise ThinsightError(f"{source} has no examples: give at least one")
+        raise BadInput(f"{source} has no examples: give at least one")
     seen: set[str] = set()
     for example in examples:
         if not isinstance(example, Example):
-            raise ThinsightError(
-                f"{source}: one is a {type(example).__name__}; pass thinsight.Example objects"
-            )
+            raise BadInput(f"{source}: one is a {type(example).__name__}; pass thinsight.Example objects")
         if example.id in seen:
-            raise ThinsightError(f"{source}: id {example.id!r} occurs twice: ids must be unique")
+            raise BadInput(f"{source}: id {example.id!r} occurs twice: ids must be unique")
         seen.add(example.id)
         _check_fields(example, source)
     _check_images(examples, source)
@@ -164,15 +162,15 @@ def _locate(source: str | Path) -> Path:
         name = source.removeprefix(DEMO_PREFIX)
         if name not in _DEMO_SETS:
             choices = " or ".join(DEMO_PREFIX + known for known in _DEMO_SETS)
-            raise ThinsightError(f"unknown demo data {source!r}: use {choices}")
+            raise BadInput(f"unknown demo data {source!r}: use {choices}")
         return _DEMO_FOLDER / f"{name}.jsonl"
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        raise ThinsightError(
+        raise BadInput(
             f"data {str(source)!r} is a folder: give the JSON-lines file in it, each line {_FORMAT}"
         )
     if not path.is_file():
-        raise ThinsightError(
+        raise BadInput(
             f"data {str(source)!r} does not exist: give a JSON-lines file, demo:calibration or demo:test"
         )
     return path
@@ -182,7 +180,7 @@ def _parse_file(path: Path) -> list[Example]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would break at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
-        raise ThinsightError(f"cannot read {path} as UTF-8 text: {error}") from error
+        raise BadInput(f"cannot read {path} as UTF-8 text: {error}") from error
     return [_parse_line(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -192,9 +190,9 @@ def _parse_line(line: str, path: Path, number: int) -> Example:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         reason = f"{error.msg}, column {error.colno}" if isinstance(error, ValueError) else "nested too deep"
-        raise ThinsightError(f"{where} is not JSON ({reason}): each line is {_FORMAT}") from None
+        raise BadInput(f"{where} is not JSON ({reason}): each line is {_FORMAT}") from None
     if not isinstance(record, dict):
-        raise ThinsightError(f"{where} is not a JSON object: each line is {_FORMAT}")
+        raise BadInput(f"{where} is not a JSON object: each line is {_FORMAT}")
     _refuse_misspelt(record, where)
     images = _strings(record, "image", "images", where, required=True)
     answers = _strings(record, "answer", "answers", where, required=False)
@@ -202,8 +200,8 @@ def _parse_line(line: str, path: Path, number: int) -> Example:
     if metric is not None:
         try:
             get_metric(metric)
-        except ThinsightError as error:
-            raise ThinsightError(f"{where}: {error}") from None
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from None
     return Example(
         id=_text(record, "id", where, also=int),
         images=tuple(path.parent / image for image in images),
@@ -220,17 +218,17 @@ def _refuse_misspelt(record: dict[str, Any], where: str) -> None:
     missing = [name for name in _FIELDS if record.get(name) is None]
     for name in record:
         if name not in _FIELDS and (close := difflib.get_close_matches(name, missing, n=1, cutoff=0.8)):
-            raise ThinsightError(f"{where}: unknown field {name!r}: did you mean {close[0]!r}?")
+            raise BadInput(f"{where}: unknown field {name!r}: did you mean {close[0]!r}?")
 
 
 def _text(record: dict[str, Any], name: str, where: str, also: type | None = None) -> str:
     value = record.get(name)
     if value is None:
-        raise ThinsightError(f"{where} has no field {name!r}: each line is {_FORMAT}")
+        raise BadInput(f"{where} has no field {name!r}: each line is {_FORMAT}")
     if also is not None and isinstance(value, also) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise ThinsightError(f"{where}: field {name!r} is {value!r}: it must be a text that is not empty")
+        raise BadInput(f"{where}: field {name!r} is {value!r}: it must be a text that is not empty")
     return value
 
 
@@ -238,15 +236,15 @@ def _strings(record: dict[str, Any], one: str, many: str, where: str, *, require
     """The texts of a field that may be given as one text or under its plural name as a list."""
     given = [name for name in (one, many) if record.get(name) is not None]
     if len(given) == 2:
-        raise ThinsightError(f"{where} has both {one!r} and {many!r}: give one of them")
+        raise BadInput(f"{where} has both {one!r} and {many!r}: give one of them")
     if not given:
         if required:
-            raise ThinsightError(f"{where} has no field {one!r} (or {many!r}): each line is {_FORMAT}")
+            raise BadInput(f"{where} has no field {one!r} (or {many!r}): each line is {_FORMAT}")
         return ()
     name = given[0]
     values = [record[one]] if name == one else record[many]
     if not isinstance(values, list) or not values:
-        raise ThinsightError(f"{where}: field {many!r} must be a list that is not empty")
+        raise BadInput(f"{where}: field {many!r} must be a list that is not empty")
     return tuple(_plain_value(value, name, where) for value in values)
 
 
@@ -255,7 +253,7 @@ def _plain_value(value: Any, name: str, where: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and name.startswith("answer"):
         return str(value)
     if not isinstance(value, str) or (not value.strip() and name.startswith("image")):
-        raise ThinsightError(f"{where}: field {name!r} holds {value!r}: it must be a text")
+        raise BadInput(f"{where}: field {name!r} holds {value!r}: it must be a text")
     return value
 
 
@@ -265,24 +263,20 @@ def _plain_value(value: Any, name: str, where: str) -> str:
 def _check_fields(example: Example, source: str) -> None:
     where = f"{source}: example {example.id!r}"
     if not example.question.strip():
-        raise ThinsightError(f"{where} has an empty question: give it a text")
+        raise BadInput(f"{where} has an empty question: give it a text")
     for text in (example.question, *example.answers):
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ThinsightError(
+            raise BadInput(
                 f"{where}: {text!r} holds half of a surrogate pair: write the character itself"
             ) from None
     if not example.images:
-        raise ThinsightError(
-            f"{where} has no image: vision tokens cannot be reduced without one; give it an image"
-        )
+        raise BadInput(f"{where} has no image: vision tokens cannot be reduced without one; give it an image")
     if example.metric is not None:
         get_metric(example.metric)
         if example.metric != "agreement" and not example.answers:
-            raise ThinsightError(
-                f"{where} has no answer, which metric {example.metric!r} needs: add 'answer'"
-            )
+            raise BadInput(f"{where} has no answer, which metric {example.metric!r} needs: add 'answer'")
 
 
 def _check_images(examples: Iterable[Example], source: str) -> None:
@@ -293,9 +287,7 @@ def _check_images(examples: Iterable[Example], source: str) -> None:
             if isinstance(image, Image.Image):
                 continue
             if not isinstance(image, Path):
-                raise ThinsightError(
-                    f"{where}: an image is a {type(image).__name__}: give a path or a PIL image"
-                )
+                raise BadInput(f"{where}: an image is a {type(image).__name__}: give a path or a PIL image")
             if image not in checked:
                 checked.add(image)
                 check_image_file(image, where)
@@ -317,11 +309,11 @@ def check_image_file(
     try:
         exists = path.is_file()
     except OSError as error:
-        raise ThinsightError(
+        raise BadInput(
             f"{where}: image {str(path)[:80]!r} cannot be read ({error.strerror}): {missing}"
         ) from None
     if not exists:
-        raise ThinsightError(f"{where}: image {str(path)!r} does not exist: {missing}")
+        raise BadInput(f"{where}: image {str(path)!r} does not exist: {missing}")
     try:
         with Image.open(path) as image:
             image.verify()
@@ -329,7 +321,7 @@ def check_image_file(
             image.load()
     except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, ValueError, struct.error, ...
         reason = str(error) or type(error).__name__
-        raise ThinsightError(
+        raise BadInput(
             f"{where}: image {str(path)!r} is truncated or no image ({reason}): replace it"
         ) from error
 
@@ -345,4 +337,4 @@ def _image_key(image: object) -> str:
         digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
         digest.update(image.tobytes())
         return f"pixels:{digest.hexdigest()[:24]}"
-    raise ThinsightError(f"an image is a {type(image).__name__}: give a path or a PIL image")
+    raise BadInput(f"an image is a {type(image).__name__}: give a path or a PIL image")

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput, StorageError
 
 __all__ = ["DEFAULT_CACHE_GIB", "FeatureStore", "Stored", "separate_tensors"]
 
@@ -69,7 +69,7 @@ class FeatureStore(Generic[S]):
     def __init__(self, cache_gib: float = DEFAULT_CACHE_GIB) -> None:
         number = isinstance(cache_gib, (int, float)) and not isinstance(cache_gib, bool)
         if not number or not math.isfinite(cache_gib) or cache_gib < 0:
-            raise ThinsightError(f"cache_gib is {cache_gib!r}: it must be a number of at least 0, such as 4")
+            raise BadInput(f"cache_gib is {cache_gib!r}: it must be a number of at least 0, such as 4")
         self._room = cache_gib * 2**30  # bytes
         self._held: dict[Hashable, S] = {}
         self._filed: dict[Hashable, _Filed[S]] = {}
@@ -122,7 +122,7 @@ class FeatureStore(Generic[S]):
             path = Path(self._folder.name) / f"{self._files}.safetensors"
             save_file(separate_tensors(entry), path)
         except (OSError, SafetensorError) as error:
-            raise ThinsightError(
+            raise StorageError(
                 f"a cache entry of {entry.num_bytes} bytes cannot be written to a temporary file "
                 f"({error}): free some space, set TMPDIR to another folder, or raise cache_gib"
             ) from error

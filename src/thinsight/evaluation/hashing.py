@@ -14,7 +14,7 @@ import PIL
 import torch
 import transformers
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..packing import packed_layers
 from ..version import __version__
 from .examples import ImageSource, open_image
@@ -65,7 +65,7 @@ def hash_processor(digest: Any, processor: Any) -> None:
         ThinsightError: a processor that does not tell its settings.
     """
     if not callable(getattr(processor, "to_dict", None)):
-        raise ThinsightError(
+        raise BadInput(
             f"cache_dir is given, but the processor {type(processor).__name__} has no to_dict() to tell its "
             "settings by: pass the model's own processor, or leave cache_dir out"
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 
 __all__ = ["METRICS", "Metric", "edit_distance", "get_metric", "normalize_vqa", "option_letter"]
 
@@ -33,7 +33,7 @@ class Metric:
 
     def __call__(self, prediction: str, answers: Sequence[str]) -> float:
         if not answers:
-            raise ThinsightError(
+            raise BadInput(
                 f"metric {self.name!r} needs at least one answer, got none: add 'answer' or 'answers'"
             )
         return self.rule(prediction, answers)
@@ -147,7 +147,7 @@ def get_metric(name: str) -> Metric:
         return METRICS[name]
     close = difflib.get_close_matches(str(name), METRICS, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ThinsightError(f"unknown metric {name!r}: {hint}choose one of {', '.join(METRICS)}")
+    raise BadInput(f"unknown metric {name!r}: {hint}choose one of {', '.join(METRICS)}")
 
 
 # -- text equality -------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..reduction import Reduction
 from ..schedule import Schedule
 from .evaluator import Evaluator, Progress
@@ -83,10 +83,10 @@ class EvaluatorPool:
                 `thinsight.Evaluator`.
         """
         if isinstance(devices, str) or len(devices) == 0:
-            raise ThinsightError(f"devices is {devices!r}; give a list of them, such as ['cuda:0', 'cuda:1']")
+            raise BadInput(f"devices is {devices!r}; give a list of them, such as ['cuda:0', 'cuda:1']")
         spread = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
         if len(spread) > 1:
-            raise ThinsightError(
+            raise BadInput(
                 f"the model is spread over {', '.join(spread)}, and copies of it need a device each: load it "
                 "without device_map"
             )
@@ -282,7 +282,7 @@ def _score(
 def _check(members: Sequence[Any]) -> None:
     """Refuse evaluators that cannot run at the same time, or not in place of each other."""
     if not members:
-        raise ThinsightError("evaluators is empty; give one for each device")
+        raise BadInput("evaluators is empty; give one for each device")
     for place, each in enumerate(members[1:], start=1):
         for earlier, other in enumerate(members[:place]):
             _apart(place, each, earlier, other)
@@ -295,13 +295,13 @@ def _check(members: Sequence[Any]) -> None:
 def _apart(place: int, each: Any, earlier: int, other: Any) -> None:
     """Two evaluators must not share what runs one thing at a time."""
     if getattr(each, "model", each) is getattr(other, "model", other):
-        raise ThinsightError(
+        raise BadInput(
             f"evaluators[{place}].model is that of evaluators[{earlier}] too, and a model runs one schedule "
             "at a time: give each a model of its own, such as copy.deepcopy(model).to(device)"
         )
     processor = getattr(each, "processor", None)
     if processor is not None and processor is getattr(other, "processor", None):
-        raise ThinsightError(
+        raise BadInput(
             f"evaluators[{place}].processor is that of evaluators[{earlier}] too, and a tokenizer serves one "
             "thread at a time: give each a processor of its own, such as copy.deepcopy(processor)"
         )
@@ -309,7 +309,7 @@ def _apart(place: int, each: Any, earlier: int, other: Any) -> None:
 
 def _same(place: int, name: str, found: Any, expected: Any, remedy: str) -> None:
     if found != expected:
-        raise ThinsightError(
+        raise BadInput(
             f"evaluators[{place}].{name} is {_short(found)}, that of evaluators[0] is {_short(expected)}: "
             f"{remedy}"
         )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import StorageError
 from ..ranking import TEXT_ATTENTION, get_ranker
 from ..reduction import Reduction
 from ..runtime import Handle, Snapshot, can_share, num_layers, recording, resuming
@@ -135,7 +135,7 @@ class PrefixCache:
         began = self._now()
         try:
             self._kept.put(key, snapshot.to("cpu"))
-        except ThinsightError:  # no room for a file: the search goes on without
+        except StorageError:  # no room for a file: the search goes on without
             self._give_up()
             return
         self._prefixes[key] = prefix

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 
 __all__ = ["Evaluation"]
 
@@ -58,9 +58,7 @@ class Evaluation:
             ThinsightError: the full model's score is not known.
         """
         if self.full_score is None:
-            raise ThinsightError(
-                "full_score is None; a drop needs the full model's score on the same examples"
-            )
+            raise BadInput("full_score is None; a drop needs the full model's score on the same examples")
         return self.full_score - self.score
 
 
@@ -68,15 +66,15 @@ def _finite(value: float, name: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ThinsightError(f"{name} is {value!r}; an evaluation needs a finite number") from None
+        raise BadInput(f"{name} is {value!r}; an evaluation needs a finite number") from None
     if not math.isfinite(number):
-        raise ThinsightError(f"{name} is {number}; an evaluation needs a finite number")
+        raise BadInput(f"{name} is {number}; an evaluation needs a finite number")
     return number
 
 
 def _read_only_vector(values: object) -> NDArray[np.float64]:
     vector = np.array(values, dtype=np.float64)  # a copy, so that later writes elsewhere do not reach it
     if vector.ndim != 1:
-        raise ThinsightError(f"per_example has shape {vector.shape}; it must be one score per example")
+        raise BadInput(f"per_example has shape {vector.shape}; it must be one score per example")
     vector.flags.writeable = False
     return vector

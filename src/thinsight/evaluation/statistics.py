@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 
 __all__ = ["Interval", "paired_bootstrap"]
 
@@ -68,20 +68,20 @@ def paired_bootstrap(
 def _drops(full: ArrayLike, reduced: ArrayLike) -> NDArray[np.float64]:
     left, right = np.asarray(full, dtype=np.float64), np.asarray(reduced, dtype=np.float64)
     if left.ndim != 1 or left.shape != right.shape or left.size == 0:
-        raise ThinsightError(
+        raise BadInput(
             f"full has shape {left.shape} and reduced {right.shape}; "
             "both need one score per example, for the same examples"
         )
     if not (np.isfinite(left).all() and np.isfinite(right).all()):
-        raise ThinsightError("full or reduced holds a value that is not finite; run every example first")
+        raise BadInput("full or reduced holds a value that is not finite; run every example first")
     return left - right
 
 
 def _check_settings(resamples: int, level: float) -> None:
     if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
-        raise ThinsightError(f"resamples is {resamples!r}; it must be a whole number of at least 1")
+        raise BadInput(f"resamples is {resamples!r}; it must be a whole number of at least 1")
     if not (isinstance(level, float) and math.isfinite(level) and 0.0 < level < 1.0):
-        raise ThinsightError(f"level is {level!r}; it must be a number between 0 and 1, such as 0.95")
+        raise BadInput(f"level is {level!r}; it must be a number between 0 and 1, such as 0.95")
 
 
 def _group_totals(
@@ -91,7 +91,7 @@ def _group_totals(
     if groups is None:
         return drops, np.ones_like(drops)
     if len(groups) != len(drops):
-        raise ThinsightError(f"groups has {len(groups)} labels for {len(drops)} examples; pass one for each")
+        raise BadInput(f"groups has {len(groups)} labels for {len(drops)} examples; pass one for each")
     number_of: dict[Hashable, int] = {}
     member = np.array([number_of.setdefault(label, len(number_of)) for label in groups])
     sums = np.bincount(member, weights=drops).astype(np.float64)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..ranking import VISION_ATTENTION, get_ranker
 from ..runtime import EncodedImages, encode_images, vision_token_mask
 from ..runtime.families import decoder
@@ -192,7 +192,7 @@ def _split(encoded: EncodedImages, counts: Sequence[int]) -> list[list[int]]:
             mine.append(entry)
             entry += 1
         if sum(sizes[i] for i in mine) != count:
-            raise ThinsightError(
+            raise BadInput(
                 f"the vision encoder makes entries of {sizes} tokens, which do not fit prompts with {counts} "
                 "image tokens: pass the processor that belongs to the model"
             )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..evaluation.batch_size import AUTO
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.encoding import encode_prompt, typical_batch
@@ -197,7 +197,7 @@ def bench(
     watcher = watcher or Watcher()
     for name, value in (("batch_size", batch_size), ("runs", runs), ("new_tokens", new_tokens)):
         if value < 1:
-            raise ThinsightError(f"{name} is {value}: it must be a whole number of at least 1")
+            raise BadInput(f"{name} is {value}: it must be a whole number of at least 1")
     examples, opened, found = _open(options, watcher)
     inputs = typical_batch(opened.processor, examples, batch_size)
     with pack(opened.model) if packed else nullcontext():
@@ -236,9 +236,9 @@ def show(
     """
     watcher = watcher or Watcher()
     if max_new_tokens < 1:
-        raise ThinsightError(f"max_new_tokens is {max_new_tokens}: it must be a whole number of at least 1")
+        raise BadInput(f"max_new_tokens is {max_new_tokens}: it must be a whole number of at least 1")
     if image is not None and question is None:
-        raise ThinsightError(f"image {image!r} comes without a question: thinsight show IMAGE QUESTION")
+        raise BadInput(f"image {image!r} comes without a question: thinsight show IMAGE QUESTION")
     fitted = _fitted(options)
     example = (
         varied(load_examples(options.data_name, options.limit), 1)[0]

@@ -12,7 +12,7 @@ from typing import Any
 from ..adaptive import Adaptive
 from ..baselines import BASELINES
 from ..budget import Budget, check_budget_value
-from ..errors import ThinsightError
+from ..errors import BadInput, MissingPackage, Unreachable, Unsupported
 from ..evaluation.attention import attention_statistics
 from ..evaluation.evaluator import Evaluator
 from ..ranking import get_ranker
@@ -72,14 +72,12 @@ class CompareOptions(RunOptions):
             check_budget_value(budget, self.budget_unit)
         for name, values in (("budgets", self.budgets), ("methods", self.methods), ("seeds", self.seeds)):
             if not values or len(set(values)) < len(values):
-                raise ThinsightError(f"{name} is {values!r}: give at least one, and none twice")
+                raise BadInput(f"{name} is {values!r}: give at least one, and none twice")
         for method in self.methods:
             if method not in ("all", *method_names()):
-                raise ThinsightError(
-                    f"method is {method!r}; choose all, or some of {', '.join(method_names())}"
-                )
+                raise BadInput(f"method is {method!r}; choose all, or some of {', '.join(method_names())}")
         if self.n_trials < LEAST_TRIALS:
-            raise ThinsightError(f"n_trials is {self.n_trials}: it must be at least {LEAST_TRIALS}")
+            raise BadInput(f"n_trials is {self.n_trials}: it must be at least {LEAST_TRIALS}")
         get_ranker(self.ranker)
         super().check()
         self.model.check()
@@ -224,7 +222,7 @@ class _Comparing:
             if name.startswith(SEARCH_PREFIX):
                 return self._search(budget, name.removeprefix(SEARCH_PREFIX), seed or 0, key)
             reduction = self._baseline(budget, name, seed)
-        except ThinsightError as error:
+        except (Unreachable, Unsupported) as error:
             return _Found((), {}, 0, 0, None, str(error))
         return _Found.of(reduction, 0, 0, None)
 
@@ -234,7 +232,7 @@ class _Comparing:
         options: dict[str, Any] = {} if seed is None else {"seed": seed}
         try:
             return baseline.make(budget, statistics=statistics, **options)
-        except ThinsightError:
+        except (BadInput, Unreachable):
             # layers numbered for 32 may be too deep for a shallow model
             return baseline.make(budget, statistics=statistics, scale_layers=True, **options)
 
@@ -283,7 +281,7 @@ class _Comparing:
             for name in ("comparison.pdf", "comparison.png"):
                 draw(comparison, folder.path / name)
                 paths.append(folder.path / name)
-        except ThinsightError as error:
+        except MissingPackage as error:
             note = str(error)
         return CompareOutcome(comparison, tuple(paths), note)
 

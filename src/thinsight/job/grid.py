@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..errors import ThinsightError
+from ..errors import Unsupported
 from ..evaluation.examples import Example, open_image
 
 __all__ = ["Grid", "grid_of"]
@@ -108,8 +108,8 @@ def _tile(model: Any, processor: Any, images: int, inputs: Mapping[str, Any], n_
     return Grid(_as_seen(processor, tiles[shown]), rows // block, columns // block, shown * tokens)
 
 
-def _no_grid(what: str) -> ThinsightError:
-    return ThinsightError(f"{what} form no grid that could be drawn over one picture; show another example")
+def _no_grid(what: str) -> Unsupported:
+    return Unsupported(f"{what} form no grid that could be drawn over one picture; show another example")
 
 
 def _side(value: Any) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..evaluation.encoding import process
 from ..evaluation.examples import Example
 from ..reduction import Reduction
@@ -48,7 +48,7 @@ def picture_of(
         ThinsightError: a prompt without an image, or an image whose tokens form no grid.
     """
     if not example.images:
-        raise ThinsightError(f"example {example.id!r} has no image: there are no vision tokens to show")
+        raise BadInput(f"example {example.id!r} has no image: there are no vision tokens to show")
     inputs = on_device(model, process(processor, [example]))
     n_vision = int(vision_token_mask(model, inputs["input_ids"]).sum())
     grid = grid_of(model, processor, example, inputs, n_vision)

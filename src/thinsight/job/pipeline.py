@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import baselines
-from ..errors import ThinsightError
+from ..errors import Unreachable, Unsupported
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.encoding import typical_batch
 from ..reduction import Reduction
@@ -116,7 +116,7 @@ class _Run:
         layer = min(2, schedule.num_layers - 1)
         try:
             fastv = baselines.fastv(budget=budget, layer=layer, ranker=reduction.ranker)
-        except ThinsightError:  # the search may begin above layer 2 and go where a step at 2 cannot follow
+        except Unreachable:  # the search may begin above layer 2 and go where a step at 2 cannot follow
             layer = next(i for i, rate in enumerate(schedule.keep_rates) if rate < 1)
             fastv = baselines.fastv(budget=budget, layer=layer, ranker=reduction.ranker)
         return [
@@ -171,7 +171,7 @@ class _Run:
                 picture = picture_of(
                     opened.model, opened.processor, example, reduction, max_new_tokens=longest
                 )
-            except ThinsightError as error:  # the report goes on without it
+            except Unsupported as error:  # the report goes on without it
                 self.prepared.watcher.on_note(f"No picture of example {example.id!r}: {error}")
             else:
                 pictures.append(picture)

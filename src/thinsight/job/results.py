@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import cost
 from ..budget import FlopsBudget
-from ..errors import ThinsightError
+from ..errors import Unsupported
 from ..evaluation.examples import Example
 from ..evaluation.result import Evaluation
 from ..evaluation.statistics import Interval, paired_bootstrap
@@ -63,7 +63,7 @@ class MedianPrompt:
         """
         try:
             return cost.vision_flops(self.config, n_vision=self.n_vision)
-        except ThinsightError:
+        except Unsupported:
             return None
 
     def budget(self, schedule: Schedule) -> FlopsBudget:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import ThinsightError
+from ..errors import BadInput, StorageError
 from ..report.codec import decode, encode
 
 __all__ = ["RunFolder", "check_writable_file"]
@@ -33,11 +33,11 @@ def check_writable_file(path: Path) -> None:
         ThinsightError: the path is a folder, or its folder cannot be written.
     """
     if path.is_dir():
-        raise ThinsightError(f"out {path} is a folder: give the name of a file")
+        raise BadInput(f"out {path} is a folder: give the name of a file")
     try:
         _probe(path.parent)
     except OSError as error:
-        raise ThinsightError(
+        raise StorageError(
             f"out {path} cannot be written ({error.strerror or error}): give a file in a folder you may write"
         ) from None
 
@@ -64,9 +64,9 @@ class RunFolder:
         self.path = Path(path)
         self.resume = resume
         if self.path.exists() and not self.path.is_dir():
-            raise ThinsightError(f"out {self.path} is a file: give a folder")
+            raise BadInput(f"out {self.path} is a file: give a folder")
         if (self.path / _RUN_FILE).exists() and not resume:
-            raise ThinsightError(
+            raise BadInput(
                 f"out {self.path} holds a search already: continue it with --resume, or give another --out"
             )
         self._check_writable()
@@ -85,7 +85,7 @@ class RunFolder:
         found = self._read(path)
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
-                raise ThinsightError(
+                raise BadInput(
                     f"out {self.path} was made with {key} {found.get(key)!r}, this run "
                     f"has {wanted.get(key)!r}: resume with the same settings and data, or give another --out"
                 )
@@ -124,7 +124,7 @@ class RunFolder:
         try:
             _probe(self.path / _STAGES)
         except OSError as error:
-            raise ThinsightError(
+            raise StorageError(
                 f"out {self.path} cannot be written ({error.strerror or error}): give a folder you may write"
             ) from None
 
@@ -132,11 +132,9 @@ class RunFolder:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ThinsightError(
-                f"{path} cannot be read ({error.strerror or error}): check the file"
-            ) from None
+            raise StorageError(f"{path} cannot be read ({error.strerror or error}): check the file") from None
         except ValueError as error:
-            raise ThinsightError(f"{path} is not valid JSON ({error}): remove it, then resume") from None
+            raise StorageError(f"{path} is not valid JSON ({error}): remove it, then resume") from None
 
     def _write(self, path: Path, value: Any) -> None:
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -148,7 +146,7 @@ class RunFolder:
                 os.fsync(file.fileno())
             os.replace(part, path)
         except OSError as error:
-            raise ThinsightError(
+            raise StorageError(
                 f"{path} cannot be written ({error.strerror or error}): free the disk, then resume"
             ) from None
         finally:

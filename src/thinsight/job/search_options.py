@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..budget import check_budget_value
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..ranking import Ranker, get_ranker
 from ..reduction import Reduction
 from ..schedule import Schedule
@@ -75,36 +75,34 @@ class SearchOptions(RunOptions):
         """The search that is chosen can do what it is asked."""
         choose_method(self.method, self.max_drop, self.budget)
         if self.frontier and (self.method is not None or self.budget_unit != "keep"):
-            raise ThinsightError(
+            raise BadInput(
                 "frontier has its own search and counts mean keep rates: leave out method and budget_unit"
             )
         if self.frontier and self.chooses_ranker:
-            raise ThinsightError("ranker 'auto' is chosen for one budget: name a ranker for a frontier")
+            raise BadInput("ranker 'auto' is chosen for one budget: name a ranker for a frontier")
         if self.chooses_ranker and self.chosen not in CHOOSE_RANKER:
-            raise ThinsightError(
+            raise BadInput(
                 f"ranker 'auto' needs a budget and a search that chooses it: {' or '.join(CHOOSE_RANKER)}"
             )
         if self.start is not None and self.chosen not in WARM_START:
-            raise ThinsightError(f"start needs a budget and a search that takes it: {', '.join(WARM_START)}")
+            raise BadInput(f"start needs a budget and a search that takes it: {', '.join(WARM_START)}")
 
     def _check_numbers(self) -> None:
         if self.budget is not None:
             check_budget_value(self.budget, self.budget_unit)
         if not math.isfinite(self.tolerance) or self.tolerance < 0:
-            raise ThinsightError(
-                f"max_drop is {self.max_drop}: it must be a number of at least 0, such as 0.01"
-            )
+            raise BadInput(f"max_drop is {self.max_drop}: it must be a number of at least 0, such as 0.01")
         least = {"timing_runs": 1, "new_tokens": 1, "pictures": 0, "seed": 0, "n_trials": 1}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
-                raise ThinsightError(f"{name} is {value}: it must be a whole number of at least {low}")
+                raise BadInput(f"{name} is {value}: it must be a whole number of at least {low}")
 
     def _check_layer_search(self) -> None:
         """The solver, and the confidence that only a search with it takes."""
         check_early_stop(self.layer_solver, self.confidence)
         if self.confidence is not None and not self.searches_layers:
-            raise ThinsightError(
+            raise BadInput(
                 f"confidence is {self.confidence}, which only G-Search takes: leave it out, or search with "
                 "max_drop and without a frontier"
             )
@@ -176,11 +174,11 @@ class SearchOptions(RunOptions):
 def _check_first_layer(first_layer: int, ranker: Ranker, layers: int) -> None:
     """Refuse, before weights are loaded, a first layer that is not there or that the ranker cannot rank."""
     if first_layer >= layers:
-        raise ThinsightError(
+        raise BadInput(
             f"first_layer is {first_layer} but the model has layers 0 to {layers - 1}: choose one of them"
         )
     if first_layer == 0 and not ranker.ranks_at_layer_0:
-        raise ThinsightError(
+        raise BadInput(
             f"first_layer is 0, but ranker {ranker.name!r} reads the layer before, which layer 0 has not: "
             "choose 1 or more, or rank by vision-attention, random or uniform"
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..budget import Budget, KeepBudget
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..reduction import Reduction
 from ..report.data import FrontierRow, TrialRow
 from ..search import SearchResult, frontier, gsearch
@@ -171,7 +171,7 @@ def _taken(options: SearchOptions, found: Frontier) -> SearchResult:
         return found.within(options.budget)
     taken = found.at_drop(options.tolerance)
     if taken is None:
-        raise ThinsightError(
+        raise BadInput(
             f"no point of the frontier stays within a drop of {options.tolerance}: the best one loses "
             f"{min(point.drop for point in found.points):.4f}; allow more with --max-drop"
         )

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from ..baselines import fastv
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..evaluation.examples import Example, load_examples
 from ..loading import DEMO, check_options, load_config, load_model
 from ..ranking import get_ranker
@@ -124,7 +124,7 @@ def load_sets(data: str | None, test_data: str | None, limit: int | None) -> Set
         ThinsightError: bad data, or sets that show a common image.
     """
     if data is None and test_data is not None:
-        raise ThinsightError("--test-data needs --data: give the calibration set too")
+        raise BadInput("--test-data needs --data: give the calibration set too")
     name = data or DEMO_CALIBRATION
     if test_data is None and name == DEMO_CALIBRATION:
         test_data = DEMO_TEST
@@ -175,19 +175,19 @@ def fit_reduction(found: Sourced | None, model: str, config: Any) -> Sourced:
         return Sourced(fastv(layers), "FastV at 50 % (no --reduction given, none in the default folder)")
     has = found.reduction.schedule.num_layers
     if has != layers:
-        raise ThinsightError(
+        raise BadInput(
             f"the reduction {found.where} has {has} layers but model {model!r} has {layers}: "
             "give the model that it was searched for"
         )
     if found.reduction.model_type not in (None, model_type):
-        raise ThinsightError(
+        raise BadInput(
             f"the reduction {found.where} is for model type {found.reduction.model_type!r}, "
             f"model {model!r} is {model_type!r}: give the model that it was searched for"
         )
     try:
         check_rankable(found.reduction.schedule, get_ranker(found.reduction.ranker))
-    except ThinsightError as error:
-        raise ThinsightError(f"the reduction {found.where}: {error}") from None
+    except BadInput as error:
+        raise BadInput(f"the reduction {found.where}: {error}") from None
     return found
 
 

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ThinsightError
+from ..errors import BadInput, StorageError
 from ..evaluation.examples import Example
 
 __all__ = ["check_disjoint", "content_hash", "split_by_image"]
@@ -27,7 +27,7 @@ def split_by_image(examples: Sequence[Example], share: float = 0.5) -> tuple[lis
     """
     members = _connected(examples)
     if len(members) < 2:
-        raise ThinsightError(
+        raise BadInput(
             "all examples share one image, so they cannot be split in calibration and test: give --test-data"
         )
     order = sorted(members.values(), key=lambda group: _group_hash(examples, group))
@@ -48,7 +48,7 @@ def check_disjoint(calibration: Sequence[Example], test: Sequence[Example]) -> N
     seen = {key for example in calibration for key in _image_hashes(example)}
     shared = [example.id for example in test if seen & set(_image_hashes(example))]
     if shared:
-        raise ThinsightError(
+        raise BadInput(
             f"{len(shared)} test examples show an image of the calibration set, the first is {shared[0]!r}: "
             "a score on them would flatter the search; take them out of one of the sets"
         )
@@ -108,5 +108,5 @@ def _file_hash(path: Path) -> str:
         if key not in _known:
             _known[key] = hashlib.sha256(path.read_bytes()).hexdigest()[:24]
     except OSError as error:
-        raise ThinsightError(f"cannot read image {path}: {error.strerror or error}; check the file") from None
+        raise StorageError(f"cannot read image {path}: {error.strerror or error}; check the file") from None
     return _known[key]

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 
 __all__ = [
     "STATES",
@@ -164,7 +164,7 @@ def register(ranker: R) -> R:
     """Class decorator: makes a ranker known by its `name`."""
     known = _REGISTRY.get(ranker.name)
     if known is not None and known.__qualname__ != ranker.__qualname__:
-        raise ThinsightError(f"ranker name {ranker.name!r} is taken by {known.__name__}; choose another name")
+        raise BadInput(f"ranker name {ranker.name!r} is taken by {known.__name__}; choose another name")
     _REGISTRY[ranker.name] = ranker
     return ranker
 
@@ -186,17 +186,17 @@ def get_ranker(spec: str | Mapping[str, Any] | Ranker) -> Ranker:
         spec = {"name": spec}
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
         known = ", ".join(list_rankers())
-        raise ThinsightError(f"ranker is {spec!r}; give a name ({known}) or a dict with 'name'")
+        raise BadInput(f"ranker is {spec!r}; give a name ({known}) or a dict with 'name'")
     settings = dict(spec)
     name = settings.pop("name")
     ranker = _REGISTRY.get(name)
     if ranker is None:
-        raise ThinsightError(f"ranker is {name!r}; choose one of {', '.join(list_rankers())}")
+        raise BadInput(f"ranker is {name!r}; choose one of {', '.join(list_rankers())}")
     parameters = inspect.signature(ranker).parameters.values()
     allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     unknown = sorted(set(settings) - set(allowed))
     if unknown:
-        raise ThinsightError(
+        raise BadInput(
             f"ranker {name!r} has no setting {unknown[0]!r}; it has {', '.join(allowed) or 'none'}"
         )
     return ranker(**settings)

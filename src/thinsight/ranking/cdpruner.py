@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .base import STATES, Context, Ranker, register
 from .images import image_states, images, in_order, unit
 
@@ -40,14 +40,14 @@ class CDPruner(Ranker):
 
     def __init__(self, invert: bool = False) -> None:
         if not isinstance(invert, bool):
-            raise ThinsightError(f"invert is {invert!r}; it must be True or False")
+            raise BadInput(f"invert is {invert!r}; it must be True or False")
         super().__init__(invert=invert)
         self.invert = invert
 
     def score(self, context: Context) -> Tensor:
         states = image_states(context, self.name)
         if context.text_states is None or context.queries is None:
-            raise ThinsightError("cdpruner needs hidden states of the text; supply Context.text_states")
+            raise BadInput("cdpruner needs hidden states of the text; supply Context.text_states")
         orders = []
         for image in images(context):
             text = unit(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .base import STATES, Context, Ranker, register
 from .images import image_states, images, in_order, unit
 
@@ -40,13 +40,13 @@ class Dart(Ranker):
         self.vision_pivots = _pivots(vision_pivots, "vision_pivots")
         self.text_pivots = _pivots(text_pivots, "text_pivots")
         if not self.vision_pivots + self.text_pivots:
-            raise ThinsightError("vision_pivots and text_pivots are both 0; there must be a pivot")
+            raise BadInput("vision_pivots and text_pivots are both 0; there must be a pivot")
         super().__init__(vision_pivots=self.vision_pivots, text_pivots=self.text_pivots)
 
     def score(self, context: Context) -> Tensor:
         states = image_states(context, self.name)
         if context.text_states is None or context.queries is None:
-            raise ThinsightError("dart needs hidden states of the text; supply Context.text_states")
+            raise BadInput("dart needs hidden states of the text; supply Context.text_states")
         orders = []
         for image in images(context):
             text = context.text_states[
@@ -94,5 +94,5 @@ def _largest(states: Tensor, count: int) -> Tensor:
 
 def _pivots(value: Any, field: str) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-        raise ThinsightError(f"{field} is {value!r}; it must be a whole number of at least 0")
+        raise BadInput(f"{field} is {value!r}; it must be a whole number of at least 0")
     return int(value)

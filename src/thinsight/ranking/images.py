@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .base import Context
 
 __all__ = ["Image", "average_into", "count_of", "image_states", "images", "in_order", "share", "unit"]
@@ -70,7 +70,7 @@ def image_states(context: Context, name: str) -> Tensor:
         ThinsightError: there are none; `name` is the ranker that asks.
     """
     if context.states is None:
-        raise ThinsightError(f"{name} needs hidden states of the vision tokens; supply Context.states")
+        raise BadInput(f"{name} needs hidden states of the vision tokens; supply Context.states")
     return context.states
 
 
@@ -104,7 +104,7 @@ def share(value: Any, field: str) -> float:
         ThinsightError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
-        raise ThinsightError(f"{field} is {value!r}; it must be a number from 0 to 1")
+        raise BadInput(f"{field} is {value!r}; it must be a number from 0 to 1")
     return float(value)
 
 

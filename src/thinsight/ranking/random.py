@@ -11,7 +11,7 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .base import Context, Ranker, register
 
 __all__ = ["Random"]
@@ -33,7 +33,7 @@ class Random(Ranker):
 
     def __init__(self, seed: int = 0) -> None:
         if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < _SEEDS:
-            raise ThinsightError(f"seed is {seed!r}; it must be a whole number from 0 to {_SEEDS - 1}")
+            raise BadInput(f"seed is {seed!r}; it must be a whole number from 0 to {_SEEDS - 1}")
         self.seed: int = int(seed)
         super().__init__(seed=self.seed)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .base import STATES, TEXT_ATTENTION, Context, Ranker, register
 
 __all__ = ["SparseVLM", "raters"]
@@ -37,9 +37,9 @@ class SparseVLM(Ranker):
     def score(self, context: Context) -> Tensor:
         attention, queries = context.attention, context.queries
         if attention is None or queries is None:
-            raise ThinsightError("sparsevlm needs attention rows of the layer before; supply them")
+            raise BadInput("sparsevlm needs attention rows of the layer before; supply them")
         if context.states is None or context.text_states is None:
-            raise ThinsightError("sparsevlm needs hidden states; supply Context.states and text_states")
+            raise BadInput("sparsevlm needs hidden states; supply Context.states and text_states")
         chosen = raters(context.states, context.valid, context.text_states, queries).to(attention)
         weight = chosen / chosen.sum(dim=1, keepdim=True).clamp(min=1)  # (batch, queries)
         return (attention.mean(dim=1) * weight[:, :, None]).sum(dim=1)  # (batch, tokens)

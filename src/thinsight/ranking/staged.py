@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .base import TEXT_ATTENTION, Context, Ranker, get_ranker, register
 
 __all__ = ["Staged"]
@@ -33,12 +33,12 @@ class Staged(Ranker):
     ) -> None:
         self.first, self.then = get_ranker(first), get_ranker(then)
         if TEXT_ATTENTION in self.first.needs:
-            raise ThinsightError(
+            raise BadInput(
                 f"first is {self.first.name!r}, which reads the layer before, and layer 0 has none; choose "
                 "vision-attention, random or uniform"
             )
         if {type(each).merge for each in (self.first, self.then)} != {Ranker.merge}:
-            raise ThinsightError("staged rankers cannot merge tokens; choose rankers that only score")
+            raise BadInput("staged rankers cannot merge tokens; choose rankers that only score")
         super().__init__(first=self.first.to_dict(), then=self.then.to_dict())
         self.needs = self.first.needs | self.then.needs
         self.queries, self.rows, self.pools = self.then.queries, self.then.rows, self.then.pools

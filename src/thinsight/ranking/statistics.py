@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 
 __all__ = ["STATISTICS", "concentration", "get_statistic", "mutual_information"]
 
@@ -70,4 +70,4 @@ def get_statistic(name: str) -> Statistic:
     try:
         return STATISTICS[name]
     except (KeyError, TypeError):
-        raise ThinsightError(f"statistic is {name!r}; choose one of {', '.join(STATISTICS)}") from None
+        raise BadInput(f"statistic is {name!r}; choose one of {', '.join(STATISTICS)}") from None

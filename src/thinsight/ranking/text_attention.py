@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .base import QUERIES, TEXT_ATTENTION, Context, Ranker, register
 
 __all__ = ["ROWS", "TextAttention"]
@@ -32,11 +32,9 @@ class TextAttention(Ranker):
 
     def __init__(self, queries: str = "instruction", rows: int | None = ROWS) -> None:
         if queries not in QUERIES:
-            raise ThinsightError(f"queries is {queries!r}; choose one of {', '.join(QUERIES)}")
+            raise BadInput(f"queries is {queries!r}; choose one of {', '.join(QUERIES)}")
         if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
-            raise ThinsightError(
-                f"rows is {rows!r}; it must be a whole number of at least 1, or null for all"
-            )
+            raise BadInput(f"rows is {rows!r}; it must be a whole number of at least 1, or null for all")
         super().__init__(queries=queries, **({} if rows == ROWS else {"rows": rows}))
         self.queries = queries
         self.rows = rows
@@ -44,5 +42,5 @@ class TextAttention(Ranker):
     def score(self, context: Context) -> Tensor:
         received = context.mean_attention()
         if received is None:
-            raise ThinsightError("text-attention needs attention rows of the layer before; supply them")
+            raise BadInput("text-attention needs attention rows of the layer before; supply them")
         return received

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .base import VISION_ATTENTION, Context, Ranker, register
 
 __all__ = ["VisionAttention"]
@@ -26,7 +26,7 @@ class VisionAttention(Ranker):
 
     def score(self, context: Context) -> Tensor:
         if context.vision_attention is None:
-            raise ThinsightError(
+            raise BadInput(
                 "vision-attention needs attention of the vision tower; "
                 "pass pixel_values, or features from encode_images(model, inputs, reduction)"
             )

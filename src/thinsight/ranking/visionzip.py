@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .base import STATES, VISION_ATTENTION, Context, Ranker, register
 from .images import Image, average_into, count_of, image_states, images, in_order, share, unit
 
@@ -81,7 +81,7 @@ class VisionZip(Ranker):
     def _ranked(self, context: Context, image: Image) -> Tensor:
         """An image's tokens by the attention that they receive, most first: (n,) int64."""
         if context.vision_attention is None:
-            raise ThinsightError("visionzip needs attention of the vision tower; supply vision_attention")
+            raise BadInput("visionzip needs attention of the vision tower; supply vision_attention")
         return image.pick(context.vision_attention).argsort(descending=True, stable=True)
 
     def _sampled(self, wanted: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .base import STATES, VISION_ATTENTION, Context, Ranker, register
 from .images import count_of, image_states, images, in_order, share, unit
 
@@ -44,7 +44,7 @@ class VisPruner(Ranker):
         states = image_states(context, self.name)
         received = context.vision_attention
         if received is None:
-            raise ThinsightError("vispruner needs attention of the vision tower; supply vision_attention")
+            raise BadInput("vispruner needs attention of the vision tower; supply vision_attention")
         orders = []
         for image in images(context):
             ranked = image.pick(received).argsort(descending=True, stable=True)  # (n,)

@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from ..errors import ThinsightError
+from ..errors import BadInput, StorageError, ThinsightError
 
 Hooks = Mapping[type, Callable[[Any], Any]]
 
@@ -30,7 +30,7 @@ def encode(value: Any, hooks: Hooks | None = None) -> Any:
         return value
     if isinstance(value, float):
         if math.isinf(value):
-            raise ThinsightError("a report cannot hold an infinite number; give a finite one or leave it out")
+            raise BadInput("a report cannot hold an infinite number; give a finite one or leave it out")
         return None if math.isnan(value) else value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: encode(getattr(value, f.name), hooks) for f in dataclasses.fields(value)}
@@ -38,9 +38,7 @@ def encode(value: Any, hooks: Hooks | None = None) -> Any:
         return [encode(item, hooks) for item in value]
     if isinstance(value, Mapping):
         return {str(key): encode(item, hooks) for key, item in value.items()}
-    raise ThinsightError(
-        f"a report cannot hold a {type(value).__name__}; convert it to plain numbers or text"
-    )
+    raise BadInput(f"a report cannot hold a {type(value).__name__}; convert it to plain numbers or text")
 
 
 def decode(kind: Any, value: Any, where: str, hooks: Hooks | None = None) -> Any:
@@ -78,11 +76,11 @@ def _decode_dataclass(kind: Any, value: Any, where: str, hooks: Hooks | None) ->
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(value) - set(fields))
     if unknown:
-        raise ThinsightError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(fields)}")
+        raise StorageError(f"{where}: unknown key {unknown[0]!r}; known keys are {', '.join(fields)}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in value:
-            raise ThinsightError(f"{where}: key {name!r} is missing; write the report anew")
+            raise StorageError(f"{where}: key {name!r} is missing; write the report anew")
     return kind(**{k: decode(hints[k], v, f"{where}.{k}", hooks) for k, v in value.items()})
 
 
@@ -118,4 +116,4 @@ def _decode_scalar(kind: Any, value: Any, where: str) -> Any:
 def _wrong(where: str, expected: str, value: Any) -> ThinsightError:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return ThinsightError(f"{where}: expected {expected}, got {shown}; write the report anew")
+    return StorageError(f"{where}: expected {expected}, got {shown}; write the report anew")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ThinsightError
+from ..errors import MissingPackage
 from ..evaluation.statistics import Interval, paired_bootstrap
 from .codec import decode
 
@@ -203,7 +203,7 @@ def draw(comparison: Comparison, path: Path, most: int = 8) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ThinsightError(
+        raise MissingPackage(
             "a figure needs matplotlib: pip install 'thinsight[figures]'; the tables are written"
         ) from None
     done = [run for run in comparison.runs if not run.refused]

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..evaluation.statistics import Interval
 from ..schedule import Schedule
 from .codec import decode, encode
@@ -44,7 +44,7 @@ def _check_finite(owner: Any, kind: str) -> None:
         if isinstance(value, Interval):
             _check_finite(value, f"{kind}.{entry.name}")
         elif isinstance(value, float) and not math.isfinite(value):
-            raise ThinsightError(f"{kind}.{entry.name} is {value}; give a finite number or leave the row out")
+            raise BadInput(f"{kind}.{entry.name} is {value}; give a finite number or leave the row out")
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,7 @@ class MethodRow:
         object.__setattr__(self, "keep_rates", tuple(float(rate) for rate in self.keep_rates))
         _check_finite(self, f"method {self.name!r}")
         if self.kind not in METHOD_KINDS:
-            raise ThinsightError(
-                f"method kind {self.kind!r} is unknown; use one of {', '.join(METHOD_KINDS)}"
-            )
+            raise BadInput(f"method kind {self.kind!r} is unknown; use one of {', '.join(METHOD_KINDS)}")
 
 
 @dataclass(frozen=True)
@@ -220,17 +218,11 @@ class Consistency:
         matrix = tuple(tuple(float(v) for v in row) for row in self.tau_matrix)
         object.__setattr__(self, "tau_matrix", matrix)
         if matrix and {len(matrix), *map(len, matrix)} != {layers}:
-            raise ThinsightError(
-                f"tau_matrix must be {layers} x {layers} to go with {layers - 1} values of tau"
-            )
+            raise BadInput(f"tau_matrix must be {layers} x {layers} to go with {layers - 1} values of tau")
         if self.topk_overlap and len(self.topk_overlap) != layers - 1:
-            raise ThinsightError(
-                f"topk_overlap has {len(self.topk_overlap)} values; it needs {layers - 1}, as tau"
-            )
+            raise BadInput(f"topk_overlap has {len(self.topk_overlap)} values; it needs {layers - 1}, as tau")
         if self.tied_share and len(self.tied_share) != layers:
-            raise ThinsightError(
-                f"tied_share has {len(self.tied_share)} values; it needs {layers}, one per layer"
-            )
+            raise BadInput(f"tied_share has {len(self.tied_share)} values; it needs {layers}, one per layer")
 
 
 @dataclass(frozen=True)
@@ -257,17 +249,13 @@ class Picture:
         object.__setattr__(self, "kept", kept)
         object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
         if rows < 1 or columns < 1:
-            raise ThinsightError(
-                f"picture grid {rows} x {columns} is empty; give rows and columns of at least 1"
-            )
+            raise BadInput(f"picture grid {rows} x {columns} is empty; give rows and columns of at least 1")
         if len(kept) != len(self.layers):
-            raise ThinsightError(
-                f"picture has {len(kept)} kept lists for {len(self.layers)} layers; give one each"
-            )
+            raise BadInput(f"picture has {len(kept)} kept lists for {len(self.layers)} layers; give one each")
         for layer, indices in zip(self.layers, kept, strict=True):
             if indices and not 0 <= indices[0] <= indices[-1] < rows * columns:
                 worst = indices[0] if indices[0] < 0 else indices[-1]
-                raise ThinsightError(
+                raise BadInput(
                     f"picture, layer {layer}: token {worst} is outside the {rows} x {columns} grid"
                 )
 
@@ -313,7 +301,7 @@ class ReportData:
             object.__setattr__(self, "keep_rates", Schedule(self.keep_rates).keep_rates)
         layers = self.model.num_layers
         if self.keep_rates and layers is not None and len(self.keep_rates) != layers:
-            raise ThinsightError(f"the schedule has {len(self.keep_rates)} layers but the model has {layers}")
+            raise BadInput(f"the schedule has {len(self.keep_rates)} layers but the model has {layers}")
 
     def to_dict(self, save_image: Callable[[Image.Image], str]) -> dict[str, Any]:
         """The report as a JSON object; `save_image` puts an image somewhere and returns its name."""
@@ -327,10 +315,10 @@ class ReportData:
             ThinsightError: another schema version, an unknown or missing key, a value of the wrong type.
         """
         if not isinstance(value, dict):
-            raise ThinsightError("report.json: expected an object; write the report anew")
+            raise BadInput("report.json: expected an object; write the report anew")
         version = value.get("schema_version")
         if version != SCHEMA_VERSION:
-            raise ThinsightError(
+            raise BadInput(
                 f"report.json: schema_version {version!r} is unknown, this thinsight reads {SCHEMA_VERSION}; "
                 "write the report anew"
             )

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import ThinsightError
+from ..errors import BadInput, StorageError
 from .data import Picture
 from .words import percent
 
@@ -33,11 +33,11 @@ def kept_mask(grid: tuple[int, int], kept: Iterable[int]) -> NDArray[np.bool_]:
     """
     rows, columns = grid
     if rows < 1 or columns < 1:
-        raise ThinsightError(f"picture grid {rows} x {columns} is empty; give rows and columns of at least 1")
+        raise BadInput(f"picture grid {rows} x {columns} is empty; give rows and columns of at least 1")
     mask = np.zeros(rows * columns, dtype=bool)
     for index in kept:
         if not 0 <= int(index) < rows * columns:
-            raise ThinsightError(f"token {int(index)} is outside the {rows} x {columns} grid of this picture")
+            raise BadInput(f"token {int(index)} is outside the {rows} x {columns} grid of this picture")
         mask[int(index)] = True
     return mask.reshape(rows, columns)
 
@@ -169,7 +169,7 @@ def check_picture_name(path: str | Path) -> None:
     ending = Path(path).suffix.lower()
     Image.init()
     if Image.registered_extensions().get(ending) not in Image.SAVE:
-        raise ThinsightError(f"out {path} does not end like a picture: name a .png file")
+        raise BadInput(f"out {path} does not end like a picture: name a .png file")
 
 
 def save_contact_strip(path: str | Path, picture: Picture, **settings: int) -> Path:
@@ -183,7 +183,7 @@ def save_contact_strip(path: str | Path, picture: Picture, **settings: int) -> P
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_strip(picture, **settings).save(path)
     except (OSError, ValueError) as error:
-        raise ThinsightError(
+        raise StorageError(
             f"cannot write the picture {path} ({error}); name a .png file you may write"
         ) from error
     return path

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from ..errors import ThinsightError
+from ..errors import BadInput, StorageError
 from .data import ReportData
 
 DATA_FILE = "report.json"
@@ -31,7 +31,7 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
         os.replace(part, path)
     except OSError as error:
-        raise ThinsightError(
+        raise StorageError(
             f"cannot write {path}: {error.strerror or error}; choose a folder you may write"
         ) from error
 
@@ -48,7 +48,7 @@ def save_report_data(folder: str | Path, data: ReportData) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             image.convert("RGB").save(path)
         except OSError as error:
-            raise ThinsightError(
+            raise StorageError(
                 f"cannot write {path}: {error.strerror or error}; choose a folder you may write"
             ) from error
         names.append(name)
@@ -70,7 +70,7 @@ def load_report_data(folder: str | Path) -> ReportData:
 
     def load_image(name: Any) -> Image.Image:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise ThinsightError(
+            raise StorageError(
                 f"{path}: picture name {name!r} is not a plain file name; write the report anew"
             )
         file = folder / PICTURE_FOLDER / name
@@ -78,18 +78,16 @@ def load_report_data(folder: str | Path) -> ReportData:
             with Image.open(file) as image:
                 return image.convert("RGB")
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ThinsightError(
+            raise StorageError(
                 f"cannot read picture {file}: missing or damaged; write the report anew"
             ) from error
 
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ThinsightError(
-            f"no {DATA_FILE} in {folder}; name a folder that `thinsight search` wrote"
-        ) from error
+        raise BadInput(f"no {DATA_FILE} in {folder}; name a folder that `thinsight search` wrote") from error
     except OSError as error:
-        raise ThinsightError(f"cannot read {path}: {error.strerror or error}; check the path") from error
+        raise StorageError(f"cannot read {path}: {error.strerror or error}; check the path") from error
     except ValueError as error:
-        raise ThinsightError(f"{path} is not valid JSON ({error}); write the report anew") from error
+        raise StorageError(f"{path} is not valid JSON ({error}); write the report anew") from error
     return ReportData.from_dict(value, load_image)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
-from ..errors import ThinsightError
+from ..errors import BadInput, Unsupported
 from ..ranking import Ranker, get_ranker
 from ..reduction import check_rerank
 from ..schedule import Schedule
@@ -72,12 +72,12 @@ def apply(
     rerank = check_rerank(getattr(reduction, "rerank", True) if rerank is None else rerank)
     layers = decoder_layers(model)
     if schedule.num_layers != len(layers):
-        raise ThinsightError(
+        raise BadInput(
             f"schedule has {schedule.num_layers} keep rates but the model has {len(layers)} decoder layers; "
             f"use schedule.resample({len(layers)})"
         )
     if per not in PER:
-        raise ThinsightError(f"per is {per!r}; choose one of {', '.join(PER)}")
+        raise BadInput(f"per is {per!r}; choose one of {', '.join(PER)}")
     check_rankable(schedule, chosen)
     _check_windows(model, schedule)
     return Handle(model, schedule, chosen, per, rerank, getattr(reduction, "adaptive", None))
@@ -88,7 +88,7 @@ def _check_windows(model: PreTrainedModel, schedule: Schedule) -> None:
     implementation = attention_implementation(model)
     reduced = [layer for layer in sorted(sliding_layers(model)) if schedule.keep_rates[layer] < 1]
     if reduced and implementation.startswith("flash"):
-        raise ThinsightError(
+        raise Unsupported(
             f"decoder layer {reduced[0]} has a sliding window, which {implementation} would count in kept "
             "tokens; load the model with attn_implementation='sdpa'"
         )
@@ -101,7 +101,7 @@ def check_rankable(schedule: Schedule, ranker: Ranker) -> None:
         ThinsightError: tokens dropped at layer 0 by a ranker that reads the layer before.
     """
     if schedule.keep_rates[0] < 1 and not ranker.ranks_at_layer_0:
-        raise ThinsightError(
+        raise BadInput(
             f"keep_rates[0] is {schedule.keep_rates[0]}, but ranker {ranker.name!r} needs attention of the "
             "layer before and layer 0 has none; keep all at layer 0, or rank by vision-attention, random "
             "or uniform"
@@ -113,14 +113,14 @@ def _schedule_and_ranker(model: Any, reduction: Any, ranker: Any) -> tuple[Sched
         return reduction, get_ranker("text-attention" if ranker is None else ranker)
     schedule = getattr(reduction, "schedule", None)
     if not isinstance(schedule, Schedule):
-        raise ThinsightError(f"reduction is a {type(reduction).__name__}; pass a Reduction or a Schedule")
+        raise BadInput(f"reduction is a {type(reduction).__name__}; pass a Reduction or a Schedule")
     if ranker is not None:
-        raise ThinsightError(
+        raise BadInput(
             "ranker is given twice; a Reduction brings its own, pass reduction.schedule to change it"
         )
     family = getattr(reduction, "model_type", None)
     if family is not None and family != model.config.model_type:
-        raise ThinsightError(
+        raise BadInput(
             f"reduction is for model_type {family!r} but the model is {model.config.model_type!r}; "
             "apply reduction.schedule to try it all the same"
         )

@@ -18,7 +18,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import ThinsightError
+from ..errors import Unsupported
 from .families import base_model, vision_token_mask
 
 __all__ = ["accept_outputs", "check_version"]
@@ -35,7 +35,7 @@ def check_version(model: PreTrainedModel) -> None:
     """
     family = model.config.model_type
     if family not in _TAUGHT and not _takes_outputs(type(base_model(model))):
-        raise ThinsightError(
+        raise Unsupported(
             f"model_type {family!r} needs transformers 5.18 or later, and {transformers.__version__} is "
             "installed: pip install -U transformers"
         )

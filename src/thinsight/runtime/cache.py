@@ -22,7 +22,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
-from ..errors import ThinsightError
+from ..errors import BadInput, Unsupported
 from ..schedule import Schedule
 from .layout import Columns
 
@@ -52,7 +52,7 @@ class Kept:
             return 0
         counts = (self.columns.index >= length).sum(1)
         if self.columns.valid is not None or bool((counts != counts[0]).any()):
-            raise ThinsightError(
+            raise Unsupported(
                 f"cannot crop the cache to {length} tokens: its rows kept different numbers of vision tokens "
                 "behind them; crop to a place after the images, or cache one prompt at a time"
             )
@@ -119,11 +119,11 @@ class Thinned(CacheLayerMixin):
             ThinsightError: it is another one.
         """
         if self.schedule is not schedule and self.schedule != schedule:
-            raise ThinsightError("this cache was filled under another schedule; start a new cache")
+            raise BadInput("this cache was filled under another schedule; start a new cache")
 
     def _claim(self) -> None:
         if not self.expected:
-            raise ThinsightError(
+            raise BadInput(
                 "this cache was filled under a reduction that is not applied now; "
                 "continue it inside the same `apply`, or start a new cache"
             )
@@ -399,7 +399,7 @@ def thin(cache: Cache, layer: int, schedule: Schedule) -> Thinned:
         held.__class__ = _THINNED[type(held)]
         held.become(schedule)
     if not isinstance(held, Thinned):
-        raise ThinsightError(
+        raise Unsupported(
             f"cache layer {layer} is a {type(held).__name__}, from which tokens cannot be left out; use the "
             "default dynamic cache, or a static one on a model without sliding windows"
         )

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from ..errors import ThinsightError
+from ..errors import BadInput, Unsupported
 from .encoding import received_of, vision_outputs
 from .families import MODALITIES, tiles_stand_apart, vision_placeholders
 from .layout import Layout, Vision, build_layout
@@ -189,7 +189,7 @@ def same_shape(plan: Plan, call: Mapping[str, Any]) -> bool:
     wanted = (plan.call.prompt.shape[0], plan.call.seq, plan.call.past)
     found = (*given.shape[:2], _length(call.get("past_key_values")))
     if found != wanted:
-        raise ThinsightError(
+        raise BadInput(
             f"the plan is for {wanted[0]} rows of {wanted[1]} tokens behind {wanted[2]} cached ones, but the "
             f"pass has {found[0]} rows of {found[1]} behind {found[2]}; make a plan of these inputs"
         )
@@ -223,7 +223,7 @@ def _vision(
 ) -> list[Vision]:
     if ids is None:
         if said.vision is None:
-            raise ThinsightError(
+            raise BadInput(
                 "inputs_embeds without input_ids does not say where vision tokens are; pass input_ids, or "
                 "say it: `with handle.vision(mask):`, mask (batch, seq) bool"
             )
@@ -249,7 +249,7 @@ def _rows(mask: Tensor, real: Tensor, name: str) -> Tensor:
     """A mask over prompts as a mask over rows: the beams of a prompt follow each other."""
     copies = real.shape[0] // max(1, mask.shape[0])
     if mask.ndim != 2 or (mask.shape[0] * copies, mask.shape[1]) != tuple(real.shape):
-        raise ThinsightError(
+        raise BadInput(
             f"{name} mask has shape {tuple(mask.shape)}; make it {tuple(real.shape)} like the inputs"
         )
     return mask.to(real.device).repeat_interleave(copies, dim=0)
@@ -267,7 +267,7 @@ def _per_row(layout: Layout, received: list[Tensor] | None) -> Tensor | None:
     for row, sizes in enumerate(layout.sizes):
         count = sum(sizes)
         if have * copies != wanted or first + count > have:
-            raise ThinsightError(
+            raise Unsupported(
                 "vision attention does not fit the prompt's images; encode the images of this prompt, or "
                 "rank by text-attention"
             )

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ..errors import ThinsightError
+from ..errors import BadInput, Unsupported
 from .cache import Kept, Thinned
 from .call import Plan
 from .families import (
@@ -81,7 +81,7 @@ class CapturedPrefill:
         _check(model, handle, recorder)
         for name, value in (("multiple", multiple), ("most", most)):
             if not isinstance(value, int) or value < 1:
-                raise ThinsightError(f"{name} is {value!r}; make it a whole number from 1")
+                raise BadInput(f"{name} is {value!r}; make it a whole number from 1")
         self._model = model
         self.handle = handle
         self.multiple = multiple
@@ -277,34 +277,32 @@ def _check(model: Any, handle: Handle | None, recorder: Recorder | None) -> None
     """Refuse what no pass can be recorded with."""
     check_supported(model)
     if handle is not None and not isinstance(handle, Handle):
-        raise ThinsightError(
-            f"handle is a {type(handle).__name__}; pass what apply(model, reduction) returns"
-        )
+        raise BadInput(f"handle is a {type(handle).__name__}; pass what apply(model, reduction) returns")
     if handle is None and applied(model):
-        raise ThinsightError("a reduction is on the model; pass its handle, too")
+        raise BadInput("a reduction is on the model; pass its handle, too")
     if handle is not None and handle.model is not model:
-        raise ThinsightError("handle is of another model; pass the handle of a reduction on this model")
+        raise BadInput("handle is of another model; pass the handle of a reduction on this model")
     if handle is not None and handle.adaptive is not None:
-        raise ThinsightError(
+        raise Unsupported(
             "handle is of an adaptive reduction, whose schedule is read from each prompt on the way; record "
             "a reduction of one schedule"
         )
     implementation = attention_implementation(model)
     if implementation not in ATTENTION:
-        raise ThinsightError(
+        raise Unsupported(
             f"attn_implementation is {implementation!r}, which asks the device about masks and positions; "
             f"load the model with one of {', '.join(ATTENTION)}"
         )
     if sliding_layers(model) or writes_vision_after(model):
-        raise ThinsightError(
+        raise Unsupported(
             f"{type(model).__name__}: decoder layers with a sliding window, or into which vision features "
             "are written, cannot be recorded; run it without CapturedPrefill"
         )
     devices = {str(parameter.device) for parameter in decoder(model).parameters()}
     if len(devices) > 1:
-        raise ThinsightError(f"the decoder is on {', '.join(sorted(devices))}; put it on one device")
+        raise Unsupported(f"the decoder is on {', '.join(sorted(devices))}; put it on one device")
     if recorder is None and model_device(model).type != "cuda":
-        raise ThinsightError(
+        raise Unsupported(
             f"the model is on {model_device(model)}, but a prefill is recorded as a CUDA graph; move the "
             "model to a CUDA device, or run it without CapturedPrefill"
         )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ..errors import ThinsightError
+from ..errors import Unsupported
 from ..ranking import VISION_ATTENTION, get_ranker
 from .backport import accept_outputs
 from .families import MODALITIES, base_model, vision_source
@@ -129,7 +129,7 @@ class EncodedImages:
     def _output(self, entries: list[int], stacked: bool) -> BaseModelOutputWithPooling:
         features = [self.features[i] for i in entries]
         if stacked and len({len(feature) for feature in features}) > 1:
-            raise ThinsightError(
+            raise Unsupported(
                 "the model takes all images or videos as one tensor, but their token counts differ: give "
                 "each the same number of tiles or frames"
             )
@@ -299,8 +299,8 @@ def _fit(received: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
     return list(pooled.flatten().split(list(lengths)))
 
 
-def _no_fit(why: str) -> ThinsightError:
-    return ThinsightError(
+def _no_fit(why: str) -> Unsupported:
+    return Unsupported(
         f"the vision tower's tokens do not match the projector's ({why}); rank with text-attention instead"
     )
 

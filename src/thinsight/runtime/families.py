@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..errors import ThinsightError
+from ..errors import BadInput, Unsupported
 
 __all__ = [
     "MODALITIES",
@@ -120,7 +120,7 @@ def attention_of(layer: nn.Module) -> nn.Module:
         module = getattr(layer, name, None)
         if isinstance(module, nn.Module):
             return module
-    raise ThinsightError(
+    raise Unsupported(
         f"layer {type(layer).__name__} has no self-attention that thinsight knows; use another model"
     )
 
@@ -184,7 +184,7 @@ def vision_source(model: PreTrainedModel) -> VisionSource:
     tower = getattr(base_model(model), "vision_model", None) if tower is None else tower
     depth = getattr(getattr(tower, "config", None), "num_hidden_layers", None)
     if tower is None or depth is None or tower.config.model_type == "pixtral":
-        raise ThinsightError(
+        raise Unsupported(
             f"the vision tower of {config.model_type!r} runs all images as one sequence, so its attention "
             "cannot be told per image; rank by text-attention, random or uniform"
         )
@@ -192,7 +192,7 @@ def vision_source(model: PreTrainedModel) -> VisionSource:
     selected = getattr(config, "vision_feature_layer", -1)
     deepest = max(i % (depth + 1) for i in (selected if isinstance(selected, (list, tuple)) else [selected]))
     if deepest == 0:
-        raise ThinsightError(
+        raise Unsupported(
             "vision_feature_layer is the tower's input, which has no attention; rank by text-attention"
         )
     class_token = any(hasattr(m, "class_embedding") or hasattr(m, "cls_token") for m in tower.modules())
@@ -230,12 +230,12 @@ def check_supported(model: Any) -> None:
         ThinsightError: with the reason.
     """
     if not isinstance(model, PreTrainedModel):
-        raise ThinsightError(f"model is a {type(model).__name__}; pass a loaded transformers model")
+        raise BadInput(f"model is a {type(model).__name__}; pass a loaded transformers model")
     reason = refusal(model.config)
     if reason is not None:
-        raise ThinsightError(f"{type(model).__name__}: {reason}")
+        raise Unsupported(f"{type(model).__name__}: {reason}")
     if not hasattr(model, "get_image_features") and not hasattr(base_model(model), "get_image_features"):
-        raise ThinsightError(
+        raise Unsupported(
             f"{type(model).__name__} has no vision encoder; pass the whole model, not its text part"
         )
     check_attention(model)
@@ -253,12 +253,12 @@ def check_attention(model: PreTrainedModel, paged: bool = False) -> None:
     """
     implementation = attention_implementation(model)
     if paged or implementation.startswith("paged"):
-        raise ThinsightError(
+        raise Unsupported(
             f"attn_implementation is {implementation!r} on a paged cache: continuous batching keeps its own, "
             "from which tokens cannot be left out; call generate() with a padded batch instead"
         )
     if implementation not in ATTENTION:
-        raise ThinsightError(
+        raise Unsupported(
             f"attn_implementation is {implementation!r}; load the model with one of {', '.join(ATTENTION)}"
         )
 
@@ -277,7 +277,7 @@ def check_recomputation(model: PreTrainedModel) -> None:
     last = decoder_layers(model)[-1]
     recomputes = last.training and getattr(last, "gradient_checkpointing", False)
     if recomputes and "__call__" in vars(GradientCheckpointingLayer):
-        raise ThinsightError(
+        raise Unsupported(
             "gradient checkpointing under a reduction needs transformers 5.23 or later; upgrade it, or call "
             "model.gradient_checkpointing_disable()"
         )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..ranking import Ranker
 from ..schedule import Schedule
 from .call import Plan, encode_pixels
@@ -61,7 +61,7 @@ class Handle:
         self._quotas = Quotas(schedule, adaptive, per, rerank)
         with _applied_lock:
             if applied(self.model):
-                raise ThinsightError("this model has a reduction on already; remove() that one first")
+                raise BadInput("this model has a reduction on already; remove() that one first")
             self._reducer = Reducer(self.model, schedule, ranker, adaptive, self._quotas, self._local)
             self._reducer.install()
             self._on = True
@@ -215,12 +215,12 @@ class Handle:
             ThinsightError: no such layer, or no pass yet (a full schedule records none).
         """
         if not 0 <= layer < self.schedule.num_layers:
-            raise ThinsightError(f"layer is {layer}; it must be from 0 to {self.schedule.num_layers - 1}")
+            raise BadInput(f"layer is {layer}; it must be from 0 to {self.schedule.num_layers - 1}")
         trace = self._local.trace
         if trace is None:
             drops = bool(self._quotas.starts)
             why = "run a prompt with an image first" if drops else "the schedule keeps every token"
-            raise ThinsightError(f"no kept tokens are recorded: {why}")
+            raise BadInput(f"no kept tokens are recorded: {why}")
         alive = [alive for start, alive in trace if start <= layer][-1]
         return [row.nonzero().flatten().cpu() for row in alive]
 
@@ -232,5 +232,5 @@ class Handle:
         """
         values = self._local.statistic
         if values is None:
-            raise ThinsightError("no statistic is recorded: run a prompt under an adaptive reduction first")
+            raise BadInput("no statistic is recorded: run a prompt under an adaptive reduction first")
         return values

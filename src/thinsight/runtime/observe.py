@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..ranking import VISION_ATTENTION, Context, get_ranker
 from .call import Call, encode_pixels, read_call
 from .encoding import VisionTap
@@ -64,7 +64,7 @@ def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-atte
             tap.remove()
     call = read_call(model, arguments)
     if call is None:
-        raise ThinsightError("no prompt has an image; layer_scores needs vision tokens to score")
+        raise BadInput("no prompt has an image; layer_scores needs vision tokens to score")
     rows, real = query_columns(call.layout, call.prompt, chosen.queries, chosen.rows)
     probes = [Probe(attention_of(layer)) for layer in layers]
     requests = [TextRows(rows, call.layout.column, call.layout.valid) for _ in layers]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .cache import Kept, ThinnedLayer, thin
 from .families import decoder_layers, sliding_layers
 from .handle import Handle
@@ -148,7 +148,7 @@ def recording(handle: Handle, layer: int) -> Iterator[list[Snapshot]]:
     """
     layers = decoder_layers(handle.model)
     if not 1 <= layer < len(layers):
-        raise ThinsightError(f"layer is {layer}; it must be from 1 to {len(layers) - 1}")
+        raise BadInput(f"layer is {layer}; it must be from 1 to {len(layers) - 1}")
     taken: list[Snapshot] = []
     outputs = 0
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 
 __all__ = ["CudaGraphs", "EagerReplay", "NeverWaiting", "Recorder"]
 
@@ -88,7 +88,7 @@ class NeverWaiting(TorchDispatchMode):
         name = function.name().split(".")[0]
         result = function(*args, **(kwargs or {}))
         if _waits(name, args, result):
-            raise ThinsightError(
+            raise BadInput(
                 f"a pass cannot be recorded: its ranker or its model waits for the device ({name}); run it "
                 "without CapturedPrefill, or rank by text-attention"
             )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
-from ..errors import ThinsightError
+from ..errors import Unsupported
 from ..ranking import weighted_rows
 
 __all__ = ["Probe", "Request", "TextRows", "VisionReceived", "attention_rows"]
@@ -315,4 +315,4 @@ def _real_attention(module: nn.Module) -> Callable[..., Any]:
         eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if eager is not None:
             return eager
-    raise ThinsightError(f"{type(module).__name__} has no eager attention to call; load the model with sdpa")
+    raise Unsupported(f"{type(module).__name__} has no eager attention to call; load the model with sdpa")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..ranking import STATES, Context, Ranker, best, choose
 from .layout import shrink, text_marks
 from .masks import gather_tokens, replace_tokens
@@ -91,7 +91,7 @@ class Selector:
             return
         for group, sizes, level in zip(run.plan.ends, run.call.layout.sizes, run.levels, strict=True):
             if group >= 0 and not self.quotas.count(self.quotas.groups(sizes)[group], layer, level):
-                raise ThinsightError(
+                raise BadInput(
                     f"a prompt ends in an image of which layer {layer} keeps no token, so nothing is left to "
                     "answer from; let text follow on the image"
                 )

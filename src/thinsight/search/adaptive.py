@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..adaptive import Adaptive
 from ..budget import Budget
-from ..errors import ThinsightError
+from ..errors import BadInput, Unreachable
 from ..reduction import Reduction
 from ..schedule import Schedule
 from .budgeted import BudgetedRun, check_count, first_layers
@@ -64,9 +64,7 @@ def adaptive_search(
     check_count(n_trials, "n_trials", LEAST_TRIALS + round(_ADAPTING + 0.5))
     check_count(seed, "seed", 0)
     if not hasattr(evaluator, "statistics"):
-        raise ThinsightError(
-            "evaluator has no statistics; pass a thinsight.Evaluator, or search without them"
-        )
+        raise BadInput("evaluator has no statistics; pass a thinsight.Evaluator, or search without them")
     choices = first_layers(evaluator, budget, rankers, first_layer)
     first = min(first for _, first in choices)
     settings = {
@@ -145,6 +143,6 @@ def _families(
         limits = [head + (budget.limit - head) * float(factor) for factor in factors]
         try:
             schedules = tuple(bend(budget.limited(limit), schedule, layer) for limit in limits)
-        except ThinsightError:  # rounding of the head left less than nothing
+        except (BadInput, Unreachable):  # rounding of the head left less than nothing
             continue
         yield Adaptive(STATISTIC, layer, edges, schedules, tuple(map(float, shares))), spread

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..adaptive import Adaptive
 from ..budget import Budget
-from ..errors import ThinsightError
+from ..errors import BadInput, Unreachable
 from ..reduction import Reduction
 from ..schedule import Schedule
 from .progress import Progress, SearchObserver, SearchPlan, Silent
@@ -50,13 +50,13 @@ def first_layers(
     """
     earliest_of = getattr(evaluator, "first_layer_of", lambda _: earliest_layer(evaluator))
     found: list[tuple[dict[str, Any] | None, int]] = []
-    reason: ThinsightError | None = None
+    reason: Unreachable | None = None
     options: list[dict[str, Any] | None] = [*rankers] or [None]
     for ranker in options:
         earliest = earliest_layer(evaluator) if ranker is None else earliest_of(ranker)
         try:
             found.append((ranker, first_layer_for(budget, earliest, first_layer)))
-        except ThinsightError as error:
+        except Unreachable as error:
             reason = error
     if not found:
         assert reason is not None
@@ -136,9 +136,7 @@ class BudgetedRun:
         With a ``floor`` the evaluation may end as soon as the score is sure to stay below it.
         """
         if not self.budget.holds(schedule):
-            raise ThinsightError(
-                f"a candidate ({why}) costs {self.budget.spent(schedule)} of {self.budget.limit}"
-            )
+            raise BadInput(f"a candidate ({why}) costs {self.budget.spent(schedule)} of {self.budget.limit}")
         return self.measure(schedule, why, share=share, ranker=ranker, floor=floor)
 
     def measure(
@@ -257,16 +255,16 @@ def check_budget(evaluator: SearchEvaluator, budget: Budget) -> None:
     """
     for name in ("num_layers", "num_vision_tokens", "__call__"):
         if not hasattr(evaluator, name):
-            raise ThinsightError(f"evaluator has no {name}; pass a thinsight.Evaluator or an object like it")
+            raise BadInput(f"evaluator has no {name}; pass a thinsight.Evaluator or an object like it")
     for name, ours, theirs in (
         ("layers", budget.num_layers, int(evaluator.num_layers)),
         ("vision tokens", budget.n_vision, int(evaluator.num_vision_tokens)),
     ):
         if ours != theirs:
-            raise ThinsightError(f"the budget is for {ours} {name} but the evaluator has {theirs}")
+            raise BadInput(f"the budget is for {ours} {name} but the evaluator has {theirs}")
 
 
 def check_count(value: Any, field: str, minimum: int) -> None:
     """Refuse what is no whole number of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ThinsightError(f"{field} is {value!r}; it must be a whole number of at least {minimum}")
+        raise BadInput(f"{field} is {value!r}; it must be a whole number of at least {minimum}")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..budget import Budget
-from ..errors import ThinsightError
+from ..errors import BadInput, Unreachable
 from ..schedule import Schedule
 from .budgeted import BudgetedRun, check_count, earliest_layer
 from .progress import SearchObserver
@@ -46,7 +46,7 @@ class Frontier:
         """
         fitting = [p for p in self.points if p.spent is not None and p.spent <= limit * (1 + _SLACK)]
         if not fitting:
-            raise ThinsightError(f"the cheapest point costs {self.points[0].spent}, more than {limit}")
+            raise BadInput(f"the cheapest point costs {self.points[0].spent}, more than {limit}")
         return max(fitting, key=lambda p: (p.score, p.agreement or 0.0))
 
     def at_drop(self, max_drop: float) -> SearchResult | None:
@@ -83,7 +83,7 @@ def frontier(
     check_count(n_trials, "n_trials", 4)
     check_count(seed, "seed", 0)
     if len({budget.unit for budget in budgets}) > 1:
-        raise ThinsightError("budgets are of several units; give budgets of one unit")
+        raise BadInput("budgets are of several units; give budgets of one unit")
     reachable = _reachable(evaluator, sorted(budgets, key=lambda budget: budget.limit))
     settings = {
         "method": "frontier",
@@ -115,12 +115,14 @@ def frontier(
 
 def _reachable(evaluator: SearchEvaluator, budgets: Sequence[Budget]) -> list[tuple[Budget, int]]:
     """Budgets with the first layer that each may reduce."""
-    found, reason = [], ThinsightError("budgets is empty; give at least one")
+    if not budgets:
+        raise BadInput("budgets is empty; give at least one")
+    found, reason = [], None
     for budget in budgets:
         try:
             found.append((budget, first_layer_for(budget, earliest_layer(evaluator))))
-        except ThinsightError as error:
+        except Unreachable as error:
             reason = error
-    if not found:
+    if reason is not None and not found:
         raise reason
     return found

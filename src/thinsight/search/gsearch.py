@@ -12,7 +12,7 @@ from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..reduction import Reduction
 from ..schedule import Schedule
 from .progress import Progress, SearchObserver, SearchPlan, Silent
@@ -180,7 +180,7 @@ class _Run:
         if count != self.count:
             best = tried.get(count)
             if best is None or not best.accepted:
-                raise ThinsightError(f"solver chose count {count} at layer {layer}, which no probe accepted")
+                raise BadInput(f"solver chose count {count} at layer {layer}, which no probe accepted")
             self.schedule, self.score, self.count = best.schedule, best.score, count
         self.settled = len(self.trials)
         self.observer.on_layer(layer, count, self._progress(layer + 1))
@@ -277,11 +277,9 @@ class _Run:
 def _check(evaluator: SearchEvaluator, max_drop: float, first_layer: int, seed: int) -> None:
     for name in ("num_layers", "num_vision_tokens", "__call__"):
         if not hasattr(evaluator, name):
-            raise ThinsightError(f"evaluator has no {name}; pass a thinsight.Evaluator or an object like it")
+            raise BadInput(f"evaluator has no {name}; pass a thinsight.Evaluator or an object like it")
     if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= max_drop < math.inf:
-        raise ThinsightError(
-            f"max_drop is {max_drop!r}; it must be a finite number of at least 0, such as 0.01"
-        )
+        raise BadInput(f"max_drop is {max_drop!r}; it must be a finite number of at least 0, such as 0.01")
     _check_whole(evaluator.num_vision_tokens, "evaluator.num_vision_tokens", 1, None)
     _check_whole(evaluator.num_layers, "evaluator.num_layers", 1, None)
     _check_whole(getattr(evaluator, "at_once", 1), "evaluator.at_once", 1, None)
@@ -293,4 +291,4 @@ def _check_whole(value: Any, field: str, low: int, high: int | None) -> None:
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value > high):
         wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise ThinsightError(f"{field} is {value!r}; it must be a whole number {wanted}")
+        raise BadInput(f"{field} is {value!r}; it must be a whole number {wanted}")

@@ -11,7 +11,7 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from ..budget import Budget, check_budget_value, make_budget
-from ..errors import ThinsightError
+from ..errors import BadInput
 from .adaptive import adaptive_search
 from .gsearch import gsearch
 from .psigmoid import psigmoid
@@ -52,13 +52,13 @@ def choose_method(method: str | None, max_drop: float | None, budget: float | No
         ThinsightError: an unknown method, both a tolerance and a budget, or the wrong one for the method.
     """
     if max_drop is not None and budget is not None:
-        raise ThinsightError("max_drop and budget are both given: a search holds one of them, leave one out")
+        raise BadInput("max_drop and budget are both given: a search holds one of them, leave one out")
     chosen = method or ("gsearch" if budget is None else "sensitivity")
     if chosen != "gsearch" and chosen not in METHODS:
-        raise ThinsightError(f"method is {chosen!r}; choose one of gsearch, {', '.join(METHODS)}")
+        raise BadInput(f"method is {chosen!r}; choose one of gsearch, {', '.join(METHODS)}")
     if (budget is None) != (chosen == "gsearch"):
         needs = "max_drop, not a budget" if chosen == "gsearch" else "a budget, such as 0.25"
-        raise ThinsightError(f"method {chosen!r} needs {needs}")
+        raise BadInput(f"method {chosen!r} needs {needs}")
     return chosen
 
 
@@ -103,7 +103,7 @@ def search(
     """
     chosen = choose_method(method, max_drop, budget)
     if ranker == AUTO and chosen not in CHOOSE_RANKER:
-        raise ThinsightError(
+        raise BadInput(
             f"ranker is 'auto', which needs a budget and a method that chooses it: {', '.join(CHOOSE_RANKER)}"
         )
     if budget is not None:

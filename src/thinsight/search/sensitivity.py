@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..budget import Budget, fill, fit_rate
-from ..errors import ThinsightError
+from ..errors import Unreachable
 from ..schedule import Schedule
 from .budgeted import BudgetedRun, check_count, first_layers
 from .exits import ExitModel, grid
@@ -221,7 +221,7 @@ class SensitivitySearch:
         for layer in range(first, self.budget.num_layers):
             try:
                 rate = fit_rate(self.budget, lambda r, at=layer: self._step(at, r))  # type: ignore[misc]
-            except ThinsightError:  # what comes before this layer costs more than there is
+            except Unreachable:  # what comes before this layer costs more than there is
                 break
             steps.append(fill(self.budget, self._step(layer, rate), first))
         return steps[:3]

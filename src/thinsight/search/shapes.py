@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..budget import Budget, fill, fit, refuse_unreachable
-from ..errors import ThinsightError
+from ..errors import BadInput, Unreachable
 from ..schedule import Schedule
 
 __all__ = [
@@ -47,7 +47,7 @@ def first_layer_for(budget: Budget, earliest: int, wanted: int | None = None) ->
     last = budget.num_layers - 1
     if wanted is not None:
         if not earliest <= wanted <= last:
-            raise ThinsightError(
+            raise BadInput(
                 f"first_layer is {wanted}: it must be from {earliest}, where the ranker can rank, to {last}"
             )
         chosen = wanted
@@ -56,7 +56,7 @@ def first_layer_for(budget: Budget, earliest: int, wanted: int | None = None) ->
         while chosen > earliest and budget.spent(_head(budget, chosen)) > budget.limit / 2:
             chosen -= 1
     if not budget.holds(_head(budget, chosen)):
-        raise ThinsightError(
+        raise Unreachable(
             f"layers 0 to {chosen - 1} keep all tokens and cost {budget.spent(_head(budget, chosen)):.4g}, "
             f"the budget is {budget.limit:.4g} ({budget.unit}): choose an earlier first_layer; at layer 0 "
             "only a ranker such as 'staged' or 'vision-attention' can rank"
@@ -84,7 +84,7 @@ def sigmoid(
         first_layer: as above.
     """
     if not (k > 0 and math.isfinite(k)) or not 0 <= floor <= amplitude <= 1 or amplitude == 0:
-        raise ThinsightError(
+        raise BadInput(
             f"k, amplitude and floor are {k}, {amplitude} and {floor}: k must be above 0, and 0 <= floor <= "
             "amplitude <= 1"
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Protocol
 
-from ..errors import ThinsightError
+from ..errors import BadInput
 from ..evaluation.bounds import check_confidence
 from .proposals import quiet
 from .result import Trial
@@ -147,7 +147,7 @@ class Bayes:
         _positive(self.n_trials, "n_trials")
         weight = self.trade_off
         if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
-            raise ThinsightError(f"trade_off is {weight!r}; it must be a finite number of at least 0")
+            raise BadInput(f"trade_off is {weight!r}; it must be a finite number of at least 0")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def get_solver(
     if solver == "bayes":
         return Bayes(trade_off, n_trials)
     if isinstance(solver, str) or not callable(getattr(solver, "solve", None)):
-        raise ThinsightError(f"solver is {solver!r}; choose 'bisect' or 'bayes', or pass a Solver object")
+        raise BadInput(f"solver is {solver!r}; choose 'bisect' or 'bayes', or pass a Solver object")
     return solver
 
 
@@ -202,7 +202,7 @@ def check_early_stop(solver: Solver, confidence: float | None) -> None:
         return
     check_confidence(confidence)
     if isinstance(solver, Bayes):
-        raise ThinsightError(
+        raise BadInput(
             f"confidence is {confidence!r}, but solver 'bayes' scores every candidate on all examples: "
             "leave it out, or choose 'bisect'"
         )
@@ -228,4 +228,4 @@ def _propose(seen: list[tuple[int, float]], upper: int, seed: int) -> int:
 
 def _positive(value: Any, field: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ThinsightError(f"{field} is {value!r}; it must be a whole number of at least 1")
+        raise BadInput(f"{field} is {value!r}; it must be a whole number of at least 1")

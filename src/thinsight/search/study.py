@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..adaptive import Adaptive
-from ..errors import ThinsightError
+from ..errors import BadInput, StorageError
 from ..evaluation.result import Evaluation
 from ..reduction import Reduction
 from ..schedule import Schedule
@@ -228,7 +228,7 @@ class Study:
             _create(path)
             _append(path, _header(self._evaluator, settings))
         elif not resume:
-            raise ThinsightError(
+            raise BadInput(
                 f"study {path} exists already; resume it (resume=True, --resume) or remove it to begin again"
             )
         else:
@@ -270,7 +270,7 @@ def _evaluator_facts(evaluator: SearchEvaluator) -> dict[str, Any]:
 def _full_score(evaluator: SearchEvaluator) -> float:
     score = float(evaluator.full_score)
     if not math.isfinite(score):
-        raise ThinsightError(f"evaluator.full_score is {score}; a search needs a finite number")
+        raise BadInput(f"evaluator.full_score is {score}; a search needs a finite number")
     return score
 
 
@@ -315,7 +315,7 @@ def _whole_lines(path: Path) -> bytes:
     except FileNotFoundError:
         return b""
     except OSError as error:
-        raise ThinsightError(f"study {path} cannot be read ({error.strerror}); pass another path") from None
+        raise StorageError(f"study {path} cannot be read ({error.strerror}); pass another path") from None
     return content[: content.rfind(b"\n") + 1]
 
 
@@ -324,7 +324,7 @@ def _create(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"")
     except OSError as error:
-        raise ThinsightError(
+        raise StorageError(
             f"study {path} cannot be written ({error.strerror}); pass a path in a writable folder"
         ) from None
 
@@ -335,7 +335,7 @@ def _append(path: Path, value: dict[str, Any]) -> None:
             journal.write(_encode(value))
             os.fsync(journal.fileno())
     except OSError as error:
-        raise ThinsightError(
+        raise StorageError(
             f"study {path} cannot be written ({error.strerror}); free the disk, then resume"
         ) from None
 
@@ -344,13 +344,13 @@ def _truncate(path: Path, size: int) -> None:
     try:
         os.truncate(path, size)
     except OSError as error:
-        raise ThinsightError(f"study {path} cannot be written ({error.strerror}); make it writable") from None
+        raise StorageError(f"study {path} cannot be written ({error.strerror}); make it writable") from None
 
 
 def _checked_header(path: Path, line: str) -> dict[str, Any]:
     found = _object(path, 1, line)
     if found.get("thinsight_study") != JOURNAL_VERSION:
-        raise ThinsightError(
+        raise StorageError(
             f"study {path} is not a search journal of version {JOURNAL_VERSION}; pass another path"
         )
     return found
@@ -359,10 +359,10 @@ def _checked_header(path: Path, line: str) -> dict[str, Any]:
 def _check_part(path: Path, part: str, header: dict[str, Any], wanted: dict[str, Any]) -> None:
     found, expected = header.get(part), json.loads(_encode(wanted))
     if not isinstance(found, dict):
-        raise ThinsightError(f"study {path} has no {part} in its header; remove it and search again")
+        raise StorageError(f"study {path} has no {part} in its header; remove it and search again")
     for key in sorted(found.keys() | expected.keys()):
         if found.get(key) != expected.get(key):
-            raise ThinsightError(
+            raise BadInput(
                 f"study {path} was made with {key} {found.get(key)!r}, this search "
                 f"has {expected.get(key)!r}; "
                 "resume with the same model, data and settings, or pass another path"
@@ -386,7 +386,7 @@ def _parse(path: Path, number: int, line: str) -> tuple[_Asked, Record]:
         adaptive = None if family is None else Adaptive.from_dict(family)
         return _Asked(Schedule(value["keep_rates"]), bool(value["exact"]), named, share, adaptive), record
     except (KeyError, TypeError, ValueError) as error:
-        raise ThinsightError(
+        raise StorageError(
             f"study {path}, line {number} is damaged ({error!r}); remove the line, then resume"
         ) from None
 
@@ -401,7 +401,5 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise ThinsightError(
-            f"study {path}, line {number} is not a JSON object; remove the line, then resume"
-        )
+        raise StorageError(f"study {path}, line {number} is not a JSON object; remove the line, then resume")
     return value
