@@ -31,6 +31,7 @@ from transformers import LlavaForConditionalGeneration
 from benchmarks.prefill import Shape, build, prompt, workload
 from benchmarks.share import share_of
 from thinsight import Schedule, apply
+from thinsight.runtime.cache import CACHE
 
 PREFILL_LIMIT, TOKEN_LIMIT = 0.02, 20e-6  # share of prefill; seconds per layer and decoded token
 INSIDE_LIMIT = 0.01  # share of a pass inside hooks
@@ -110,10 +111,10 @@ def decode_overhead(shape: Shape, runs: int) -> Overhead:
     def side(reduced: bool) -> Callable[[], None]:
         schedule = keep_all(shape.layers, shape.vision_tokens)
         with apply(model, schedule) if reduced else nullcontext():
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = model(**inputs, use_cache=True)[CACHE]
 
         def decode() -> None:
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, use_cache=True, **{CACHE: cache})
 
         return decode
 
@@ -137,10 +138,10 @@ def inside(shape: Shape, passes: int) -> Inside:
     work = workload(model, inputs)
     token = inputs["input_ids"][:, -1:]
     with apply(model, keep_all(shape.layers, shape.vision_tokens)):
-        cache = work.prefill().past_key_values
+        cache = work.prefill()[CACHE]
 
         def decode() -> None:
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, use_cache=True, **{CACHE: cache})
 
         decode()
         found = (share_of(work.prefill, work.device, passes), share_of(decode, work.device, 4 * passes))

@@ -41,6 +41,7 @@ from benchmarks.table import MIB, RESULTS, Columns, Results, Row, about, number,
 from thinsight import apply
 from thinsight.baselines import fastv
 from thinsight.runtime import vision_token_mask
+from thinsight.runtime.cache import CACHE
 
 LAYER, RATE = 2, 0.5  # FastV's own
 STOCK, THINSIGHT = "stock", "thinsight"
@@ -209,7 +210,7 @@ def look(work: Workload, under: Callable[[], AbstractContextManager[Any]], visio
     """One pass of a side, not timed."""
     with under() as on:
         output, peak = peak_of(work.prefill, work.device)
-        lengths = tuple(layer.keys.shape[2] for layer in output.past_key_values.layers)
+        lengths = tuple(layer.keys.shape[2] for layer in output[CACHE].layers)
         if isinstance(on, FullMatrix):
             assert on.kept is not None
             rows = [kept[real].nonzero().flatten() for kept, real in zip(on.kept, vision, strict=True)]

@@ -37,6 +37,7 @@ from thinsight.evaluation.encoding import typical_batch
 from thinsight.loading import DEMOS, load_demo
 from thinsight.packing import pack, packed_layers
 from thinsight.runtime import encode_images, num_layers, vision_token_mask
+from thinsight.runtime.cache import CACHE
 from thinsight.search.shapes import sigmoid
 from thinsight.timing import alternate, cache_bytes, on_device
 
@@ -234,7 +235,7 @@ def weight_bytes(model: Any) -> int:
 def _cached(work: Workload) -> tuple[int, int | None]:
     """Bytes of the cache after prefill, and of the peak on the way."""
     output, peak = peak_of(work.prefill, work.device)
-    return cache_bytes(output.past_key_values), peak
+    return cache_bytes(output[CACHE]), peak
 
 
 def times(work: Workload, reduction: Reduction, runs: Runs) -> Row:

@@ -20,6 +20,7 @@ from benchmarks import gpu, limit, peers, prefill, products, search_cost, table
 from thinsight.packing import packed_layers
 from thinsight.reduction import Reduction
 from thinsight.runtime import vision_token_mask
+from thinsight.runtime.cache import CACHE
 from thinsight.schedule import Schedule
 
 PREFILL = split("--hidden 64 --layers 10 --side 4 --runs 1 --answers 1 --tokens 2 --no-demos --device cpu")
@@ -294,7 +295,7 @@ def tiny() -> tuple[prefill.Workload, Reduction]:
 
 
 def lengths(work: prefill.Workload) -> list[int]:
-    return [layer.keys.shape[2] for layer in work.prefill().past_key_values.layers]
+    return [layer.keys.shape[2] for layer in work.prefill()[CACHE].layers]
 
 
 def test_compiled_sides_do_not_serve_each_other(

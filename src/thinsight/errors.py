@@ -32,7 +32,7 @@ class BadInput(ThinsightError):
 
 
 class MissingPackage(ThinsightError):
-    """An optional package that is needed for what was asked for is not installed."""
+    """A package that is needed for what was asked for is not installed, or too old."""
 
 
 class Unsupported(ThinsightError):

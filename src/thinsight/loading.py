@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import is_accelerate_available, is_flash_attn_2_available, is_flash_attn_3_available
 
 from .errors import BadInput, MissingPackage, StorageError, ThinsightError
-from .runtime.families import ATTENTION, refusal
+from .runtime.families import ATTENTION, check_version, refusal
 
 __all__ = [
     "DEMO",
@@ -125,8 +125,10 @@ def load_config(name: str | Path, trust_remote_code: bool = False) -> Any:
     """A model's config, without its weights; arguments as for `load_model`.
 
     Raises:
-        ThinsightError: an unknown path or hub id, no network, or a family that is not supported.
+        ThinsightError: an unknown path or hub id, no network, a family that is not supported, or a
+            transformers that is too old.
     """
+    check_version()
     source, local = locate_model(name)
     with _one_line(name, "its config"):
         config = AutoConfig.from_pretrained(

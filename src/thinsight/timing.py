@@ -24,6 +24,7 @@ from .budget import LatencyModel
 from .errors import BadInput
 from .reduction import Reduction
 from .runtime import apply, encode_images, num_layers, vision_token_mask
+from .runtime.cache import CACHE
 from .runtime.encoding import has_pixels
 from .runtime.families import MODALITIES
 from .schedule import Schedule
@@ -142,9 +143,9 @@ def measure(
             tick=tick,
         )
         timings.append(Timing(what, full, reduced, size))
-    kv_full = cache_bytes(jobs[PREFILL]().past_key_values)
+    kv_full = cache_bytes(jobs[PREFILL]()[CACHE])
     with apply(model, reduction):
-        kv_reduced = cache_bytes(jobs[PREFILL]().past_key_values)
+        kv_reduced = cache_bytes(jobs[PREFILL]()[CACHE])
     return Measurement(
         timings=tuple(timings),
         kv_full=kv_full,

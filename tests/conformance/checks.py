@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from thinsight.ranking import Context, Ranker
 from thinsight.runtime import apply
@@ -43,6 +44,11 @@ def generate(model: PreTrainedModel, inputs: dict[str, Tensor], steps: int, **op
             **options,
         },
     )
+
+
+def paged_cache() -> PagedAttentionCache:
+    """The cache of continuous batching as far as its type tells: it holds nothing."""
+    return PagedAttentionCache.__new__(PagedAttentionCache)
 
 
 class FixedScores(Ranker):

@@ -31,6 +31,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from thinsight.errors import ThinsightError
 from thinsight.runtime import apply
+from thinsight.runtime.cache import CACHE
 from thinsight.schedule import Schedule
 
 from .behaviours import behaviour
@@ -387,7 +388,7 @@ def test_a_second_turn_on_the_same_cache_equals_the_reference(family: Family, sp
     with CASE.apply(model):
         one = generate(model, family.batch(rows).inputs, steps)
         inputs = next_turn(family, answered(rows, one, steps), later)
-        two = generate(model, inputs, steps, past_key_values=one.past_key_values)
+        two = generate(model, inputs, steps, **{CACHE: one[CACHE]})
     for number, row in enumerate(rows):
         reference = CASE.reference(family, row)
         reference.read(row)
@@ -406,12 +407,10 @@ def test_a_copied_cache_continues_as_the_cache_does(family: Family) -> None:
     model, rows = family.model(), family.rows([[3, 5], [2, 3, 9]], 12)
     with CASE.apply(model):
         one = generate(model, family.batch(rows).inputs, 2)
-        copied = copy.deepcopy(one.past_key_values)
+        copied = copy.deepcopy(one[CACHE])
         later = [family.later_turn([4], seed) for seed in (1, 2)]
         inputs = next_turn(family, answered(rows, one, 2), later)
-        two, again = (
-            generate(model, inputs, 3, past_key_values=cache) for cache in (copied, one.past_key_values)
-        )
+        two, again = (generate(model, inputs, 3, **{CACHE: cache}) for cache in (copied, one[CACHE]))
     assert torch.equal(torch.stack(two.logits), torch.stack(again.logits))
 
 
@@ -420,11 +419,11 @@ def test_a_cached_prefix_serves_several_prompts(family: Family) -> None:
     """A system prompt is read once; each prompt with images continues a copy of its cache."""
     model, prefix = family.model(), family.rows([[6]], 13)[0]
     with CASE.apply(model), torch.no_grad():
-        cache = model(**family.batch([prefix]).inputs, use_cache=True).past_key_values
+        cache = model(**family.batch([prefix]).inputs, use_cache=True)[CACHE]
         for spec in ([1, 4], [0, 2, 5]):
             later = family.later_turn(spec)
             inputs = next_turn(family, [prefix], [later])
-            out = generate(model, inputs, 3, past_key_values=copy.deepcopy(cache))
+            out = generate(model, inputs, 3, **{CACHE: copy.deepcopy(cache)})
             tokens, logits = out.sequences[0, -3:], [step[0] for step in out.logits]
             follow(family, CASE, prefix + later, tokens, logits)
 
@@ -438,14 +437,14 @@ def test_a_cropped_cache_continues_like_a_new_one(family: Family) -> None:
     with CASE.apply(model), torch.no_grad():
         cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         cache.activate_past_recording()
-        generate(model, family.batch([whole]).inputs, 1, past_key_values=cache)
+        generate(model, family.batch([whole]).inputs, 1, **{CACHE: cache})
         windowed = any(layer.is_sliding for layer in cache.layers)
         for kept in [prefix + image] if windowed else [prefix + image, prefix]:
             cache.crop(len(kept.ids) - cache.get_seq_length())
             if hasattr(model.base_model, "rope_deltas"):
                 model.base_model.rope_deltas = None  # of what was cropped away
             inputs = next_turn(family, [kept], [other])
-            out = generate(model, inputs, 2, past_key_values=cache)
+            out = generate(model, inputs, 2, **{CACHE: cache})
             reference = CASE.reference(family, whole)
             reference.read(whole)
             reference.row = kept
@@ -523,12 +522,9 @@ def test_a_static_cache_equals_the_reference_and_is_smaller(family: Family) -> N
             max(len(row.ids) - len(row.vision) + count for row, count in zip(some, counts, strict=True))
             for counts in kept
         ]
-        per_column = stock.past_key_values.layers[0].keys[:, :, :1].nbytes * 2
+        per_column = stock[CACHE].layers[0].keys[:, :, :1].nbytes * 2
         saved = [
-            full - reduced
-            for full, reduced in zip(
-                kv_bytes(stock.past_key_values), kv_bytes(out.past_key_values), strict=True
-            )
+            full - reduced for full, reduced in zip(kv_bytes(stock[CACHE]), kv_bytes(out[CACHE]), strict=True)
         ]
         assert saved == [per_column * (width - length) for length in lengths]
 
@@ -541,9 +537,9 @@ def test_a_second_turn_on_a_static_cache_equals_the_reference(family: Family, sp
     length = len((row + later).ids) + 2 * steps
     cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
     with CASE.apply(model):
-        one = generate(model, family.batch([row]).inputs, steps, past_key_values=cache)
+        one = generate(model, family.batch([row]).inputs, steps, **{CACHE: cache})
         inputs = next_turn(family, answered([row], one, steps), [later])
-        two = generate(model, inputs, steps, past_key_values=cache)
+        two = generate(model, inputs, steps, **{CACHE: cache})
     reference = CASE.reference(family, row)
     reference.read(row)
     first, last = one.sequences[0, -steps:].tolist()
@@ -592,4 +588,4 @@ def test_a_quantized_cache_is_refused_before_it_is_filled(family: Family) -> Non
     model, inputs = family.model(), family.inputs([SINGLE])
     cache = Cache(layers=[Rounded() for _ in range(4)])
     with CASE.apply(model), pytest.raises(ThinsightError, match="is a Rounded, from which tokens cannot"):
-        generate(model, inputs, 2, past_key_values=cache)
+        generate(model, inputs, 2, **{CACHE: cache})

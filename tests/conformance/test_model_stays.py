@@ -22,7 +22,7 @@ from thinsight.runtime import apply
 from thinsight.schedule import Schedule
 
 from .behaviours import behaviour
-from .checks import NEARLY_FULL, Case, check_steps, close, generate
+from .checks import NEARLY_FULL, Case, check_steps, close, generate, paged_cache
 from .families import FAMILIES
 from .family import PADDED, Family
 from .inputs import Row, Spec
@@ -273,7 +273,7 @@ def test_continuous_batching_is_refused(family: Family) -> None:
     model, inputs = family.build(), family.inputs([SINGLE])
     before, message = insides(model), "on a paged cache: continuous batching keeps its own"
     with CASE.apply(model), pytest.raises(ThinsightError, match=message):
-        model(**inputs, use_cache=False, cache=object())  # as `generate_batch` passes it
+        model(**inputs, use_cache=False, cache=paged_cache())  # as `generate_batch` passes it
     model.set_attn_implementation("paged|eager")
     with pytest.raises(ThinsightError, match=message):
         CASE.apply(model)

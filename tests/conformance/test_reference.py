@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+from thinsight.runtime.cache import CACHE
 from thinsight.schedule import Schedule
 
 from .behaviours import for_each
@@ -52,7 +53,7 @@ def test_a_full_schedule_is_the_stock_model_in_a_later_turn(family: Family, spec
     answers = [Row([answer(tokens)]) for tokens in first.sequences[:, -STEPS:].tolist()]
     wholes = [row + said + turn for row, said in zip(rows, answers, strict=True)]
     inputs = family.later_inputs(model, wholes, [turn, turn])
-    second = generate(model, inputs, STEPS, past_key_values=first.past_key_values)
+    second = generate(model, inputs, STEPS, **{CACHE: first[CACHE]})
     for number, row in enumerate(rows):
         reference = Reference(family, Schedule.full(4))
         reference.read(row)

@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from thinsight.errors import ThinsightError
 from thinsight.ranking import Ranker
 from thinsight.runtime import apply, decoder_layers, encode_images, num_layers, vision_token_mask
+from thinsight.runtime.cache import CACHE
 from thinsight.runtime.families import attention_of
 from thinsight.schedule import Schedule
 
@@ -300,15 +301,15 @@ def test_a_cache_does_not_outlive_its_reduction() -> None:
     batch = tiny_inputs([[3, 5]])
     token = torch.tensor([[7]])
     with apply(model, SCHEDULE), torch.no_grad():
-        cache = model(**batch, use_cache=True).past_key_values
+        cache = model(**batch, use_cache=True)[CACHE]
     with torch.no_grad(), pytest.raises(ThinsightError, match="not applied now"):
-        model(input_ids=token, past_key_values=cache)
+        model(input_ids=token, **{CACHE: cache})
     with (
         apply(model, Schedule([1, 0.5, 0.5, 0.5])),
         torch.no_grad(),
         pytest.raises(ThinsightError, match="another schedule"),
     ):
-        model(input_ids=token, past_key_values=cache)
+        model(input_ids=token, **{CACHE: cache})
 
 
 class Hoarder(DynamicLayer):
@@ -320,7 +321,7 @@ def test_caches_that_cannot_be_thinned_are_refused() -> None:
     cache = DynamicCache(config=model.config)
     cache.layers = [Hoarder() for _ in cache.layers]
     with apply(model, SCHEDULE), pytest.raises(ThinsightError, match="is a Hoarder, from which tokens"):
-        generate(model, tiny_inputs([[3, 5]]), past_key_values=cache)
+        generate(model, tiny_inputs([[3, 5]]), **{CACHE: cache})
 
 
 def test_embeddings_without_ids_are_refused() -> None:

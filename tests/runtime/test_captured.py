@@ -22,6 +22,7 @@ from thinsight.errors import ThinsightError
 from thinsight.ranking import Context, Ranker
 from thinsight.reduction import Reduction
 from thinsight.runtime import CapturedPrefill, Handle, apply
+from thinsight.runtime.cache import CACHE
 from thinsight.runtime.recording import EagerReplay
 from thinsight.schedule import Schedule
 
@@ -159,7 +160,7 @@ def test_what_was_replayed_before_stays_as_it_is() -> None:
         for inputs, output in zip((first, second), outputs, strict=True):
             wanted = model(**inputs)
             close(output.logits, wanted.logits)
-            for mine, layer in zip(output.past_key_values.layers, wanted.past_key_values.layers, strict=True):
+            for mine, layer in zip(output[CACHE].layers, wanted[CACHE].layers, strict=True):
                 assert mine.get_seq_length() == layer.get_seq_length()
                 close(mine.keys, layer.keys)
                 close(mine.values, layer.values)
@@ -199,7 +200,7 @@ def test_passes_that_are_no_plain_prefill_run_as_ever() -> None:
         assert model(**inputs).logits.requires_grad
         with torch.no_grad():
             assert len(model(**inputs, output_hidden_states=True).hidden_states) == 5
-            assert model(**inputs, use_cache=False).past_key_values is None
+            assert model(**inputs, use_cache=False).get(CACHE) is None
             model(**text)
         generate(model, inputs, 2, cache_implementation="static")
         assert fast.replayed == 0

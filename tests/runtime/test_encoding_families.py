@@ -14,8 +14,7 @@ from conformance.family import VIDEOS, Family
 from torch import Tensor
 
 from thinsight.errors import ThinsightError
-from thinsight.runtime import EncodedImages, backport, encode_images
-from thinsight.runtime.backport import check_version
+from thinsight.runtime import EncodedImages, encode_images
 from thinsight.runtime.encoding import _fit, _moved, encoder_inputs
 from thinsight.runtime.families import MODALITIES, SUPPORTED
 
@@ -149,15 +148,3 @@ def test_mean_of_blocks_in_reading_order() -> None:
     (fitted,) = _fit([rows], [9])
     assert torch.equal(fitted, mean)
     assert math.isclose(float(fitted[0]), (0 + 1 + 6 + 7) / 4)
-
-
-# --- versions
-
-
-def test_an_old_transformers_is_refused_but_for_llava(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backport, "_takes_outputs", lambda base: False)
-    check_version(HELD["llava"].model())
-    with pytest.raises(ThinsightError, match=r"'internvl' needs transformers 5\.18 or later"):
-        check_version(HELD["internvl-qwen2"].model())
-    with pytest.raises(ThinsightError, match="pip install -U transformers"):
-        encode_images(HELD["gemma3"].model(), HELD["gemma3"].inputs())

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from thinsight.errors import ThinsightError
 from thinsight.runtime import apply, decoder_layers, vision_token_mask
+from thinsight.runtime.cache import CACHE
 from thinsight.runtime.recording import NeverWaiting
 from thinsight.schedule import Schedule
 
@@ -117,7 +118,7 @@ def planned_pass(family: Family, ranker: Any, per: str, plan: bool) -> list[int]
         embeds = model.get_input_embeddings()(inputs["input_ids"]).to("meta")
         model.to("meta")
         with handle.planned(made if plan else None), handle.vision(vision), NeverWaiting():
-            cache = model(inputs_embeds=embeds, logits_to_keep=1).past_key_values
+            cache = model(inputs_embeds=embeds, logits_to_keep=1)[CACHE]
     return [layer.keys.shape[2] for layer in cache.layers]
 
 

@@ -9,6 +9,7 @@ from tiny import IMAGE, VISION_TOKENS, tiny_inputs, tiny_llava
 
 from thinsight.ranking import get_ranker
 from thinsight.runtime import apply
+from thinsight.runtime.cache import CACHE
 from thinsight.schedule import Schedule
 
 ROWS = [[3, 5], [2, 3, 9], [7], [1, 2], [2, 0, 4]]  # one image, two, none, one and short, two side by side
@@ -150,7 +151,7 @@ def test_second_turn_on_the_same_cache(attn: str, second: list[int]) -> None:
             input_ids=ids,
             attention_mask=mask,
             **pixels,
-            past_key_values=one.past_key_values,
+            **{CACHE: one[CACHE]},
             max_new_tokens=3,
             min_new_tokens=3,
             do_sample=False,

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 
 from ..errors import Unsupported
 from ..runtime import vision_token_mask
+from ..runtime.cache import CACHE
 from ..runtime.families import reads_prompt_both_ways, sliding_layers
 from .encoding import PromptBatch
 from .passes import pass_inputs, prompt_positions
@@ -268,7 +269,7 @@ class _Run:
         else:
             rest = columns.behind(self.beginning.columns)
             outputs = self._read(rest, vision, prompt_scope, cache=self.beginning.cache, **asked)
-        self.cache = outputs.past_key_values if keep_cache else None
+        self.cache = outputs[CACHE] if keep_cache else None
         self.rated = any(rated)
         predicted, gaps, likely = self._predict_all(outputs.logits, draft, rated)  # (batch, extra + 1)
         accepted = torch.zeros_like(draft)
@@ -313,9 +314,7 @@ class _Run:
 
     def _reread(self, columns: _Columns, vision: dict[str, Any], prompt_scope: PromptScope | None) -> None:
         """Prompt and exact answers once more, with no column between them that is not attended to."""
-        self.cache = self._read(
-            columns, vision, prompt_scope, use_cache=True, logits_to_keep=1
-        ).past_key_values
+        self.cache = self._read(columns, vision, prompt_scope, use_cache=True, logits_to_keep=1)[CACHE]
         self.mask = columns.mask
 
     def open_rows(
@@ -352,7 +351,7 @@ class _Run:
             logits_to_keep=1,
         )
         outputs = self.model(**inputs)
-        self.cache = outputs.past_key_values
+        self.cache = outputs[CACHE]
         scores = self._adjusted(outputs.logits[:, -1].float(), self.answers)
         chosen, gaps = scores.argmax(-1).tolist(), _lead(scores).tolist()
         likely = scores.log_softmax(-1).amax(-1).tolist()

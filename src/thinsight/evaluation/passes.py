@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
+from ..runtime.cache import CACHE
 from .encoding import PromptBatch
 
 __all__ = ["pass_inputs", "prompt_positions"]
@@ -57,11 +58,11 @@ def pass_inputs(
     """
     prepared: dict[str, Any] = model.prepare_inputs_for_generation(
         input_ids,
-        past_key_values=cache,
         # attention without a mask is faster
         attention_mask=None if bool(attention_mask.all()) else attention_mask,
         position_ids=position_ids,
         is_first_iteration=cache is None,
+        **{CACHE: cache},
         **token_types,
         **more,
     )

@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..runtime import can_share, vision_token_mask
+from ..runtime.cache import CACHE
 from ..runtime.families import reads_prompt_both_ways
 from .decoding import Beginning
 from .encoding import Prompt, PromptBatch, pad_batch
@@ -101,7 +102,7 @@ def read_once(
         logits_to_keep=1,
         **vision([each.members[0] for each in siblings]),
     )
-    cache = model(**inputs).past_key_values
+    cache = model(**inputs)[CACHE]
     rows = [(len(prompts[i]) - f.shared, i, row) for row, f in enumerate(siblings) for i in f.members]
     rows.sort()
     for start in range(0, len(rows), batch_size):

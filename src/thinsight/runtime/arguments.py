@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..schedule import Schedule
-from .cache import Thinned, thin, thinned
+from .cache import Thinned, cache_of, thin, thinned
 from .families import attention_implementation
 from .layout import Columns
 from .masks import causal, gather_tokens, reduce_mask
@@ -37,7 +37,7 @@ class LayerArguments:
         take = columns.index if run.spread else run.take
         run.take, run.spread = None, False
         states = states if take is None else gather_tokens(states, take)
-        reduced, cache = dict(kwargs), kwargs.get("past_key_values")
+        reduced, cache = dict(kwargs), cache_of(kwargs)
         seq, total = run.call.seq, run.call.past + run.call.seq
         held = None
         if cache is not None:
@@ -51,7 +51,7 @@ class LayerArguments:
 
     def whole(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments in a pass that is all there, as in decoding, behind what may be a thinned cache."""
-        held = thinned(kwargs.get("past_key_values"), layer)
+        held = thinned(cache_of(kwargs), layer)
         if held is None:
             return None
         held.check(self.schedule)

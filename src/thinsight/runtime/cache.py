@@ -1,14 +1,15 @@
 """Cache layers that hold fewer tokens than they report: keys and values physical, lengths logical.
 
-What was kept lives on the cache itself, so that decoding, beam search, copies and later turns find it.
-Knows nothing about models, hooks or how tokens were chosen.
+What was kept lives on the cache itself, so that decoding, beam search, copies and later turns find it. Also
+the only place that knows by which name a call carries its cache. Knows nothing about models, hooks or how
+tokens were chosen.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,12 +22,41 @@ from transformers.cache_utils import (
     StaticLayer,
     StaticSlidingWindowLayer,
 )
+from transformers.generation.continuous_batching import PagedAttentionCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..errors import BadInput, Unsupported
 from ..schedule import Schedule
 from .layout import Columns
 
-__all__ = ["Kept", "Thinned", "append", "filled", "kept_before", "thin", "thinned"]
+__all__ = [
+    "CACHE",
+    "Kept",
+    "Thinned",
+    "append",
+    "cache_of",
+    "filled",
+    "is_paged",
+    "kept_before",
+    "thin",
+    "thinned",
+]
+
+_RENAMED = "past_key_values"  # by transformers 5.24, whose models take either name
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else _RENAMED
+"""What the installed transformers calls a cache, as an argument of models and as a field of their outputs."""
+
+
+def cache_of(call: Mapping[str, Any]) -> Cache | None:
+    """The cache of layers among a call's arguments, by whichever name; None where there is none, or a paged
+    one, which has no layers."""
+    cache = call[CACHE] if CACHE in call else call.get(_RENAMED)
+    return None if isinstance(cache, PagedAttentionCache) else cache
+
+
+def is_paged(call: Mapping[str, Any]) -> bool:
+    """Whether a call brings the cache of continuous batching, which has gone by `cache` in every version."""
+    return any(isinstance(call.get(name), PagedAttentionCache) for name in ("cache", _RENAMED))
 
 
 @dataclass(frozen=True)
@@ -121,6 +151,22 @@ class Thinned(CacheLayerMixin):
         if self.schedule is not schedule and self.schedule != schedule:
             raise BadInput("this cache was filled under another schedule; start a new cache")
 
+    def crop(self, tokens: int) -> None:
+        """Remove the last `-tokens`; a positive number is the length to leave (transformers before 5.20)."""
+        total = int(self.get_seq_length())
+        length = max(0, total + tokens if tokens <= 0 else min(tokens, total))
+        if length < total and self.is_initialized:
+            self._cut(total, length)
+
+    def _cut(self, total: int, length: int) -> None:
+        """Leave `length` of `total` logical columns."""
+        raise NotImplementedError
+
+    def _beyond(self, total: int, length: int) -> int:
+        """How many physical columns stand at or behind a logical column."""
+        covered = total if self.kept is None else min(total, self.kept.covered)
+        return total - max(length, covered) + (0 if self.kept is None else self.kept.beyond(length))
+
     def _claim(self) -> None:
         if not self.expected:
             raise BadInput(
@@ -164,19 +210,9 @@ class ThinnedLayer(Thinned, DynamicLayer):
         length = super().get_seq_length()
         return length + self.dropped if length else 0
 
-    def crop(self, tokens: int) -> None:
-        """Remove the last `-tokens`; a positive number is the length to leave (early transformers)."""
-        total = self.get_seq_length()
-        length = total + tokens if tokens <= 0 else min(tokens, total)
-        if length >= total or not self.is_initialized:
-            return
-        self._cut(total, max(0, length))
-
     def _cut(self, total: int, length: int) -> None:
-        covered = total if self.kept is None else min(total, self.kept.covered)
-        removed = total - max(length, covered)
+        removed = self._beyond(total, length)
         if self.kept is not None:
-            removed += self.kept.beyond(length)
             self.kept = self.kept.crop(length)
         self.dropped -= total - length - removed
         self.keys = self.keys[..., : self.keys.shape[-2] - removed, :]
@@ -184,8 +220,7 @@ class ThinnedLayer(Thinned, DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        if not self.is_initialized:  # early transformers zero the tokens but do not remove them
-            self._forget()
+        self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
@@ -304,6 +339,7 @@ class ThinnedSlidingLayer(ThinnedLayer, DynamicSlidingWindowLayer):
 class ThinnedStaticLayer(Thinned, StaticLayer):
     """A thinned `StaticLayer`: its buffer is allocated without room for what the first prompt drops."""
 
+    cumulative_length: Tensor  # physical columns that are filled
     logical_length: int  # of the stock layer's buffer
     fixed: Columns | None  # logical columns of the whole buffer, filled or not
     is_initialized: bool
@@ -317,12 +353,27 @@ class ThinnedStaticLayer(Thinned, StaticLayer):
         if new is not None and not self.is_initialized:
             self.max_cache_len = self.logical_length - self.dropped
         if kept is not None:
-            # columns that are not filled yet have no query that sees them
-            self.fixed = kept.until(kept.covered + self.max_cache_len - kept.columns.length)
+            self._lay_out(kept)
 
     def columns(self) -> Columns:
         assert self.fixed is not None
         return self.fixed
+
+    def _cut(self, total: int, length: int) -> None:
+        removed = self._beyond(total, length)
+        if removed < total - length:
+            raise Unsupported(
+                f"cannot crop a static cache to {length} tokens: its buffer has no room for vision tokens "
+                "that were left out behind it; crop to a place after the images, or use a dynamic cache"
+            )
+        self.cumulative_length.sub_(removed)
+        if self.kept is not None:
+            self.kept = self.kept.crop(length)
+            self._lay_out(self.kept)
+
+    def _lay_out(self, kept: Kept) -> None:
+        # columns that are not filled yet have no query that sees them
+        self.fixed = kept.until(kept.covered + self.max_cache_len - kept.columns.length)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..errors import BadInput, Unsupported
+from .cache import cache_of
 from .encoding import received_of, vision_outputs
 from .families import MODALITIES, tiles_stand_apart, vision_placeholders
 from .layout import Layout, Vision, build_layout
@@ -165,7 +166,7 @@ def read_call(model: PreTrainedModel, call: Mapping[str, Any], said: Said | None
     if given is None or given.shape[1] == 1:
         return None  # without any input, the model itself says what is missing
     batch, seq = given.shape[:2]
-    past = _length(call.get("past_key_values"))
+    past = _length(cache_of(call))
     real = _real(call.get("attention_mask"), batch, seq, past, given.device)
     layout = build_layout(_vision(model, call, ids, said, real), real, tiles_stand_apart(model))
     if layout is None:
@@ -187,7 +188,7 @@ def same_shape(plan: Plan, call: Mapping[str, Any]) -> bool:
     if given is None or given.shape[1] == 1:
         return False
     wanted = (plan.call.prompt.shape[0], plan.call.seq, plan.call.past)
-    found = (*given.shape[:2], _length(call.get("past_key_values")))
+    found = (*given.shape[:2], _length(cache_of(call)))
     if found != wanted:
         raise BadInput(
             f"the plan is for {wanted[0]} rows of {wanted[1]} tokens behind {wanted[2]} cached ones, but the "

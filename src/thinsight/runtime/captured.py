@@ -22,7 +22,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import BadInput, Unsupported
-from .cache import Kept, Thinned
+from .cache import CACHE, Kept, Thinned, cache_of, is_paged
 from .call import Plan
 from .families import (
     attention_implementation,
@@ -129,7 +129,7 @@ class CapturedPrefill:
             recorded = self._ready(inputs, plan)
             output, trace = recorded.replay()
             self.replayed += 1
-            result = _own_output(output, seq, kwargs.get("past_key_values"))
+            result = _own_output(output, seq, cache_of(kwargs))
             kept = [(layer, alive.clone()) for layer, alive in trace]
         if self.handle is not None:
             self.handle.trace(kept)
@@ -151,7 +151,8 @@ class CapturedPrefill:
         grows = embeds.shape[1] % self.multiple
         return (
             (config.use_cache if cached is None else cached)
-            and _empty(kwargs.get("past_key_values"))
+            and not is_paged(kwargs)
+            and _empty(cache_of(kwargs))
             and (mask is None or (isinstance(mask, Tensor) and (mask.ndim == 2 or not grows)))
             and all(name in _TENSORS or _plain(value) for name, value in kwargs.items())
         )
@@ -235,7 +236,7 @@ class CapturedPrefill:
                     # a plan of its own: what it derives from its tensors belongs to one run
                     stack.enter_context(self.handle.running(plan.mapped(lambda tensor: tensor)))
                 output = self._forward(
-                    **inputs.tensors, **{**inputs.constants, "use_cache": True, "past_key_values": cache}
+                    **inputs.tensors, **{**inputs.constants, "use_cache": True, CACHE: cache}
                 )
                 state = None if self.handle is None else self.handle.state()
             return output, () if state is None else state.trace
@@ -245,7 +246,7 @@ class CapturedPrefill:
         return _Recorded(inputs, plan, self._recorder.record(job))
 
 
-_TENSORS = ("inputs_embeds", "position_ids", "attention_mask", "past_key_values")
+_TENSORS = ("inputs_embeds", "position_ids", "attention_mask", CACHE)
 _Result = tuple[Any, tuple[tuple[int, Tensor], ...]]  # the decoder's output, and what a handle traces
 
 
@@ -323,13 +324,13 @@ def _plain(value: Any) -> bool:
 
 def _own_output(output: Any, seq: int, cache: DynamicCache | None) -> Any:
     """A copy of the decoder's output for its first `seq` columns, with the caller's cache filled."""
-    found = output.past_key_values
+    found = output[CACHE]
     more = output.last_hidden_state.shape[1] - seq
     cache = copy.copy(found) if cache is None else cache
     records: dict[int, Kept] = {}  # layers of a stage share one
     cache.layers = [_own_layer(held, more, records) for held in found.layers]
     states = output.last_hidden_state[:, :seq].clone()
-    return type(output)(**{**output, "last_hidden_state": states, "past_key_values": cache})
+    return type(output)(**{**output, "last_hidden_state": states, CACHE: cache})
 
 
 def _own_layer(held: Any, more: int, records: dict[int, Kept]) -> Any:

@@ -20,7 +20,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..errors import Unsupported
 from ..ranking import VISION_ATTENTION, get_ranker
-from .backport import accept_outputs
 from .families import MODALITIES, base_model, vision_source
 from .scoring import Probe, VisionReceived
 
@@ -193,7 +192,6 @@ def vision_outputs(model: PreTrainedModel, call: Mapping[str, Any], modality: st
         ThinsightError: attention was read, but the tower's rows cannot be told apart in the projector's
             tokens.
     """
-    accept_outputs(model)  # what is made here is for this model
     encoder = getattr(base_model(model), f"get_{modality}_features")
     given = {name: call[name] for name in encoder_inputs(model, modality) if call.get(name) is not None}
     output = encoder(**{**given, "return_dict": True})

@@ -8,15 +8,18 @@ the suite. Most need no more; what is special about a few is in the tables below
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..errors import BadInput, Unsupported
+from ..errors import BadInput, MissingPackage, Unsupported
 
 __all__ = [
     "MODALITIES",
@@ -28,6 +31,7 @@ __all__ = [
     "check_attention",
     "check_recomputation",
     "check_supported",
+    "check_version",
     "decoder_layers",
     "model_device",
     "num_layers",
@@ -69,6 +73,9 @@ SUPPORTED = (
     "vipllava",
 )
 """`config.model_type` of the families that the conformance suite holds."""
+
+OLDEST, UNTESTED = (5, 18), (5, 25)
+"""The first transformers that can be used, and the first that nobody has tested; as in pyproject.toml."""
 
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
@@ -229,6 +236,7 @@ def check_supported(model: Any) -> None:
     Raises:
         ThinsightError: with the reason.
     """
+    check_version()
     if not isinstance(model, PreTrainedModel):
         raise BadInput(f"model is a {type(model).__name__}; pass a loaded transformers model")
     reason = refusal(model.config)
@@ -239,6 +247,28 @@ def check_supported(model: Any) -> None:
             f"{type(model).__name__} has no vision encoder; pass the whole model, not its text part"
         )
     check_attention(model)
+
+
+@functools.cache
+def check_version() -> None:
+    """Refuse a transformers that is too old, and say it once of one that is too new to be known.
+
+    Raises:
+        ThinsightError: the installed version is before `OLDEST`.
+    """
+    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    oldest, untested = (".".join(map(str, version)) for version in (OLDEST, UNTESTED))
+    if found < OLDEST:
+        raise MissingPackage(
+            f"transformers {transformers.__version__} is installed, and thinsight needs {oldest} or later: "
+            f'pip install "transformers>={oldest},<{untested}"'
+        )
+    if found >= UNTESTED:
+        warnings.warn(
+            f"transformers {transformers.__version__} is installed, and thinsight is not tested from "
+            f'{untested} on; if something fails, pip install "transformers>={oldest},<{untested}"',
+            stacklevel=2,
+        )
 
 
 def check_attention(model: PreTrainedModel, paged: bool = False) -> None:

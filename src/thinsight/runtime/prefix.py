@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import BadInput
-from .cache import Kept, ThinnedLayer, thin
+from .cache import Kept, ThinnedLayer, cache_of, thin
 from .families import decoder_layers, sliding_layers
 from .handle import Handle
 from .layout import Columns
@@ -160,7 +160,7 @@ def recording(handle: Handle, layer: int) -> Iterator[list[Snapshot]]:
         state = handle.state()
         if state is None or taken:
             return
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         held = None if cache is None else _cache_layers(cache, layer)
         if cache is None or held is not None:
             states = args[0] if args else kwargs["hidden_states"]
@@ -208,7 +208,7 @@ def resuming(handle: Handle, snapshot: Snapshot) -> Iterator[None]:
     def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if not handle.restore(snapshot.state):
             return None
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if cache is not None:
             _fill(cache, snapshot, handle)
         if args:

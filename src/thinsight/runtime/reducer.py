@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..ranking import STATES, TEXT_ATTENTION, VISION_ATTENTION, Ranker, get_statistic, row_weights
 from ..schedule import Schedule
 from .arguments import LayerArguments
-from .cache import append, filled, kept_before
+from .cache import append, cache_of, filled, is_paged, kept_before
 from .call import Plan, encode_pixels, named_arguments, read_call, same_shape
 from .encoding import VisionTap
 from .families import (
@@ -115,7 +115,7 @@ class Reducer:
 
     def _ask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Learn from the whole model's call how many of its last tokens an assistant proposed."""
-        keep, cache = kwargs.get("logits_to_keep"), kwargs.get("past_key_values")
+        keep, cache = kwargs.get("logits_to_keep"), cache_of(kwargs)
         first = cache is not None and not cache.get_seq_length()
         self.local.candidates = max(0, keep - 1) if first and isinstance(keep, int) else 0
 
@@ -132,7 +132,7 @@ class Reducer:
             plan = made if same_shape(made, arguments) else None
         if plan is not None:
             # generate_batch() changes the implementation on its way, or passes a cache of its own
-            check_attention(self.model, paged=arguments.get("cache") is not None)
+            check_attention(self.model, paged=is_paged(arguments))
             check_recomputation(self.model)
             local.run = Pass(plan, local.first)
         return (), arguments
@@ -163,7 +163,7 @@ class Reducer:
         if self.adaptive is not None and layer == self.adaptive.layer:
             self._decide(run, self.adaptive)
         if layer in self.quotas.starts:
-            states = self._start_stage(run, layer, kwargs.get("past_key_values"), states)
+            states = self._start_stage(run, layer, cache_of(kwargs), states)
         if run.columns is None:
             reduced = self._arguments.whole(layer, module, args, kwargs)
         else:
@@ -200,7 +200,7 @@ class Reducer:
         if run.weights is None and self.ranker.pools and self.adaptive is None:
             run.weights = row_weights(run.queries[1])
         run.armed = self._probes[layer]
-        cached = filled(kwargs.get("past_key_values"), layer)
+        cached = filled(cache_of(kwargs), layer)
         run.armed.arm(TextRows(rows, columns, run.alive, cached, run.weights))
 
     def _spread_out(self, module: nn.Module, args: Any, output: Any) -> Any:
