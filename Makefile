@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
+# What every transformers that pyproject.toml allows must pass, the core families of the conformance suite included.
+COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py
 
-.PHONY: demo test conformance lint bench limit peers bench-gpu overhead search-cost results train train-internvl data clean
+.PHONY: demo test test-latest test-with conformance lint bench limit peers bench-gpu overhead search-cost results train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
@@ -11,6 +13,21 @@ demo: .venv/ready
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# On what a user's pip gets today: the newest releases that pyproject.toml allows, nothing pinned.
+test-latest: .venv-latest/ready
+	$(call compatible,.venv-latest,--newest)
+
+# On another transformers, everything else pinned: make test-with TRANSFORMERS=5.19.0; unnamed, the oldest allowed.
+TRANSFORMERS ?= 5.18.0
+test-with: .venv-transformers-$(TRANSFORMERS)/ready
+	$(call compatible,.venv-transformers-$(TRANSFORMERS))
+
+define compatible
+	@$(1)/bin/python .ci/versions.py $(2)
+	OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(COMPATIBLE) -n auto --dist worksteal || \
+		{ echo "thinsight fails on these releases:"; $(1)/bin/python .ci/versions.py; exit 1; }
+endef
 
 # Every family of models x every behaviour, on all cores; writes the tables into the docs if all cells hold.
 conformance: .venv/ready
@@ -79,5 +96,18 @@ data: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+.venv-latest/ready: pyproject.toml
+	$(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --upgrade pip
+	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
+	@touch $@
+
+.venv-transformers-%/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	grep -v '^transformers=' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable '.[dev]' 'transformers==$*'
+	@touch $@
+
 clean:
-	rm -rf .venv out
+	rm -rf .venv .venv-latest .venv-transformers-* out
