@@ -9,7 +9,8 @@ from PIL import Image
 from tiny import tiny_images
 
 from thinsight.errors import ThinsightError
-from thinsight.evaluation.examples import Example, load_examples, open_image, validate_examples
+from thinsight.evaluation.examples import Example, load_examples, validate_examples
+from thinsight.evaluation.images import open_image
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Runs the model and gives plain pictures. Knows nothing about drawing, scores or 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import BadInput
-from ..evaluation.encoding import process
+from ..evaluation.encoding import check_length, process
 from ..evaluation.examples import Example
 from ..reduction import Reduction
 from ..report.data import Picture
@@ -50,6 +51,8 @@ def picture_of(
     if not example.images:
         raise BadInput(f"example {example.id!r} has no image: there are no vision tokens to show")
     inputs = on_device(model, process(processor, [example]))
+    if too_long := check_length(model, example, inputs["input_ids"].shape[1]):
+        warnings.warn(too_long, stacklevel=2)
     n_vision = int(vision_token_mask(model, inputs["input_ids"]).sum())
     grid = grid_of(model, processor, example, inputs, n_vision)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}

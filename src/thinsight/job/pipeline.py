@@ -157,6 +157,7 @@ class _Run:
                 prepared.opened.processor,
                 examples,
                 progress=prepared.watcher.on_progress,
+                reader=prepared.calibration.reader,
             )
             return consistency_of(found)
 
