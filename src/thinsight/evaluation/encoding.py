@@ -137,8 +137,8 @@ def _check_count(example: Example, placed: int, what: str) -> None:
 def _check_places(example: Example, numbers: Sequence[str | None]) -> None:
     """Check the placeholders of a question, numbered or not, against its images."""
     _check_count(example, len(numbers), "'<image>'")
-    expected = list(range(1, len(numbers) + 1))
-    if any(number is not None for number in numbers) and [int(n or 0) for n in numbers] != expected:
+    in_order = [str(number) for number in range(1, len(numbers) + 1)]
+    if any(number is not None for number in numbers) and numbers != in_order:
         said = ", ".join("<image>" if number is None else f"<image {number}>" for number in numbers)
         raise BadInput(
             f"example {example.id!r} places its images as {said}: number them from 1 in the order in which "
@@ -169,13 +169,12 @@ def _written_image(processor: Any, example: Example, token: str) -> str:
     """What a prompt holds for an image: the processor's token, and what its chat template puts around it."""
     if not getattr(processor, "chat_template", None):
         return token
-    shown = _rendered(processor, example, _MARK, images=1)
-    without = _rendered(processor, example, _MARK, images=0)
-    length = len(shown) - len(without)
-    for start in (without.find(_MARK), without.find(_MARK) + len(_MARK)):  # before the question, or behind it
-        written = shown[start : start + length].strip()
-        if written and shown == without[:start] + shown[start : start + length] + without[start:]:
-            return written
+    one, two = (_rendered(processor, example, _MARK, images=count) for count in (1, 2))
+    mark, length = one.find(_MARK), len(two) - len(one)
+    for start in (mark - length, mark + len(_MARK)):  # before the question, or behind it
+        written = one[max(start, 0) : max(start, 0) + length]
+        if written.strip() and two == one[:start] + written + one[start:]:
+            return written.strip()
     return token
 
 
