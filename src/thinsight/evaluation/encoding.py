@@ -187,9 +187,7 @@ def process(processor: Any, examples: Sequence[Example]) -> dict[str, Any]:
     made = [_process(processor, example, example.open_images()) for example in examples]
     if len(made) == 1:
         return made[0]
-    tokenizer = getattr(processor, "tokenizer", processor)
-    pads = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
-    fill = {"input_ids": next((pad for pad in pads if pad is not None), 0)}  # it is masked
+    fill = {"input_ids": _pad_token(processor)}
     batch: dict[str, Any] = {}
     for name in made[0]:
         parts = [each[name] for each in made]
@@ -198,6 +196,13 @@ def process(processor: Any, examples: Sequence[Example]) -> dict[str, Any]:
         elif isinstance(parts[0], Tensor):
             batch[name] = collate(parts)
     return batch
+
+
+def _pad_token(processor: Any) -> int:
+    """What fills rows up; it is masked, so any token will do."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    pads = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
+    return next((int(pad) for pad in pads if pad is not None), 0)
 
 
 def _process(processor: Any, example: Example, images: Sequence[Image.Image]) -> dict[str, Any]:
@@ -365,6 +370,13 @@ class PromptReader:
         inputs = {name: collate([part.tensors[name] for part in parts]) for name in parts[0].tensors}
         return inputs, [part.n_vision for part in parts]
 
+    def batch(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """What `process` makes of the examples, as far as the model takes it."""
+        rows = pad_batch(self.prompts(examples), _pad_token(self._processor))
+        pixels, _ = self.pixels(examples)
+        tokens = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
+        return {**tokens, **rows.per_token, **rows.per_image, **pixels}
+
     def _read(self, together: Sequence[Example]) -> None:
         """Read examples about the same images."""
         images = together[0].open_images()
@@ -452,15 +464,18 @@ def _pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
     return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=value) for row in rows])
 
 
-def typical_batch(processor: Any, examples: Sequence[Example], batch: int) -> dict[str, Any]:
+def typical_batch(
+    processor: Any, examples: Sequence[Example], batch: int, reader: PromptReader | None = None
+) -> dict[str, Any]:
     """One left-padded batch of the examples whose prompts are closest to the median length.
 
     When there are fewer examples than ``batch`` they are repeated. Tensors as the processor gives them, on
-    the CPU.
+    the CPU; from ``reader`` if it has read the examples.
     """
     texts = [prompt_text(processor, example) for example in examples]
     lengths = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
     middle = median_low(lengths)
     order = sorted(range(len(examples)), key=lambda i: (abs(lengths[i] - middle), i))
     chosen = [order[i % len(order)] for i in range(batch)]
-    return process(processor, [examples[i] for i in chosen])
+    typical = [examples[i] for i in chosen]
+    return process(processor, typical) if reader is None else reader.batch(typical)

@@ -205,8 +205,9 @@ def bench(
             raise BadInput(f"{name} is {value}: it must be a whole number of at least 1")
     examples, opened, found = _open(options, watcher)
     watcher.on_stage("Processing the images")
-    prompt = _median(opened, PromptReader(opened.model, opened.processor), examples, watcher.on_progress)
-    inputs = typical_batch(opened.processor, examples, batch_size)
+    reader = PromptReader(opened.model, opened.processor)
+    prompt = _median(opened, reader, examples, watcher.on_progress)
+    inputs = typical_batch(opened.processor, examples, batch_size, reader)
     with pack(opened.model) if packed else nullcontext():
         watcher.on_stage("Timing full against reduced")
         measurement = measure(
