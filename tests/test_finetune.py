@@ -9,7 +9,7 @@ from torch import Tensor
 
 import thinsight as ts
 from thinsight.evaluation.encoding import prompt_text
-from thinsight.evaluation.examples import open_image
+from thinsight.evaluation.images import open_image
 
 IGNORED = -100
 QUESTIONS, STEPS = 4, 3

@@ -134,7 +134,8 @@ def test_progress_is_reported():
     rank_consistency(
         tiny_llava(), tiny_processor(), make_examples(3), batch_size=2, progress=lambda *a: seen.append(a)
     )
-    assert seen == [("rank consistency", 2, 3), ("rank consistency", 3, 3)]
+    images = [("images", n, 3) for n in (1, 2, 3)]
+    assert seen == [*images, ("rank consistency", 2, 3), ("rank consistency", 3, 3)]
 
 
 def test_bad_input_is_one_line():

@@ -406,7 +406,8 @@ def test_progress_is_reported():
     evaluator(SCHEDULES["mild"])
     full = [("full model", n, 5) for n in (2, 3, 5)]  # three images, then two questions about one
     reduced = [("reduced model", n, 5) for n in (2, 4, 5)]
-    assert seen == full + reduced
+    images = [("images", n, 5) for n in (2, 4, 5)]  # two questions about each
+    assert seen == images + full + reduced
 
 
 def test_the_model_is_as_before_afterwards(labeled, monkeypatch):

@@ -9,7 +9,8 @@ from PIL import Image
 from tiny import tiny_images
 
 from thinsight.errors import ThinsightError
-from thinsight.evaluation.examples import Example, load_examples, open_image, validate_examples
+from thinsight.evaluation.examples import Example, load_examples, read_examples, validate_examples
+from thinsight.evaluation.images import open_image
 
 
 @pytest.fixture
@@ -85,8 +86,39 @@ def test_limit_takes_the_first_or_a_seeded_draw(folder):
         ([record(image=".")], "does not exist"),
         ([record(image="x" * 5000)], "example '1': image .* cannot be read"),
         (["[" * 100_000], "line 1 is not JSON"),
+        (
+            ['{"id": "1", "image": ' + "[" * 980 + "]" * 980 + "}"],
+            "line 1 (is not JSON|: field 'image' holds)",
+        ),
+        (['{"id": "1", "metric": ' + "[" * 980 + "]" * 980 + "}"], "line 1 (is not JSON|has no field)"),
         ([record(question="half \ud800")], "example '1': .* half of a surrogate pair"),
         ([record(answer="half \ud800")], "example '1': .* half of a surrogate pair"),
+        ([record(answer=None, answers=["red", "half \udfff"])], "example '1': .* half of a surrogate pair"),
+        ([record(id="half \ud800")], r"example 'half \\ud800': .* half of a surrogate pair"),
+        ([record(task="half \ud800")], "example '1': .* half of a surrogate pair"),
+        ([record(note="half \ud800")], "example '1': .* half of a surrogate pair"),
+        ([record(**{"half \ud800": 1})], "example '1': .* half of a surrogate pair"),
+        ([record(metric="half \ud800")], r"line 1: unknown metric 'half \\ud800'"),
+        ([record(image="half \ud800.png")], r"'half \\ud800.png' holds half of a surrogate pair"),
+        ([record(task=["a"])], "example '1': task is a list: write a text"),
+        ([record(task=float("nan"))], "example '1': task is nan: write a text, or null"),
+        (
+            [record(answer=float("nan"))],
+            "line 1: field 'answer' holds nan: .*null means that there is no label",
+        ),
+        ([record(answer=float("inf"))], "line 1: field 'answer' holds inf: "),
+        ([record(answer=None, answers=["red", float("nan")])], "line 1: field 'answers' holds nan: "),
+        ([record(answer="")], "line 1: field 'answer' holds an empty text: .*null, where there is no label"),
+        ([record(answer=" \n")], "line 1: field 'answer' holds an empty text"),
+        ([record(answer=None, answers=["red", " "])], "line 1: field 'answers' holds an empty text"),
+        ([record(answer=True)], "line 1: field 'answer' holds True"),
+        ([record(image="")], "line 1: field 'image' holds an empty text"),
+        ([record(image=float("nan"))], "line 1: field 'image' holds nan"),
+        ([record(id=float("nan"))], "line 1: field 'id' is nan"),
+        ([record(question=float("nan"))], "line 1: field 'question' is nan"),
+        (['{"id": ' + "9" * 5000 + "}"], "line 1 cannot be read .*write the number as a text"),
+        ([json.dumps(record(n=0)).replace("0", "9" * 5000)], "line 1 cannot be read"),
+        ([json.dumps(record(answer=0)).replace("0", "1e999")], "line 1: field 'answer' holds inf"),
     ],
 )
 def test_bad_data_is_one_line_that_says_where(folder, lines, message):
@@ -138,6 +170,58 @@ def test_examples_from_images_in_memory():
     validate_examples(examples)
     assert examples[0].group == examples[1].group != examples[2].group
     assert examples[0].image_keys == examples[1].image_keys != examples[2].image_keys
+
+
+def test_no_label_is_written_as_null(folder):
+    path = write(
+        folder, record(answer=None), record(id="2", answer=None, answers=None), record(id="3", answer=0)
+    )
+    assert [example.answers for example in load_examples(path)] == [(), (), ("0",)]
+
+
+def test_a_long_number_is_a_text(folder):
+    assert load_examples(write(folder, record(answer=10**400)))[0].answers == (str(10**400),)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answers": ("red", "")}, "example '1' has an empty answer"),
+        ({"id": "a\ud800"}, "half of a surrogate pair"),
+        ({"group": "\ud800"}, "half of a surrogate pair"),
+        ({"extra": {"task": "\ud800"}}, "half of a surrogate pair"),
+        ({"images": ("gone.png",)}, "example '1': image 'gone.png' does not exist"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_wrong_by_hand(changes, message):
+    fields = {"id": "1", "images": tuple(tiny_images(1)), "question": "what ?", **changes}
+    with pytest.raises(ThinsightError, match=message):
+        validate_examples([Example(**fields)])
+
+
+def test_a_pil_image_that_cannot_be_decoded_is_named(folder):
+    data = (folder / "a.png").read_bytes()
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
+    with (
+        Image.open(folder / "cut.png") as image,
+        pytest.raises(ThinsightError, match="example '1': image is truncated or no image"),
+    ):
+        Example("1", (image,), "what ?")
+
+
+def test_the_limit_counts_before_images_are_opened(folder):
+    (folder / "text.png").write_text("not an image")
+    lines = [record(), record(id="2", image="text.png"), record(id="3", image="gone.png")]
+    assert [example.id for example in load_examples(write(folder, *lines), limit=1)] == ["1"]
+    with pytest.raises(ThinsightError, match=r"example '2': image .*text.png' is truncated"):
+        load_examples(write(folder, *lines), limit=2)
+    assert len(read_examples(write(folder, *lines))) == 3  # not looked at
+
+
+def test_progress_is_told_while_images_are_decoded(folder):
+    said = []
+    load_examples(write(folder, record(), record(id="2")), progress=lambda *each: said.append(each))
+    assert said == [("images", 1, 2), ("images", 2, 2)]
 
 
 def test_examples_made_by_hand_are_checked(folder):

@@ -5,7 +5,7 @@ Knows nothing about reductions, answers or scores of answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,14 @@ from ..errors import BadInput
 from ..runtime import LayerScores, apply, layer_scores, num_layers
 from ..runtime.families import check_supported
 from ..schedule import Schedule
-from .encoding import PromptBatch, encode_prompt, pad_batch
-from .examples import Example, validate_examples
+from .encoding import PromptBatch, PromptReader, pad_batch
+from .examples import Example, Progress, check_examples
 from .passes import pass_inputs, prompt_positions
 from .vision_cache import VisionCache
 
 __all__ = ["attention_statistics", "prompt_scores"]
 
 Array = NDArray[np.float64]
-Progress = Callable[[str, int, int], None]
 
 
 def attention_statistics(
@@ -33,6 +32,7 @@ def attention_statistics(
     ranker: Any = "text-attention",
     batch_size: int = 8,
     progress: Progress | None = None,
+    reader: PromptReader | None = None,
 ) -> Array:
     """How much of each layer's attention the most attended vision tokens get, for `baselines.fitprune`.
 
@@ -42,7 +42,9 @@ def attention_statistics(
         examples: what ``load_examples`` returns; answers are not needed.
         ranker: what scores: a ranker's name, dict or object. Its scores must not be negative.
         batch_size: prompts per forward pass.
-        progress: called as ``progress(what, done, total)`` after each batch, in examples.
+        progress: called as ``progress(what, done, total)`` while images are read, and after each batch, in
+            examples.
+        reader: what has read the examples for this model, such as an evaluator's; None: they are read here.
 
     Returns:
         (layers, N): the share that the j-th most attended token gets, averaged over examples; each layer sums
@@ -51,7 +53,10 @@ def attention_statistics(
     Raises:
         ThinsightError: bad examples, scores below 0, or a model that is not supported.
     """
-    scores = list(prompt_scores(model, processor, examples, ranker, batch_size, progress, "attention"))
+    found = prompt_scores(
+        model, processor, examples, ranker, batch_size, progress, "attention", reader=reader
+    )
+    scores = list(found)
     if min(float(each.min()) for each in scores) < 0:
         raise BadInput(f"ranker {ranker!r} gives scores below 0, which are no attention")
     tokens = max(each.shape[1] for each in scores)
@@ -67,6 +72,7 @@ def prompt_scores(
     progress: Progress | None = None,
     what: str = "scores",
     least_tokens: int = 1,
+    reader: PromptReader | None = None,
 ) -> Iterator[Array]:
     """A ranker's scores of all vision tokens after each layer of the full model, one prompt after the other.
 
@@ -80,13 +86,14 @@ def prompt_scores(
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise BadInput(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
     check_supported(model)
-    validate_examples(examples)
-    prompts = [encode_prompt(model, processor, example) for example in examples]
+    check_examples(examples)
+    reader = reader or PromptReader(model, processor)
+    prompts = reader.prompts(examples, progress)
     smallest = min(range(len(prompts)), key=lambda index: prompts[index].n_vision)
     if prompts[smallest].n_vision < least_tokens:
         raise BadInput(f"example {examples[smallest].id!r} has one vision token: give an image with more")
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    images = VisionCache(model, processor)
+    images = VisionCache(model, processor, reader=reader)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         vision = images.inputs([examples[index] for index in rows], ranker)

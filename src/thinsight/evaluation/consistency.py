@@ -18,6 +18,7 @@ from ..errors import BadInput
 from ..runtime import num_layers
 from ..runtime.families import check_supported
 from .attention import prompt_scores
+from .encoding import PromptReader
 from .examples import Example
 from .ranks import kendall_tau_b, tied_share, top_k_overlap
 
@@ -103,6 +104,7 @@ def rank_consistency(
     ranker: Any = "text-attention",
     batch_size: int = 8,
     progress: Callable[[str, int, int], None] | None = None,
+    reader: PromptReader | None = None,
 ) -> RankConsistency:
     """Compare the rankings of all decoder layers of the full model, over the prompts of some examples.
 
@@ -115,7 +117,9 @@ def rank_consistency(
         examples: what ``load_examples`` returns; answers are not needed.
         ranker: what ranks: a ranker's name, dict or object.
         batch_size: prompts per forward pass.
-        progress: called as ``progress(what, done, total)`` after each batch, in examples.
+        progress: called as ``progress(what, done, total)`` while images are read, and after each batch, in
+            examples.
+        reader: what has read the examples for this model, such as an evaluator's; None: they are read here.
 
     Raises:
         ThinsightError: bad examples, an unknown ranker, a prompt without image token or with fewer than two
@@ -127,7 +131,15 @@ def rank_consistency(
             "the model has one decoder layer: rank consistency compares layers, use a deeper model"
         )
     found = prompt_scores(
-        model, processor, examples, ranker, batch_size, progress, "rank consistency", least_tokens=2
+        model,
+        processor,
+        examples,
+        ranker,
+        batch_size,
+        progress,
+        "rank consistency",
+        least_tokens=2,
+        reader=reader,
     )
     statistics = [_statistics(scores) for scores in found]
     tau, overlap, ties = (np.mean(values, axis=0) for values in zip(*statistics, strict=True))

@@ -1,26 +1,39 @@
 """Prompts: an example becomes the token ids that a model reads, and several become one left-padded batch.
 
-Knows the processor only through its public call. Knows nothing about reductions, answers or scores.
+Every example is processed alone, and its images only once for all questions about them; a batch is put
+together here. Knows the processor through its public call, and that it has an image processor. Knows nothing
+about reductions, answers or scores.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping, Sequence
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 
-from ..errors import BadInput
+from ..errors import BadInput, Unsupported
 from ..runtime import vision_token_mask
-from ..runtime.families import base_model
-from .examples import Example, open_image
+from ..runtime.encoding import encoder_inputs
+from ..runtime.families import MODALITIES, base_model
+from .examples import Example, Progress
+from .feature_store import DEFAULT_CACHE_GIB, FeatureStore
+from .images import check_size
 
 __all__ = [
     "Prompt",
     "PromptBatch",
+    "PromptReader",
+    "check_length",
+    "collate",
     "encode_prompt",
     "image_token",
     "pad_batch",
@@ -32,6 +45,11 @@ __all__ = [
 _PLAIN_PROMPT = "USER: {images}{question} ASSISTANT:"  # LLaVA-1.5's own format
 _WITHOUT_ROLES = frozenset({"PaliGemmaProcessor"})  # a task and nothing else follows the image
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_PER_TOKEN = ("input_ids", "attention_mask", *_TOKEN_TYPES)
+_PLACE = re.compile(r"<image(?:[ _]?(\d+))?>")  # as data sets write it: LLaVA's, and MMMU's numbered ones
+_MARK = "thinsight-question"
+_MOST_STRETCH = 4  # times max_position_embeddings: beyond that no scaling of positions helps, nor does memory
+_PIXELS_SHARE = 0.25  # of the main memory that features may take
 
 
 @dataclass(frozen=True)
@@ -85,43 +103,143 @@ def prompt_text(processor: Any, example: Example) -> str:
     """The prompt as text, with one image token per image, ending where the model's answer begins.
 
     The processor's chat template where it has one, else ``USER: <image>\\n{question} ASSISTANT:``. A question
-    that holds image tokens itself keeps them where they are; otherwise the images come first.
+    that holds image tokens itself, or the placeholders of `Example.question`, keeps its images where they
+    are; otherwise the images come first.
 
     Raises:
-        ThinsightError: the question holds a different number of image tokens than the example has images.
+        ThinsightError: the question places a different number of images than the example has, or numbers
+            them otherwise than 1, 2, ...; or the chat template fails.
     """
-    token = image_token(processor)
+    token, count = image_token(processor), len(example.images)
     placed = example.question.count(token)
-    if placed not in (0, len(example.images)):
+    if placed:
+        _check_count(example, placed, repr(token))
+        return _rendered(processor, example, example.question, images=0)
+    places = list(_PLACE.finditer(example.question))
+    if not places:
+        return _rendered(processor, example, example.question, images=count)
+    _check_places(example, [place[1] for place in places])
+    rest = example.question[places[-1].end() :]
+    if not _PLACE.sub("", example.question[: places[-1].end()]).strip():
+        return _rendered(processor, example, rest.lstrip(), images=count)  # they come first anyway
+    written = _written_image(processor, example, token)
+    return _rendered(processor, example, _PLACE.sub(lambda _: written, example.question), images=0)
+
+
+def _check_count(example: Example, placed: int, what: str) -> None:
+    if placed != len(example.images):
         raise BadInput(
             f"example {example.id!r} has {len(example.images)} images but its question has {placed} "
-            f"{token!r} tokens: give one per image, or none to put the images first"
+            f"{what} tokens: give one per image, or none to put the images first"
         )
+
+
+def _check_places(example: Example, numbers: Sequence[str | None]) -> None:
+    """Check the placeholders of a question, numbered or not, against its images."""
+    _check_count(example, len(numbers), "'<image>'")
+    in_order = [str(number) for number in range(1, len(numbers) + 1)]
+    if any(number is not None for number in numbers) and numbers != in_order:
+        said = ", ".join("<image>" if number is None else f"<image {number}>" for number in numbers)
+        raise BadInput(
+            f"example {example.id!r} places its images as {said}: number them from 1 in the order in which "
+            "the question shows them, list its images in that order, and name each once"
+        )
+
+
+def _rendered(processor: Any, example: Example, question: str, images: int) -> str:
+    """The prompt of a question behind so many images."""
     if getattr(processor, "chat_template", None):
-        images = [] if placed else [{"type": "image"} for _ in example.images]
-        content = [*images, {"type": "text", "text": example.question}]
+        content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]
         messages = [{"role": "user", "content": content}]
-        return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        try:
+            return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+        except Exception as error:  # a template is a program of its own
+            reason = f"{type(error).__name__}: {error}"
+            raise BadInput(
+                f"the processor's chat template fails on the prompt of example {example.id!r} ({reason}): "
+                "mend processor.chat_template"
+            ) from error
+    token = image_token(processor)
     if type(processor).__name__ in _WITHOUT_ROLES:
-        return ("" if placed else token * len(example.images)) + example.question
-    images_first = "" if placed else f"{token}\n" * len(example.images)
-    return _PLAIN_PROMPT.format(images=images_first, question=example.question)
+        return token * images + question
+    return _PLAIN_PROMPT.format(images=f"{token}\n" * images, question=question)
+
+
+def _written_image(processor: Any, example: Example, token: str) -> str:
+    """What a prompt holds for an image: the processor's token, and what its chat template puts around it."""
+    if not getattr(processor, "chat_template", None):
+        return token
+    one, two = (_rendered(processor, example, _MARK, images=count) for count in (1, 2))
+    mark, length = one.find(_MARK), len(two) - len(one)
+    for start in (mark - length, mark + len(_MARK)):  # before the question, or behind it
+        written = one[max(start, 0) : max(start, 0) + length]
+        if written.strip() and two == one[:start] + written + one[start:]:
+            return written.strip()
+    return token
 
 
 def process(processor: Any, examples: Sequence[Example]) -> dict[str, Any]:
-    """What the processor makes of the examples' prompts and images: one left-padded batch.
+    """What the processor makes of the examples' prompts and images: one left-padded batch, on the CPU.
 
     Raises:
-        ThinsightError: a question with too many or too few image tokens.
-        ValueError: the processor's own words, where the prompt's image tokens do not fit the images.
+        ThinsightError: a question with too many or too few image tokens, or an image that cannot be read.
     """
-    texts = [prompt_text(processor, example) for example in examples]
-    images = [[open_image(image) for image in example.images] for example in examples]
-    options: dict[str, Any] = {"padding": True} if len(examples) > 1 else {}
+    made = [_process(processor, example, example.open_images()) for example in examples]
+    if len(made) == 1:
+        return made[0]
+    fill = {"input_ids": _pad_token(processor)}
+    batch: dict[str, Any] = {}
+    for name in made[0]:
+        parts = [each[name] for each in made]
+        if name in _PER_TOKEN:
+            batch[name] = _pad([part[0] for part in parts], fill.get(name, 0))
+        elif isinstance(parts[0], Tensor):
+            batch[name] = collate(parts)
+    return batch
+
+
+def _pad_token(processor: Any) -> int:
+    """What fills rows up; it is masked, so any token will do."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    pads = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
+    return next((int(pad) for pad in pads if pad is not None), 0)
+
+
+def _process(processor: Any, example: Example, images: Sequence[Image.Image]) -> dict[str, Any]:
+    """What the processor makes of one example: (1, seq) and all that belongs to its images."""
+    text = prompt_text(processor, example)
     start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
-    if start and all(text.startswith(start) for text in texts):
-        options["add_special_tokens"] = False  # the chat template has written them already
-    return dict(processor(text=texts, images=images, return_tensors="pt", **options))
+    # a chat template may have written it already
+    options = {"add_special_tokens": False} if start and text.startswith(start) else {}
+    try:
+        return dict(processor(text=[text], images=[list(images)], return_tensors="pt", **options))
+    except ValueError as error:  # the processor's own check of images against image tokens
+        raise BadInput(
+            f"the prompt of example {example.id!r} does not fit its {len(example.images)} images ({error}): "
+            f"the chat template must put {image_token(processor)!r} where an image belongs"
+        ) from error
+    except MemoryError:
+        raise BadInput(
+            f"the images of example {example.id!r} do not fit into memory with their processor: "
+            "make them smaller"
+        ) from None
+
+
+def collate(parts: Sequence[Tensor]) -> Tensor:
+    """What belongs to the images of several prompts as the processor gives it for all of them: end to end,
+    with zeros where shapes differ.
+
+    Args:
+        parts: (images, ...) of each prompt.
+    """
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    return torch.cat([part if [*part.shape[1:]] == shape else _widened(part, shape) for part in parts])
+
+
+def _widened(part: Tensor, shape: Sequence[int]) -> Tensor:
+    whole = part.new_zeros(len(part), *shape)
+    whole[tuple(slice(size) for size in part.shape)] = part
+    return whole
 
 
 def encode_prompt(model: Any, processor: Any, example: Example) -> Prompt:
@@ -130,13 +248,10 @@ def encode_prompt(model: Any, processor: Any, example: Example) -> Prompt:
     Raises:
         ThinsightError: the prompt has no image token where an image belongs, or none that the model knows.
     """
-    try:
-        inputs = process(processor, [example])
-    except ValueError as error:  # the processor's own check of images against image tokens
-        raise BadInput(
-            f"the prompt of example {example.id!r} does not fit its {len(example.images)} images ({error}): "
-            f"the chat template must put {image_token(processor)!r} where an image belongs"
-        ) from error
+    return _prompt_of(model, example, _process(processor, example, example.open_images()))
+
+
+def _prompt_of(model: Any, example: Example, inputs: Mapping[str, Any]) -> Prompt:
     input_ids = inputs["input_ids"]  # (1, seq)
     n_vision = int(vision_token_mask(model, input_ids).sum())
     if n_vision == 0:
@@ -155,9 +270,182 @@ def encode_prompt(model: Any, processor: Any, example: Example) -> Prompt:
         per_image={
             name: value
             for name, value in rest.items()
-            if name not in (*_TOKEN_TYPES, "input_ids", "attention_mask") and not name.startswith("pixel_")
+            if name not in _PER_TOKEN and not name.startswith("pixel_")
         },
     )
+
+
+def check_length(model: Any, example: Example, tokens: int) -> str:
+    """What to say of a prompt that is longer than the model was made for; "" if it is not.
+
+    Raises:
+        ThinsightError: it is so much longer that its answer would mean nothing, and take hours.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None or tokens <= most:
+        return ""
+    said = (
+        f"the prompt of example {example.id!r} has {tokens} tokens, but the model was made for at most "
+        f"{most} (max_position_embeddings)"
+    )
+    if tokens > _MOST_STRETCH * most:
+        raise BadInput(f"{said}: give fewer or smaller images, or a shorter question")
+    return f"{said}: what it answers may mean little"
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """What the encoder takes for the images of a prompt, on the CPU, and how many vision tokens they make."""
+
+    tensors: Mapping[str, Tensor]
+    n_vision: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def mapped(self, function: Callable[[str, Tensor], Tensor]) -> _Pixels:
+        return _Pixels({name: function(name, each) for name, each in self.tensors.items()}, self.n_vision)
+
+    def to(self, device: str) -> _Pixels:
+        return self.mapped(lambda _, tensor: tensor.to(device))
+
+
+class PromptReader:
+    """Reads examples once: every distinct set of images is opened and processed one time, whatever is asked
+    about it, and what the encoder takes is kept until it runs.
+
+    Args:
+        model: a transformers vision-language model.
+        processor: its own processor, which stays as it is.
+        cache_gib: main memory for features, in GiB, of which a quarter is taken for pixels; more goes into
+            temporary files.
+
+    Raises:
+        ThinsightError: ``cache_gib`` is no number of at least 0.
+    """
+
+    def __init__(self, model: Any, processor: Any, cache_gib: float = DEFAULT_CACHE_GIB) -> None:
+        self._model = model
+        self._processor = processor
+        self._pixels: FeatureStore[_Pixels] = FeatureStore(cache_gib, _PIXELS_SHARE)
+        self._prompts: dict[tuple[tuple[str, ...], str], Prompt] = {}
+        self._names = {name for modality in MODALITIES for name in encoder_inputs(model, modality)}
+        self._warned = False
+
+    def prompts(self, examples: Sequence[Example], progress: Progress | None = None) -> list[Prompt]:
+        """The examples' prompts, in their order. A prompt that is longer than the model was made for is
+        warned about once.
+
+        Args:
+            examples: what `check_examples` let pass.
+            progress: called as ``progress("images", done, total)``, in examples.
+
+        Raises:
+            ThinsightError: an image that cannot be read, or a prompt that the model cannot take.
+        """
+        by_images: dict[tuple[str, ...], list[Example]] = {}
+        for example in examples:
+            if _identity(example) not in self._prompts:
+                by_images.setdefault(example.image_keys, []).append(example)
+        done = len(examples) - sum(map(len, by_images.values()))
+        for together in by_images.values():
+            self._read(together)
+            done += len(together)
+            if progress is not None:
+                progress("images", done, len(examples))
+        prompts = [self._prompts[_identity(example)] for example in examples]
+        self._check_lengths(examples, prompts)
+        return prompts
+
+    def pixels(self, examples: Sequence[Example]) -> tuple[dict[str, Tensor], list[int]]:
+        """What the encoder takes for the images of several prompts, as the processor gives it for all of
+        them, and how many vision tokens each has."""
+        for example in examples:
+            if self._pixels.outline(example.image_keys) is None:
+                self._read([example])
+        found = [self._pixels.get(example.image_keys) for example in examples]
+        parts = [each for each in found if each is not None]
+        assert len(parts) == len(found)
+        inputs = {name: collate([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        return inputs, [part.n_vision for part in parts]
+
+    def batch(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """What `process` makes of the examples, as far as the model takes it."""
+        rows = pad_batch(self.prompts(examples), _pad_token(self._processor))
+        pixels, _ = self.pixels(examples)
+        tokens = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
+        return {**tokens, **rows.per_token, **rows.per_image, **pixels}
+
+    def _read(self, together: Sequence[Example]) -> None:
+        """Read examples about the same images."""
+        images = together[0].open_images()
+        self._check_resized(together[0], images)
+        processor = _processing_once(self._processor)
+        for example in together:
+            inputs = _process(processor, example, images)
+            prompt = _prompt_of(self._model, example, inputs)
+            self._prompts[_identity(example)] = prompt
+            if self._pixels.outline(example.image_keys) is None:
+                self._pixels.put(example.image_keys, self._kept(inputs, prompt.n_vision))
+
+    def _kept(self, inputs: Mapping[str, Any], n_vision: int) -> _Pixels:
+        tensors = {}
+        for name in sorted(self._names & inputs.keys()):
+            value = inputs[name]
+            if not isinstance(value, Tensor):
+                raise Unsupported(
+                    f"the processor gives {name!r} as a {type(value).__name__}, not as a tensor: use the one "
+                    "that transformers has for this model"
+                )
+            tensors[name] = value.to(self._model.dtype) if value.is_floating_point() else value
+        return _Pixels(tensors, n_vision)
+
+    def _check_resized(self, example: Example, images: Sequence[Image.Image]) -> None:
+        size = getattr(getattr(self._processor, "image_processor", None), "size", None)
+        if (
+            not size or "shortest_edge" not in size or "longest_edge" in size
+        ):  # with both, they bound the pixels
+            return
+        for image in images:
+            check_size(image.size, f"example {example.id!r}: image", int(size["shortest_edge"]))
+
+    def _check_lengths(self, examples: Sequence[Example], prompts: Sequence[Prompt]) -> None:
+        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+        said = check_length(self._model, examples[longest], len(prompts[longest]))
+        if said and not self._warned:
+            self._warned = True
+            warnings.warn(said, stacklevel=3)
+
+
+class _Once:
+    """An image processor that is asked about the same images again and again."""
+
+    def __init__(self, image_processor: Any) -> None:
+        self._asked = image_processor
+        self._made: Any = None
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        if self._made is None:
+            self._made = self._asked(*args, **options)
+        return copy.copy(self._made)  # a processor may take something out
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._asked, name)
+
+
+def _processing_once(processor: Any) -> Any:
+    """A processor for several texts about the same images; the given one stays as it is."""
+    if getattr(processor, "image_processor", None) is None:
+        return processor
+    other = copy.copy(processor)
+    other.image_processor = _Once(processor.image_processor)
+    return other
+
+
+def _identity(example: Example) -> tuple[tuple[str, ...], str]:
+    """Examples of one identity have one prompt."""
+    return example.image_keys, example.question
 
 
 def pad_batch(prompts: Sequence[Prompt], pad_token_id: int) -> PromptBatch:
@@ -176,15 +464,18 @@ def _pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
     return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=value) for row in rows])
 
 
-def typical_batch(processor: Any, examples: Sequence[Example], batch: int) -> dict[str, Any]:
+def typical_batch(
+    processor: Any, examples: Sequence[Example], batch: int, reader: PromptReader | None = None
+) -> dict[str, Any]:
     """One left-padded batch of the examples whose prompts are closest to the median length.
 
     When there are fewer examples than ``batch`` they are repeated. Tensors as the processor gives them, on
-    the CPU.
+    the CPU; from ``reader`` if it has read the examples.
     """
     texts = [prompt_text(processor, example) for example in examples]
     lengths = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
     middle = median_low(lengths)
     order = sorted(range(len(examples)), key=lambda i: (abs(lengths[i] - middle), i))
     chosen = [order[i % len(order)] for i in range(batch)]
-    return process(processor, [examples[i] for i in chosen])
+    typical = [examples[i] for i in chosen]
+    return process(processor, typical) if reader is None else reader.batch(typical)

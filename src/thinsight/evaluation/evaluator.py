@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,11 +34,11 @@ from .batch_size import check_batch_size, chunks
 from .bounds import LossTest, check_confidence, random_order
 from .decoding import DecodingRules, GreedyAnswer, PromptScope, decode
 from .disk_store import DiskStore
-from .encoding import Prompt, encode_prompt, pad_batch
-from .examples import Example, validate_examples
+from .encoding import Prompt, PromptReader, pad_batch
+from .examples import Example, Progress, check_examples
 from .feature_store import DEFAULT_CACHE_GIB
 from .full_model import FullModel
-from .hashing import hash_json, hash_model
+from .hashing import hash_json, hash_model, hash_processor
 from .metrics import Metric, get_metric
 from .prefix_cache import PrefixCache
 from .result import Evaluation
@@ -50,8 +50,6 @@ _NEW_TOKENS_MARGIN = 4  # the stop token, and room for a few tokens more than th
 _NEW_TOKENS_UNLABELED = 32
 _LEAST_HARDNESS = 0.02  # of an example that the full model is quite sure of, on a scale of losses
 _ROUNDING_SLACK = 1e-9  # an early stop must be certain in spite of rounding
-
-Progress = Callable[[str, int, int], None]
 
 
 class FullAnswer(NamedTuple):
@@ -90,16 +88,18 @@ class Evaluator:
         ranker: which tokens a bare schedule keeps: a ranker's name, dict or object.
         max_new_tokens: cuts every answer, the full model's too. None: the longest right answer's tokens + 4,
             at least 4; 32 if no example has an answer.
-        progress: called as ``progress(what, done, total)`` after each batch, in examples.
-        cache_gib: how much of the images' vision features is kept in main memory, in GiB, and as much again
-            of what candidates share; more goes into temporary files. No score depends on it.
+        progress: called as ``progress(what, done, total)`` while images are read, and after each batch, in
+            examples.
+        cache_gib: how much of the images' vision features is kept in main memory, in GiB, as much again of
+            what candidates share, and a quarter of it of pixels; more goes into temporary files. No score
+            depends on it.
         reuse: whether candidates share the layers in which a search says that they agree (see `share`), and
             the full model reads images once for all questions about them. No score depends on it.
         cache_dir: a folder in which vision features and the full model's answers are kept for later runs of
             the same model on the same data; None: nowhere. No score depends on it.
 
     Raises:
-        ThinsightError: bad examples (see ``validate_examples``), unknown metric or ranker, a prompt without
+        ThinsightError: bad examples (see ``load_examples``), unknown metric or ranker, a prompt without
             image token, a model that is not supported or is in training mode, generation settings that
             exact scoring does not support, or a ``cache_dir`` that cannot be written.
     """
@@ -127,7 +127,7 @@ class Evaluator:
         if not callable(processor):
             raise BadInput(f"processor is {processor!r}: pass the model's own processor")
         disk = None if cache_dir is None else DiskStore(cache_dir)
-        validate_examples(examples)
+        check_examples(examples)
         self.model = model
         self.processor = processor
         self.examples = tuple(examples)
@@ -137,12 +137,16 @@ class Evaluator:
         self.rules = DecodingRules.of(
             model.generation_config, _max_new_tokens(max_new_tokens, processor, self.examples)
         )
-        self._prompts = [encode_prompt(model, processor, example) for example in self.examples]
+        if disk is not None:
+            hash_processor(hashlib.sha256(), processor)  # refused before images are read
+        self.reader = PromptReader(model, processor, cache_gib)
+        self._prompts = self.reader.prompts(self.examples, progress)
         self._full_model = FullModel(
             model,
             processor,
             self.examples,
             self._prompts,
+            self.reader,
             self.rules,
             batch_size=batch_size,
             cache_gib=cache_gib,

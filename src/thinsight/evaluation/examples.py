@@ -7,11 +7,11 @@ A file is checked as a whole before anything runs. Knows nothing about models, p
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
+import math
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,15 +20,16 @@ from typing import Any
 from PIL import Image
 
 from ..errors import BadInput
+from .images import ImageSource, OpenedImages, check_exists, image_key
 from .metrics import get_metric
 
 __all__ = [
     "DEMO_PREFIX",
     "Example",
-    "ImageSource",
-    "check_image_file",
+    "check_examples",
+    "check_images",
     "load_examples",
-    "open_image",
+    "read_examples",
     "validate_examples",
 ]
 
@@ -38,7 +39,7 @@ _DEMO_SETS = ("calibration", "test")
 _FIELDS = ("id", "image", "images", "question", "answer", "answers", "metric")
 _FORMAT = '{"id", "image" or "images", "question", "answer" or "answers", "metric" (optional)}'
 
-ImageSource = Path | Image.Image
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,14 @@ class Example:
     Attributes:
         id: unique in its set.
         images: paths or PIL images, in the order in which the prompt shows them.
-        question: the text; it may contain the model's image token where an image belongs, else images come
-            first.
+        question: the text. ``<image>``, or ``<image 1>``, ``<image 2>`` ..., or the model's own image token
+            stand where an image belongs, one for each; without any, images come first.
         answers: the texts that count as right; empty where there are no labels (metric "agreement").
         metric: name of this example's own metric, or None.
         group: what examples about the same image share; a confidence interval resamples groups. Made from the
             images when left empty.
         extra: any further fields of the line, such as "task".
+        opened: image files that were decoded when the set was checked, for whoever processes them.
     """
 
     id: str
@@ -64,6 +66,7 @@ class Example:
     metric: str | None = None
     group: str = ""
     extra: dict[str, Any] = field(default_factory=dict, compare=False)
+    opened: OpenedImages | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.images, (tuple, list)):
@@ -81,7 +84,11 @@ class Example:
             if wrong:
                 raise BadInput(f"example {self.id!r}: {name} holds {wrong[0]!r}; it must be a text")
         if not self.group:
-            object.__setattr__(self, "group", "+".join(_group_name(image) for image in self.images))
+            names = (
+                image.as_posix() if isinstance(image, Path) else image_key(image, self._where)
+                for image in self.images
+            )
+            object.__setattr__(self, "group", "+".join(names))
 
     @property
     def task(self) -> str | None:
@@ -92,11 +99,31 @@ class Example:
     @cached_property
     def image_keys(self) -> tuple[str, ...]:
         """One key per image; two images with one key are the same image."""
-        return tuple(_image_key(image) for image in self.images)
+        return tuple(image_key(image, self._where) for image in self.images)
+
+    def open_images(self) -> list[Image.Image]:
+        """The images as RGB, in their order; see `images.open_image`.
+
+        Raises:
+            ThinsightError: one is missing, truncated or too large.
+        """
+        opened = self.opened or OpenedImages()
+        sources = dict(zip(self.image_keys, self.images, strict=True))
+        found = {key: opened.take(key, image, self._where) for key, image in sources.items()}
+        return [found[key] for key in self.image_keys]
+
+    @property
+    def _where(self) -> str:
+        return f"example {self.id!r}"
 
 
-def load_examples(source: str | Path, limit: int | None = None, seed: int | None = None) -> list[Example]:
-    """Read and check a set of examples.
+def load_examples(
+    source: str | Path,
+    limit: int | None = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> list[Example]:
+    """Read and check a set of examples; of the images, those that are taken are decoded.
 
     Args:
         source: "demo:calibration", "demo:test", or the path of a JSON-lines file, one object per line:
@@ -104,30 +131,52 @@ def load_examples(source: str | Path, limit: int | None = None, seed: int | None
             to the file. Further fields are kept in ``extra``.
         limit: use only so many: the first ones, or a random draw when ``seed`` is given (file order is kept).
         seed: see ``limit``.
+        progress: called as ``progress("images", done, total)`` while images are decoded.
 
     Raises:
         ThinsightError: no such file, a bad line (with its number), a missing field, a duplicate id, an
-            unknown metric, an image that is missing or cannot be decoded, or no examples at all.
+            unknown metric, an image that is missing, too large or cannot be decoded, or no examples at all.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise BadInput(f"limit is {limit!r}: it must be a whole number of at least 1")
-    path = _locate(source)
-    examples = _parse_file(path)
+    examples = read_examples(source)
     if limit is not None and limit < len(examples):
         chosen = (
             range(limit) if seed is None else sorted(random.Random(seed).sample(range(len(examples)), limit))
         )
         examples = [examples[index] for index in chosen]
-    validate_examples(examples, source=str(source))
+    validate_examples(examples, str(source), progress)
     return examples
 
 
-def validate_examples(examples: Sequence[Example], source: str = "the examples") -> None:
-    """Check a whole set before long work starts; every distinct image is decoded once.
+def read_examples(source: str | Path) -> list[Example]:
+    """The examples of a file, line by line: nothing is checked that takes more than one line, and no image is
+    looked at.
 
     Raises:
-        ThinsightError: no examples, a duplicate id, an empty question, no image, an unknown metric, a metric
-            that needs answers without any, or an image that is missing or cannot be decoded.
+        ThinsightError: no such file, or a bad line (with its number).
+    """
+    return _parse_file(_locate(source))
+
+
+def validate_examples(
+    examples: Sequence[Example], source: str = "the examples", progress: Progress | None = None
+) -> None:
+    """Check a whole set, its images included, before long work starts.
+
+    Raises:
+        ThinsightError: as `check_examples` and `check_images` do.
+    """
+    check_examples(examples, source)
+    check_images(examples, source, progress)
+
+
+def check_examples(examples: Sequence[Example], source: str = "the examples") -> None:
+    """Check all of a set that takes no decoding of images.
+
+    Raises:
+        ThinsightError: no examples, a duplicate id, an empty question or answer, no image, an image file that
+            is missing, an unknown metric, or a metric that needs answers without any.
     """
     if isinstance(examples, str) or not isinstance(examples, Sequence):
         raise BadInput(
@@ -136,22 +185,44 @@ def validate_examples(examples: Sequence[Example], source: str = "the examples")
     if len(examples) == 0:
         raise BadInput(f"{source} has no examples: give at least one")
     seen: set[str] = set()
+    found: set[Path] = set()
     for example in examples:
         if not isinstance(example, Example):
             raise BadInput(f"{source}: one is a {type(example).__name__}; pass thinsight.Example objects")
         if example.id in seen:
             raise BadInput(f"{source}: id {example.id!r} occurs twice: ids must be unique")
         seen.add(example.id)
-        _check_fields(example, source)
-    _check_images(examples, source)
+        where = f"{source}: example {example.id!r}"
+        _check_fields(example, where)
+        for image in example.images:
+            if isinstance(image, Path) and image not in found:
+                check_exists(image, where)
+                found.add(image)
 
 
-def open_image(image: ImageSource) -> Image.Image:
-    """The image decoded, as RGB."""
-    if isinstance(image, Image.Image):
-        return image.convert("RGB")
-    with Image.open(image) as opened:
-        return opened.convert("RGB")
+def check_images(
+    examples: Sequence[Example], source: str = "the examples", progress: Progress | None = None
+) -> None:
+    """Decode every image file of a set once; what has room in memory waits there for its processor.
+
+    Args:
+        examples: what `check_examples` let pass.
+        source: what a message begins with.
+        progress: called as ``progress("images", done, total)``, in examples.
+
+    Raises:
+        ThinsightError: an image that is truncated, no image, or too large.
+    """
+    opened = OpenedImages()
+    for done, example in enumerate(examples, start=1):
+        if example.opened is None:
+            object.__setattr__(example, "opened", opened)
+        assert example.opened is not None
+        for key, image in zip(example.image_keys, example.images, strict=True):
+            if isinstance(image, Path):
+                example.opened.check(key, image, f"{source}: example {example.id!r}")
+        if progress is not None:
+            progress("images", done, len(examples))
 
 
 # -- reading -------------------------------------------------------------------------------------------------
@@ -181,18 +252,33 @@ def _parse_file(path: Path) -> list[Example]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would break at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path} as UTF-8 text: {error}") from error
-    return [_parse_line(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+    numbered = [
+        (f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()
+    ]
+    return [_parse_line(line, path, where) for where, line in numbered]
 
 
-def _parse_line(line: str, path: Path, number: int) -> Example:
-    where = f"{path}, line {number}"
+def _parse_line(line: str, path: Path, where: str) -> Example:
+    try:
+        return _example(_record(line, where), path, where)
+    except RecursionError:
+        raise BadInput(f"{where} is not JSON (nested too deep): each line is {_FORMAT}") from None
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, ValueError) else "nested too deep"
+    except json.JSONDecodeError as error:
+        reason = f"{error.msg}, column {error.colno}"
         raise BadInput(f"{where} is not JSON ({reason}): each line is {_FORMAT}") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise BadInput(f"{where} cannot be read ({error}): write the number as a text") from None
     if not isinstance(record, dict):
         raise BadInput(f"{where} is not a JSON object: each line is {_FORMAT}")
+    return record
+
+
+def _example(record: dict[str, Any], path: Path, where: str) -> Example:
     _refuse_misspelt(record, where)
     images = _strings(record, "image", "images", where, required=True)
     answers = _strings(record, "answer", "answers", where, required=False)
@@ -250,27 +336,33 @@ def _strings(record: dict[str, Any], one: str, many: str, where: str, *, require
 
 def _plain_value(value: Any, name: str, where: str) -> str:
     """A number is accepted as the text it is written as."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and name.startswith("answer"):
+    answer = name.startswith("answer")
+    if isinstance(value, float) and not math.isfinite(value):
+        hint = "; null means that there is no label" if answer else ""
+        raise BadInput(f"{where}: field {name!r} holds {value}: it must be a text{hint}")
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and answer:
         return str(value)
-    if not isinstance(value, str) or (not value.strip() and name.startswith("image")):
+    if not isinstance(value, str):
         raise BadInput(f"{where}: field {name!r} holds {value!r}: it must be a text")
+    if not value.strip():
+        hint = "; leave it out, or write null, where there is no label" if answer else ""
+        raise BadInput(f"{where}: field {name!r} holds an empty text: it must not be empty{hint}")
     return value
 
 
 # -- checking ------------------------------------------------------------------------------------------------
 
 
-def _check_fields(example: Example, source: str) -> None:
-    where = f"{source}: example {example.id!r}"
+def _check_fields(example: Example, where: str) -> None:
     if not example.question.strip():
         raise BadInput(f"{where} has an empty question: give it a text")
-    for text in (example.question, *example.answers):
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise BadInput(
-                f"{where}: {text!r} holds half of a surrogate pair: write the character itself"
-            ) from None
+    if not all(answer.strip() for answer in example.answers):
+        raise BadInput(f"{where} has an empty answer: leave it out where there is no label")
+    _check_task(example.extra.get("task"), where)
+    shown = [example.id, example.question, *example.answers, example.metric, example.group, example.task]
+    for text in (*shown, *example.extra, *example.extra.values()):
+        if isinstance(text, str):
+            _check_unicode(text, where)
     if not example.images:
         raise BadInput(f"{where} has no image: vision tokens cannot be reduced without one; give it an image")
     if example.metric is not None:
@@ -279,62 +371,18 @@ def _check_fields(example: Example, source: str) -> None:
             raise BadInput(f"{where} has no answer, which metric {example.metric!r} needs: add 'answer'")
 
 
-def _check_images(examples: Iterable[Example], source: str) -> None:
-    checked: set[Path] = set()
-    for example in examples:
-        for image in example.images:
-            where = f"{source}: example {example.id!r}"
-            if isinstance(image, Image.Image):
-                continue
-            if not isinstance(image, Path):
-                raise BadInput(f"{where}: an image is a {type(image).__name__}: give a path or a PIL image")
-            if image not in checked:
-                checked.add(image)
-                check_image_file(image, where)
+def _check_task(task: Any, where: str) -> None:
+    """Scores are listed by task."""
+    if isinstance(task, (list, dict)) or (isinstance(task, float) and not math.isfinite(task)):
+        what = task if isinstance(task, float) else f"a {type(task).__name__}"
+        raise BadInput(f"{where}: task is {what}: write a text, or null")
 
 
-def check_image_file(
-    path: Path, where: str, missing: str = "image paths are relative to the data file"
-) -> None:
-    """Check that a file is an image that can be decoded to its end.
-
-    Args:
-        path: the file.
-        where: what the message begins with.
-        missing: what to do when there is no such file.
-
-    Raises:
-        ThinsightError: a file that is missing, truncated or no image.
-    """
+def _check_unicode(text: str, where: str) -> None:
+    """Half a character breaks the report that shows it, after all the work."""
     try:
-        exists = path.is_file()
-    except OSError as error:
+        text.encode()
+    except UnicodeEncodeError:
         raise BadInput(
-            f"{where}: image {str(path)[:80]!r} cannot be read ({error.strerror}): {missing}"
+            f"{where}: {text!r} holds half of a surrogate pair: write the character itself"
         ) from None
-    if not exists:
-        raise BadInput(f"{where}: image {str(path)!r} does not exist: {missing}")
-    try:
-        with Image.open(path) as image:
-            image.verify()
-        with Image.open(path) as image:  # verify() leaves an image unusable and does not decode all pixels
-            image.load()
-    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, ValueError, struct.error, ...
-        reason = str(error) or type(error).__name__
-        raise BadInput(
-            f"{where}: image {str(path)!r} is truncated or no image ({reason}): replace it"
-        ) from error
-
-
-def _group_name(image: object) -> str:
-    return image.as_posix() if isinstance(image, Path) else _image_key(image)
-
-
-def _image_key(image: object) -> str:
-    if isinstance(image, Path):
-        return str(image.resolve())
-    if isinstance(image, Image.Image):
-        digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
-        digest.update(image.tobytes())
-        return f"pixels:{digest.hexdigest()[:24]}"
-    raise BadInput(f"an image is a {type(image).__name__}: give a path or a PIL image")

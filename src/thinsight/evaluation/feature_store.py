@@ -61,16 +61,17 @@ class FeatureStore(Generic[S]):
 
     Args:
         cache_gib: how much may stay in main memory, in GiB.
+        share: of that, how much this store may take.
 
     Raises:
         ThinsightError: ``cache_gib`` is no number of at least 0.
     """
 
-    def __init__(self, cache_gib: float = DEFAULT_CACHE_GIB) -> None:
+    def __init__(self, cache_gib: float = DEFAULT_CACHE_GIB, share: float = 1.0) -> None:
         number = isinstance(cache_gib, (int, float)) and not isinstance(cache_gib, bool)
         if not number or not math.isfinite(cache_gib) or cache_gib < 0:
             raise BadInput(f"cache_gib is {cache_gib!r}: it must be a number of at least 0, such as 4")
-        self._room = cache_gib * 2**30  # bytes
+        self._room = cache_gib * share * 2**30  # bytes
         self._held: dict[Hashable, S] = {}
         self._filed: dict[Hashable, _Filed[S]] = {}
         self._folder: TemporaryDirectory[str] | None = None

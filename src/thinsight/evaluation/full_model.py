@@ -18,7 +18,7 @@ from ..schedule import Schedule
 from .batch_size import BatchSize, check_batch_size, chunks, fastest, free_bytes, pass_bytes
 from .decoding import Beginning, DecodingRules, GreedyAnswer, decode
 from .disk_store import DiskStore
-from .encoding import Prompt, PromptBatch, pad_batch
+from .encoding import Prompt, PromptBatch, PromptReader, pad_batch
 from .examples import Example
 from .hashing import hash_json
 from .same_images import read_once, siblings_of
@@ -37,6 +37,7 @@ class FullModel:
         processor: its own.
         examples: what is asked.
         prompts: of each example.
+        reader: what has read them.
         rules: of decoding.
         batch_size: prompts per pass, or "auto".
         cache_gib: main memory for vision features, in GiB.
@@ -57,6 +58,7 @@ class FullModel:
         processor: Any,
         examples: Sequence[Example],
         prompts: Sequence[Prompt],
+        reader: PromptReader,
         rules: DecodingRules,
         *,
         batch_size: int | str,
@@ -74,7 +76,7 @@ class FullModel:
         self._reuse = reuse
         self._disk = disk
         self._report = report
-        self._new_vision = partial(VisionCache, model, processor, cache_gib, disk)
+        self._new_vision = partial(VisionCache, model, processor, cache_gib, disk, reader)
         self.vision: VisionCache = self._new_vision()
         if isinstance(batch_size, int):
             self.vision.arrange(examples, batch_size)

@@ -17,7 +17,7 @@ import transformers
 from ..errors import BadInput
 from ..packing import packed_layers
 from ..version import __version__
-from .examples import ImageSource, open_image
+from .images import READING, ImageSource, image_key
 
 __all__ = ["hash_image", "hash_json", "hash_machine", "hash_model", "hash_processor"]
 
@@ -47,14 +47,9 @@ def hash_model(digest: Any, model: Any, without: Collection[Any] = ()) -> None:
 
 
 def hash_image(digest: Any, image: ImageSource) -> None:
-    """An image file's bytes, or a PIL image's size and pixels."""
-    if isinstance(image, Path):
-        data = image.read_bytes()
-        hash_json(digest, ["file", len(data)])
-    else:
-        pixels = open_image(image)
-        data = pixels.tobytes()
-        hash_json(digest, ["pixels", pixels.size])
+    """An image file's bytes, or a PIL image's pixels, and the rules by which it is opened."""
+    data = image.read_bytes() if isinstance(image, Path) else image_key(image).encode()
+    hash_json(digest, ["file" if isinstance(image, Path) else "pixels", READING, len(data)])
     digest.update(data)
 
 

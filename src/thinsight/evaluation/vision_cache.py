@@ -2,7 +2,8 @@
 
 An example's images are encoded together, because some families treat one image otherwise than several. Which
 examples share a run of the encoder is fixed: the last bits of its numbers may depend on the company.
-Knows the processor's public call and `encode_images`. Knows nothing about schedules, answers or scores.
+Knows the pixels that a `PromptReader` hands out and `encode_images`. Knows nothing about schedules, answers
+or scores.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..ranking import VISION_ATTENTION, get_ranker
-from ..runtime import EncodedImages, encode_images, vision_token_mask
+from ..runtime import EncodedImages, encode_images
 from ..runtime.families import decoder
 from .disk_store import DiskStore
-from .encoding import process
+from .encoding import PromptReader
 from .examples import Example
 from .feature_store import DEFAULT_CACHE_GIB, FeatureStore, separate_tensors
 from .hashing import hash_image, hash_json, hash_machine, hash_model, hash_processor
@@ -41,6 +42,7 @@ class VisionCache:
         processor: its own processor.
         cache_gib: how much is kept in main memory, in GiB; more goes into temporary files.
         disk: where features are kept for later runs, if anywhere.
+        reader: what has read the examples, or reads them when their features are asked for; None: a new one.
 
     Raises:
         ThinsightError: ``cache_gib`` is no number of at least 0, or ``disk`` is given but the processor does
@@ -53,11 +55,13 @@ class VisionCache:
         processor: Any,
         cache_gib: float = DEFAULT_CACHE_GIB,
         disk: DiskStore | None = None,
+        reader: PromptReader | None = None,
     ) -> None:
         self._model = model
         self._processor = processor
         self._kept: FeatureStore[EncodedImages] = FeatureStore(cache_gib)
         self._disk = disk
+        self._reader = reader or PromptReader(model, processor, cache_gib)
         self._groups: list[list[Example]] = []  # examples that share a run of the encoder
         self._group_of: dict[tuple[str, ...], int] = {}  # by images
         if disk is not None:
@@ -136,9 +140,8 @@ class VisionCache:
 
     def _encode(self, group: Sequence[Example], ranker: Any) -> tuple[EncodedImages, list[list[int]]]:
         """A group's features on the CPU, and which entries belong to each example."""
-        inputs = process(self._processor, group)
-        encoded = encode_images(self._model, inputs, ranker).to("cpu")
-        counts = vision_token_mask(self._model, inputs["input_ids"]).sum(1).tolist()
+        pixels, counts = self._reader.pixels(group)
+        encoded = encode_images(self._model, pixels, ranker).to("cpu")
         return encoded, _split(encoded, counts)
 
     def _name(self, group: Sequence[Example], received: bool) -> str:

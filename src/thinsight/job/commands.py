@@ -16,9 +16,10 @@ from pathlib import Path
 from ..errors import BadInput
 from ..evaluation.batch_size import AUTO
 from ..evaluation.consistency import rank_consistency
-from ..evaluation.encoding import encode_prompt, typical_batch
+from ..evaluation.encoding import PromptReader, typical_batch
 from ..evaluation.evaluator import check_metric
-from ..evaluation.examples import Example, check_image_file, load_examples, validate_examples
+from ..evaluation.examples import Example, Progress, load_examples, read_examples, validate_examples
+from ..evaluation.images import check_exists
 from ..packing import pack
 from ..report import words
 from ..report.data import DatasetInfo, Headline, Picture, ReportData
@@ -121,6 +122,7 @@ def evaluate(
     scoring.check()
     metric = scoring.metric
     examples, opened, found = _open(options, watcher, metric)
+    watcher.on_stage("Processing the images")
     evaluator = make_evaluator(scoring, opened, examples, watcher)
     watcher.on_stage("Full model")
     full = evaluator.full
@@ -166,8 +168,11 @@ def analyze(options: JobOptions, *, watcher: Watcher | None = None) -> ReportDat
     examples = _examples(options, watcher)
     opened = _opened(options, watcher)
     watcher.on_stage("Measuring rank consistency")
-    found = rank_consistency(opened.model, opened.processor, examples, progress=watcher.on_progress)
-    report = _about(f"Rank consistency of {options.model.model}", opened, _median(opened, examples))
+    reader = PromptReader(opened.model, opened.processor)
+    found = rank_consistency(
+        opened.model, opened.processor, examples, progress=watcher.on_progress, reader=reader
+    )
+    report = _about(f"Rank consistency of {options.model.model}", opened, _median(opened, reader, examples))
     return replace(report, dataset=_dataset(options, examples), consistency=consistency_of(found))
 
 
@@ -199,7 +204,10 @@ def bench(
         if value < 1:
             raise BadInput(f"{name} is {value}: it must be a whole number of at least 1")
     examples, opened, found = _open(options, watcher)
-    inputs = typical_batch(opened.processor, examples, batch_size)
+    watcher.on_stage("Processing the images")
+    reader = PromptReader(opened.model, opened.processor)
+    prompt = _median(opened, reader, examples, watcher.on_progress)
+    inputs = typical_batch(opened.processor, examples, batch_size, reader)
     with pack(opened.model) if packed else nullcontext():
         watcher.on_stage("Timing full against reduced")
         measurement = measure(
@@ -210,7 +218,6 @@ def bench(
             new_tokens=new_tokens,
             progress=functools.partial(watcher.on_progress, "timing"),
         )
-    prompt = _median(opened, examples)
     how = "timed on packed weights" if packed else "timed"
     data = replace(
         _about(f"{options.model.model} under {found.where}, {how}", opened, prompt),
@@ -240,25 +247,23 @@ def show(
     if image is not None and question is None:
         raise BadInput(f"image {image!r} comes without a question: thinsight show IMAGE QUESTION")
     fitted = _fitted(options)
-    example = (
-        varied(load_examples(options.data_name, options.limit), 1)[0]
-        if image is None
-        else _asked(image, question)
-    )
+    if image is None:
+        examples, source = varied(read_examples(options.data_name)[: options.limit], 1), options.data_name
+    else:
+        examples, source = [_asked(image, question)], "show"
+    validate_examples(examples, source)
     opened = _opened(options, watcher)
     watcher.on_stage("Looking at kept tokens")
     picture = picture_of(
-        opened.model, opened.processor, example, fitted.reduction, max_new_tokens=max_new_tokens
+        opened.model, opened.processor, examples[0], fitted.reduction, max_new_tokens=max_new_tokens
     )
     return ShowResult(picture, fitted)
 
 
 def _asked(image: str, question: str | None) -> Example:
     path = Path(os.path.expanduser(image))
-    check_image_file(path, "show", "give the path of an image file")
-    example = Example(id="question", images=(path,), question=question or "")
-    validate_examples([example], "the command")
-    return example
+    check_exists(path, "show", "give the path of an image file")
+    return Example(id="question", images=(path,), question=question or "")
 
 
 def _open(
@@ -281,7 +286,7 @@ def _fitted(options: JobOptions) -> Sourced:
 
 def _examples(options: JobOptions, watcher: Watcher) -> list[Example]:
     watcher.on_stage("Reading the data")
-    return load_examples(options.data_name, options.limit)
+    return load_examples(options.data_name, options.limit, progress=watcher.on_progress)
 
 
 def _opened(options: JobOptions, watcher: Watcher) -> Opened:
@@ -289,8 +294,10 @@ def _opened(options: JobOptions, watcher: Watcher) -> Opened:
     return open_model(options.model)
 
 
-def _median(opened: Opened, examples: list[Example]) -> MedianPrompt:
-    prompts = [encode_prompt(opened.model, opened.processor, example) for example in examples]
+def _median(
+    opened: Opened, reader: PromptReader, examples: list[Example], progress: Progress | None = None
+) -> MedianPrompt:
+    prompts = reader.prompts(examples, progress)
     return MedianPrompt.of(opened.model.config, [(prompt.n_vision, prompt.n_text) for prompt in prompts])
 
 

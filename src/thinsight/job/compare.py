@@ -239,7 +239,8 @@ class _Comparing:
     def _attention(self) -> Any:
         if self._statistics is None:
             opened, examples = self.prepared.opened, self.prepared.sets.calibration[:STATISTICS_EXAMPLES]
-            self._statistics = attention_statistics(opened.model, opened.processor, examples)
+            reader = self.prepared.calibration.reader
+            self._statistics = attention_statistics(opened.model, opened.processor, examples, reader=reader)
         return self._statistics
 
     def _search(self, budget: Budget, name: str, seed: int, key: str) -> _Found:

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from ..errors import Unsupported
-from ..evaluation.examples import Example, open_image
+from ..evaluation.examples import Example
+from ..evaluation.images import open_image
 
 __all__ = ["Grid", "grid_of"]
 
@@ -64,7 +65,7 @@ def grid_of(model: Any, processor: Any, example: Example, inputs: Mapping[str, A
     if inputs.get("image_grid_thw") is not None:
         merge = vision.spatial_merge_size
         _, rows, columns = (int(side) for side in inputs["image_grid_thw"][0])
-        found = Grid(open_image(example.images[0]).convert("RGB"), rows // merge, columns // merge)
+        found = Grid(open_image(example.images[0]), rows // merge, columns // merge)
     elif vision.model_type == "pixtral":
         found = _pixtral(model, processor, inputs)
     else:

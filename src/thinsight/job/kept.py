@@ -5,6 +5,7 @@ Runs the model and gives plain pictures. Knows nothing about drawing, scores or 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from ..errors import BadInput
-from ..evaluation.encoding import process
+from ..evaluation.encoding import PromptReader, check_length, process
 from ..evaluation.examples import Example
 from ..reduction import Reduction
 from ..report.data import Picture
@@ -32,6 +33,7 @@ def picture_of(
     *,
     max_new_tokens: int = 32,
     most_layers: int = 7,
+    reader: PromptReader | None = None,
 ) -> Picture:
     """The kept tokens of the example's (first) image at the layers where tokens are dropped, and both greedy
     answers.
@@ -42,6 +44,7 @@ def picture_of(
         example: the question.
         reduction: what decides which tokens are kept.
         max_new_tokens: longest answer.
+        reader: what has read the example for this model, or None.
         most_layers: show at most so many layers, evenly chosen among those where tokens are dropped.
 
     Raises:
@@ -49,7 +52,10 @@ def picture_of(
     """
     if not example.images:
         raise BadInput(f"example {example.id!r} has no image: there are no vision tokens to show")
-    inputs = on_device(model, process(processor, [example]))
+    read = process(processor, [example]) if reader is None else reader.batch([example])
+    inputs = on_device(model, read)
+    if too_long := check_length(model, example, inputs["input_ids"].shape[1]):
+        warnings.warn(too_long, stacklevel=2)
     n_vision = int(vision_token_mask(model, inputs["input_ids"]).sum())
     grid = grid_of(model, processor, example, inputs, n_vision)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}

@@ -137,7 +137,9 @@ class _Run:
             batch_size = prepared.fix_batch_size("test")
             return measure(
                 prepared.opened.model,
-                typical_batch(prepared.opened.processor, prepared.sets.test, batch_size),
+                typical_batch(
+                    prepared.opened.processor, prepared.sets.test, batch_size, prepared.test.reader
+                ),
                 reduction,
                 runs=self.options.timing_runs,
                 warmup=1,
@@ -157,6 +159,7 @@ class _Run:
                 prepared.opened.processor,
                 examples,
                 progress=prepared.watcher.on_progress,
+                reader=prepared.calibration.reader,
             )
             return consistency_of(found)
 
@@ -169,7 +172,12 @@ class _Run:
         for example in varied(self.prepared.sets.test, self.options.pictures):
             try:
                 picture = picture_of(
-                    opened.model, opened.processor, example, reduction, max_new_tokens=longest
+                    opened.model,
+                    opened.processor,
+                    example,
+                    reduction,
+                    max_new_tokens=longest,
+                    reader=self.prepared.test.reader,
                 )
             except Unsupported as error:  # the report goes on without it
                 self.prepared.watcher.on_note(f"No picture of example {example.id!r}: {error}")

@@ -102,12 +102,13 @@ def prepare(options: RunOptions, ranker: Any, watcher: Watcher) -> Prepared:
     options.check()
     folder = RunFolder(options.out, resume=options.resume)
     watcher.on_stage("Reading the data")
-    sets = load_sets(options.data, options.test_data, options.limit)
+    sets = load_sets(options.data, options.test_data, options.limit, watcher.on_progress)
     if sets.note:
         watcher.on_note(sets.note)
     check_metric([*sets.calibration, *sets.test], options.metric)
     watcher.on_stage("Loading the model")
     opened = open_model(options.model)
+    watcher.on_stage("Processing the images")
     calibration, test = (
         make_evaluator(options, opened, examples, watcher, ranker=ranker, sets=2)
         for examples in (sets.calibration, sets.test)

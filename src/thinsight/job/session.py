@@ -16,7 +16,14 @@ import transformers
 
 from ..baselines import fastv
 from ..errors import BadInput
-from ..evaluation.examples import Example, load_examples
+from ..evaluation.examples import (
+    Example,
+    Progress,
+    check_examples,
+    load_examples,
+    read_examples,
+    validate_examples,
+)
 from ..loading import DEMO, check_options, load_config, load_model
 from ..ranking import get_ranker
 from ..reduction import CONFIG_NAME, Reduction
@@ -114,11 +121,14 @@ def open_model(options: ModelOptions) -> Opened:
     return Opened(model, processor, info)
 
 
-def load_sets(data: str | None, test_data: str | None, limit: int | None) -> Sets:
+def load_sets(
+    data: str | None, test_data: str | None, limit: int | None, progress: Progress | None = None
+) -> Sets:
     """Calibration and test examples that share no image.
 
     Both given: as they are. Only ``data``: it is split by image, half and half; the demo's calibration set
-    has a test set of its own. None given: the demo's two sets. ``limit`` applies to each set.
+    has a test set of its own. None given: the demo's two sets. ``limit`` applies to each set, and
+    only images of examples within it are decoded, of which ``progress("images", done, total)`` tells.
 
     Raises:
         ThinsightError: bad data, or sets that show a common image.
@@ -129,11 +139,13 @@ def load_sets(data: str | None, test_data: str | None, limit: int | None) -> Set
     if test_data is None and name == DEMO_CALIBRATION:
         test_data = DEMO_TEST
     if test_data is not None:
-        calibration, test = load_examples(name, limit), load_examples(test_data, limit)
+        calibration, test = (load_examples(source, limit, progress=progress) for source in (name, test_data))
         check_disjoint(calibration, test)
         return Sets(calibration, test, name, test_data)
-    calibration, test = split_by_image(load_examples(name))
-    calibration, test = calibration[:limit], test[:limit]
+    examples = read_examples(name)
+    check_examples(examples, name)
+    calibration, test = (side[:limit] for side in split_by_image(examples))
+    validate_examples([*calibration, *test], name, progress)
     note = (
         f"{name} was split by image: {len(calibration)} examples to calibrate on, {len(test)} to test on "
         "(give --test-data to choose the test set yourself)"
