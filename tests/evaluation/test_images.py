@@ -144,6 +144,8 @@ def test_gray_of_16_bits_is_scaled(ending: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = array(open_image(path))
+        with Image.open(path) as held:
+            assert np.array_equal(array(open_image(held)), found)
     assert np.array_equal(found, np.repeat(NARROW[..., None], 3, axis=2))
     assert (array(load_image(str(path))) == 255).mean() > 0.9  # why
 

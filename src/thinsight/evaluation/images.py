@@ -24,7 +24,8 @@ __all__ = ["READING", "ImageSource", "OpenedImages", "check_exists", "check_size
 READING = 2  # of the rules here: features of images that were read by other rules have other names
 
 _MAX_ASPECT = 200  # Qwen's processors refuse more; a resize of the shorter edge would take gigabytes
-_HELD_BYTES = 2**30
+_HELD_BYTES = 2**29
+_LARGEST_HELD = 2**26  # bytes of one image: 22 million pixels
 _LONGEST_PATH = 400  # characters of a path that a message quotes
 _NEXT_TO_DATA = "image paths are relative to the data file"
 _SIXTEEN_BITS = ("PNG", "PPM")  # formats whose wide gray PIL may call "I", which elsewhere has 32 bits
@@ -52,7 +53,7 @@ def open_image(image: ImageSource, where: str = "", missing: str = _NEXT_TO_DATA
     if isinstance(image, Image.Image):
         check_size(image.size, name)
         with _one_line(name):
-            return _upright_rgb(image, name)
+            return _rgb(ImageOps.exif_transpose(image), image.format, name)
     check_exists(image, where, missing)
     with _one_line(name), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` is stricter
@@ -60,7 +61,8 @@ def open_image(image: ImageSource, where: str = "", missing: str = _NEXT_TO_DATA
     with opened:
         check_size(opened.size, name)
         with _one_line(name):
-            return _upright_rgb(opened, name)
+            ImageOps.exif_transpose(opened, in_place=True)
+            return _rgb(opened, opened.format, name)
 
 
 def check_exists(path: Path, where: str = "", missing: str = _NEXT_TO_DATA) -> None:
@@ -121,8 +123,9 @@ def image_key(image: object, where: str = "") -> str:
 class OpenedImages:
     """Image files that were checked by decoding them, and their pixels until somebody takes them.
 
-    So a file is decoded once, though it is checked before the model is there. Pixels beyond the bound are
-    let go, and decoded again when they are asked for. A copy of this object is empty, in pickles too.
+    So a file is decoded once, though it is checked before the model is there. Pixels beyond the bound, and
+    images of over 22 million of them, are let go, and decoded again when they are asked for. A copy of this
+    object is empty, in pickles too.
 
     Args:
         most_bytes: how much memory the pixels may take.
@@ -139,7 +142,7 @@ class OpenedImages:
             return
         opened = open_image(path, where, missing)
         self._checked.add(key)
-        if _num_bytes(opened) <= self._room:
+        if _num_bytes(opened) <= min(self._room, _LARGEST_HELD):
             self._room -= _num_bytes(opened)
             self._held[key] = (_state(path), opened)
 
@@ -189,16 +192,16 @@ def _one_line(name: str) -> Iterator[None]:
         raise BadInput(f"{name} is truncated or no image ({reason}): replace it") from error
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16") or (upright.mode == "I" and image.format in _SIXTEEN_BITS):
-        wide = np.asarray(upright).astype(np.uint32)  # (height, width), 0 to 65535
-        upright = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
-    elif upright.mode in ("I", "F"):
-        upright = Image.fromarray(_scaled(np.asarray(upright, dtype=np.float32), upright.mode, name))
-    elif upright.mode == "P" and "transparency" in upright.info:
-        upright = upright.convert("RGBA")  # the same colors, and PIL does not warn
-    return upright.convert("RGB")
+def _rgb(image: Image.Image, file: str | None, name: str) -> Image.Image:
+    """An upright image as RGB; ``file`` is the format that it was stored in, if PIL knows."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and file in _SIXTEEN_BITS):
+        wide = np.asarray(image).astype(np.uint32)  # (height, width), 0 to 65535
+        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = Image.fromarray(_scaled(np.asarray(image, dtype=np.float32), image.mode, name))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colors, and PIL does not warn
+    return image.convert("RGB")
 
 
 def _scaled(values: NDArray[np.float32], mode: str, name: str) -> NDArray[np.uint8]:
