@@ -18,8 +18,8 @@ test: .venv/ready
 test-latest: .venv-latest/ready
 	$(call compatible,.venv-latest,--newest)
 
-# On another transformers, everything else pinned: make test-with TRANSFORMERS=5.19.0; unnamed, the oldest allowed.
-TRANSFORMERS ?= 5.18.0
+# On another transformers, everything else pinned: make test-with TRANSFORMERS=5.20.2; unnamed, the oldest allowed.
+TRANSFORMERS ?= 5.19.0
 test-with: .venv-transformers-$(TRANSFORMERS)/ready
 	$(call compatible,.venv-transformers-$(TRANSFORMERS))
 

@@ -74,7 +74,7 @@ SUPPORTED = (
 )
 """`config.model_type` of the families that the conformance suite holds."""
 
-OLDEST, UNTESTED = (5, 18), (5, 25)
+OLDEST, UNTESTED = (5, 19), (5, 25)
 """The first transformers that can be used, and the first that nobody has tested; as in pyproject.toml."""
 
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
