@@ -11,6 +11,7 @@ a benchmark has published, so that text in NFC, as nearly all is, scores as ther
 from __future__ import annotations
 
 import difflib
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -105,7 +106,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     if len(matches) == 1:
         return float(matches[0])
     total = sum(matches)
-    return sum(min(1.0, (total - match) / 3) for match in matches) / len(matches)
+    return math.fsum(min(1.0, (total - match) / 3) for match in matches) / len(matches)
 
 
 def _best_of_its_own(answers: Sequence[str]) -> float:
