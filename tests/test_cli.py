@@ -103,7 +103,7 @@ def mislabeled(small: SmallRun, source: str) -> str:
         ("search", "--max-drop", 0.01),
         ("search", "--budget", 0.6),
         ("search", "--frontier", "--max-drop", 0.01),
-        ("compare", "--budgets", 0.6, "--methods", "fastv"),
+        ("compare", "--budget", 0.6, "--methods", "fastv"),
     ],
 )
 def test_a_full_model_that_scores_nothing_is_not_searched(
