@@ -17,6 +17,7 @@ from thinsight.evaluation.metrics import get_metric
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.schedule import Schedule
+from thinsight.search import gsearch
 from thinsight.search.rankers import rankers_for
 
 LAYERS = 4
@@ -425,6 +426,19 @@ def test_fingerprint_names_all_that_a_score_depends_on(labeled):
     assert len({fingerprint(), *others}) == 1 + len(others)
     assert fingerprint(batch_size=2, reuse=False, cache_gib=0.1) == fingerprint()
     assert fingerprint(setting("temperature", 0.3)) == fingerprint()  # decoding is greedy
+
+
+def test_a_journal_of_other_generation_rules_is_refused(tmp_path):
+    def searched(penalty, resume):
+        model = make_model()
+        model.generation_config.repetition_penalty = penalty
+        evaluator = Evaluator(model, tiny_processor(), make_examples(4, ()), max_new_tokens=3)
+        return gsearch(evaluator, 0.5, step=8, study=tmp_path / "s", resume=resume)
+
+    found = searched(1.0, resume=False)
+    assert searched(1.0, resume=True).schedule == found.schedule
+    with pytest.raises(BadInput, match=r"was made with fingerprint '.*resume with the same model"):
+        searched(1.3, resume=True)
 
 
 @pytest.mark.parametrize("name", decoding._REFUSED)
