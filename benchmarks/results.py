@@ -15,12 +15,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import thinsight as ts
+from thinsight.evaluation import Interval
 from thinsight.job.compare import BUDGETS, CompareOptions, compare, method_names
 from thinsight.job.results import MedianPrompt, drop_of
 from thinsight.job.run_folder import RunFolder
 from thinsight.job.session import ModelOptions
 from thinsight.loading import load_demo
-from thinsight.report.comparison import OURS, Comparison, MethodAtBudget, markdown, table
+from thinsight.report.comparison import OURS, Comparison, MethodAtBudget, interval_text, markdown, table
 
 MODELS = ("demo", "demo-internvl")
 STEPS = {"demo": 32, "demo-internvl": 8}  # of G-Search's counts: an eighth of the tokens
@@ -31,13 +32,14 @@ ADAPTIVE, ADAPTIVE_BUDGETS, ADAPTIVE_MODELS = "search-adaptive", (0.25, 0.125), 
 SHOWN = tuple(name for name in method_names() if name != ADAPTIVE)  # that one has a section of its own
 ABOUT = f"""Searches choose on the calibration set (384 questions), {N_TRIALS} evaluations each, seeds
 0 to {SEEDS - 1}; scores are on the test set (1,152 questions), which has no part in choosing. Intervals:
-95 % paired bootstrap by image, seeds averaged per question. Every method spends the same mean keep rate,
-within one token per layer and never more. The sensitivity and the random search also choose the ranker, from
-the same four (text attention of the instruction or of the last token; `staged`: vision attention or CDPruner
-before layer 0, text attention behind it). P-Sigmoid ranks by text attention, as in the paper, and by `staged`
-where layer 0 alone would spend the budget. Methods that drop before layer 0 have the whole of it from there
-on. Methods whose layers are numbered for 32 are scaled to the depth where they cannot reach a budget
-otherwise. Some cannot reach one at all: with the first layers full there is nothing left.
+95 %, of the paired scores by image (`thinsight.drop_interval`), seeds averaged per question. Every method
+spends the same mean keep rate, within one token per layer and never more. The sensitivity and the random
+search also choose the ranker, from the same four (text attention of the instruction or of the last token;
+`staged`: vision attention or CDPruner before layer 0, text attention behind it). P-Sigmoid ranks by text
+attention, as in the paper, and by `staged` where layer 0 alone would spend the budget. Methods that drop
+before layer 0 have the whole of it from there on. Methods whose layers are numbered for 32 are scaled to the
+depth where they cannot reach a budget otherwise. Some cannot reach one at all: with the first layers full
+there is nothing left.
 
 The models are small and were trained so that text attention ranks well: what is best here need not be on
 yours. `thinsight compare` makes the same tables for your model and data."""
@@ -144,7 +146,7 @@ def adaptive_lines(comparisons: dict[str, Comparison]) -> list[str]:
             lines.append(
                 f"| {name} | {100 * budget:g} % | {100 * plain.score:.1f} | {100 * own.score:.1f} | "
                 f"{plain.flops_ratio:.2f}x, {own.flops_ratio:.2f}x | "
-                f"{-100 * gap.mean:+.1f} [{-100 * gap.high:.1f}, {-100 * gap.low:.1f}] |"
+                f"{interval_text(Interval(-gap.mean, -gap.high, -gap.low))} |"
             )
     return lines
 
@@ -187,7 +189,7 @@ def _best(comparison: Comparison) -> ts.Reduction:
 
 
 def _transfer(name: str, what: str, scored: Scored) -> str:
-    drop = f"{100 * scored.drop:.1f} [{100 * scored.low:.1f}, {100 * scored.high:.1f}]"
+    drop = interval_text(Interval(scored.drop, scored.low, scored.high))
     kept = f"{100 * scored.mean_keep_rate:.1f} %"
     return (
         f"| {name} | {what} | {100 * scored.score:.1f} | {drop} | {kept} | {scored.flops_ratio:.2f}x fewer |"
@@ -212,7 +214,7 @@ def _verdict(holds: bool) -> str:
 
 def _gsearch_claim(found: Scored) -> str:
     holds = found.flops_ratio >= 2 and found.drop <= 0.01
-    interval = f"{100 * found.drop:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    interval = interval_text(Interval(found.drop, found.low, found.high))
     return (
         f"{_verdict(holds)} G-Search's own schedule needs at least 2x fewer FLOPs at a drop of at most 1 "
         f"point: {found.flops_ratio:.2f}x, {interval}."

@@ -89,6 +89,60 @@ def test_an_evaluation_in_the_fastest_batches(small: SmallRun, monkeypatch: pyte
     assert found.stdout == plain.stdout
 
 
+def mislabeled(small: SmallRun, source: str) -> str:
+    """The same questions, each with a label that no model gives."""
+    lines = [json.loads(line) | {"answer": "zzz"} for line in Path(source).read_text().splitlines()]
+    path = Path(source).with_name(f"zzz-{Path(source).name}")
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("search", "--max-drop", 0.01),
+        ("search", "--budget", 0.6),
+        ("search", "--frontier", "--max-drop", 0.01),
+        ("compare", "--budget", 0.6, "--methods", "fastv"),
+    ],
+)
+def test_a_full_model_that_scores_nothing_is_not_searched(
+    small: SmallRun, command: tuple[object, ...]
+) -> None:
+    on_it = ("--model", small.model, "--device", "cpu", "--max-new-tokens", 2, "--out", "run")
+    wrong, wrong_test = mislabeled(small, small.calibration), mislabeled(small, small.test)
+    line = error_of(*command, *on_it, "--data", wrong, "--test-data", wrong_test)
+    assert "the full model scores 0.0 %" in line
+    assert "it says" in line
+    assert "the label is 'zzz' (exact_match)" in line
+    assert not list(Path("run").rglob("*.json*"))
+    if command[1] == "--max-drop":
+        mended = run(*command[:2], 0.7, *on_it, "--data", small.calibration, "--test-data", small.test)
+        assert mended.exit_code == 0  # into the same folder, without --resume
+
+
+def test_a_score_of_nothing_is_still_a_result_of_evaluate(small: SmallRun) -> None:
+    wrong = mislabeled(small, small.test)
+    result = run(
+        "evaluate", "--model", small.model, "--data", wrong, "--device", "cpu", "--max-new-tokens", 2
+    )
+    assert result.exit_code == 0
+    assert "0.0 %" in result.stdout
+    assert "Warning: the full model scores 0.0 %" in result.stdout
+    assert "the drop says nothing" in " ".join(result.stdout.split())
+    assert "no loss could be told" not in result.stdout
+
+
+def test_a_search_tells_of_a_test_set_that_says_nothing(small: SmallRun) -> None:
+    """That set is not looked at before the search is over."""
+    wrong = mislabeled(small, small.test)
+    on_it = ("--model", small.model, "--device", "cpu", "--max-new-tokens", 2, "--max-drop", 0.7)
+    result = run("search", *on_it, "--data", small.calibration, "--test-data", wrong)
+    assert result.exit_code == 0
+    assert "Warning: on the test set the full model scores 0.0 %" in result.stdout
+    assert "Warning: on the test set the full model scores" in run("report").stdout
+
+
 @pytest.mark.parametrize("command", ["search", "compare", "evaluate"])
 def test_batch_sizes_that_are_none(command: str) -> None:
     for size in ("many", "-1", "1.5", "9" * 5000):

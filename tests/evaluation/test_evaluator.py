@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ import torch
 from tiny import tiny_images, tiny_llava, tiny_processor
 
 import thinsight.evaluation.decoding as decoding
-from thinsight.errors import ThinsightError
-from thinsight.evaluation import Evaluator, Example
+from thinsight.errors import BadInput, StorageError, ThinsightError, Unsupported
+from thinsight.evaluation import Evaluation, Evaluator, Example, feature_store
 from thinsight.evaluation.metrics import get_metric
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.schedule import Schedule
+from thinsight.search import gsearch
+from thinsight.search.rankers import rankers_for
 
 LAYERS = 4
 NEW_TOKENS = 6
@@ -375,6 +378,183 @@ def test_fingerprint_names_model_data_metric_and_ranker(labeled):
         fingerprint(max_new_tokens=9),
     ]
     assert len({same, *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("field", [each.name for each in dataclasses.fields(decoding.DecodingRules)])
+def test_fingerprint_names_every_generation_rule(labeled, field):
+    evaluator = Evaluator(make_model(), tiny_processor(), labeled)
+    before, value = evaluator.fingerprint, getattr(evaluator.rules, field)
+    other = {
+        int: lambda: value + 1,
+        float: lambda: value * 1.3,
+        frozenset: lambda: value | {1},
+        tuple: lambda: (5,),
+    }
+    evaluator.rules = dataclasses.replace(evaluator.rules, **{field: other[type(value)]()})
+    del evaluator.fingerprint
+    assert evaluator.fingerprint != before
+
+
+def test_fingerprint_names_all_that_a_score_depends_on(labeled):
+    def fingerprint(change=lambda model, processor: None, attn="sdpa", **settings):
+        model, processor = make_model(attn), tiny_processor()
+        change(model, processor)
+        return Evaluator(model, processor, settings.pop("examples", labeled), **settings).fingerprint
+
+    def setting(name, value):
+        return lambda model, processor: setattr(model.generation_config, name, value)
+
+    asked = [
+        dataclasses.replace(labeled[0], question=labeled[0].question + "\nA. red\nB. blue"),
+        *labeled[1:],
+    ]
+    others = [
+        fingerprint(setting("repetition_penalty", 1.3)),
+        fingerprint(setting("suppress_tokens", [7])),
+        fingerprint(setting("eos_token_id", 3)),
+        fingerprint(setting("pad_token_id", 1)),
+        fingerprint(lambda model, processor: model.bfloat16()),
+        fingerprint(lambda model, processor: model.lm_head.bfloat16()),
+        fingerprint(lambda model, processor: setattr(processor.image_processor, "image_mean", [0.5] * 3)),
+        fingerprint(
+            lambda model, processor: setattr(processor.tokenizer, "clean_up_tokenization_spaces", True)
+        ),
+        fingerprint(lambda model, processor: processor.tokenizer.add_tokens("purple")),
+        fingerprint(attn="eager"),
+        fingerprint(examples=asked),
+    ]
+    assert len({fingerprint(), *others}) == 1 + len(others)
+    assert fingerprint(batch_size=2, reuse=False, cache_gib=0.1) == fingerprint()
+    assert fingerprint(setting("temperature", 0.3)) == fingerprint()  # decoding is greedy
+
+
+def test_a_journal_of_other_generation_rules_is_refused(tmp_path):
+    def searched(penalty, resume):
+        model = make_model()
+        model.generation_config.repetition_penalty = penalty
+        evaluator = Evaluator(model, tiny_processor(), make_examples(4, ()), max_new_tokens=3)
+        return gsearch(evaluator, 0.5, step=8, study=tmp_path / "s", resume=resume)
+
+    found = searched(1.0, resume=False)
+    assert searched(1.0, resume=True).schedule == found.schedule
+    with pytest.raises(BadInput, match=r"was made with fingerprint '.*resume with the same model"):
+        searched(1.3, resume=True)
+
+
+@pytest.mark.parametrize("name", decoding._REFUSED)
+def test_a_generation_rule_that_scoring_does_not_follow_is_refused(name):
+    model = make_model()
+    setattr(model.generation_config, name, 7)
+    with pytest.raises(Unsupported, match=f"{name} is 7"):
+        Evaluator(model, tiny_processor(), make_examples(1))
+
+
+def test_what_is_lost_early_is_lost_by_the_metric(labeled):
+    """Along every answer of a reduced model: "red ." is right, and so decoding goes on behind it."""
+    plain = Evaluator(make_model(), tiny_processor(), labeled, max_new_tokens=NEW_TOKENS)
+    said = plain.predictions(SCHEDULES["to nothing"])
+    tokenizer = tiny_processor().tokenizer
+    for words in (1, 2, 3):
+        answers = [" ".join(text.split()[:words]) for text in said]
+        examples = [
+            dataclasses.replace(each, answers=(answer or "x", f"{answer} ."))
+            for each, answer in zip(labeled, answers, strict=True)
+        ]
+        evaluator = Evaluator(make_model(), tiny_processor(), examples, max_new_tokens=NEW_TOKENS)
+        metric = get_metric("exact_match")
+        wanted = [metric(text, each.answers) for text, each in zip(said, examples, strict=True)]
+        assert evaluator(SCHEDULES["to nothing"]).per_example.tolist() == wanted
+    evaluator = Evaluator(make_model(), tiny_processor(), make_examples(1), max_new_tokens=NEW_TOKENS)
+    assert not evaluator._lost(0, tokenizer("red .", add_special_tokens=False)["input_ids"])
+    assert evaluator._lost(0, tokenizer("red . red", add_special_tokens=False)["input_ids"])
+
+
+def test_options_are_read_from_the_question(monkeypatch):
+    monkeypatch.setattr(Evaluator, "_text", lambda self, tokens: "a dog")
+    asked = "which ?\nA. a cat\nB. a dog"
+    examples = [Example(label, (tiny_images(1)[0],), asked, (label,)) for label in ("A", "B", "a dog", "C")]
+    evaluator = Evaluator(make_model(), tiny_processor(), examples, "multiple_choice", max_new_tokens=4)
+    assert evaluator.full.per_example.tolist() == [0, 1, 1, 0]
+
+
+# -- a full model that gets too little right -----------------------------------------------------------------
+
+
+def test_a_full_model_that_gets_nothing_right_is_doubted_with_an_answer_beside_its_label():
+    examples = make_examples(3, answers=("zzz" * 100,))
+    evaluator = Evaluator(make_model(), tiny_processor(), examples, max_new_tokens=NEW_TOKENS)
+    said = evaluator.full_answers[0].text
+    assert evaluator.full_score == 0
+    assert "scores 0.0 % (number of examples: 3): nothing can be lost" in evaluator.doubt
+    assert f"To example 'e0' it says {said!r}, the label is 'zzz" in evaluator.doubt
+    assert "(exact_match)" in evaluator.doubt
+    assert len(evaluator.doubt) < 500
+    assert "\n" not in evaluator.doubt
+    assert evaluator(SCHEDULES["mild"]).score == 0  # to evaluate is no search
+
+
+def test_agreement_is_never_doubted():
+    assert Evaluator(make_model(), tiny_processor(), make_examples(2, ()), max_new_tokens=4).doubt == ""
+
+
+def examples_that_are_right(count, right, question, wrong):
+    """Of so many examples as many whose label is what the full model says."""
+    images = tiny_images(4)
+    asked = [Example(f"e{i}", (images[i % 4],), question) for i in range(count)]
+    said = Evaluator(make_model(), tiny_processor(), asked, max_new_tokens=4).full_answers
+    return [
+        dataclasses.replace(each, answers=(answer.text if i < right else wrong,))
+        for i, (each, answer) in enumerate(zip(asked, said, strict=True))
+    ]
+
+
+@pytest.mark.parametrize(("right", "doubted"), [(0, True), (1, True), (2, False), (40, False)])
+def test_a_score_near_nothing_is_doubted(right, doubted):
+    examples = examples_that_are_right(40, right, "which ?", "zzz")
+    evaluator = Evaluator(make_model(), tiny_processor(), examples, max_new_tokens=4)
+    assert evaluator.full_score == right / 40
+    assert bool(evaluator.doubt) == doubted
+    if right == 1:
+        assert "scores 2.5 %" in evaluator.doubt
+        assert "guessing gets 0.0 %, so hardly any loss can show" in evaluator.doubt
+        assert "To example 'e1' it says" in evaluator.doubt  # the first one that is wrong
+
+
+@pytest.mark.parametrize(("share", "doubted"), [(0.5, True), (0.65, True), (0.9, False)])
+def test_a_score_near_chance_is_doubted(monkeypatch, share, doubted):
+    """Yes or no: chance is 50 %, and 40 answers tell no difference of two standard errors, 16 points."""
+    evaluator = Evaluator(make_model(), tiny_processor(), make_examples(40, ("yes",)), max_new_tokens=4)
+    scores = np.arange(40) < round(share * 40)
+    evaluator.full = Evaluation(float(scores.mean()), scores.astype(float))
+    assert bool(evaluator.doubt) == doubted
+    if doubted:
+        assert "guessing gets 50.0 %" in evaluator.doubt
+
+
+# -- what a ranker needs -------------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_be_tried_is_no_ranker_that_cannot_rank():
+    model = make_model()
+    evaluator = Evaluator(model, tiny_processor(), make_examples(1))
+    assert evaluator.can_rank("text-attention")
+    with apply(model, SCHEDULES["mild"]), pytest.raises(BadInput, match="a reduction on already"):
+        evaluator.can_rank("text-attention")
+    with apply(model, SCHEDULES["mild"]), pytest.raises(BadInput, match="a reduction on already"):
+        rankers_for(evaluator)
+    assert evaluator.can_rank("text-attention")
+
+
+def test_a_full_disk_is_no_ranker_that_cannot_rank(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    evaluator = Evaluator(make_model(), tiny_processor(), make_examples(1), cache_gib=0)
+    monkeypatch.setattr(feature_store, "save_file", full)
+    with pytest.raises(StorageError, match="cannot be written to a temporary file"):
+        rankers_for(evaluator)
+    monkeypatch.undo()
+    assert len(rankers_for(evaluator)) == 4
 
 
 def test_each_example_may_have_its_own_metric():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,18 +12,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from small_run import SmallRun, make_small_run
 
 from thinsight import Evaluator, load_examples
 from thinsight.baselines import BASELINES
-from thinsight.errors import ThinsightError
-from thinsight.evaluation import full_model
+from thinsight.errors import BadInput, StorageError, ThinsightError
+from thinsight.evaluation import feature_store, full_model
 from thinsight.job.compare import CompareOptions, CompareOutcome, compare, method_names
 from thinsight.job.pipeline import SearchOptions, search_and_report
 from thinsight.job.session import ModelOptions
 from thinsight.loading import load_model
 from thinsight.reduction import Reduction
+from thinsight.report.codec import encode
 from thinsight.report.comparison import Comparison, Run, markdown, table
+from thinsight.report.terminal import print_comparison
 from thinsight.schedule import Schedule
 
 BUDGETS = (0.6, 0.2)
@@ -156,6 +161,66 @@ def test_an_interruption_loses_nothing(
     assert [replace(run, seconds=0.0) for run in resumed.comparison.runs] == same
     with pytest.raises(ThinsightError, match="was made with n_trials 12"):
         compare(options_for(small, tmp_path / "run", resume=True, n_trials=9, **chosen))
+
+
+def test_a_damaged_journal_is_an_error_and_no_refusal(small: SmallRun, tmp_path: Path) -> None:
+    options = options_for(small, tmp_path / "run", methods=("search-random",), budgets=(0.6,), n_trials=8)
+    journal = tmp_path / "run" / "studies" / "keep-0.6-search-random-seed0.jsonl"
+    journal.parent.mkdir(parents=True)
+    journal.write_text("garbage\n")
+    with pytest.raises(StorageError, match="line 1 is not a JSON object"):
+        compare(options)
+    journal.unlink()
+    [run] = compare(replace(options, resume=True)).comparison.runs
+    assert not run.refused
+    straight = compare(replace(options, out=tmp_path / "straight")).comparison
+    assert replace(run, seconds=0.0) == replace(straight.runs[0], seconds=0.0)
+
+
+def test_a_full_disk_is_an_error_and_no_refusal(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    chosen = {"methods": ("search-sensitivity",), "budgets": (0.6,), "n_trials": 8, "cache_gib": 0.0}
+    options = options_for(small, tmp_path / "run", **chosen)
+    monkeypatch.setattr(feature_store, "save_file", full)
+    with pytest.raises(StorageError, match="temporary file"):
+        compare(options)
+    monkeypatch.undo()
+    assert not compare(replace(options, resume=True)).comparison.runs[0].refused
+
+
+def labeled_with(small: SmallRun, source: str, name: str, answer: str) -> str:
+    """The same questions with one label for all."""
+    lines = [json.loads(line) | {"answer": answer} for line in Path(source).read_text().splitlines()]
+    path = small.folder / name
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.mark.parametrize("wrong", ["data", "test_data"])
+def test_labels_that_no_answer_meets_are_refused_before_anything_is_searched(
+    small: SmallRun, tmp_path: Path, wrong: str
+) -> None:
+    options = options_for(small, tmp_path / "run", methods=("search-random", "fastv"), budgets=(0.6,))
+    mislabeled = labeled_with(small, getattr(options, wrong), f"{wrong}-zzz.jsonl", "zzz")
+    with pytest.raises(BadInput, match="the label is 'zzz'"):
+        compare(replace(options, **{wrong: mislabeled}))
+    assert not (tmp_path / "run" / "run.json").exists()
+    assert compare(options).comparison.doubt == ""  # mended: the same command, into the same folder
+
+
+def test_a_doubtful_score_is_said_with_the_tables() -> None:
+    run = replace(run_of("fastv", (0.0,) * 4), ranker={"name": "uniform"})
+    plain = Comparison("m", "t", "h", "keep", 20, (0,), 0.02, 4.0, (0.0,) * 4, ("a",) * 4, (run,), {})
+    comparison = replace(plain, doubt="the full model scores 2 %")
+    assert markdown(comparison).startswith("**Warning:** the full model scores 2 %\n")
+    console = Console(file=io.StringIO(), width=100, color_system=None)
+    print_comparison(comparison, console)
+    assert console.file.getvalue().startswith("Warning: the full model scores 2 %")
+    assert Comparison.from_dict(json.loads(json.dumps(encode(comparison))), "here") == comparison
 
 
 def test_a_batch_size_is_found_once_and_kept_with_the_comparison(

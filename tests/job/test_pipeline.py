@@ -14,7 +14,7 @@ import pytest
 import torch
 from small_run import SmallRun, make_small_run
 
-from thinsight import Evaluator, Reduction, load_examples, paired_bootstrap
+from thinsight import Evaluator, Reduction, drop_interval, load_examples
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import full_model
 from thinsight.evaluation.full_model import FullModel
@@ -88,7 +88,7 @@ def test_scores_are_those_of_the_evaluator_on_the_test_set(outcome: SearchOutcom
     assert headline is not None
     assert headline.score == found.score
     assert headline.full_score == evaluator.full_score
-    drop = paired_bootstrap(
+    drop = drop_interval(
         evaluator.full.per_example, found.per_example, groups=[example.group for example in examples]
     )
     assert headline.drop == drop

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from thinsight.errors import ThinsightError
+from thinsight.evaluation import drop_interval
 from thinsight.report import data as d
-from thinsight.report import words
+from thinsight.report import print_report, words
 from thinsight.report.html import render, write_report
 from thinsight.report.markup import VOID, Markup, number, tag
 
@@ -139,12 +143,12 @@ def test_plots_stay_inside_their_box(html):
 
 def test_headline_is_said_in_words(page, report):
     assert (
-        "2.63\N{MULTIPLICATION SIGN} fewer decoder FLOPs, drop 0.3 points [\N{MINUS SIGN}0.4, 1.0]"
+        "2.63\N{MULTIPLICATION SIGN} fewer decoder FLOPs, drop 0.3 points [\N{MINUS SIGN}0.5, 1.1]"
         in page.text
     )
     assert (
         words.headline(report.headline)
-        == "2.63\N{MULTIPLICATION SIGN} fewer decoder FLOPs, drop 0.3 points [\N{MINUS SIGN}0.4, 1.0]"
+        == "2.63\N{MULTIPLICATION SIGN} fewer decoder FLOPs, drop 0.3 points [\N{MINUS SIGN}0.5, 1.1]"
     )
 
 
@@ -165,7 +169,7 @@ def test_every_number_appears(page, report):
             words.flops(row.flops),
             words.ratio(row.flops_ratio),
         ]
-        shown += [f"[{words.points(row.drop.low)}, {words.points(row.drop.high)}]"] if row.drop else []
+        shown += [words.ends(row.drop)] if row.drop else []
         assert all(one in text for one in shown), row.name
     for row in report.per_task:
         assert f"{row.task}{row.n}{words.percent(row.full)}{words.percent(row.reduced)}" in text
@@ -311,13 +315,46 @@ def test_winner_is_named_whoever_it_is(report):
 @pytest.mark.parametrize(
     ("drop", "says"),
     [
-        (d.Interval(0.02, 0.01, 0.03), "The loss is real"),
+        (d.Interval(0.02, 0.01, 0.03), "low end of the 95 % interval is 1.00 points"),
         (d.Interval(0.0, -0.01, 0.008), "The interval contains 0"),
-        (d.Interval(-0.02, -0.03, -0.01), "better here, by at least 1.00 points"),
+        (d.Interval(0.0, -0.01, 0.008), "none of up to 0.80 points is ruled out"),
+        (d.Interval(-0.02, -0.03, -0.01), "beyond chance: by 1.00 points at the near end"),
     ],
 )
 def test_interval_in_words(drop, says):
     assert says in words.drop_meaning(drop, None)
+
+
+@pytest.mark.parametrize("n", [3, 64, 1152, 20_000])
+def test_equal_answers_are_no_certainty_in_words(n):
+    """64 equal answers leave room for 5 points: no "[0.0, 0.0]", no "unlikely"."""
+    drop = drop_interval(np.ones(n), np.ones(n))
+    said = words.drop_meaning(drop, d.SearchInfo("G-Search", max_drop=0.0))
+    assert "unlikely" not in said
+    assert "reaches beyond that" in said
+    low, high = re.search(r"\[(.+), (.+)\]", words.interval(drop).replace("\N{MINUS SIGN}", "-")).groups()
+    assert float(low) <= -100 * min(1, 3.7 / n)
+    assert float(high) >= 100 * min(1, 3.7 / n)
+
+
+def test_ends_are_rounded_away_from_each_other():
+    assert words.outward(d.Interval(0.0, -0.0041, 0.0103)) == (-0.5, 1.1)
+    assert words.outward(d.Interval(0.01, 0.01, 0.012)) == (1.0, 1.2)
+    assert words.ends(d.Interval(0.0, -0.0, 0.00001)) == "[0.0, 0.1]"
+
+
+def test_a_score_of_nothing_says_so(report):
+    headline = replace(report.headline, full_score=0.0, score=0.0, drop=drop_interval([0.0] * 8, [0.0] * 8))
+    bad = replace(report, headline=headline, doubts=("on the test set the full model scores 0.0 % <why>",))
+    page = Page(render(bad))
+    assert "Warning: on the test set the full model scores 0.0 % <why>" in page.text
+    assert "the drop says nothing" in page.text
+    assert "no loss could be told" not in page.text
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    print_report(bad, console)
+    assert "Warning: on the test set the full model scores 0.0 % <why>" in console.file.getvalue()
+    assert "the drop says nothing" in console.file.getvalue()
+    assert "Warning" not in Page(render(report)).text
 
 
 def test_interval_against_the_allowed_drop():

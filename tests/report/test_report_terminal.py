@@ -30,7 +30,7 @@ def test_headline_table(report):
     for cell in (
         "94.1 %",
         "93.8 %",
-        "drop 0.3 [\N{MINUS SIGN}0.4, 1.0] points",
+        "drop 0.3 [\N{MINUS SIGN}0.5, 1.1] points",
         "2.63\N{MULTIPLICATION SIGN}",
         "1.91\N{MULTIPLICATION SIGN}",
         "1.21\N{MULTIPLICATION SIGN}",

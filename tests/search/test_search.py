@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny import tiny_images, tiny_llava, tiny_processor
 
 import thinsight.search
-from thinsight.errors import ThinsightError
+from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation import Evaluator, Example
 
 SOURCE = Path(__file__).parents[2] / "src"
@@ -58,6 +59,15 @@ def test_one_call_searches_a_model(tmp_path: Path) -> None:
     assert result.reduction.model_type == "llava"
     assert result.cost is not None
     assert result.cost > 0
+
+
+def test_one_call_refuses_labels_that_no_answer_meets(tmp_path: Path) -> None:
+    wrong = [replace(each, answers=("zzz",), metric=None) for each in examples(tmp_path)]
+    for options in ({"max_drop": 0.1}, {"budget": 0.5, "n_trials": 8}):
+        with pytest.raises(
+            BadInput, match=r"scores 0.0 % .*it says '.*', the label is 'zzz' \(exact_match\)"
+        ):
+            thinsight.search(tiny_llava(), tiny_processor(), wrong, max_new_tokens=3, **options)  # type: ignore[operator]
 
 
 def test_one_call_reads_examples_from_a_path(tmp_path: Path) -> None:

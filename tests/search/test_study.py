@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
-from oracles import NeedOracle, SeveralOracle, StoppingOracle
+from oracles import NeedOracle, SeveralOracle, SmoothOracle, StoppingOracle
 
-from thinsight.errors import ThinsightError
+from thinsight.budget import KeepBudget
+from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation.result import Evaluation
 from thinsight.schedule import Schedule
-from thinsight.search import Study, gsearch
+from thinsight.search import (
+    Study,
+    adaptive_search,
+    frontier,
+    gsearch,
+    psigmoid,
+    random_search,
+    sensitivity_search,
+)
 
 NEEDS = [[8, 8, 5, 3, 0], [8, 7, 7, 2, 1]]
 
@@ -56,6 +67,46 @@ def test_another_evaluator_is_refused(journal: Path) -> None:
     other.fingerprint = "another"  # type: ignore[attr-defined]
     with pytest.raises(ThinsightError, match="fingerprint None, this search has 'another'"):
         gsearch(other, 0.0, study=journal, resume=True)
+
+
+class PoorOracle(SmoothOracle):
+    """A full model that scores as little as it is told to."""
+
+    def __init__(self, full_score: float, doubt: str = "") -> None:
+        super().__init__(8, 4, [4.0] * 8, [1.0] * 16)
+        self.full_score, self.doubt = full_score, doubt
+
+    def statistics(self, reduction: object) -> object:
+        raise AssertionError("a schedule was run")
+
+
+def everything(evaluator: PoorOracle, **options: object) -> dict[str, object]:
+    """Every search there is, ready to be begun."""
+    budget = KeepBudget(4, 8, 0.5)
+    under = (adaptive_search, psigmoid, random_search, sensitivity_search)
+    searches = {each.__name__: partial(each, evaluator, budget, n_trials=16, **options) for each in under}
+    searches["gsearch"] = partial(gsearch, evaluator, 0.1, **options)
+    searches["frontier"] = partial(frontier, evaluator, [budget], **options)
+    return searches
+
+
+@pytest.mark.parametrize("name", everything(PoorOracle(0.0)))
+def test_no_search_begins_on_a_full_model_that_scores_nothing(name: str, tmp_path: Path) -> None:
+    told = PoorOracle(0.0, "it says 'red', the label is 'zzz'")
+    for oracle, words in ((PoorOracle(0.0), "full_score is 0"), (told, "the label is 'zzz'")):
+        with pytest.raises(BadInput, match=words):
+            everything(oracle, study=tmp_path / "s")[name]()  # type: ignore[operator]
+        assert oracle.calls == []
+    assert (tmp_path / "s").read_bytes() == b""  # a journal of mended labels may take its place
+
+
+def test_a_search_warns_of_what_its_evaluator_doubts() -> None:
+    with pytest.warns(UserWarning, match="hardly any loss can show"):
+        gsearch(PoorOracle(0.02, "hardly any loss can show"), 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gsearch(PoorOracle(0.02), 0.0)
+        gsearch(PoorOracle(-3.0), 0.0)  # an oracle's own unit may be below 0
 
 
 def test_a_line_cut_off_anywhere_is_run_again(journal: Path) -> None:

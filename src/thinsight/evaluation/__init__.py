@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .result import Evaluation
-from .statistics import Interval, paired_bootstrap
+from .statistics import Interval, drop_interval, paired_bootstrap
 
 if TYPE_CHECKING:
     from .attention import attention_statistics
@@ -28,6 +28,7 @@ __all__ = [
     "Interval",
     "RankConsistency",
     "attention_statistics",
+    "drop_interval",
     "get_metric",
     "load_examples",
     "paired_bootstrap",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,14 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (None, 1, 1.0),
     "exponential_decay_length_penalty": (None,),
     "stop_strings": (None,),
+    "watermarking_config": (None,),
+    "encoder_repetition_penalty": (None, 1, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "token_healing": (None, False),
+    "penalty_alpha": (None,),
+    "dola_layers": (None,),
+    "constraints": (None, []),
+    "force_words_ids": (None,),
 }
 
 
@@ -86,6 +94,10 @@ class DecodingRules:
         return cls(
             max_new_tokens, stop_tokens, int(pad), 1.0 if penalty is None else float(penalty), suppressed
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of them as JSON values: answers under other rules may differ."""
+        return {**asdict(self), "stop_tokens": sorted(self.stop_tokens)}
 
     def cut(self, tokens: Sequence[int], stop: int | None) -> tuple[int, ...]:
         """Tokens and a stop token as one answer: over at the first token that ends it, and no longer than

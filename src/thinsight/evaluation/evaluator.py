@@ -21,6 +21,7 @@ from statistics import median_low
 from typing import Any, NamedTuple
 
 import numpy as np
+import transformers
 from numpy.typing import NDArray
 
 from .. import cost
@@ -30,6 +31,7 @@ from ..reduction import Reduction
 from ..runtime import Handle, apply, num_layers
 from ..runtime.families import check_supported
 from ..schedule import Schedule
+from ..version import __version__
 from .batch_size import check_batch_size, chunks
 from .bounds import LossTest, check_confidence, random_order
 from .decoding import DecodingRules, GreedyAnswer, PromptScope, decode
@@ -38,13 +40,16 @@ from .encoding import Prompt, PromptReader, pad_batch
 from .examples import Example, Progress, check_examples
 from .feature_store import DEFAULT_CACHE_GIB
 from .full_model import FullModel
-from .hashing import hash_json, hash_model, hash_processor
+from .hashing import hash_image, hash_json, hash_model, hash_processor, hash_reading
 from .metrics import Metric, get_metric
 from .prefix_cache import PrefixCache
 from .result import Evaluation
+from .statistics import score_to_expect
 
 __all__ = ["Evaluator", "FullAnswer", "check_metric"]
 
+_FINGERPRINT_FORMAT = 2
+_SHOWN = 80  # characters of an answer in a message
 _MIN_NEW_TOKENS = 4
 _NEW_TOKENS_MARGIN = 4  # the stop token, and room for a few tokens more than the longest right answer
 _NEW_TOKENS_UNLABELED = 32
@@ -245,6 +250,37 @@ class Evaluator:
         )
 
     @cached_property
+    def doubt(self) -> str:
+        """Why the full model's score is too low to tell a good schedule from a bad one, in one line with an
+        answer beside its label; empty where it is not.
+
+        That is where it is 0 or near what guessing gets, see `statistics.score_to_expect` and
+        `Metric.chance`.
+        """
+        asked = zip(self._metrics, self.examples, strict=True)
+        chances = [metric.chance(example.answers, example.question) for metric, example in asked]
+        if self.full_score >= score_to_expect(chances):
+            return ""
+        found, guessed = f"{100 * self.full_score:.1f} %", f"{100 * float(np.mean(chances)):.1f} %"
+        why = (
+            "nothing can be lost, whatever is dropped"
+            if self.full_score == 0
+            else f"guessing gets {guessed}, so hardly any loss can show"
+        )
+        return (
+            f"the full model scores {found} (number of examples: {len(chances)}): {why}. {self._shown()}; "
+            "check labels and metric (metric='agreement' needs no labels)"
+        )
+
+    def _shown(self) -> str:
+        """The answer that the full model scores least with, beside its label."""
+        assert self.full.per_example is not None
+        index = int(np.argmin(self.full.per_example))
+        example, said = self.examples[index], self._text(self._full[index].tokens)
+        label = "" if not example.answers else f", the label is {_short(example.answers[0])}"
+        return f"To example {example.id!r} it says {_short(said)}{label} ({self._metrics[index].name})"
+
+    @cached_property
     def full_answers(self) -> list[FullAnswer]:
         """The full model's greedy answers, in the order of the examples."""
         return [FullAnswer(answer.tokens, self._text(answer.tokens)) for answer in self._full]
@@ -363,21 +399,26 @@ class Evaluator:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of all that a score depends on: model, images, prompts, answers, metrics, ranker and
-        decoding rules.
+        """A hash of all that a score depends on: model, dtypes and attention implementation, all generation
+        rules, images, prompts, how the processor reads and writes them, answers, metrics and ranker; behind
+        it the versions of what computes it.
 
-        Weights enter by an even sample of each tensor.
+        Weights enter by an even sample of each tensor. What scores depend on by rounding alone is left out,
+        such as device and batch size: a search may be continued on another machine.
         """
-        return self._hash(self.ranker.to_dict())
+        versions = f"thinsight {__version__}, transformers {transformers.__version__}"
+        return f"{self._hash(self.ranker.to_dict())} ({versions})"
 
     def _hash(self, ranker: dict[str, Any] | None) -> str:
         digest = hashlib.sha256()
         hash_model(digest, self.model)
-        hash_json(digest, [ranker, self.rules.max_new_tokens, sorted(self.rules.stop_tokens)])
+        hash_reading(digest, self.model, self.processor)
+        hash_json(digest, [_FINGERPRINT_FORMAT, ranker, self.rules.to_dict()])
         for example, prompt, metric in zip(self.examples, self._prompts, self._metrics, strict=True):
-            hash_json(digest, [example.id, prompt.input_ids.tolist(), example.answers, metric.name])
-            for image, key in zip(example.images, example.image_keys, strict=True):
-                digest.update(image.read_bytes() if isinstance(image, Path) else key.encode())
+            asked = [example.id, prompt.input_ids.tolist(), example.question]
+            hash_json(digest, [*asked, example.answers, metric.name])
+            for image in example.images:
+                hash_image(digest, image)
         return digest.hexdigest()
 
     # -- the full model --------------------------------------------------------------------------------------
@@ -541,7 +582,8 @@ class Evaluator:
         metric = self._metrics[index]
         if metric.name == "agreement":
             return float(answer.tokens == self._full[index].tokens)
-        return metric(self._text(answer.tokens), self.examples[index].answers)
+        example = self.examples[index]
+        return metric(self._text(answer.tokens), example.answers, example.question)
 
     def _text(self, tokens: Sequence[int]) -> str:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
@@ -603,6 +645,10 @@ class Evaluator:
     def _report(self, what: str, done: int) -> None:
         if self.progress is not None:
             self.progress(what, done, len(self.examples))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def _agreement(answers: Sequence[GreedyAnswer]) -> float:

@@ -115,10 +115,9 @@ class FullModel:
 
     def _name(self, fingerprint: str) -> str:
         """What the answers are called on disk: answers that may differ have another name."""
-        rules = {**asdict(self._rules), "stop_tokens": sorted(self._rules.stop_tokens)}
         passes = [self.batch_size, self._reuse]  # which prompts share a pass
         digest = hashlib.sha256()
-        hash_json(digest, [_FORMAT, fingerprint, self.vision.fingerprint, rules, passes])
+        hash_json(digest, [_FORMAT, fingerprint, self.vision.fingerprint, self._rules.to_dict(), passes])
         return f"answers-{digest.hexdigest()}"
 
     # -- passes ----------------------------------------------------------------------------------------------

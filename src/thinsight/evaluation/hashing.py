@@ -13,13 +13,14 @@ from typing import Any
 import PIL
 import torch
 import transformers
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import BadInput
 from ..packing import packed_layers
 from ..version import __version__
 from .images import READING, ImageSource, image_key
 
-__all__ = ["hash_image", "hash_json", "hash_machine", "hash_model", "hash_processor"]
+__all__ = ["hash_image", "hash_json", "hash_machine", "hash_model", "hash_processor", "hash_reading"]
 
 _SAMPLED_WEIGHTS = 1024  # of each tensor
 
@@ -42,7 +43,7 @@ def hash_model(digest: Any, model: Any, without: Collection[Any] = ()) -> None:
             continue
         flat = tensor.reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)].float().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(sample.tobytes())
 
 
@@ -64,16 +65,37 @@ def hash_processor(digest: Any, processor: Any) -> None:
             f"cache_dir is given, but the processor {type(processor).__name__} has no to_dict() to tell its "
             "settings by: pass the model's own processor, or leave cache_dir out"
         )
-    # a dict of settings names one class for two implementations, on PIL and on torchvision
-    kinds = [type(each).__name__ for each in (processor, getattr(processor, "image_processor", None))]
-    hash_json(digest, [kinds, processor.to_dict()])
+    hash_json(digest, [_kinds(processor), processor.to_dict()])
+
+
+def hash_reading(digest: Any, model: Any, processor: Any) -> None:
+    """How pixels become inputs and tokens become text, and the attention implementation: what a score depends
+    on besides weights and prompts.
+
+    Of a processor or tokenizer that is not transformers' own only its class enters.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    told: list[Any] = [_kinds(processor), type(tokenizer).__name__, _kernels(model)]
+    if isinstance(processor, ProcessorMixin):
+        told.append(processor.to_dict())
+    if isinstance(tokenizer, PreTrainedTokenizerBase):
+        told += [tokenizer.get_vocab(), tokenizer.all_special_tokens, tokenizer.clean_up_tokenization_spaces]
+    hash_json(digest, told)
+
+
+def _kinds(processor: Any) -> list[str]:
+    """A dict of settings names one class for two implementations, on PIL and on torchvision."""
+    return [type(each).__name__ for each in (processor, getattr(processor, "image_processor", None))]
+
+
+def _kernels(model: Any) -> list[str]:
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return sorted({str(getattr(config, "_attn_implementation", None)) for config in configs})
 
 
 def hash_machine(digest: Any, model: Any) -> None:
     """What decides the last bits of a model's numbers besides the model: versions, device, kernels."""
     device = model.device
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    kernels = {str(getattr(config, "_attn_implementation", None)) for config in configs}
     hash_json(
         digest,
         [
@@ -82,7 +104,7 @@ def hash_machine(digest: Any, model: Any) -> None:
             torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
             torch.get_float32_matmul_precision(),
-            sorted(kernels),
+            _kernels(model),
             len(packed_layers(model)),
         ],
     )

@@ -2,6 +2,10 @@
 [0, 1].
 
 Pure functions of strings. Knows nothing about models, tokens, images or how a prediction came about.
+
+Texts are compared after Unicode normalisation: NFKC (full-width letters and ligatures are the plain ones) in
+`exact_match` and `multiple_choice`; the canonical NFC, which changes no character's look, in the metrics that
+a benchmark has published, so that text in NFC, as nearly all is, scores as there; none in `agreement`.
 """
 
 from __future__ import annotations
@@ -9,64 +13,82 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from ..errors import BadInput
 
-__all__ = ["METRICS", "Metric", "edit_distance", "get_metric", "normalize_vqa", "option_letter"]
+__all__ = ["METRICS", "Metric", "edit_distance", "get_metric", "normalize_vqa", "option_letter", "options_of"]
 
 ANLS_THRESHOLD = 0.5
 RELATIVE_TOLERANCE = 0.05
 
 
+def _one(answers: Sequence[str]) -> float:
+    return 1.0
+
+
+def _never(beginning: str, answers: Sequence[str]) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Metric:
-    """A named scoring rule: ``metric(prediction, answers) -> float`` in [0, 1], higher is better.
+    """A named scoring rule: ``metric(prediction, answers, question) -> float`` in [0, 1], higher is better.
 
     ``answers`` holds at least one text; with several, the prediction is compared with each as the rule says.
+    Of the question only the options that it lists are read, and only where ``reads_options``.
+
+    Attributes:
+        name: what data files and options call it.
+        rule: ``rule(prediction, answers)``, and the options by letter as a third where ``reads_options``.
+        reads_options: whether an option's text counts as its letter.
+        ceiling: ``ceiling(answers)``, the highest score that any prediction can get on these answers.
+        lost: ``lost(beginning, answers)``, whether it is certain that no prediction that begins so scores
+            anything. The beginning's last characters may be those of a character that is not whole yet
+            (U+FFFD).
+        labelled: whether it compares with labels, and not with the full model's own answers.
     """
 
     name: str
-    rule: Callable[[str, Sequence[str]], float]
+    rule: Callable[..., float]
+    reads_options: bool = False
+    ceiling: Callable[[Sequence[str]], float] = _one
+    lost: Callable[[str, Sequence[str]], bool] = _never
+    labelled: bool = True
 
-    def __call__(self, prediction: str, answers: Sequence[str]) -> float:
+    def __call__(self, prediction: str, answers: Sequence[str], question: str = "") -> float:
         if not answers:
             raise BadInput(
                 f"metric {self.name!r} needs at least one answer, got none: add 'answer' or 'answers'"
             )
+        if self.reads_options:
+            return self.rule(prediction, answers, options_of(question))
         return self.rule(prediction, answers)
 
-    def ceiling(self, answers: Sequence[str]) -> float:
-        """The highest score that any prediction can get on these answers.
+    def chance(self, answers: Sequence[str], question: str = "") -> float:
+        """What guessing scores on average, by the form of the answers.
 
-        1 for most; for VQA accuracy fewer agreeing annotators allow less, and only their own answers score at
-        all.
+        1 / n where all of them are among the n options that the question lists, 1/2 for yes or no and true or
+        false, else 0.
         """
-        if self.rule is vqa_accuracy:
-            return max(vqa_accuracy(answer, answers) for answer in answers)
-        return 1.0
-
-    def lost(self, beginning: str, answers: Sequence[str]) -> bool:
-        """Whether it is certain that no prediction that begins so scores anything.
-
-        Args:
-            beginning: a prediction's first characters; the last ones may be those of a character that is not
-                whole yet (U+FFFD).
-            answers: as for a call.
-        """
-        if self.rule is not exact_match:
-            return False
-        said = _squeezed(beginning.rstrip("\ufffd"))
-        return not any(f"{_plain(answer)}.".startswith(said) for answer in answers)
+        if not self.labelled or not answers:
+            return 0.0
+        options = options_of(question)
+        if options and all(_label_letter(answer, options) for answer in answers):
+            return 1.0 / len(options)
+        said = {_plain(answer) for answer in answers}
+        return 0.5 if any(said <= pair for pair in _EITHER_OR) else 0.0
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction equals one of the answers, else 0.
 
     Accuracy by string equality as GQA counts it (arXiv 1902.09506), ignoring case, outer and repeated white
-    space and a final full stop, as evaluation harnesses do. Other punctuation counts: "3.5" is not "35".
+    space, a final full stop and how Unicode writes a character (NFKC), as evaluation harnesses do. Other
+    punctuation counts: "3.5" is not "35".
     """
     return float(_plain(prediction) in {_plain(answer) for answer in answers})
 
@@ -84,7 +106,12 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     if len(matches) == 1:
         return float(matches[0])
     total = sum(matches)
-    return sum(min(1.0, (total - match) / 3) for match in matches) / len(matches)
+    return math.fsum(min(1.0, (total - match) / 3) for match in matches) / len(matches)
+
+
+def _best_of_its_own(answers: Sequence[str]) -> float:
+    """Fewer agreeing annotators allow less than 1, and only their own answers score at all."""
+    return max(vqa_accuracy(answer, answers) for answer in answers)
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
@@ -93,30 +120,35 @@ def anls(prediction: str, answers: Sequence[str]) -> float:
     The best answer's 1 - distance / longer length, ignoring case and repeated white space; below the
     threshold of 0.5 it counts 0. Exactly 0.5 counts, as in the official scorer of ST-VQA and DocVQA.
     """
-    said = _squeezed(prediction)
-    best = max(_similarity(said, _squeezed(answer)) for answer in answers)
+    said = _squeezed(_composed(prediction).lower())
+    best = max(_similarity(said, _squeezed(_composed(answer).lower())) for answer in answers)
     return best if best >= ANLS_THRESHOLD else 0.0
 
 
 def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """ChartQA's relaxed accuracy (Masry et al., arXiv 2203.10244, after PlotQA, arXiv 1909.00997).
+    """ChartQA's relaxed accuracy (Masry et al., arXiv 2203.10244, section 5.1, after PlotQA, arXiv
+    1909.00997), by the rules of the scorer that is in use (``relaxed_correctness`` of Pix2Struct, arXiv
+    2210.03347).
 
-    A number may be off by 5 % of the true one; anything else must match but for case. "12%" is read as 0.12
-    and "1,200" as 1200.
+    A number may be off by 5 % of the true one; anything else must match but for case. "12%" is read as 0.12.
+    As there, "1,200" is no number, a final full stop of a word counts, and a true 0 must be matched as text.
     """
-    return float(any(_relaxed_equal(prediction, answer) for answer in answers))
+    return float(any(_relaxed_equal(_composed(prediction), _composed(answer)) for answer in answers))
 
 
-def multiple_choice(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the option letter in the prediction is the answer's, else 0.
+def multiple_choice(
+    prediction: str, answers: Sequence[str], options: Mapping[str, str] | None = None
+) -> float:
+    """1 if the option that the prediction names is the answer's, else 0.
 
-    Letters are found by fixed rules in the manner of MMBench (arXiv 2307.06281) and MMMU (arXiv 2311.16502),
-    without a judge model and without guessing when there is none. An answer that is no letter is compared as
-    ``exact_match`` does.
+    Options are found by fixed rules (see `option_letter`) in the manner of MMBench (arXiv 2307.06281) and
+    MMMU (arXiv 2311.16502), without a judge model and without guessing when there is none. An answer that
+    names no option is compared as ``exact_match`` does.
     """
-    said = option_letter(prediction)
+    known = options or {}
+    said = option_letter(prediction, known)
     for answer in answers:
-        letter = option_letter(answer)
+        letter = _label_letter(answer, known)
         if letter is not None and letter == said:
             return 1.0
         if letter is None and _plain(answer) == _plain(prediction):
@@ -129,10 +161,53 @@ def agreement(prediction: str, answers: Sequence[str]) -> float:
     return float(prediction in answers)
 
 
+# -- text equality -------------------------------------------------------------------------------------------
+
+_FULL_STOPS = (".", "\u3002")
+_EITHER_OR = (frozenset({"yes", "no"}), frozenset({"true", "false"}))
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text)
+
+
+def _squeezed(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _folded(text: str) -> str:
+    """Two texts that differ by case or are one in NFKC are one here. Decomposed, and folded character by
+    character, so that the beginning of a text stays one, see `_cannot_match`."""
+    return unicodedata.normalize("NFKD", text).casefold()
+
+
+def _plain(text: str) -> str:
+    flat = _squeezed(_folded(text))
+    return flat[:-1].rstrip() if flat.endswith(_FULL_STOPS) else flat
+
+
+def _cannot_match(beginning: str, answers: Sequence[str]) -> bool:
+    """Whether `exact_match` is lost. White space is left out, which a tokenizer may take back before the next
+    word, and accents at the end, which what follows may still reorder."""
+    whole = unicodedata.normalize("NFKD", beginning.rstrip("\ufffd"))
+    while whole and unicodedata.combining(whole[-1]):
+        whole = whole[:-1]
+    said = "".join(whole.casefold().split())
+    right = ("".join(_plain(answer).split()) for answer in answers)
+    return not any((answer + stop).startswith(said) for answer in right for stop in _FULL_STOPS)
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
-        rule.__name__: Metric(rule.__name__, rule)
-        for rule in (exact_match, vqa_accuracy, anls, relaxed_accuracy, multiple_choice, agreement)
+        metric.name: metric
+        for metric in (
+            Metric("exact_match", exact_match, lost=_cannot_match),
+            Metric("vqa_accuracy", vqa_accuracy, ceiling=_best_of_its_own),
+            Metric("anls", anls),
+            Metric("relaxed_accuracy", relaxed_accuracy),
+            Metric("multiple_choice", multiple_choice, reads_options=True),
+            Metric("agreement", agreement, labelled=False),
+        )
     }
 )
 
@@ -148,17 +223,6 @@ def get_metric(name: str) -> Metric:
     close = difflib.get_close_matches(str(name), METRICS, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise BadInput(f"unknown metric {name!r}: {hint}choose one of {', '.join(METRICS)}")
-
-
-# -- text equality -------------------------------------------------------------------------------------------
-
-
-def _squeezed(text: str) -> str:
-    return " ".join(text.casefold().split())
-
-
-def _plain(text: str) -> str:
-    return _squeezed(text).removesuffix(".").rstrip()
 
 
 # -- VQA normalization ---------------------------------------------------------------------------------------
@@ -195,7 +259,7 @@ def normalize_vqa(text: str) -> str:
     Lower case; an apostrophe that was left out of a contraction is put back. The official script skips parts
     of this for answers that its data set ships normalized already; here every text gets all of it.
     """
-    flat = text.replace("\n", " ").replace("\t", " ").strip()
+    flat = _composed(text).replace("\n", " ").replace("\t", " ").strip()
     drop_all = _DIGIT_COMMA.search(flat) is not None
     result = flat
     for mark in _PUNCTUATION:
@@ -225,50 +289,158 @@ def _similarity(a: str, b: str) -> float:
 
 # -- numbers -------------------------------------------------------------------------------------------------
 
-_NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d*)?([eE][+-]?\d+)?")
-
 
 def _number(text: str) -> float | None:
-    """The finite number that the whole text is, else None."""
-    bare = text.strip().removesuffix(".")
-    percent = bare.endswith("%")
-    bare = bare.removesuffix("%").strip()
-    if not _NUMBER.fullmatch(bare) or not any(letter.isdigit() for letter in bare):
-        return None
+    """The number that the whole text is, else None."""
     try:
-        value = float(bare.replace(",", ""))
+        return float(text.rstrip("%")) / 100.0 if text.endswith("%") else float(text)
     except ValueError:
         return None
-    if not math.isfinite(value):
-        return None
-    return value / 100 if percent else value
 
 
 def _relaxed_equal(prediction: str, answer: str) -> bool:
     said, true = _number(prediction), _number(answer)
-    if said is None or true is None:
-        return _plain(prediction) == _plain(answer)
-    return abs(said - true) <= RELATIVE_TOLERANCE * abs(true) * (1 + 1e-12)  # 105 against 100 is within 5 %
+    if said is not None and true:
+        return abs(said - true) / abs(true) <= RELATIVE_TOLERANCE  # nothing that is not finite is near
+    return prediction.lower() == answer.lower()
 
 
-# -- option letters ------------------------------------------------------------------------------------------
+# -- options -------------------------------------------------------------------------------------------------
 
-_LETTER_RULES = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"^\s*[(\[]?([A-Za-z])[)\].:]*\s*$",  # "B"  "(b)"  "B."
-        r"^\s*[(\[]([A-Za-z])[)\]]",  # "(B) a dog"
-        r"^\s*([A-Z])\s*[).:,]",  # "B. a dog"
-        r"(?i:answer|option|choice)(?:\s+(?:is|would be))?\s*[:=]?\s*[(\[]?([A-Z])\b",  # "the answer is B"
-        r"[(\[]([A-Z])[)\]]",  # "it shows (B)"
-    )
+_REASON = r"(?:because|since|as|for|is|in|and|or|which)\b"
+# one capital that is no word: "A" and "I" may begin a phrase
+_CAPITAL = rf"([A-Z])(?![\w'\u2019])(?:(?<![AI])|(?!\s+(?!{_REASON})[a-z]))"
+_BRACKETED = r"[(\[]\s*([A-Za-z])\s*[)\]]"
+_SMALL = r"([a-z])(?=\s*(?:[).\],;!]|$))"  # "the answer is b."
+_RIGHT = r"(?!\s+(?:is|are)\s+(?:not|wrong|incorrect|false|out)\b)"
+# "A or B", "A, B and C" name none
+_ALONE = (
+    rf"{_RIGHT}(?!\s*(?:or|and)\s*(?:option\s+)?[(\[]?[A-Z]\b)"
+    r"(?!(?:\s*,\s*[(\[]?[A-Z]\b[)\]]?)+\s*(?:,|or\b|and\b|$))"
 )
+_CALLED = r"(?:option|choice|answer)\s+"
+_COPULA = r"(?:\s*(?:is|would be|should be|must be|:|=|\u662f|\u4e3a))+\s*"
+
+_BARE = re.compile(rf"\W*(?i:{_CALLED})?[(\[]?\s*([A-Za-z])\s*[)\]]?[\s.:,!]*")
+_CONCLUSIONS = (
+    re.compile(  # "the answer is B"
+        rf"(?i:\b(?:answer|option|choice)|\u7b54\u6848|\u9009\u9879)(?i:{_COPULA}(?:{_CALLED})?)"
+        rf"(?:{_BRACKETED}|{_CAPITAL}|{_SMALL}){_ALONE}"
+    ),
+    re.compile(  # "both are wrong, so B"
+        rf"(?i:\b(?:so|therefore|thus|hence|choose|select|pick|go with)\b[\s,:]*(?:it is\s+)?(?:{_CALLED})?)"
+        rf"(?:{_BRACKETED}|{_CAPITAL}){_ALONE}"
+    ),
+    re.compile(rf"(?:{_BRACKETED}|\b([A-Z]))\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b"),
+)
+_LEADING = (
+    re.compile(rf"\s*{_BRACKETED}{_ALONE}"),  # "(B) a dog"
+    re.compile(r"\s*([A-Z])\s*(?:[):]|\.(?!\w))"),  # "B. a dog", not "U.S."
+    re.compile(rf"\s*([A-Z])\s*{_ALONE},"),  # "B, a dog", not "A, B and C"
+    re.compile(r"\s*([A-Z])[^\S\n]*(?:\n|\s(?:because|since)\b)"),  # "B" and a line of reasons
+)
+_MENTION = re.compile(rf"(?<!\w)[(\[]\s*([A-Z])\s*[)\]]{_RIGHT}")  # "it shows (B)"
+_BOXES = (
+    re.compile(r"(?is).*<answer>(.*?)</answer>"),
+    re.compile(r"(?s).*\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"),
+)
+_THOUGHT = re.compile(r"(?is).*</think>")
+_MARKUP = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\b|__|[*`${}]")
+_LISTED = re.compile(r"(?:(?<=[\s,;])|^)(?:[(\[]([A-Z])[)\]]|([A-Z])[.):])\s*(?=\S)", re.MULTILINE)
+_SAYS = re.compile(rf"(?is).*\b(?:answer|option|choice){_COPULA}(.+)")
 
 
-def option_letter(text: str) -> str | None:
-    """The option letter a text names, upper case, or None. "A dog" names none."""
-    for rule in _LETTER_RULES:
-        found = rule.search(text)
-        if found:
-            return found.group(1).upper()
+def options_of(question: str) -> dict[str, str]:
+    """The texts of the options that a question lists, by letter; empty where it lists none.
+
+    A list is A, B and so on, as "A. red", "A) red", "A: red" or "(A) red", each on a line of its own or
+    behind one another; of several lists the last one.
+    """
+    text = unicodedata.normalize("NFKC", question)
+    lists: list[list[re.Match[str]]] = [[]]
+    for mark in _LISTED.finditer(text):
+        letter = mark[1] or mark[2]
+        if letter == "A":
+            lists.append([])
+        if letter == chr(ord("A") + len(lists[-1])):
+            lists[-1].append(mark)
+    last = next((each for each in reversed(lists) if len(each) > 1), [])
+    ends = [*(mark.start() for mark in last[1:]), len(text)]
+    return {
+        mark[1] or mark[2]: text[mark.end() : end].split("\n")[0].strip().rstrip(",;").rstrip()
+        for mark, end in zip(last, ends, strict=False)
+    }
+
+
+def option_letter(text: str, options: Mapping[str, str] | None = None) -> str | None:
+    """The option that an answer names, as an upper-case letter, or None. "A dog" names none.
+
+    Read in this order: what stands in ``<answer>...</answer>`` or ``\\boxed{...}``; an answer that is a
+    letter and nothing else; an answer that is an option's text; the last conclusion ("the correct option is
+    B", "so B", "B is correct"); the letter that it begins with ("B. a dog"); the one letter that it mentions
+    in brackets. Brackets may be full-width, marks of Markdown and LaTeX do not count, nor does what stands
+    before ``</think>``.
+
+    Args:
+        text: a model's answer.
+        options: the options' texts by letter, see `options_of`; other letters are then no options.
+    """
+    known = options or {}
+    said = _THOUGHT.sub("", unicodedata.normalize("NFKC", text))
+    for box in _BOXES:
+        inside = box.match(said)
+        letter = _named(inside[1], known) if inside else None
+        if letter is not None:
+            return letter
+    return _named(said, known)
+
+
+def _named(text: str, options: Mapping[str, str]) -> str | None:
+    said = _MARKUP.sub("", text)
+    whole = _whole(said, options)
+    if whole is not None:
+        return whole
+    concluded = [found for rule in _CONCLUSIONS for found in _letters(rule.finditer(said), options)]
+    if concluded:
+        return max(concluded)[1]
+    told = _SAYS.match(said)
+    letter = _letter_of_text(told[1], options) if told else None
+    if letter is not None:
+        return letter
+    for rule in _LEADING:
+        for _, first in _letters(filter(None, [rule.match(said)]), options):
+            return first
+    mentioned = {letter for _, letter in _letters(_MENTION.finditer(said), options)}
+    return mentioned.pop() if len(mentioned) == 1 else None
+
+
+def _whole(text: str, options: Mapping[str, str]) -> str | None:
+    """The option whose letter or text is all that is said."""
+    found = _letters(filter(None, [_BARE.fullmatch(text)]), options)
+    return next((letter for _, letter in found), None) or _letter_of_text(text, options)
+
+
+def _letter_of_text(text: str, options: Mapping[str, str]) -> str | None:
+    said = _plain(_MARKUP.sub("", text))
+    same = [letter for letter, option in options.items() if said and _plain(_MARKUP.sub("", option)) == said]
+    return same[0] if len(same) == 1 else None
+
+
+def _letters(found: Iterable[re.Match[str]], options: Mapping[str, str]) -> Iterator[tuple[int, str]]:
+    """The letters that were found, each with its place; only those of options where these are known."""
+    for match in found:
+        letter = next(group for group in match.groups() if group).upper()
+        if not options or letter in options:
+            yield match.start(match.lastindex or 0), letter
+
+
+def _label_letter(answer: str, options: Mapping[str, str]) -> str | None:
+    """The option that a label names: its letter, its text, or both as "B. a dog"."""
+    said = unicodedata.normalize("NFKC", answer)
+    whole = _whole(said, options)
+    if whole is not None:
+        return whole
+    for rule in _LEADING[:2]:
+        for _, letter in _letters(filter(None, [rule.match(said)]), options):
+            return letter
     return None

@@ -154,6 +154,7 @@ def evaluate(
         keep_rates=schedule.keep_rates,
         methods=rows,
         per_task=task_rows(full, reduced, examples),
+        doubts=(evaluator.doubt,) if evaluator.doubt else (),
     )
 
 

@@ -130,6 +130,8 @@ def compare(options: CompareOptions, watcher: Watcher | None = None) -> CompareO
         ThinsightError: bad input, before long work starts, or a folder of another comparison.
     """
     prepared = prepare(options, options.ranker, watcher or Watcher())
+    searches = any(name.startswith(SEARCH_PREFIX) for name in options.chosen)
+    prepared.check_full_score(prepared.test, *([prepared.calibration] if searches else []))
     prepared.folder.bind(
         {
             "what": "compare",
@@ -178,6 +180,7 @@ class _Comparing:
             groups=tuple(str(example.group) for example in test),
             runs=tuple(runs),
             environment=environment(self.prepared.opened),
+            doubt=full.doubt,
         )
 
     def _limits(self) -> Limits:

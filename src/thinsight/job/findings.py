@@ -41,6 +41,7 @@ class Tested:
     reduction: Reduction
     evaluation: Evaluation
     note: str
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,14 @@ def report_of(options: SearchOptions, prepared: Prepared, findings: Findings) ->
         environment=environment(prepared.opened),
         commands=(options.command,) if options.command else (),
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        doubts=_doubts(findings.search, full),
     )
+
+
+def _doubts(search: SearchRecord, full: Tested) -> tuple[str, ...]:
+    """Of the calibration set and of the test set."""
+    sets = (("calibration", search.doubt), ("test", full.doubt))
+    return tuple(f"on the {name} set {doubt}" for name, doubt in sets if doubt)
 
 
 def measured_of(data: ReportData, measurement: Measurement) -> dict[str, Any]:

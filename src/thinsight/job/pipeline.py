@@ -64,6 +64,7 @@ def search_and_report(options: SearchOptions, watcher: Watcher | None = None) ->
     """
     prepared = prepare(options, options.first_ranker, watcher or Watcher())
     _check_runs(options.gsearch_layer, prepared)
+    prepared.check_full_score(prepared.calibration)
     prepared.folder.bind(_settings(options, prepared))
     return _Run(options, prepared).run()
 
@@ -107,7 +108,7 @@ class _Run:
     def _tested(self, key: str, name: str, kind: str, reduction: Reduction, note: str) -> Tested:
         self.prepared.watcher.on_stage(f"Testing {name}")
         scores = self.prepared.test_scores(f"test-{key}", None if kind == "full" else reduction)
-        return Tested(name, kind, reduction, scores.evaluation(), note)
+        return Tested(name, kind, reduction, scores.evaluation(), note, scores.doubt)
 
     def _rivals(self, reduction: Reduction) -> list[tuple[str, str, Reduction, str]]:
         """(key, name, reduction, note) of what the search has to be compared with at its own cost."""

@@ -13,6 +13,7 @@ from typing import Any
 from ..evaluation.batch_size import AUTO
 from ..evaluation.evaluator import Evaluator, check_metric
 from ..reduction import Reduction
+from ..search.study import searchable_score
 from .results import MedianPrompt
 from .run_folder import RunFolder
 from .scoring import Scores, ScoringOptions, make_evaluator
@@ -59,6 +60,19 @@ class Prepared:
         """The prompt whose cost stands for the test set."""
         return MedianPrompt.of(self.opened.model.config, self.test.prompt_sizes)
 
+    def check_full_score(self, *evaluators: Evaluator) -> None:
+        """Refuse a full model that scores 0 while the folder is not yet bound to its labels and metric.
+
+        A run that is continued is checked where its search begins.
+
+        Raises:
+            ThinsightError: it does; the message has an answer beside its label.
+        """
+        if not self.folder.begun:
+            self.watcher.on_stage("Scoring the full model")
+            for evaluator in evaluators:
+                searchable_score(evaluator)
+
     def fix_batch_size(self, which: str) -> int:
         """The batch size of a set, found or halved once, so that a resumed run has the same batches.
 
@@ -83,7 +97,9 @@ class Prepared:
 
         def run() -> Scores:
             self.fix_batch_size("test")
-            return Scores.of(self.test.full if reduction is None else self.test(reduction))
+            if reduction is None:
+                return Scores.of(self.test.full, self.test.doubt)
+            return Scores.of(self.test(reduction))
 
         return self.folder.once(stage, Scores, run)
 

@@ -16,7 +16,7 @@ from ..budget import FlopsBudget
 from ..errors import Unsupported
 from ..evaluation.examples import Example
 from ..evaluation.result import Evaluation
-from ..evaluation.statistics import Interval, paired_bootstrap
+from ..evaluation.statistics import Interval, drop_interval
 from ..report.data import Consistency, MethodRow, TaskRow, TimingRow, TrialRow
 from ..schedule import Schedule
 from ..search.result import Trial
@@ -84,11 +84,11 @@ def ranker_words(ranker: Mapping[str, Any]) -> str:
 
 
 def drop_of(full: Evaluation, reduced: Evaluation, examples: Sequence[Example]) -> Interval:
-    """Mean drop with its 95 % paired-bootstrap interval, resampled by image."""
+    """Mean drop with its 95 % interval, questions about one image taken together."""
     assert full.per_example is not None
     assert reduced.per_example is not None
     groups = [example.group for example in examples]
-    return paired_bootstrap(full.per_example, reduced.per_example, groups=groups)
+    return drop_interval(full.per_example, reduced.per_example, groups=groups)
 
 
 def method_row(

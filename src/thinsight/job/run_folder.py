@@ -90,6 +90,11 @@ class RunFolder:
                     f"has {wanted.get(key)!r}: resume with the same settings and data, or give another --out"
                 )
 
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds a run, finished or not."""
+        return (self.path / _RUN_FILE).exists()
+
     def has(self, stage: str) -> bool:
         """Whether the stage is done."""
         return self._stage_path(stage).exists()

@@ -51,16 +51,18 @@ class ScoringOptions:
 
 @dataclass(frozen=True)
 class Scores:
-    """An evaluation of all examples as a run folder keeps it."""
+    """An evaluation of all examples as a run folder keeps it; ``doubt`` is `Evaluator.doubt` of the full
+    model's."""
 
     score: float
     per_example: tuple[float, ...]
+    doubt: str = ""
 
     @classmethod
-    def of(cls, evaluation: Evaluation) -> Scores:
+    def of(cls, evaluation: Evaluation, doubt: str = "") -> Scores:
         """What is kept of a complete evaluation."""
         assert evaluation.per_example is not None
-        return cls(evaluation.score, tuple(evaluation.per_example.tolist()))
+        return cls(evaluation.score, tuple(evaluation.per_example.tolist()), doubt)
 
     def evaluation(self) -> Evaluation:
         """The evaluation, without what is not kept."""

@@ -36,6 +36,7 @@ class SearchRecord:
     trials: tuple[TrialRow, ...]
     frontier: tuple[FrontierRow, ...] = ()
     full_forwards: float | None = None
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
         trial_rows(result.trials),
         points,
         result.full_forwards,
+        prepared.calibration.doubt,
     )
 
 

@@ -16,10 +16,21 @@ from typing import Any
 import numpy as np
 
 from ..errors import MissingPackage
-from ..evaluation.statistics import Interval, paired_bootstrap
+from ..evaluation.statistics import Interval, drop_interval
+from . import words
 from .codec import decode
 
-__all__ = ["OURS", "Comparison", "MethodAtBudget", "Run", "draw", "markdown", "table", "to_csv"]
+__all__ = [
+    "OURS",
+    "Comparison",
+    "MethodAtBudget",
+    "Run",
+    "draw",
+    "interval_text",
+    "markdown",
+    "table",
+    "to_csv",
+]
 
 OURS = "sensitivity"
 
@@ -60,6 +71,7 @@ class Comparison:
     groups: tuple[str, ...]  # the image of each example
     runs: tuple[Run, ...]
     environment: dict[str, str]
+    doubt: str = ""  # why the full model's score is too low to tell much
 
     @classmethod
     def from_dict(cls, stored: Any, where: str) -> Comparison:
@@ -125,10 +137,10 @@ def _line(comparison: Comparison, runs: Sequence[Run], ours: np.ndarray | None) 
         flops_ratio=comparison.full_flops / float(np.mean([run.flops for run in done])),
         score=float(scores.mean()),
         spread=float(np.std([run.score for run in done])),
-        drop=paired_bootstrap(comparison.full_per_example, scores, groups=comparison.groups),
+        drop=drop_interval(comparison.full_per_example, scores, groups=comparison.groups),
         behind=None
         if ours is None or first.method == OURS
-        else paired_bootstrap(ours, scores, groups=comparison.groups),
+        else drop_interval(ours, scores, groups=comparison.groups),
         evaluations=float(np.mean([run.evaluations for run in done])),
         refused="",
     )
@@ -154,7 +166,7 @@ def to_csv(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """The table, one per budget."""
-    parts = []
+    parts = [f"**Warning:** {comparison.doubt}", ""] if comparison.doubt else []
     lines = table(comparison)
     for budget in dict.fromkeys(line.budget for line in lines):
         parts += [f"### {budget_title(budget, comparison.unit)}", ""]
@@ -170,8 +182,8 @@ def markdown(comparison: Comparison) -> str:
             cells = [
                 f"**{line.title}**" if line.method == OURS else line.title,
                 f"{100 * line.score:.1f}{seeds}",
-                _interval(line.drop),
-                _interval(line.behind),
+                interval_text(line.drop),
+                interval_text(line.behind),
                 f"{line.flops_ratio:.2f}x",
                 f"{line.evaluations:.1f}" if line.evaluations else "",
             ]
@@ -187,10 +199,12 @@ def budget_title(budget: float, unit: str) -> str:
     return f"budget {budget:g} {unit}"
 
 
-def _interval(value: Interval | None) -> str:
+def interval_text(value: Interval | None) -> str:
+    """'0.3 [-0.5, 1.1]' in points; the ends are rounded away from each other."""
     if value is None:
         return ""
-    return f"{100 * value.mean:.1f} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
+    low, high = words.outward(value)
+    return f"{100 * value.mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def draw(comparison: Comparison, path: Path, most: int = 8) -> None:

@@ -284,6 +284,7 @@ class ReportData:
     environment: dict[str, str] = field(default_factory=dict)
     commands: tuple[str, ...] = ()
     created: str = ""
+    doubts: tuple[str, ...] = ()  # why the full model's scores are too low to tell much
 
     def __post_init__(self) -> None:
         for name in (
@@ -295,6 +296,7 @@ class ReportData:
             "frontier",
             "pictures",
             "commands",
+            "doubts",
         ):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.keep_rates:

@@ -83,11 +83,12 @@ def _header(data: ReportData, sections: Sequence[tuple[str, str]]) -> Markup:
                 "p",
                 words.fewer(data.headline.flops_ratio, "decoder FLOPs"),
                 f", drop {words.points(drop.mean)} points ",
-                tag("span", f"[{words.points(drop.low)}, {words.points(drop.high)}]", class_="soft"),
+                tag("span", words.ends(drop), class_="soft"),
                 class_="headline",
             ),
             tag("p", _tight(words.scores(data)), class_="lede"),
-            tag("p", _tight(words.drop_meaning(drop, data.search)), class_="lede small"),
+            *(tag("p", tag("b", "Warning: "), _tight(doubt), class_="lede") for doubt in data.doubts),
+            tag("p", _tight(words.meaning(data.headline, data.search)), class_="lede small"),
             _cards(data.headline),
         ]
     links = [tag("li", tag("a", name, href=f"#{ident}")) for ident, name in sections]
@@ -110,7 +111,7 @@ def _cards(headline: Headline) -> Markup:
         (
             "Drop in points",
             words.points(headline.drop.mean),
-            f"95 % interval [{words.points(headline.drop.low)}, {words.points(headline.drop.high)}]",
+            f"95 % interval {words.ends(headline.drop)}",
         ),
         (
             "Score",

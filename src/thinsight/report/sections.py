@@ -141,7 +141,10 @@ def _methods(data: ReportData) -> Markup | None:
         "accuracy-plot",
         500,
     )
-    note = "Intervals are 95 % paired-bootstrap intervals of the drop on the same questions."
+    note = (
+        "Intervals are 95 % intervals of the drop on the same questions, as wide as so few changed answers "
+        "call for (Tango's score interval, questions about one image taken together)."
+    )
     if allowed and drops is not None:
         note += f" The dashed orange line is the drop the search allowed, {words.points(allowed)} points."
     if len(methods) > 2:
@@ -175,7 +178,7 @@ def _methods_table(methods: Sequence[MethodRow]) -> Markup:
                 name,
                 words.percent(row.score),
                 words.points(drop.mean) if drop else words.NOTHING,
-                f"[{words.points(drop.low)}, {words.points(drop.high)}]" if drop else words.NOTHING,
+                words.ends(drop) if drop else words.NOTHING,
                 words.percent(row.mean_keep_rate),
                 words.flops(row.flops),
                 words.ratio(row.flops_ratio),

@@ -89,6 +89,9 @@ def methods_table(methods: Sequence[MethodRow]) -> Table:
 
 def print_comparison(comparison: compared.Comparison, console: Console) -> None:
     """One table per budget, best score first; our search in bold."""
+    if comparison.doubt:
+        console.print(Text(f"Warning: {comparison.doubt}", style="bold red"), soft_wrap=True)
+        console.print()
     lines = compared.table(comparison)
     for budget in dict.fromkeys(line.budget for line in lines):
         full = words.percent(comparison.full_score)
@@ -178,8 +181,10 @@ def report_tables(data: ReportData) -> RenderableType:
     parts: list[RenderableType] = [Text(data.title, style="bold")]
     if data.headline is not None:
         parts += [Text(words.headline(data.headline), style="bold green"), Text()]
+        for doubt in data.doubts:
+            parts += [Text(f"Warning: {doubt}", style="bold red"), Text()]
         parts += [headline_table(data.headline, data.dataset), Text()]
-        parts += [Text(words.drop_meaning(data.headline.drop, data.search)), Text()]
+        parts += [Text(words.meaning(data.headline, data.search)), Text()]
     if data.keep_rates:
         parts += [schedule_text(data.keep_rates), Text()]
     if data.methods:

@@ -13,6 +13,7 @@ MISSING = "n/a"
 NOTHING = "\N{EN DASH}"  # where there can be no number
 TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"
+_NOISE = 1e-9  # of a product of two floats
 
 
 def _fixed(value: float, digits: int) -> str:
@@ -42,10 +43,21 @@ def plain(value: float | None, digits: int = 2) -> str:
 
 
 def interval(value: Interval | None) -> str:
-    """'0.3 [-0.4, 1.0]' in points, with a real minus sign."""
-    if value is None:
-        return MISSING
-    return f"{points(value.mean)} [{points(value.low)}, {points(value.high)}]"
+    """'0.3 [-0.5, 1.1]' in points, with a real minus sign."""
+    return MISSING if value is None else f"{points(value.mean)} {ends(value)}"
+
+
+def ends(value: Interval) -> str:
+    """'[-0.5, 1.1]' in points, with a real minus sign."""
+    low, high = outward(value)
+    return f"[{_fixed(low, 1)}, {_fixed(high, 1)}]"
+
+
+def outward(value: Interval, digits: int = 1) -> tuple[float, float]:
+    """An interval's ends in points, rounded away from each other: none is printed narrower than it is."""
+    scale = 10**digits
+    low = math.floor(100 * scale * value.low + _NOISE) / scale
+    return low, math.ceil(100 * scale * value.high - _NOISE) / scale
 
 
 def flops(value: float | None) -> str:
@@ -111,12 +123,9 @@ def faster(value: float, what: str) -> str:
 
 
 def headline(value: Headline) -> str:
-    """The one sentence: '2.63x fewer decoder FLOPs, drop 0.3 points [-0.4, 1.0]'."""
+    """The one sentence: '2.63x fewer decoder FLOPs, drop 0.3 points [-0.5, 1.1]'."""
     drop = value.drop
-    return (
-        f"{fewer(value.flops_ratio, 'decoder FLOPs')}, drop {points(drop.mean)} points "
-        f"[{points(drop.low)}, {points(drop.high)}]"
-    )
+    return f"{fewer(value.flops_ratio, 'decoder FLOPs')}, drop {points(drop.mean)} points {ends(drop)}"
 
 
 def scores(data: ReportData) -> str:
@@ -138,16 +147,27 @@ def scores(data: ReportData) -> str:
     return f"{text} Measured: {' and '.join(speeds)}." if speeds else text
 
 
+def meaning(value: Headline, search: SearchInfo | None) -> str:
+    """What the headline's drop allows one to say."""
+    if value.full_score == 0:
+        return "The full model scores 0 here: nothing could be lost, so the drop says nothing."
+    return drop_meaning(value.drop, search)
+
+
 def drop_meaning(drop: Interval, search: SearchInfo | None) -> str:
-    """What the interval of the drop allows one to say."""
+    """What a 95 % interval of the drop allows one to say: what it holds is not ruled out, and no more."""
+    low, high = outward(drop, 2)
     if drop.low > 0:
-        text = f"The loss is real: even the low end of the interval is {points(drop.low, 2)} points."
+        text = f"A loss beyond chance: even the low end of the 95 % interval is {_fixed(low, 2)} points."
     elif drop.high < 0:
-        text = f"The reduced model is better here, by at least {points(-drop.high, 2)} points."
+        text = (
+            "The reduced model does better here, beyond chance: by "
+            f"{_fixed(-high, 2)} points at the near end of the 95 % interval."
+        )
     else:
         text = (
             "The interval contains 0: on these questions no loss could be told from chance, "
-            f"and a loss above {points(drop.high, 2)} points is unlikely."
+            f"and none of up to {_fixed(high, 2)} points is ruled out (95 %)."
         )
     if search is not None and search.max_drop is not None:
         allowed = points(search.max_drop)

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from ..evaluation.result import Evaluation
 from ..reduction import Reduction
 from ..schedule import Schedule
 
-__all__ = ["Record", "SearchEvaluator", "Study", "share_prefix"]
+__all__ = ["Record", "SearchEvaluator", "Study", "searchable_score", "share_prefix"]
 
 JOURNAL_VERSION = 1
 
@@ -37,9 +38,10 @@ class SearchEvaluator(Protocol):
     ranker; ``reduction(schedule) -> Reduction``, which binds the ranker and the model family;
     ``sample(schedule, share) -> Evaluation``, the score on about that share of the examples, the same ones
     every time; ``first_layer``, the first layer at which its ranker can rank; ``full_cost``, the cost of
-    one full evaluation in the unit of `Evaluation.cost`; and ``share(schedule, layer)``, which is told from
-    which layer on the candidates to come differ from a schedule, 0 when there are none. Where a search
-    chooses the ranker too, it passes reductions in place of schedules.
+    one full evaluation in the unit of `Evaluation.cost`; ``doubt``, a sentence that says why the full score
+    is too low to search with, empty where it is not; and ``share(schedule, layer)``, which is told from which
+    layer on the candidates to come differ from a schedule, 0 when there are none. Where a search chooses the
+    ranker too, it passes reductions in place of schedules.
 
     One that can score several schedules at the same time, such as `thinsight.EvaluatorPool`, says how many it
     is best asked for with ``at_once``, and has ``several(schedules, floor, done, **early)``. That scores each
@@ -59,7 +61,7 @@ class SearchEvaluator(Protocol):
 
     @property
     def full_score(self) -> float:
-        """Score of the full model on the same examples."""
+        """Score of the full model on the same examples. A search refuses 0: nothing could be lost."""
 
     def __call__(self, schedule: Schedule, /) -> Evaluation:
         """Score of the model under ``schedule``."""
@@ -115,8 +117,11 @@ class Study:
         seed: of what such an evaluator draws.
 
     Raises:
-        ThinsightError: the journal exists and ``resume`` is False, is damaged, belongs to another search,
-            or cannot be written.
+        ThinsightError: the full score is 0 or not finite; the journal exists and ``resume`` is False, is
+            damaged, belongs to another search, or cannot be written.
+
+    Warns:
+        UserWarning: the evaluator doubts its full score.
     """
 
     def __init__(
@@ -138,7 +143,9 @@ class Study:
         if self._path is not None:
             self._open(self._path, settings, resume)
         self.recorded = len(self._records)
-        self.full_score = _full_score(evaluator)
+        self.full_score = searchable_score(evaluator)
+        if doubt := getattr(evaluator, "doubt", ""):
+            warnings.warn(doubt, stacklevel=2)
 
     def evaluate(
         self,
@@ -263,14 +270,22 @@ def _evaluator_facts(evaluator: SearchEvaluator) -> dict[str, Any]:
         "fingerprint": getattr(evaluator, "fingerprint", None),
         "num_layers": int(evaluator.num_layers),
         "num_vision_tokens": int(evaluator.num_vision_tokens),
-        "full_score": _full_score(evaluator),
+        "full_score": searchable_score(evaluator),
     }
 
 
-def _full_score(evaluator: SearchEvaluator) -> float:
+def searchable_score(evaluator: SearchEvaluator) -> float:
+    """The full model's score.
+
+    Raises:
+        ThinsightError: it is not finite, or 0, so that no schedule could lose anything.
+    """
     score = float(evaluator.full_score)
     if not math.isfinite(score):
         raise BadInput(f"evaluator.full_score is {score}; a search needs a finite number")
+    if score == 0:
+        nothing = "evaluator.full_score is 0: no schedule could lose anything; check labels and metric"
+        raise BadInput(getattr(evaluator, "doubt", "") or nothing)
     return score
 
 
