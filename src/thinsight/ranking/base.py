@@ -18,7 +18,8 @@ import inspect
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -35,6 +36,7 @@ __all__ = [
     "Ranker",
     "best",
     "choose",
+    "full_precision",
     "get_ranker",
     "list_rankers",
     "mean_rows",
@@ -96,8 +98,24 @@ def row_weights(queries: Tensor) -> Tensor:
 
 def weighted_rows(attention: Tensor, weights: Tensor) -> Tensor:
     """The mean over heads of (batch, heads, queries, tokens), its queries summed with weights (batch,
-    queries): (batch, tokens)."""
-    return (attention.mean(dim=1) * weights[:, :, None]).sum(dim=1)
+    queries): (batch, tokens). Queries of weight 0 have no part in it, whatever stands there."""
+    weights = weights[:, :, None]
+    return (attention.mean(dim=1) * weights).masked_fill(weights == 0, 0).sum(dim=1)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Autocast is off for what is computed on a device, or on the CPU.
+
+    Reading attention and ranking by it are a small part of a pass and no place to save: masks are added as
+    float32's lowest number, which bfloat16 and float16 round to -inf, so that a row which sees nothing comes
+    out of its softmax as NaN; and an order turns on differences that they do not hold.
+    """
+    with ExitStack() as stack:
+        for kind in {"cpu", device.type}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 class Ranker(ABC):
