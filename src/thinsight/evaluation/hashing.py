@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import BadInput
 from ..packing import packed_layers
+from ..ranking import autocasts
 from ..version import __version__
 from .images import READING, ImageSource, image_key
 
@@ -40,9 +41,8 @@ def hash_model(digest: Any, model: Any, without: Collection[Any] = ()) -> None:
     """
     config = {**model.config.to_dict(), "_name_or_path": None}  # a model may move
     hash_json(digest, [type(model).__name__, config, str(model.dtype)])
-    kind = model.device.type
-    if torch.is_autocast_enabled(kind):
-        hash_json(digest, ["autocast", str(torch.get_autocast_dtype(kind))])
+    if autocasts(model.device):
+        hash_json(digest, ["autocast", str(torch.get_autocast_dtype(model.device.type))])
     skipped: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
         if any(module is one for one in without):

@@ -34,6 +34,7 @@ __all__ = [
     "VISION_ATTENTION",
     "Context",
     "Ranker",
+    "autocasts",
     "best",
     "choose",
     "full_precision",
@@ -103,6 +104,11 @@ def weighted_rows(attention: Tensor, weights: Tensor) -> Tensor:
     return (attention.mean(dim=1) * weights).masked_fill(weights == 0, 0).sum(dim=1)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device's numbers, in this thread."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Autocast is off for what is computed on a device, or on the CPU.
@@ -112,9 +118,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
     out of its softmax as NaN; and an order turns on differences that they do not hold.
     """
     with ExitStack() as stack:
-        for kind in {"cpu", device.type}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for each in {torch.device("cpu"), device}:
+            if autocasts(each):
+                stack.enter_context(torch.autocast(each.type, enabled=False))
         yield
 
 

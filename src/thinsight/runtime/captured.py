@@ -22,6 +22,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import BadInput, Unsupported
+from ..ranking import autocasts
 from .cache import CACHE, Kept, Thinned, cache_of, is_paged
 from .call import Plan
 from .families import (
@@ -141,7 +142,7 @@ class CapturedPrefill:
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if plan is None and not self._stock():
             return False
-        if torch.is_autocast_enabled(model_device(self._model).type):
+        if autocasts(model_device(self._model)):
             return False  # weights that it has cast live as long as its context, not as the recording
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
