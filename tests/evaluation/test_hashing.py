@@ -109,9 +109,8 @@ def test_a_cache_folder_gives_each_adapter_its_own_answers(where: str, tmp_path:
     }
 
     def answers(cache_dir: Path | None) -> dict[str, Any]:
-        found = {}
+        found, wrapper = {}, two_adapters(where)
         for name, change in states.items():
-            wrapper = two_adapters(where)
             change(wrapper)
             found[name] = numbers_of(evaluator_of(cache_dir, wrapper))
         return found

@@ -134,13 +134,13 @@ _REPLICAS = (
 )
 
 
-def check_replica(model: PreTrainedModel, module: nn.Module) -> None:
-    """Refuse a pass through a copy of the model's base that DataParallel made.
+def check_replica(module: nn.Module, original: nn.Module) -> None:
+    """Refuse a pass through a copy of a module that DataParallel made.
 
     Raises:
         ThinsightError: with what to do.
     """
-    if module is not base_model(model):
+    if module is not original:
         raise Unsupported(_REPLICAS)
 
 

@@ -73,6 +73,7 @@ class Reducer:
         self._selector = Selector(ranker, quotas)
         self._arguments = LayerArguments(model, schedule, local)
         self._statistic = None if adaptive is None else get_statistic(adaptive.statistic)
+        self._base = base_model(model)
         self._written = writes_vision_after(model)
         self._hooks = Hooks()
         self._probes: dict[int, Probe] = {}
@@ -96,7 +97,7 @@ class Reducer:
         starts = self.quotas.starts
         if not starts:
             return  # a full schedule leaves the stock model as it is
-        base, layers = base_model(self.model), decoder_layers(self.model)
+        base, layers = self._base, decoder_layers(self.model)
         if base is not self.model:
             self._hooks.before(self.model, self._ask)
         self._hooks.before(base, self._enter)
@@ -171,7 +172,7 @@ class Reducer:
         local.reduced = self._begin()
         if not local.reduced:
             return None
-        check_replica(self.model, module)
+        check_replica(module, self._base)
         arguments = encode_pixels(self.model, named_arguments(module, args, kwargs))
         candidates, local.candidates = local.candidates, 0
         made = local.plan
