@@ -19,7 +19,7 @@ from thinsight.budget import (
     schedule_of,
 )
 from thinsight.cost import DecoderShape
-from thinsight.errors import ThinsightError
+from thinsight.errors import BadInput, ThinsightError
 from thinsight.schedule import Schedule
 
 L, N = 6, 40
@@ -97,6 +97,23 @@ def test_a_latency_model_is_linear_between_its_points_and_beyond_them() -> None:
     assert LATENCY.layer(80) == pytest.approx(0.0028)
     assert LATENCY.prefill([20, 40]) == pytest.approx(0.001 + 0.0016)
     assert LatencyModel.from_dict(LATENCY.to_dict()) == LATENCY
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds"),
+    [
+        ((20.0,), (0.1,)),
+        ((), ()),
+        ((20.0, 60.0), (0.1,)),
+        ((20.0, 20.0), (0.1, 0.1)),
+        ((60.0, 20.0), (0.1, 0.2)),
+    ],
+)
+def test_a_latency_model_needs_two_rising_points(
+    tokens: tuple[float, ...], seconds: tuple[float, ...]
+) -> None:
+    with pytest.raises(BadInput, match="two or more of both, the counts rising"):
+        LatencyModel("cpu", "float32", 1, 0.0, tokens, seconds)
 
 
 def test_a_budget_says_what_it_is_in_json_values() -> None:

@@ -7,11 +7,14 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_llava, tiny_processor
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import tiny_inputs, tiny_llava, tiny_processor
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from thinsight import loading
@@ -242,6 +245,90 @@ def test_long_words_of_other_libraries_are_cut_after_a_sentence() -> None:
     assert loading._first_line(long) == "The file is bad"
     assert loading._first_line(RuntimeError("one of:\nthis")) == "one of"
     assert loading._first_line(RuntimeError()) == "RuntimeError"
+
+
+# --- adapters
+
+
+def saved_adapter(base: str, path: Path, **more: Any) -> Any:
+    """A drawn LoRA of the tiny model, written as training leaves it: without a model. Returns its model."""
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=r".*\.[qv]_proj", init_lora_weights=False, **more)
+    model = get_peft_model(tiny_llava(), config)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(path)
+    assert not (path / "config.json").exists()
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    logits: torch.Tensor = model(**tiny_inputs([[3, 5], [2, 9]])).logits
+    return logits
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("base")
+    tiny_llava().save_pretrained(path)
+    tiny_processor().save_pretrained(path)
+    return str(path)
+
+
+def test_an_adapters_folder_is_loaded_onto_its_base_model(base: str, tmp_path: Path) -> None:
+    trained = saved_adapter(base, tmp_path)
+    model, processor = loading.load_model(tmp_path, device="cpu")
+    assert isinstance(model, LlavaForConditionalGeneration)
+    assert not model.training
+    assert torch.equal(logits_of(model), logits_of(trained))
+    assert (logits_of(model) - logits_of(tiny_llava())).abs().max() > 1e-2
+    assert processor.tokenizer.padding_side == "left"
+    assert loading.load_config(tmp_path).get_text_config().num_hidden_layers == 4
+
+
+def test_an_adapters_own_processor_goes_before_its_bases(base: str, tmp_path: Path) -> None:
+    saved_adapter(base, tmp_path)
+    own = tiny_processor()
+    own.tokenizer.add_tokens(["brightness"])
+    own.save_pretrained(tmp_path)
+    _, processor = loading.load_model(tmp_path, device="cpu")
+    assert "brightness" in processor.tokenizer.get_vocab()
+    assert processor.tokenizer.padding_side == "left"
+
+
+def test_adapters_that_cannot_be_loaded(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_adapter(base, tmp_path / "whole")
+    saved_adapter(str(tmp_path / "whole"), tmp_path / "second")
+    assert "is an adapter, too; merge that one" in load_error(tmp_path / "second")
+    saved_adapter(str(tmp_path / "nowhere"), tmp_path / "lost")
+    assert "nowhere" in load_error(tmp_path / "lost")
+
+    saved_adapter(base, tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    kept = dict(list(load_file(weights).items())[1:])
+    save_file(kept, weights)
+    assert "cannot load its adapter (Found missing adapter keys" in load_error(tmp_path / "cut")
+
+    config = tmp_path / "whole" / "adapter_config.json"
+    for name in (None, "", 3):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": name}))
+        assert f"has {name!r} as base_model_name_or_path; write" in load_error(tmp_path / "whole")
+    config.write_text("[]")
+    assert "cannot load its adapter_config.json" in load_error(tmp_path / "whole")
+    monkeypatch.setattr(loading, "is_peft_available", lambda: False)
+    assert "needs PEFT: pip install peft" in load_error(tmp_path / "cut")
+
+
+def test_an_adapter_that_is_more_than_layers_is_refused(base: str, tmp_path: Path) -> None:
+    saved_adapter(base, tmp_path, alora_invocation_tokens=[3], task_type="CAUSAL_LM")
+    assert "use adapters that live in the layers" in load_error(tmp_path)
+
+
+def test_an_adapter_on_the_hub_is_to_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [SimpleNamespace(rfilename=name) for name in ("README.md", "adapter_config.json")]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    assert "is an adapter: download it (hf download someone/lora" in load_error("someone/lora")
 
 
 def test_config_alone(folder: Path) -> None:

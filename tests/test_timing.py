@@ -3,6 +3,7 @@ measured."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,12 +17,31 @@ from thinsight.evaluation.encoding import typical_batch
 from thinsight.evaluation.examples import Example
 from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
-from thinsight.timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Timing, alternate, cache_bytes, measure
+from thinsight.timing import (
+    ANSWER,
+    PREFILL,
+    PREFILL_WITH_IMAGES,
+    Timing,
+    alternate,
+    cache_bytes,
+    measure,
+    profile,
+)
 
 
 def inputs(rows: int = 2) -> dict[str, torch.Tensor]:
     examples = [Example(str(i), (image,), "what color ?") for i, image in enumerate(tiny_images(rows))]
     return typical_batch(tiny_processor(), examples, rows)
+
+
+def test_rates_that_keep_equal_counts_are_timed_once() -> None:
+    """Of 16 vision tokens, 1/64 keeps as many as 1/32: a latency model has one time for a count."""
+    latency = profile(tiny_llava(), inputs(), rates=(1 / 64, 1 / 32, 0.5, 1.0), runs=1, warmup=0)
+    assert [high - low for low, high in itertools.pairwise(latency.tokens)] == [7, 8]
+    assert len(latency.seconds) == 3
+    for rates in ((0.5,), (1 / 64, 1 / 32)):
+        with pytest.raises(ThinsightError, match="all keep the same count of 16 vision tokens"):
+            profile(tiny_llava(), inputs(), rates=rates)
 
 
 def test_sides_alternate_and_swap_who_is_first() -> None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .packing import PackedModel, pack
     from .ranking import Ranker, get_ranker, list_rankers
     from .reduction import Reduction
-    from .runtime import CapturedPrefill, Handle, apply, encode_images
+    from .runtime import CapturedPrefill, Handle, apply, encode_images, remove
     from .schedule import Schedule
     from .search.adaptive import adaptive_search
     from .search.frontier import Frontier, frontier
@@ -75,6 +75,7 @@ _HOMES = {
     "psigmoid": "search",
     "random_search": "search",
     "rank_consistency": "evaluation",
+    "remove": "runtime",
     "sensitivity_search": "search",
 }
 _MODULES = ("cost", "search")  # `thinsight.search` is a package that can be called like a function
@@ -115,6 +116,7 @@ __all__ = [
     "psigmoid",
     "random_search",
     "rank_consistency",
+    "remove",
     "search",
     "sensitivity_search",
 ]

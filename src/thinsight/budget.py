@@ -8,6 +8,7 @@ rankers, data or searches.
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -181,7 +182,10 @@ class LatencyModel:
     a time that depends on its tokens.
 
     ``tokens`` (all tokens of a prompt that enter a layer, rising) and ``seconds`` (of one layer, for the
-    whole batch) are points between which it is linear; fitted by `timing.profile`.
+    whole batch) are points between which it is linear, two at least; fitted by `timing.profile`.
+
+    Raises:
+        ThinsightError: fewer points, counts that do not rise, or not a time for each.
     """
 
     device: str
@@ -190,6 +194,14 @@ class LatencyModel:
     constant: float  # seconds
     tokens: tuple[float, ...]
     seconds: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        rising = all(low < high for low, high in itertools.pairwise(self.tokens))
+        if len(self.tokens) < 2 or len(self.seconds) != len(self.tokens) or not rising:
+            raise BadInput(
+                f"a latency model has {len(self.tokens)} token counts and {len(self.seconds)} times; give "
+                "two or more of both, the counts rising, or measure them with timing.profile"
+            )
 
     def layer(self, tokens: float) -> float:
         """Seconds of one layer."""

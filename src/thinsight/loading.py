@@ -6,6 +6,7 @@ its own: whatever stock transformers can read, it reads. Code from the hub runs 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
@@ -17,10 +18,15 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-from transformers.utils import is_accelerate_available, is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.utils import (
+    is_accelerate_available,
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_peft_available,
+)
 
 from .errors import BadInput, MissingPackage, StorageError, ThinsightError
-from .runtime.families import ATTENTION, check_version, refusal
+from .runtime.families import ATTENTION, check_version, refusal, unwrapped
 
 __all__ = [
     "DEMO",
@@ -41,6 +47,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 _LONGEST_REASON = 160  # characters of another library's message that a line of ours quotes
 _FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
 _LAYER = re.compile(r"\b(layers?|blocks)\.\d+\.")  # in a weight's name
+_ADAPTER = "adapter_config.json"  # what PEFT writes beside an adapter's weights
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _HUB_TIMEOUT = 10.0  # seconds for the one question "is it there?"
 
 
@@ -71,7 +79,9 @@ def load_model(
     """A model in eval mode and its processor (left padding).
 
     Args:
-        name: "demo" or "demo-internvl", a folder written by ``save_pretrained``, or a hub id.
+        name: "demo" or "demo-internvl", a folder written by ``save_pretrained``, or a hub id. A folder of a
+            PEFT adapter is loaded onto its base model, as its adapter_config.json names it, and needs PEFT;
+            the processor is the base model's where the folder has none.
         dtype: "float32", "bfloat16", "float16", or "auto": as stored, but float32 instead of float16 on a
             CPU. A warning says so where a CPU has no instructions for bfloat16 (AVX512-BF16, AMX).
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
@@ -85,13 +95,16 @@ def load_model(
             are missing, broken or more than the config says, or an unknown dtype, device or attention.
     """
     target = check_options(dtype, device, attn)
+    base = _base_of(name)
+    if base is not None:
+        model, processor = load_model(base, dtype, device, attn, trust_remote_code, device_map)
+        return _with_adapter(model, name), _processor_beside(name, trust_remote_code) or processor
     if device_map is not None and not is_accelerate_available():
         raise MissingPackage("device_map needs the package accelerate: pip install accelerate")
     source, local = locate_model(name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     config = load_config(name, trust_remote_code)
-    with _one_line(name, "its processor"):
-        processor = AutoProcessor.from_pretrained(source, **options)
+    processor = _load_processor(source, name, options)
     with _one_line(name, "its weights"):
         model, info = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -105,10 +118,6 @@ def load_model(
         )
     _check_weights(info, name)
     _check_depth(info, config, name)
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:
-        raise BadInput(f"model {str(name)!r} has no processor with a tokenizer: save its processor beside it")
-    tokenizer.padding_side = "left"  # generation continues a row at its right end
     if device_map is None:
         with _one_line(name, f"it onto {target}"):
             model = model.to(target)
@@ -121,14 +130,70 @@ def load_model(
     return model.eval(), processor
 
 
+def _load_processor(source: str, name: str | Path, options: dict[str, Any]) -> Any:
+    with _one_line(name, "its processor"):
+        processor = AutoProcessor.from_pretrained(source, **options)
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise BadInput(f"model {str(name)!r} has no processor with a tokenizer: save its processor beside it")
+    tokenizer.padding_side = "left"  # generation continues a row at its right end
+    return processor
+
+
+def _base_of(name: str | Path) -> str | None:
+    """The model that a folder's adapter is for; None where the folder holds a model, or there is none."""
+    folder = Path(os.path.expanduser(name))
+    if not (folder / _ADAPTER).is_file():
+        return None
+    if not is_peft_available():
+        raise MissingPackage(f"model {str(name)!r} has an adapter, which needs PEFT: pip install peft")
+    if (folder / "config.json").is_file():
+        return None  # the model itself with the adapter beside it: transformers reads both
+    with _one_line(name, f"its {_ADAPTER}"):
+        base = json.loads((folder / _ADAPTER).read_text("utf-8"))["base_model_name_or_path"]
+    if not isinstance(base, str) or not base:
+        raise BadInput(
+            f"model {str(name)!r}: its {_ADAPTER} has {base!r} as base_model_name_or_path; write the folder "
+            "or hub id of the model there that the adapter was trained on"
+        )
+    if (Path(base) / _ADAPTER).is_file() and not (Path(base) / "config.json").is_file():
+        raise BadInput(
+            f"model {str(name)!r}: its base model {base!r} is an adapter, too; merge that one into its own "
+            "first (merge_and_unload) and name the merged model"
+        )
+    return base
+
+
+def _with_adapter(model: Any, name: str | Path) -> Any:
+    """The model with a folder's adapter in its layers."""
+    from peft import PeftModel
+
+    with _one_line(name, "its adapter"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")  # random ones would stand there
+        wrapped = PeftModel.from_pretrained(model, os.path.expanduser(name))
+    return unwrapped(wrapped).eval()
+
+
+def _processor_beside(name: str | Path, trust_remote_code: bool) -> Any:
+    """The processor that was saved beside an adapter, for it may have learned tokens; None: there is none."""
+    folder = Path(os.path.expanduser(name))
+    if not any((folder / each).is_file() for each in _PROCESSORS):
+        return None
+    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    return _load_processor(str(folder), name, options)
+
+
 def load_config(name: str | Path, trust_remote_code: bool = False) -> Any:
-    """A model's config, without its weights; arguments as for `load_model`.
+    """A model's config, without its weights, an adapter's base model's; arguments as for `load_model`.
 
     Raises:
         ThinsightError: an unknown path or hub id, no network, a family that is not supported, or a
             transformers that is too old.
     """
     check_version()
+    base = _base_of(name)
+    if base is not None:
+        return load_config(base, trust_remote_code)
     source, local = locate_model(name)
     with _one_line(name, "its config"):
         config = AutoConfig.from_pretrained(
@@ -203,7 +268,7 @@ def _check_hub_id(name: str) -> None:
             "hub: unset it, or give a local folder"
         )
     try:
-        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
+        found = HfApi().model_info(name, timeout=_HUB_TIMEOUT)
     except GatedRepoError:
         raise StorageError(
             f"model {name!r} is gated: accept its terms on the hub and run `hf auth login`"
@@ -222,6 +287,12 @@ def _check_hub_id(name: str) -> None:
             f"model {name!r} is not a local folder and the hub cannot be reached ({_first_line(error)}): "
             "check the network, or give a local folder"
         ) from None
+    files = {file.rfilename for file in found.siblings or ()}
+    if _ADAPTER in files and "config.json" not in files:
+        raise BadInput(
+            f"model {name!r} is an adapter: download it (hf download {name} --local-dir adapter) and give "
+            "its folder"
+        )
 
 
 def _resolve_device(device: str) -> torch.device:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .errors import BadInput, Unsupported
 from .runtime import decoder_layers
+from .runtime.families import unwrapped
 
 __all__ = ["SMALLEST", "PackedModel", "pack", "packed_layers"]
 
@@ -24,7 +25,7 @@ SMALLEST = 2**19
 """Layers of fewer weights gain nothing (measured on AVX2, for 1 to 640 tokens)."""
 
 
-def pack(model: PreTrainedModel, smallest: int = SMALLEST) -> PackedModel:
+def pack(model: Any, smallest: int = SMALLEST) -> PackedModel:
     """Reorder the weights of a model's decoder, once, into the order in which oneDNN's kernels read them.
 
     Worth it on a CPU at small batches, for prefill with few tokens and for decoding. Products are summed in
@@ -44,6 +45,7 @@ def pack(model: PreTrainedModel, smallest: int = SMALLEST) -> PackedModel:
     Raises:
         ThinsightError: training mode, another device or dtype, a torch without oneDNN, or nothing to pack.
     """
+    model = unwrapped(model)
     if model.training:
         raise BadInput("the model is in training mode: packed weights cannot learn; call model.eval()")
     layers = [(name, layer) for name, layer in _linear_layers(model) if layer.weight.numel() >= smallest]

@@ -26,7 +26,7 @@ from .reduction import Reduction
 from .runtime import apply, encode_images, num_layers, vision_token_mask
 from .runtime.cache import CACHE
 from .runtime.encoding import has_pixels
-from .runtime.families import MODALITIES
+from .runtime.families import MODALITIES, unwrapped
 from .schedule import Schedule
 
 __all__ = ["Measurement", "Timing", "alternate", "cache_bytes", "measure", "on_device", "profile"]
@@ -102,7 +102,7 @@ def measure(
     """Time ``model`` on one batch with and without ``reduction``.
 
     Args:
-        model: a loaded model without a reduction in force.
+        model: a loaded model without a reduction in force; of a wrapper, the model inside is timed.
         inputs: what the processor gives for a batch, left-padded, pixels included; moved to the model's
             device before any clock starts.
         reduction: what is compared with the full model.
@@ -118,6 +118,7 @@ def measure(
     for name, value in (("runs", runs), ("new_tokens", new_tokens), ("warmup + 1", warmup + 1)):
         if value < 1:
             raise BadInput(f"{name} is {value}: it must be at least 1")
+    model = unwrapped(model)
     if not any(has_pixels(model, inputs, modality) for modality in MODALITIES):
         raise BadInput("the inputs to time hold no pixel_values: give prompts with images")
     if isinstance(reduction, Schedule):
@@ -173,22 +174,32 @@ def profile(
     what does not depend on the layers is spread over them. Never falls where tokens rise.
 
     Args:
-        model: a loaded model without a reduction in force.
+        model: a loaded model without a reduction in force; of a wrapper, the model inside is timed.
         inputs: what the processor gives for a batch, left-padded, pixels included.
-        rates: keep rates to time, rising.
+        rates: keep rates to time, rising; of those that keep equal counts, the first.
         runs: measured runs of each.
         warmup: runs of each before those.
 
     Raises:
         ThinsightError: inputs without images, or a model that is not supported.
     """
+    model = unwrapped(model)
     batch = on_device(model, inputs)
-    vision = vision_token_mask(model, batch["input_ids"]).sum(1).median().item()
+    vision = int(vision_token_mask(model, batch["input_ids"]).sum(1).median())
     text = batch["attention_mask"].sum(1).median().item() - vision
     layers = num_layers(model)
-    schedules = [Schedule([rate] * layers) for rate in rates]
+    by_count: dict[int, Schedule] = {}
+    for rate in rates:
+        schedule = Schedule([rate] * layers)
+        by_count.setdefault(schedule.counts(vision)[0], schedule)
+    if len(by_count) < 2:
+        raise BadInput(
+            f"rates {list(rates)} all keep the same count of {vision} vision tokens: give at least two that "
+            "differ, and inputs with images"
+        )
+    schedules = list(by_count.values())
     job = _jobs(model, batch, Reduction(schedules[0], "uniform"), 1)[PREFILL]
-    times: list[list[float]] = [[] for _ in rates]
+    times: list[list[float]] = [[] for _ in schedules]
     for _ in range(warmup + runs):
         for schedule, taken in zip(schedules, times, strict=True):
             with apply(model, Reduction(schedule, "uniform")):
@@ -199,7 +210,7 @@ def profile(
         dtype=str(model.dtype).removeprefix("torch."),
         batch=int(batch["input_ids"].shape[0]),
         constant=0.0,
-        tokens=tuple(text + schedule.counts(int(vision))[0] for schedule in schedules),
+        tokens=tuple(text + count for count in by_count),
         seconds=tuple(itertools.accumulate(medians, max)),
     )
 

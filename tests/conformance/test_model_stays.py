@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from thinsight.errors import ThinsightError
-from thinsight.runtime import apply
+from thinsight.runtime import apply, layer_scores
 from thinsight.schedule import Schedule
 
 from .behaviours import behaviour
@@ -160,6 +160,53 @@ def test_bfloat16_keeps_all_bit_for_bit_and_reduces(family: Family) -> None:
     with CASE.apply(model) as handle:
         assert logits_of(model, inputs16).isfinite().all()
         assert [len(row) for row in handle.kept(3)] == [len(row) for row in kept]
+
+
+def near_ties(wrong: float, scores: Tensor, kept: Tensor) -> bool:
+    """Whether tokens (n,) bool are the best ones by scores (n,), but for scores that differ by a share."""
+    if kept.all() or not kept.any():
+        return True
+    return bool(scores[kept].min() >= (1 - wrong) * scores[~kept].max())
+
+
+@pytest.mark.parametrize(("dtype", "wrong"), [(torch.bfloat16, 0.2), (torch.float16, 0.05)], ids=str)
+@behaviour("autocast")
+def test_autocast_keeps_all_bit_for_bit_and_reduces(family: Family, dtype: torch.dtype, wrong: float) -> None:
+    """As with bfloat16 weights; and what ranks is what ranks without autocast, but for near ties: under left
+    padding, too, where rows of unequal text leave filling among the rows that rank."""
+    model, inputs = family.model(), family.inputs(PADDED, seed=34)
+    exact, scores = logits_of(model, inputs, 1), layer_scores(model, inputs)
+    with torch.autocast("cpu", dtype):
+        stock = logits_of(model, inputs)
+        with apply(model, NEARLY_FULL):
+            assert torch.equal(logits_of(model, inputs), stock)
+    rounding = float((stock[0].float() - exact[0]).abs().max())
+    case = Case(CASE.schedule, fixed=True)
+    with case.apply(model) as handle:
+        wanted, kept = logits_of(model, inputs, 1), handle.kept(3)
+        with torch.autocast("cpu", dtype):
+            got = logits_of(model, inputs, 1)
+        assert all(torch.equal(*pair) for pair in zip(handle.kept(3), kept, strict=True))
+    assert float((got.float() - wanted).abs().max()) < 3 * rounding
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        found = layer_scores(model, inputs).scores
+        with apply(model, Schedule([1, 0.3, 0.3, 0.3])) as handle:
+            assert logits_of(model, inputs).isfinite().all()
+            generated = handle.kept(1)
+            model(**inputs)
+            assert all(torch.equal(*pair) for pair in zip(handle.kept(1), generated, strict=True))
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+    for row, places in enumerate(generated):
+        before = scores.row(row)[0]
+        chosen = torch.zeros(len(before), dtype=torch.bool)
+        chosen[places] = True
+        images = family.batch(family.rows(PADDED, 34)).rows[row].groups
+        start = 0
+        for image in images:
+            here = slice(start, start + len(image))
+            assert near_ties(wrong, before[here], chosen[here])
+            start += len(image)
 
 
 def device_map(model: PreTrainedModel) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 
 import pytest
@@ -12,7 +13,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from thinsight.errors import ThinsightError
 from thinsight.ranking import Ranker
-from thinsight.runtime import apply, decoder_layers, encode_images, num_layers, vision_token_mask
+from thinsight.reduction import Reduction
+from thinsight.runtime import (
+    apply,
+    decoder_layers,
+    encode_images,
+    num_layers,
+    remove,
+    vision_token_mask,
+)
 from thinsight.runtime.cache import CACHE
 from thinsight.runtime.families import attention_of
 from thinsight.schedule import Schedule
@@ -168,21 +177,14 @@ def test_models_that_are_not_supported_are_refused_with_the_reason() -> None:
         apply(model, SCHEDULE)
 
 
-class Bound:
-    """What `apply` needs of a Reduction."""
-
-    def __init__(self, schedule: Schedule, ranker: dict, model_type: str | None = None) -> None:
-        self.schedule, self.ranker, self.model_type = schedule, ranker, model_type
-
-
 def test_a_reduction_brings_its_ranker_and_family() -> None:
     model = tiny_llava()
-    with apply(model, Bound(SCHEDULE, {"name": "random", "seed": 4}, "llava")) as handle:
+    with apply(model, Reduction(SCHEDULE, {"name": "random", "seed": 4}, model_type="llava")) as handle:
         assert handle.ranker.to_dict() == {"name": "random", "seed": 4}
     with pytest.raises(ThinsightError, match="for model_type 'qwen2_vl'"):
-        apply(model, Bound(SCHEDULE, {"name": "random"}, "qwen2_vl"))
+        apply(model, Reduction(SCHEDULE, "random", model_type="qwen2_vl"))
     with pytest.raises(ThinsightError, match="given twice"):
-        apply(model, Bound(SCHEDULE, {"name": "random"}), ranker="uniform")
+        apply(model, Reduction(SCHEDULE, "random"), ranker="uniform")
 
 
 def test_kept_tokens_are_nested_and_counted() -> None:
@@ -376,3 +378,149 @@ def test_gradients_flow_through_what_is_kept(checkpointing: bool) -> None:
         gradients.append((loss.item(), weight.grad.clone()))
     assert gradients[0][0] == pytest.approx(gradients[1][0])
     torch.testing.assert_close(gradients[0][1], gradients[1][1])
+
+
+# --- taken off without the handle, from other threads, out of the middle of a pass
+
+
+def test_a_reduction_whose_handle_was_not_kept_can_be_taken_off() -> None:
+    model, batch = tiny_llava(), tiny_inputs([[3, 5], [1, 2]])
+    stock = generate(model, batch)
+    before = state(model)
+    remove(model)  # nothing is on
+    apply(model, SCHEDULE, ranker="vision-attention")
+    gc.collect()
+    with pytest.raises(ThinsightError, match=r"handle.remove\(\), or thinsight.remove\(model\)"):
+        apply(model, SCHEDULE)
+    remove(model)
+    remove(model)
+    assert state(model) == before
+    assert torch.equal(generate(model, batch), stock)
+    handle = apply(model, SCHEDULE)
+    remove(model)
+    assert not handle.on
+    with pytest.raises(ThinsightError, match="model is a Linear"):
+        remove(torch.nn.Linear(1, 1))
+
+
+def test_a_full_schedule_whose_handle_was_not_kept_is_not_in_the_way() -> None:
+    model = tiny_llava()
+    handle = apply(model, Schedule.full(4))
+    with pytest.raises(ThinsightError, match="has a reduction on already"):
+        apply(model, SCHEDULE)
+    del handle
+    gc.collect()
+    apply(model, SCHEDULE).remove()
+
+
+class Halted:
+    """A pass of another thread that stands still inside a layer's attention, or before the tower has seen its
+    images."""
+
+    def __init__(self, model, run, module) -> None:
+        self.result: list = []
+        self._inside, self._go_on = threading.Event(), threading.Event()
+        self._hook = module.register_forward_pre_hook(self._halt)
+        self.thread = threading.Thread(target=self._work, args=(run,))
+
+    def _halt(self, *_) -> None:
+        if threading.current_thread() is self.thread and not self._inside.is_set():
+            self._inside.set()
+            assert self._go_on.wait(60)
+
+    def _work(self, run) -> None:
+        try:
+            self.result.append(run())
+        except Exception as error:
+            self.result.append(error)
+
+    def __enter__(self) -> Halted:
+        self.thread.start()
+        assert self._inside.wait(60)
+        self._hook.remove()
+        return self
+
+    def end(self):
+        self._go_on.set()
+        self.thread.join()
+        return self.result[0]
+
+    def __exit__(self, *_) -> None:
+        self.end()
+
+
+@pytest.mark.parametrize("ranker", ["text-attention", "vision-attention"])
+@pytest.mark.parametrize("where", ["tower", 0, 1, 2, 3])
+def test_a_pass_under_way_in_another_thread_ends_as_it_began(ranker: str, where: int | str) -> None:
+    """Those that begin after the removal are not reduced; and the last one leaves the model as it was."""
+    model, batch = tiny_llava(), tiny_inputs([[3, 5], [1, 2]], seed=3)
+
+    @torch.no_grad()
+    def run() -> torch.Tensor:
+        return model(**batch).logits
+
+    stock = run()
+    module = (
+        model.model.vision_tower.encoder.layers[0].self_attn
+        if where == "tower"
+        else attention_of(decoder_layers(model)[where])
+    )
+    before = state(model)
+    with apply(model, SCHEDULE, ranker=ranker):
+        reduced = run()
+    handle = apply(model, SCHEDULE, ranker=ranker)
+    with Halted(model, run, module) as halted:
+        handle.remove()
+        assert not handle.on
+        assert torch.equal(run(), stock)
+        with pytest.raises(ThinsightError, match="apply the next one when it has ended"):
+            apply(model, SCHEDULE)
+        assert torch.equal(halted.end(), reduced)
+    assert state(model) == before
+    with apply(model, SCHEDULE, ranker=ranker):
+        assert torch.equal(run(), reduced)
+
+
+def test_an_answer_under_way_in_another_thread_is_refused_in_words() -> None:
+    """Its cache lacks what the reduction dropped, and no layer is told of that any more."""
+    model, batch = tiny_llava(), tiny_inputs([[3, 5], [1, 2]], seed=3)
+    before = state(model) if generate(model, batch) is not None else []
+    handle = apply(model, SCHEDULE)
+    layer = attention_of(decoder_layers(model)[2])
+    with Halted(model, lambda: generate(model, batch), layer) as halted:
+        handle.remove()
+        error = halted.end()
+    assert isinstance(error, ThinsightError)
+    assert "filled under a reduction that is not applied now" in str(error)
+    assert state(model) == before
+
+
+def test_passes_of_threads_that_are_gone_do_not_hold_the_model() -> None:
+    """An interrupt leaves no time to end a pass."""
+    model, batch = tiny_llava(), tiny_inputs([[3, 5]])
+    generate(model, batch)
+    before = state(model)
+
+    def fail(*_) -> None:
+        raise SystemExit
+
+    handle = apply(model, SCHEDULE)
+    hook = attention_of(decoder_layers(model)[2]).register_forward_hook(fail)
+    thread = threading.Thread(target=lambda: model(**batch))
+    thread.start()
+    thread.join()
+    hook.remove()
+    handle.remove()
+    assert state(model) == before
+
+
+def test_a_start_inside_a_start_gives_way_to_the_outer_one() -> None:
+    model, batch = tiny_llava(), tiny_inputs([[3, 5]])
+    with apply(model, SCHEDULE) as handle, torch.no_grad():
+        with handle.starting_at(2):
+            with handle.starting_at(3):
+                pass
+            model(**batch)
+            assert [len(handle.kept(layer)[0]) for layer in (1, 3)] == [16, 4]  # nothing fell at layer 1
+        model(**batch)
+        assert [len(handle.kept(layer)[0]) for layer in (1, 3)] == [12, 4]

@@ -7,16 +7,16 @@ import torch
 from tiny import tiny_inputs, tiny_llava
 
 from thinsight.errors import ThinsightError
+from thinsight.reduction import Reduction
 from thinsight.runtime import EncodedImages, encode_images
+from thinsight.schedule import Schedule
 
 ROWS = [[3, 5], [2, 3, 9], [7]]
 
 
-class Reduction:
-    ranker = "vision-attention"
-
-
-@pytest.mark.parametrize("reduction", [None, "vision-attention", Reduction()])
+@pytest.mark.parametrize(
+    "reduction", [None, "vision-attention", Reduction(Schedule.full(4), "vision-attention")]
+)
 def test_features_give_the_logits_that_pixels_give(reduction) -> None:
     model = tiny_llava()
     batch = tiny_inputs(ROWS, seed=41)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from tiny import IMAGE, tiny_inputs, tiny_llava
 
+from thinsight.errors import Unsupported
 from thinsight.runtime import apply, encode_images, layer_scores
 from thinsight.runtime.families import attention_of, decoder_layers
 from thinsight.runtime.scoring import Probe, TextRows, attention_rows
@@ -116,6 +119,13 @@ def test_without_a_class_token_the_average_row_speaks(monkeypatch: pytest.Monkey
     torch.testing.assert_close(torch.stack(encoded.received), attentions[1].mean(dim=(1, 2))[:, 1:])
 
 
+def test_a_tower_whose_layers_are_not_as_many_as_its_config_says_is_refused() -> None:
+    model = tiny_llava()
+    model.model.vision_tower.config.num_hidden_layers = 5
+    with pytest.raises(Unsupported, match="has no list of the 5 layers"):
+        apply(model, Schedule([1, 0.5, 0.5, 0.5]), ranker="vision-attention")
+
+
 def test_two_probes_on_one_module_both_read() -> None:
     model = tiny_llava("eager")
     attention = attention_of(decoder_layers(model)[1])
@@ -134,6 +144,43 @@ def test_two_probes_on_one_module_both_read() -> None:
     for request, columns in zip(requests, ([1, 2], [3]), strict=True):
         assert request.result is not None
         torch.testing.assert_close(request.result[:, :, 0], wanted[:, :, 5, columns])
+
+
+class Counted(int):
+    """A number that is only counted under a lock."""
+
+    lock: threading.Lock
+
+    def _changed(self, by: int) -> Counted:
+        assert self.lock.locked()
+        changed = Counted(int(self) + by)
+        changed.lock = self.lock
+        return changed
+
+    def __add__(self, other: int) -> Counted:
+        return self._changed(other)
+
+    def __sub__(self, other: int) -> Counted:
+        return self._changed(-other)
+
+
+def test_calls_of_all_threads_are_counted_under_the_lock() -> None:
+    """An update that two threads make at once may be lost, which would leave the module armed for ever."""
+    attention = attention_of(decoder_layers(tiny_llava())[1])
+    config, probe = attention.config, Probe(attention)
+    start = Counted(0)
+    start.lock = probe._arming.lock
+    probe._arming.calls[probe] = start
+    rows = torch.tensor([[1]])
+    request = TextRows(rows, rows, torch.ones_like(rows, dtype=torch.bool))
+    threads = [threading.Thread(target=probe.arm, args=(request,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert probe._arming.calls[probe] == 3
+    assert attention.config is not config
+    probe.restore()
+    assert attention.config is config
 
 
 def test_ranking_in_a_reduced_layer_sees_what_is_left() -> None:

@@ -85,7 +85,7 @@ def prompt_scores(
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise BadInput(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
-    check_supported(model)
+    model = check_supported(model)
     check_examples(examples)
     reader = reader or PromptReader(model, processor)
     prompts = reader.prompts(examples, progress)

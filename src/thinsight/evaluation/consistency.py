@@ -125,7 +125,7 @@ def rank_consistency(
         ThinsightError: bad examples, an unknown ranker, a prompt without image token or with fewer than two
             vision tokens, a model with one layer or one that is not supported.
     """
-    check_supported(model)
+    model = check_supported(model)
     if num_layers(model) < 2:
         raise BadInput(
             "the model has one decoder layer: rank consistency compares layers, use a deeper model"

@@ -79,8 +79,8 @@ class Evaluator:
     evaluated before.
 
     Args:
-        model: a transformers vision-language model in eval mode, as it is: nothing of it is changed between
-            calls.
+        model: a transformers vision-language model in eval mode, or a wrapper of one (see `apply`), as it is:
+            nothing of it is changed between calls, nor are its adapters or autocast.
         processor: the model's own processor.
         examples: what ``load_examples`` returns, or any list of ``Example``.
         metric: one metric for all; None takes each example's own, else "exact_match" where it has answers and
@@ -123,7 +123,7 @@ class Evaluator:
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         check_batch_size(batch_size)
-        check_supported(model)
+        model = check_supported(model)
         if model.training:
             raise BadInput(
                 "the model is in training mode, where answers may be random: call model.eval() first"

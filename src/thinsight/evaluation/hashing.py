@@ -6,6 +6,7 @@ Two equal hashes mean that the same numbers would come out. Knows nothing about 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import PIL
 import torch
 import transformers
+from accelerate.utils import align_module_device
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import BadInput
 from ..packing import packed_layers
+from ..ranking import autocasts
 from ..version import __version__
 from .images import READING, ImageSource, image_key
 
@@ -31,20 +34,67 @@ def hash_json(digest: Any, value: Any) -> None:
 
 
 def hash_model(digest: Any, model: Any, without: Collection[Any] = ()) -> None:
-    """A model's class, config, dtype and weights, of which an even sample of each tensor enters.
+    """A model's class, config, dtype and weights, of which an even sample of each tensor enters; which of its
+    adapters are active, and how; and what autocast would make of its numbers.
 
     ``without`` are modules whose weights do not matter.
     """
     config = {**model.config.to_dict(), "_name_or_path": None}  # a model may move
     hash_json(digest, [type(model).__name__, config, str(model.dtype)])
-    skipped = [f"{name}." for name, module in model.named_modules() if any(module is one for one in without)]
-    for name, tensor in model.state_dict().items():
-        if name.startswith(tuple(skipped)):
-            continue
-        flat = tensor.reshape(-1)
-        sample = flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)].float().cpu().numpy()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(sample.tobytes())
+    if autocasts(model.device):
+        hash_json(digest, ["autocast", str(torch.get_autocast_dtype(model.device.type))])
+    skipped: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(module is one for one in without):
+            skipped += (f"{name}.",)
+        prefix = f"{name}." if name else ""
+        if not prefix.startswith(skipped):
+            _hash_weights(digest, prefix, module)
+            if isinstance(module, _adapter_layers()):
+                hash_json(digest, ["adapter", name, _settings(module)])
+
+
+def _hash_weights(digest: Any, prefix: str, module: torch.nn.Module) -> None:
+    """The tensors that a module itself has, as its model's `state_dict` gives them: of all modules at once
+    that would be a copy of every weight that is packed, and none of those that wait on a disk."""
+    own: dict[str, Any] = {}
+    with align_module_device(module):
+        module._save_to_state_dict(own, prefix, keep_vars=False)
+        for name, tensor in own.items():
+            flat = tensor.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // _SAMPLED_WEIGHTS)].float().cpu().numpy()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(sample.tobytes())
+
+
+def _adapter_layers() -> tuple[type, ...]:
+    """PEFT's layers that hold adapters; none where it was not imported, for then no model has any."""
+    if "peft" not in sys.modules:
+        return ()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return BaseTunerLayer, AuxiliaryTrainingWrapper
+
+
+def _settings(module: Any) -> dict[str, Any]:
+    """What a layer with adapters holds besides tensors: which are active, disabled or merged, their scaling
+    and rank. All of it, for kinds of adapters differ in what they go by."""
+    stock = vars(torch.nn.Module())
+    return {name: _plain(value) for name, value in vars(module).items() if name not in stock}
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, texts, and lists and dicts of them; None for anything else."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(str, value))
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    return None
 
 
 def hash_image(digest: Any, image: ImageSource) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from ..errors import BadInput
 from ..reduction import Reduction
+from ..runtime.families import unwrapped
 from ..schedule import Schedule
 from .evaluator import Evaluator, Progress
 from .examples import Example
@@ -84,6 +85,7 @@ class EvaluatorPool:
         """
         if isinstance(devices, str) or len(devices) == 0:
             raise BadInput(f"devices is {devices!r}; give a list of them, such as ['cuda:0', 'cuda:1']")
+        model = unwrapped(model)
         spread = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
         if len(spread) > 1:
             raise BadInput(

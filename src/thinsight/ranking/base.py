@@ -18,7 +18,8 @@ import inspect
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -33,8 +34,10 @@ __all__ = [
     "VISION_ATTENTION",
     "Context",
     "Ranker",
+    "autocasts",
     "best",
     "choose",
+    "full_precision",
     "get_ranker",
     "list_rankers",
     "mean_rows",
@@ -96,8 +99,29 @@ def row_weights(queries: Tensor) -> Tensor:
 
 def weighted_rows(attention: Tensor, weights: Tensor) -> Tensor:
     """The mean over heads of (batch, heads, queries, tokens), its queries summed with weights (batch,
-    queries): (batch, tokens)."""
-    return (attention.mean(dim=1) * weights[:, :, None]).sum(dim=1)
+    queries): (batch, tokens). Queries of weight 0 have no part in it, whatever stands there."""
+    weights = weights[:, :, None]
+    return (attention.mean(dim=1) * weights).masked_fill(weights == 0, 0).sum(dim=1)
+
+
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on for a device's numbers, in this thread."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Autocast is off for what is computed on a device, or on the CPU.
+
+    Reading attention and ranking by it are a small part of a pass and no place to save: masks are added as
+    float32's lowest number, which bfloat16 and float16 round to -inf, so that a row which sees nothing comes
+    out of its softmax as NaN; and an order turns on differences that they do not hold.
+    """
+    with ExitStack() as stack:
+        for each in {torch.device("cpu"), device}:
+            if autocasts(each):
+                stack.enter_context(torch.autocast(each.type, enabled=False))
+        yield
 
 
 class Ranker(ABC):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from .base import STATES, TEXT_ATTENTION, Context, Ranker, register
+from .base import STATES, TEXT_ATTENTION, Context, Ranker, mean_rows, register
 
 __all__ = ["SparseVLM", "raters"]
 
@@ -40,9 +40,8 @@ class SparseVLM(Ranker):
             raise BadInput("sparsevlm needs attention rows of the layer before; supply them")
         if context.states is None or context.text_states is None:
             raise BadInput("sparsevlm needs hidden states; supply Context.states and text_states")
-        chosen = raters(context.states, context.valid, context.text_states, queries).to(attention)
-        weight = chosen / chosen.sum(dim=1, keepdim=True).clamp(min=1)  # (batch, queries)
-        return (attention.mean(dim=1) * weight[:, :, None]).sum(dim=1)  # (batch, tokens)
+        chosen = raters(context.states, context.valid, context.text_states, queries)
+        return mean_rows(attention, chosen.to(attention.device))
 
 
 def raters(states: Tensor, valid: Tensor, text: Tensor, queries: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from .apply import apply, check_rankable
 from .captured import CapturedPrefill
 from .encoding import EncodedImages, encode_images
 from .families import decoder_layers, num_layers, vision_token_mask
-from .handle import Handle
+from .handle import Handle, remove
 from .observe import LayerScores, layer_scores
 from .prefix import Snapshot, can_share, recording, resuming
 
@@ -36,6 +36,7 @@ __all__ = [
     "layer_scores",
     "num_layers",
     "recording",
+    "remove",
     "resuming",
     "vision_token_mask",
 ]

@@ -5,19 +5,16 @@ Knows nothing about what then happens in a pass: see reducer.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from ..errors import BadInput, Unsupported
 from ..ranking import Ranker, get_ranker
-from ..reduction import check_rerank
+from ..reduction import Reduction, check_rerank
 from ..schedule import Schedule
 from .families import attention_implementation, check_supported, decoder_layers, sliding_layers
 from .handle import Handle
-
-if TYPE_CHECKING:
-    from ..reduction import Reduction
 
 __all__ = ["apply", "check_rankable"]
 
@@ -50,7 +47,9 @@ def apply(
     decoding does it: its last K - 1 tokens are proposals, not prompt, and do not rank.
 
     Args:
-        model: a supported multimodal model (see `families.SUPPORTED`).
+        model: a supported multimodal model (see `families.SUPPORTED`), or one of PEFT's, torch.compile's or
+            a data-parallel wrapper of one: the reduction goes onto the model inside, and calls of either run
+            under it.
         reduction: a `Reduction`, or a `Schedule`.
         ranker: for a schedule only: a ranker, its name, or a dict; "text-attention" if not given.
         per: "image": the keep rate holds for each image of a prompt; "prompt": for all its vision tokens
@@ -67,9 +66,12 @@ def apply(
             would have to, a reduction of another model family, a model that has a reduction on already, or a
             `rerank` that is none of the above.
     """
-    check_supported(model)
+    model = check_supported(model)
     schedule, chosen = _schedule_and_ranker(model, reduction, ranker)
-    rerank = check_rerank(getattr(reduction, "rerank", True) if rerank is None else rerank)
+    own = reduction if isinstance(reduction, Reduction) else None
+    if rerank is None:
+        rerank = True if own is None else own.rerank
+    rerank = check_rerank(rerank)
     layers = decoder_layers(model)
     if schedule.num_layers != len(layers):
         raise BadInput(
@@ -80,7 +82,7 @@ def apply(
         raise BadInput(f"per is {per!r}; choose one of {', '.join(PER)}")
     check_rankable(schedule, chosen)
     _check_windows(model, schedule)
-    return Handle(model, schedule, chosen, per, rerank, getattr(reduction, "adaptive", None))
+    return Handle(model, schedule, chosen, per, rerank, None if own is None else own.adaptive)
 
 
 def _check_windows(model: PreTrainedModel, schedule: Schedule) -> None:
@@ -111,17 +113,16 @@ def check_rankable(schedule: Schedule, ranker: Ranker) -> None:
 def _schedule_and_ranker(model: Any, reduction: Any, ranker: Any) -> tuple[Schedule, Ranker]:
     if isinstance(reduction, Schedule):
         return reduction, get_ranker("text-attention" if ranker is None else ranker)
-    schedule = getattr(reduction, "schedule", None)
-    if not isinstance(schedule, Schedule):
+    if not isinstance(reduction, Reduction):
         raise BadInput(f"reduction is a {type(reduction).__name__}; pass a Reduction or a Schedule")
     if ranker is not None:
         raise BadInput(
             "ranker is given twice; a Reduction brings its own, pass reduction.schedule to change it"
         )
-    family = getattr(reduction, "model_type", None)
+    family = reduction.model_type
     if family is not None and family != model.config.model_type:
         raise BadInput(
             f"reduction is for model_type {family!r} but the model is {model.config.model_type!r}; "
             "apply reduction.schedule to try it all the same"
         )
-    return schedule, get_ranker(reduction.ranker)
+    return reduction.schedule, get_ranker(reduction.ranker)

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import BadInput, Unsupported
+from ..ranking import autocasts
 from .cache import CACHE, Kept, Thinned, cache_of, is_paged
 from .call import Plan
 from .families import (
@@ -50,8 +51,9 @@ class CapturedPrefill:
     inputs in and replay. Prompts are of one shape where batch, images' token counts (N) and bucketed length
     agree: columns that no token of the prompt sees are put behind it, up to a multiple, and are gone from
     outputs and cache. Decoding, passes without a vision token under a reduction, and whatever else is no
-    plain prefill (gradients, hidden states or attentions as output, a cache of another kind or one that is
-    filled, a finished mask of more than two dimensions that would have to grow) run as they do without this.
+    plain prefill (gradients, autocast, hidden states or attentions as output, a cache of another kind or one
+    that is filled, a finished mask of more than two dimensions that would have to grow) run as they do
+    without this.
 
     Hooks on the decoder's modules run when a pass is recorded, not when it is replayed. Results are copies of
     what is replayed, so they stay as they are. Hidden states at padding have no meaning. Remove it before the
@@ -78,7 +80,7 @@ class CapturedPrefill:
         most: int = 16,
         recorder: Recorder | None = None,
     ) -> None:
-        _check(model, handle, recorder)
+        model = _checked(model, handle, recorder)
         for name, value in (("multiple", multiple), ("most", most)):
             if not isinstance(value, int) or value < 1:
                 raise BadInput(f"{name} is {value!r}; make it a whole number from 1")
@@ -140,6 +142,8 @@ class CapturedPrefill:
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if plan is None and not self._stock():
             return False
+        if autocasts(model_device(self._model)):
+            return False  # weights that it has cast live as long as its context, not as the recording
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
         if embeds is None or embeds.shape[1] == 1:
@@ -274,9 +278,9 @@ class _Recorded:
     read: Plan | None = None  # the pass's own plan whose numbers are in `plan`
 
 
-def _check(model: Any, handle: Handle | None, recorder: Recorder | None) -> None:
-    """Refuse what no pass can be recorded with."""
-    check_supported(model)
+def _checked(model: Any, handle: Handle | None, recorder: Recorder | None) -> PreTrainedModel:
+    """The model without its wrappers; refuses what no pass can be recorded with."""
+    model = check_supported(model)
     if handle is not None and not isinstance(handle, Handle):
         raise BadInput(f"handle is a {type(handle).__name__}; pass what apply(model, reduction) returns")
     if handle is None and applied(model):
@@ -307,6 +311,7 @@ def _check(model: Any, handle: Handle | None, recorder: Recorder | None) -> None
             f"the model is on {model_device(model)}, but a prefill is recorded as a CUDA graph; move the "
             "model to a CUDA device, or run it without CapturedPrefill"
         )
+    return model
 
 
 def _empty(cache: Any) -> bool:

@@ -20,7 +20,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..errors import Unsupported
 from ..ranking import VISION_ATTENTION, get_ranker
-from .families import MODALITIES, base_model, vision_source
+from ..reduction import Reduction
+from .families import MODALITIES, base_model, unwrapped, vision_source
 from .scoring import Probe, VisionReceived
 
 __all__ = [
@@ -217,7 +218,7 @@ def has_pixels(model: PreTrainedModel, call: Mapping[str, Any], modality: str) -
     return any(call.get(name) is not None for name in names)
 
 
-def encode_images(model: PreTrainedModel, inputs: Mapping[str, Any], reduction: Any = None) -> EncodedImages:
+def encode_images(model: Any, inputs: Mapping[str, Any], reduction: Any = None) -> EncodedImages:
     """Run the vision encoder and projector once on the images and videos of a processor's output.
 
     Args:
@@ -233,10 +234,12 @@ def encode_images(model: PreTrainedModel, inputs: Mapping[str, Any], reduction: 
     Raises:
         ThinsightError: unknown ranker, or a tower whose attention cannot be read.
     """
+    model = unwrapped(model)
     present = [name for name in MODALITIES if has_pixels(model, inputs, name)]
     if not present:
         return EncodedImages((), ())
-    ranker = None if reduction is None else get_ranker(getattr(reduction, "ranker", reduction))
+    given = reduction.ranker if isinstance(reduction, Reduction) else reduction
+    ranker = None if given is None else get_ranker(given)
     taken = {name for modality in present for name in encoder_inputs(model, modality)}
     moved = {name: _moved(inputs[name], model) for name in taken if name in inputs}
     with torch.no_grad(), _tapped(model, ranker is not None and VISION_ATTENTION in ranker.needs):

@@ -9,6 +9,7 @@ the suite. Most need no more; what is special about a few is in the tables below
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -30,6 +33,7 @@ __all__ = [
     "base_model",
     "check_attention",
     "check_recomputation",
+    "check_replica",
     "check_supported",
     "check_version",
     "decoder_layers",
@@ -39,6 +43,7 @@ __all__ = [
     "refusal",
     "sliding_layers",
     "tiles_stand_apart",
+    "unwrapped",
     "vision_placeholders",
     "vision_source",
     "vision_token_mask",
@@ -98,6 +103,73 @@ class VisionSource:
     attention: nn.Module  # of the tower's layer whose output the projector reads
     has_class_token: bool  # row 0 is a CLS token
     drops_first: bool  # the projector does not see row 0
+
+
+def unwrapped(model: Any) -> PreTrainedModel:
+    """The transformers model inside wrappers of torch.compile, PEFT and data parallelism, or itself.
+
+    What is put on it counts for its wrappers too, which only call it.
+
+    Raises:
+        ThinsightError: no transformers model, or a wrapper that does more than call one.
+    """
+    while not isinstance(model, PreTrainedModel):
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, (DataParallel, DistributedDataParallel)):
+            if isinstance(model, DataParallel) and len(model.device_ids) > 1:
+                raise Unsupported(_REPLICAS)
+            model = model.module
+        elif isinstance(model, _peft_models()):
+            model = _inside_peft(model)
+        else:
+            kind = type(model).__name__
+            raise BadInput(f"model is a {kind}; pass a loaded transformers model{_held(model)}")
+    return model
+
+
+_REPLICAS = (
+    "DataParallel copies the model to each of its devices in every pass, and a reduction is on none of the "
+    "copies; use DistributedDataParallel, or one device: DataParallel(model, device_ids=[0])"
+)
+
+
+def check_replica(module: nn.Module, original: nn.Module) -> None:
+    """Refuse a pass through a copy of a module that DataParallel made.
+
+    Raises:
+        ThinsightError: with what to do.
+    """
+    if module is not original:
+        raise Unsupported(_REPLICAS)
+
+
+def _held(model: Any) -> str:
+    """Which transformers model an unknown wrapper holds, for a message."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
+    return "" if found is None else f", such as the {type(found).__name__} in it"
+
+
+def _peft_models() -> tuple[type, ...]:
+    """PEFT's wrappers; none where it was not imported, for then no model is one."""
+    peft = sys.modules.get("peft")
+    return () if peft is None else (peft.PeftModel, peft.PeftMixedModel)
+
+
+def _inside_peft(model: Any) -> Any:
+    """The model whose layers hold the adapters of a `PeftModel`."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    for config in model.peft_config.values():
+        # an "activated" LoRA looks for its tokens in the wrapper's own call
+        alone = not config.is_prompt_learning and not config.to_dict().get("alora_invocation_tokens")
+        if not alone or type(model.base_model).forward is not BaseTuner.forward:
+            raise Unsupported(
+                f"{type(model).__name__} with {config.peft_type.value}: it does more than change the model's "
+                "layers, which a reduction cannot see; use adapters that live in the layers, such as LoRA"
+            )
+    return model.base_model.model
 
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -195,7 +267,13 @@ def vision_source(model: PreTrainedModel) -> VisionSource:
             f"the vision tower of {config.model_type!r} runs all images as one sequence, so its attention "
             "cannot be told per image; rank by text-attention, random or uniform"
         )
-    layers = next(m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    lists = (m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
+    layers = next(lists, None)
+    if layers is None:
+        raise Unsupported(
+            f"{type(tower).__name__} has no list of the {depth} layers that its config's num_hidden_layers "
+            "says, so its attention cannot be found; rank by text-attention, random or uniform"
+        )
     selected = getattr(config, "vision_feature_layer", -1)
     deepest = max(i % (depth + 1) for i in (selected if isinstance(selected, (list, tuple)) else [selected]))
     if deepest == 0:
@@ -230,15 +308,17 @@ def refusal(config: Any) -> str | None:
     return None
 
 
-def check_supported(model: Any) -> None:
+def check_supported(model: Any) -> PreTrainedModel:
     """Refuse a model that cannot run under a reduction.
+
+    Returns:
+        It, without wrappers: see `unwrapped`.
 
     Raises:
         ThinsightError: with the reason.
     """
     check_version()
-    if not isinstance(model, PreTrainedModel):
-        raise BadInput(f"model is a {type(model).__name__}; pass a loaded transformers model")
+    model = unwrapped(model)
     reason = refusal(model.config)
     if reason is not None:
         raise Unsupported(f"{type(model).__name__}: {reason}")
@@ -247,6 +327,7 @@ def check_supported(model: Any) -> None:
             f"{type(model).__name__} has no vision encoder; pass the whole model, not its text part"
         )
     check_attention(model)
+    return model
 
 
 @functools.cache

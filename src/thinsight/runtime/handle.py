@@ -20,7 +20,7 @@ from ..errors import BadInput
 from ..ranking import Ranker
 from ..schedule import Schedule
 from .call import Plan, encode_pixels
-from .families import base_model
+from .families import base_model, unwrapped
 from .passes import Pass, PassState, ThreadState
 from .quotas import Quotas
 from .reducer import Reducer
@@ -28,15 +28,62 @@ from .reducer import Reducer
 if TYPE_CHECKING:
     from ..adaptive import Adaptive
 
-__all__ = ["Handle", "applied"]
+__all__ = ["Handle", "applied", "remove"]
 
-_applied: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # base models with a reduction on
+# by base model; hooks hold on to what reduces, so that it lives as long as it is on
+_applied: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Reducer]] = weakref.WeakKeyDictionary()
 _applied_lock = threading.Lock()
 
 
 def applied(model: PreTrainedModel) -> bool:
     """Whether a reduction is on a model."""
-    return base_model(model) in _applied
+    reducer = _reducer_of(model)
+    return reducer is not None and reducer.on
+
+
+def remove(model: Any) -> None:
+    """Take off the reduction that is on a model, also where its handle was not kept. Nothing happens where
+    none is on.
+
+    As `Handle.remove` does: passes that other threads have under way are reduced to their end.
+
+    Args:
+        model: as for `apply`.
+
+    Raises:
+        ThinsightError: no transformers model.
+    """
+    reducer = _reducer_of(unwrapped(model))
+    if reducer is not None:
+        reducer.remove()
+
+
+def _reducer_of(model: PreTrainedModel) -> Reducer | None:
+    """What reduced a model last, if it still is there."""
+    known = _applied.get(base_model(model))
+    return None if known is None else known()
+
+
+def _check_free(model: PreTrainedModel) -> None:
+    """Refuse a second reduction on a model.
+
+    Raises:
+        ThinsightError: with what to do.
+    """
+    before = _reducer_of(model)
+    if before is None:
+        return
+    if before.on:
+        raise BadInput(
+            "this model has a reduction on already; take that one off first: handle.remove(), or "
+            "thinsight.remove(model) where the handle was not kept"
+        )
+    before.remove()  # threads may be gone
+    if before.ending:
+        raise BadInput(
+            "a pass in another thread is still under the reduction that was taken off this model; apply the "
+            "next one when it has ended"
+        )
 
 
 class Handle:
@@ -60,20 +107,18 @@ class Handle:
         self._local = ThreadState()
         self._quotas = Quotas(schedule, adaptive, per, rerank)
         with _applied_lock:
-            if applied(self.model):
-                raise BadInput("this model has a reduction on already; remove() that one first")
+            _check_free(self.model)
             self._reducer = Reducer(self.model, schedule, ranker, adaptive, self._quotas, self._local)
             self._reducer.install()
-            self._on = True
-            _applied.add(base_model(model))
+            _applied[base_model(model)] = weakref.ref(self._reducer)
 
     def remove(self) -> None:
-        """Take the reduction off. Safe to call twice."""
+        """Take the reduction off. Safe to call twice, and from any thread.
+
+        Passes that other threads have under way are reduced to their end, and the last of them leaves the
+        model as it was; what they then decode on a cache of this reduction is refused, as everywhere.
+        """
         self._reducer.remove()
-        with _applied_lock:
-            if self._on:
-                self._on = False
-                _applied.discard(base_model(self.model))
 
     def __enter__(self) -> Handle:
         return self
@@ -84,7 +129,7 @@ class Handle:
     @property
     def on(self) -> bool:
         """Whether the reduction is on the model still."""
-        return self._on
+        return self._reducer.on
 
     # --- what the caller says
 
@@ -196,11 +241,11 @@ class Handle:
     @contextmanager
     def starting_at(self, layer: int) -> Iterator[None]:
         """This thread's passes begin at a layer: those before it do nothing."""
-        self._local.first = layer
+        before, self._local.first = self._local.first, layer
         try:
             yield
         finally:
-            self._local.first = 0
+            self._local.first = before
 
     # --- what the caller asks
 

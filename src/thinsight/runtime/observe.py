@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..ranking import VISION_ATTENTION, Context, get_ranker
+from ..ranking import VISION_ATTENTION, Context, full_precision, get_ranker
 from .call import Call, encode_pixels, read_call
 from .encoding import VisionTap
 from .families import attention_of, check_supported, decoder_layers, model_device
@@ -49,7 +49,7 @@ def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-atte
     Raises:
         ThinsightError: unsupported model, unknown ranker, or no image in any prompt.
     """
-    check_supported(model)
+    model = check_supported(model)
     chosen = get_ranker(ranker)
     layers = decoder_layers(model)
     tap = VisionTap(model) if VISION_ATTENTION in chosen.needs else None
@@ -91,4 +91,5 @@ def _score(ranker: Any, call: Call, layer: int, attention: Tensor | None, querie
         queries=queries,
         vision_attention=call.received,
     )
-    return ranker.score(context).float()
+    with full_precision(layout.valid.device):
+        return ranker.score(context).float()

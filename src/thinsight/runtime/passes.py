@@ -113,6 +113,7 @@ class ThreadState(threading.local):
     first = 0  # layer at which its passes begin
     candidates = 0  # last tokens of the next pass that an assistant proposed
     run: Pass | None = None  # under way; None where no vision token passes, as in decoding
+    reduced = False  # whether a pass that the reduction has begun is under way, vision tokens or not
     trace: list[tuple[int, Tensor]] | None = None  # of the last pass, see `Pass`
     statistic: list[float] | None = None  # per row of the last pass, of an adaptive reduction
 

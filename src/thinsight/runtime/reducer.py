@@ -7,6 +7,7 @@ which (selecting.py) and with what arguments a layer then runs (arguments.py) it
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..ranking import STATES, TEXT_ATTENTION, VISION_ATTENTION, Ranker, get_statistic, row_weights
+from ..ranking import (
+    STATES,
+    TEXT_ATTENTION,
+    VISION_ATTENTION,
+    Ranker,
+    full_precision,
+    get_statistic,
+    row_weights,
+)
 from ..schedule import Schedule
 from .arguments import LayerArguments
 from .cache import append, cache_of, filled, is_paged, kept_before
@@ -25,6 +34,7 @@ from .families import (
     base_model,
     check_attention,
     check_recomputation,
+    check_replica,
     decoder_layers,
     writes_vision_after,
 )
@@ -63,10 +73,14 @@ class Reducer:
         self._selector = Selector(ranker, quotas)
         self._arguments = LayerArguments(model, schedule, local)
         self._statistic = None if adaptive is None else get_statistic(adaptive.statistic)
+        self._base = base_model(model)
         self._written = writes_vision_after(model)
         self._hooks = Hooks()
         self._probes: dict[int, Probe] = {}
         self._tap: VisionTap | None = None
+        self._lock = threading.Lock()
+        self._passes: dict[int, threading.Thread] = {}  # with a pass under way that was begun here
+        self.on = False
 
     # --- on and off
 
@@ -74,15 +88,16 @@ class Reducer:
         """Put the hooks on; all of them, or none."""
         try:
             self._install()
+            self.on = True
         except BaseException:
-            self.remove()
+            self._take_off()
             raise
 
     def _install(self) -> None:
         starts = self.quotas.starts
         if not starts:
             return  # a full schedule leaves the stock model as it is
-        base, layers = base_model(self.model), decoder_layers(self.model)
+        base, layers = self._base, decoder_layers(self.model)
         if base is not self.model:
             self._hooks.before(self.model, self._ask)
         self._hooks.before(base, self._enter)
@@ -102,7 +117,38 @@ class Reducer:
         forget_compiled()
 
     def remove(self) -> None:
-        """Take everything off again."""
+        """Take everything off again: at once, or as the last pass ends that other threads have under way.
+
+        Such a pass is reduced to its end, for half of it cannot be undone; none is that begins later. What
+        this thread has under way was broken off, by an interrupt that left no time to end it.
+        """
+        with self._lock:
+            self.on = False
+            self._end()
+
+    @property
+    def ending(self) -> bool:
+        """Whether it was taken off, but passes of other threads are still under way."""
+        return not self.on and bool(self._passes)
+
+    def _begin(self) -> bool:
+        """This thread begins a pass; whether it is to be reduced."""
+        with self._lock:
+            if self.on:
+                self._passes[threading.get_ident()] = threading.current_thread()
+            else:
+                self._end()
+            return self.on
+
+    def _end(self) -> None:
+        """This thread has no pass under way any more, and threads that are gone have none; under the lock."""
+        self._passes.pop(threading.get_ident(), None)
+        if not self.on:
+            self._passes = {ident: each for ident, each in self._passes.items() if each.is_alive()}
+            if not self._passes:
+                self._take_off()
+
+    def _take_off(self) -> None:
         self._hooks.remove()
         for probe in self._probes.values():
             probe.restore()
@@ -123,6 +169,10 @@ class Reducer:
         """Begin a pass: read what of its input is vision."""
         local = self.local
         local.run, local.masks = None, {}
+        local.reduced = self._begin()
+        if not local.reduced:
+            return None
+        check_replica(module, self._base)
         arguments = encode_pixels(self.model, named_arguments(module, args, kwargs))
         candidates, local.candidates = local.candidates, 0
         made = local.plan
@@ -155,7 +205,8 @@ class Reducer:
         """Before a layer: drop what it does not get, and have read what the next one needs."""
         run = self.local.run
         if run is None:
-            return self._arguments.whole(layer, module, args, kwargs)
+            mine = self.on or self.local.reduced
+            return self._arguments.whole(layer, module, args, kwargs) if mine else None
         if layer < run.first:
             return None
         states = args[0] if args else kwargs["hidden_states"]
@@ -177,7 +228,9 @@ class Reducer:
         assert run.attention is not None
         assert run.queries is not None
         assert self._statistic is not None
-        values = self._statistic(run.attention, run.queries[1].to(run.attention.device), run.alive).tolist()
+        attention = run.attention
+        with full_precision(attention.device):
+            values = self._statistic(attention, run.queries[1].to(attention.device), run.alive).tolist()
         self.local.statistic = values
         run.follow([adaptive.level(value) for value in values])
 
@@ -185,7 +238,8 @@ class Reducer:
         """Drop what this layer does not get; the states, which a ranker that merges has changed."""
         before = kept_before(cache, layer, self.schedule)
         if self.quotas.falls(run, layer):
-            states = self._selector.drop(run, layer, states)
+            with full_precision(states.device):
+                states = self._selector.drop(run, layer, states)
             run.trace.append((layer, run.alive))
         if run.columns is not None and cache is not None:
             run.kept = append(before, run.call.past, run.columns, run.call.seq)
@@ -221,3 +275,6 @@ class Reducer:
         if run is not None:
             run.disarm()  # an exception may have come before the next layer did
             self.local.trace = run.trace
+        self.local.reduced = False
+        with self._lock:
+            self._end()

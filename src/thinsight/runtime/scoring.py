@@ -12,6 +12,7 @@ import copy
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface
 
 from ..errors import Unsupported
-from ..ranking import weighted_rows
+from ..ranking import full_precision, weighted_rows
 
 __all__ = ["Probe", "Request", "TextRows", "VisionReceived", "attention_rows"]
 
@@ -97,7 +98,7 @@ def _added(
     if mask is not None and mask.ndim == 4:
         mask = mask[..., :keys].expand(batch, -1, -1, -1)
         mask = mask.gather(2, rows[:, None, :, None].expand(batch, mask.shape[1], -1, keys))
-        return _zeros(~mask, lowest) if mask.dtype == torch.bool else mask.float()
+        return _zeros(~mask, lowest) if mask.dtype == torch.bool else mask.float().clamp(min=lowest)
     added = None
     if is_causal:
         last_seen = rows + (keys - query.shape[2] if cached is None else cached)  # (batch, rows)
@@ -194,16 +195,16 @@ class _Arming:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.calls = 0
+        self.calls: Counter[Probe] = Counter()  # armed and not disarmed, by whom; of all threads
         self.original: Any = None
         self.implementation = ""  # outlives `down`: another thread may still be inside a call that it armed
         self._armed: Any = None  # a copy of the config as it was when last armed
         self._settings: dict[str, Any] = {}
 
-    def up(self, attention: nn.Module) -> None:
+    def up(self, attention: nn.Module, probe: Probe) -> None:
         with self.lock:
-            self.calls += 1
-            if self.calls == 1:
+            self.calls[probe] += 1
+            if self.calls.total() == 1:
                 self.original = attention.config
                 settings = vars(self.original)
                 if self._armed is None or settings != self._settings:
@@ -217,10 +218,11 @@ class _Arming:
         self._armed._attn_implementation_internal = _NAME
         self._settings = dict(settings)
 
-    def down(self, attention: nn.Module, calls: int) -> None:
+    def down(self, attention: nn.Module, probe: Probe, *, all_of_it: bool = False) -> None:
         with self.lock:
-            self.calls -= calls
-            if self.calls == 0 and calls:
+            calls = self.calls[probe] if all_of_it else 1
+            self.calls -= Counter({probe: calls})  # which leaves nothing of it behind at 0
+            if calls and not self.calls:
                 _put_config(attention, self.original)
 
 
@@ -240,15 +242,13 @@ class Probe:
         self.attention = attention
         self._arming = _armings.setdefault(attention, _Arming())
         self._own = threading.local()  # .request, of this thread's call
-        self._outstanding = 0  # calls armed and not disarmed, all threads
 
     def arm(self, request: Request) -> None:
         """From now on, this thread's calls of the module answer `request`."""
         self.disarm()
         self._own.request = request
         _requests().setdefault(id(self.attention), []).append(request)
-        self._outstanding += 1
-        self._arming.up(self.attention)
+        self._arming.up(self.attention, self)
 
     def answer(self) -> Tensor | None:
         """What the armed call has read so far, in this thread."""
@@ -261,15 +261,13 @@ class Probe:
         if request is not None:
             self._own.request = None
             _requests()[id(self.attention)].remove(request)
-            self._outstanding -= 1
-            self._arming.down(self.attention, 1)
+            self._arming.down(self.attention, self)
         return request
 
     def restore(self) -> None:
         """Put the config back whatever happened (an interrupt leaves no time to disarm)."""
         self.disarm()
-        self._arming.down(self.attention, self._outstanding)
-        self._outstanding = 0
+        self._arming.down(self.attention, self, all_of_it=True)
 
 
 def _requests() -> dict[int, list[Request]]:
@@ -300,7 +298,7 @@ def _scoring_attention(
                 softcap=kwargs.get("softcap"),
             )
 
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(query.device):
             for request in requests:
                 request.read(partial(rows_of, request), query, key)
     return _real_attention(module)(module, query, key, value, attention_mask, **kwargs)
