@@ -352,6 +352,26 @@ def test_a_metric_that_needs_answers_is_refused_before_weights(
     assert "has no answer, which metric 'exact_match' needs" in error_of("search", *options)
 
 
+def test_no_error_moves_the_cursor_or_fills_the_screen() -> None:
+    line = error_of("evaluate", "--model", "a\x1b[2Jb")
+    assert "model 'a\\x1b[2Jb' is" in line
+    line = error_of("report", "x\x1b]0;owned\x07/" + "y" * 5000)
+    assert "\x1b" not in line
+    assert "\x07" not in line
+    for option in ("--dtype", "--no-such-option-", "--metric"):
+        assert len(error_of("evaluate", option, "z" * 500_000)) < 1100
+    assert len(error_of("evaluate", "--" + "z" * 500_000)) < 1100
+
+
+def test_what_is_printed_does_not_move_the_cursor(small: SmallRun) -> None:
+    Reduction(Schedule.full(4)).save_pretrained("kept\x1b[2J")
+    result = run("show", "--model", small.model, "--reduction", "kept\x1b[2J", "--out", "p\x1b[1m.png")
+    assert result.exit_code == 0
+    assert "Reduction:     kept\\x1b[2J\n" in result.stdout
+    assert "Picture:       p\\x1b[1m.png\n" in result.stdout
+    assert "\x1b" not in result.output
+
+
 def test_trouble_with_the_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "report.html")

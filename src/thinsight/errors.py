@@ -27,7 +27,7 @@ class ThinsightError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(capped(terminal(message)))
+        super().__init__(capped(terminal(message).strip()))
 
 
 class BadInput(ThinsightError):

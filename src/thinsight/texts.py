@@ -24,14 +24,15 @@ BRIEF = 280  # characters of an object in one line
 
 # controls, line and paragraph separators, what overrides the reading direction, halves of characters
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SPACE = re.compile(r"\s+")
 _MARKDOWN = re.compile(r"([\\`*\[\]<>|~&$#]|(?<![^\W_])_|_(?![^\W_]))")
 _CODE = re.compile(r"[\w./:@+,=%~ -]+")
 _ELLIPSIS = " ... "
 
 
 def terminal(value: object) -> str:
-    """One line for a terminal: white space is folded, and nothing in it moves the cursor."""
-    return _visible(" ".join(str(value).split()))
+    """One line for a terminal: nothing in it moves the cursor, and line breaks and tabs are spaces."""
+    return _visible(_SPACE.sub(lambda found: " " if _UNSAFE.search(found[0]) else found[0], str(value)))
 
 
 def html(value: object) -> str:
@@ -41,12 +42,12 @@ def html(value: object) -> str:
 
 def markdown(value: object) -> str:
     """For Markdown, as one line of a paragraph or one cell of a table."""
-    return _MARKDOWN.sub(r"\\\1", terminal(value))
+    return _MARKDOWN.sub(r"\\\1", terminal(value).strip())
 
 
 def code(value: object) -> str:
     """Likewise, as a code span where the text is plain enough to be one."""
-    text = terminal(value)
+    text = terminal(value).strip()
     return f"`{text}`" if _CODE.fullmatch(text) else markdown(text)
 
 
