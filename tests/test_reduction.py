@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,6 +68,78 @@ def test_ranker_may_be_a_name_a_dict_or_an_object() -> None:
     assert Reduction(SCHEDULE, expected).ranker == expected
     assert Reduction(SCHEDULE, SimpleNamespace(name="random", settings={"seed": 3})).ranker == expected
     assert Reduction(SCHEDULE, "random").ranker == {"name": "random"}
+
+
+RECORDED = Reduction(
+    SCHEDULE,
+    {"name": "staged", "first": {"name": "cdpruner", "layers": [1, 2]}},
+    search={"method": "sensitivity", "rankers": [{"name": "random", "seed": 1}]},
+    measured={"drop": {"mean": 0.1}, "runs": [1, 2]},
+)
+
+
+@pytest.mark.parametrize("change", [
+    lambda r: r.ranker.update(name="random"),
+    lambda r: r.ranker.__setitem__("name", "random"),
+    lambda r: r.ranker["first"].pop("layers"),
+    lambda r: r.ranker["first"]["layers"].append(3),
+    lambda r: r.measured["runs"].sort(reverse=True),
+    lambda r: r.measured["runs"].__iadd__([3]),
+    lambda r: r.search.setdefault("seed", 1),
+    lambda r: r.search["rankers"][0].clear(),
+    lambda r: r.measured.popitem(),
+    lambda r: r.measured["drop"].__delitem__("mean"),
+    lambda r: r.measured["drop"].__ior__({"mean": 0}),
+    lambda r: setattr(r, "measured", None),
+])  # fmt: skip
+def test_nothing_in_a_reduction_can_be_changed(change: Any) -> None:
+    before = json.dumps([RECORDED.ranker, RECORDED.search, RECORDED.measured])
+    with pytest.raises((TypeError, AttributeError)):
+        change(RECORDED)
+    assert json.dumps([RECORDED.ranker, RECORDED.search, RECORDED.measured]) == before
+
+
+def test_what_a_reduction_was_made_from_is_not_part_of_it() -> None:
+    record: dict[str, Any] = {"rankers": [{"name": "random"}]}
+    reduction = Reduction(SCHEDULE, search=record)
+    record["rankers"][0]["name"] = "uniform"
+    record["rankers"].append(1)
+    assert reduction.search == {"rankers": [{"name": "random"}]}
+    mine = dict(RECORDED.measured or {})
+    mine["score"] = 1.0
+    assert "score" not in (RECORDED.measured or {})
+
+
+def test_reductions_are_keys_by_content(tmp_path: Path) -> None:
+    RECORDED.save_pretrained(tmp_path)
+    again = Reduction.from_pretrained(tmp_path)
+    same = [again, copy.copy(RECORDED), copy.deepcopy(RECORDED), pickle.loads(pickle.dumps(RECORDED))]
+    assert {RECORDED: 1}[again] == 1
+    assert {RECORDED, *same} == {RECORDED}
+    assert all(type(each.search) is type(RECORDED.search) for each in same)
+    others = {
+        Reduction(SCHEDULE),
+        Reduction(Schedule.full(5)),
+        Reduction(SCHEDULE, "random"),
+        Reduction(SCHEDULE, {"name": "random", "seed": 1}),
+        Reduction(SCHEDULE, rerank=False),
+        Reduction(SCHEDULE, search={}),
+        Reduction(SCHEDULE, search={"a": 1}),
+        Reduction(SCHEDULE, measured={"a": 1}),
+        Reduction(SCHEDULE, model_type="llava"),
+    }
+    assert len(others) == 9
+    assert json.loads(json.dumps(dataclasses.asdict(RECORDED)["search"])) == {
+        "method": "sensitivity",
+        "rankers": [{"name": "random", "seed": 1}],
+    }
+
+
+def test_records_without_end_are_refused() -> None:
+    endless: dict[str, Any] = {}
+    endless["again"] = [endless]
+    with pytest.raises(ThinsightError, match="nested more than 32 levels"):
+        Reduction(SCHEDULE, search=endless)
 
 
 @pytest.mark.parametrize("ranker", [None, 3, {}, {"name": 1}, "", {"seed": 3}, SimpleNamespace(name="x")])

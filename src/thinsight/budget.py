@@ -192,6 +192,12 @@ class LatencyModel:
     tokens: tuple[float, ...]
     seconds: tuple[float, ...]
 
+    def __repr__(self) -> str:
+        return (
+            f"LatencyModel({self.device!r}, {self.dtype!r}, batch {self.batch}, {self.constant:.4g} s and "
+            f"{len(self.tokens)} points)"
+        )
+
     def layer(self, tokens: float) -> float:
         """Seconds of one layer."""
         last = len(self.tokens) - 2

@@ -21,9 +21,10 @@ from .adaptive import Adaptive
 from .card import is_model_card, model_card
 from .errors import BadInput, StorageError
 from .schedule import Schedule
+from .texts import brief
 from .version import __version__
 
-__all__ = ["CONFIG_NAME", "Reduction", "check_rerank"]
+__all__ = ["CONFIG_NAME", "Reduction", "check_rerank", "read_only"]
 
 CONFIG_NAME = "reduction_config.json"
 CARD_NAME = "README.md"
@@ -41,6 +42,53 @@ _KEYS = (
 )
 _OPTIONAL_KEYS = ("adaptive", "rerank")  # written only where they say something
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DEEPEST = 32  # levels of lists and dicts in what a reduction records
+
+
+def _refuse(self: Any, *_: Any, **__: Any) -> Any:
+    raise TypeError("this is not changed after it is made; change a copy, dict(...), and make a new object")
+
+
+class ReadOnlyDict(dict[str, Any]):
+    """A dict that cannot be changed, and so has a hash; to everything else it is a dict."""
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+class ReadOnlyList(list[Any]):
+    """Likewise, a list."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = clear = _refuse
+    extend = insert = pop = remove = reverse = sort = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (list(self),)
+
+
+def read_only(value: Any, levels: int = _DEEPEST) -> Any:
+    """JSON values with dicts and lists that cannot be changed, at every level.
+
+    Raises:
+        ThinsightError: nested deeper than anyone means it.
+    """
+    if not isinstance(value, (Mapping, list, tuple)):
+        return value
+    if levels == 0:
+        raise BadInput(
+            f"a reduction's records are nested more than {_DEEPEST} levels deep; make them flatter"
+        )
+    if isinstance(value, Mapping):
+        return ReadOnlyDict({key: read_only(item, levels - 1) for key, item in value.items()})
+    return ReadOnlyList([read_only(item, levels - 1) for item in value])
 
 
 @dataclass(frozen=True, init=False)
@@ -61,7 +109,8 @@ class Reduction:
         rerank: True: tokens are ranked anew at every reduction; a number in (0, 1): only once fewer than this
             share of the tokens are to be kept that the prompt's last ranking kept; False: once.
 
-    A reduction is not changed after it is made: ``dataclasses.replace(reduction, measured={...})`` makes a
+    A reduction is not changed after it is made, nor are the dicts and lists that it holds, so it has
+    a hash, and two of equal content are equal. ``dataclasses.replace(reduction, measured={...})`` makes a
     new one.
 
     Raises:
@@ -69,11 +118,11 @@ class Reduction:
     """
 
     schedule: Schedule
-    ranker: dict[str, Any]
+    ranker: Mapping[str, Any]
     base_model_name_or_path: str | None
     model_type: str | None
-    search: dict[str, Any] | None
-    measured: dict[str, Any] | None
+    search: Mapping[str, Any] | None
+    measured: Mapping[str, Any] | None
     adaptive: Adaptive | None
     rerank: bool | float
 
@@ -105,6 +154,16 @@ class Reduction:
         object.__setattr__(self, "measured", _mapping(measured, "measured"))
         object.__setattr__(self, "adaptive", adaptive)
         object.__setattr__(self, "rerank", check_rerank(rerank))
+
+    def __repr__(self) -> str:
+        facts = [repr(self.schedule), f"ranker {self.ranker['name']!r}"]
+        facts += [f"{key}={value!r}" for key, value in self.ranker.items() if key != "name"]
+        facts += [] if self.adaptive is None else ["adaptive"]
+        facts += [] if self.rerank is True else [f"rerank={self.rerank}"]
+        facts += [f"for {name!r}" for name in (self.model_type, self.base_model_name_or_path) if name]
+        facts += ["searched"] if self.search else []
+        facts += ["measured"] if self.measured else []
+        return brief(f"Reduction({', '.join(facts)})")
 
     def average(self, of: Callable[[Schedule], float]) -> float:
         """A function of a prompt's schedule, such as its cost, for the average prompt."""
@@ -320,7 +379,7 @@ def _schedule(keep_rates: Any, num_layers: Any) -> Schedule:
     return Schedule(keep_rates)
 
 
-def _ranker_dict(ranker: Any) -> dict[str, Any]:
+def _ranker_dict(ranker: Any) -> Mapping[str, Any]:
     if isinstance(ranker, str):
         found: dict[str, Any] = {"name": ranker}
     elif isinstance(ranker, Mapping):
@@ -331,7 +390,7 @@ def _ranker_dict(ranker: Any) -> dict[str, Any]:
         raise BadInput(f"ranker is {ranker!r}; pass a name, a dict with a name, or a ranker object")
     if not isinstance(found.get("name"), str) or not found["name"]:
         raise BadInput(f"ranker is {ranker!r}; its name must be a text, such as 'text-attention'")
-    return found
+    return ReadOnlyDict(read_only(found))
 
 
 def _text(value: Any, field: str) -> str | None:
@@ -340,10 +399,10 @@ def _text(value: Any, field: str) -> str | None:
     return value
 
 
-def _mapping(value: Any, field: str) -> dict[str, Any] | None:
+def _mapping(value: Any, field: str) -> Mapping[str, Any] | None:
     if value is not None and not isinstance(value, Mapping):
         raise BadInput(f"{field} is {value!r}; it must be a dict or None")
-    return None if value is None else dict(value)
+    return None if value is None else ReadOnlyDict(read_only(value))
 
 
 def _download(repo_id: str, revision: str | None, token: str | bool | None) -> Path:

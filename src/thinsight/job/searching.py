@@ -162,7 +162,7 @@ def _along_frontier(
         )
         for point in found.points
     )
-    trials = [trial for point in found.points for trial in point.trials]
+    trials = tuple(trial for point in found.points for trial in point.trials)
     forwards = math.fsum(point.full_forwards or 0.0 for point in found.points)
     return replace(taken, trials=trials, method="frontier", full_forwards=forwards), rows
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..errors import BadInput
 from ..ranking import Ranker
 from ..schedule import Schedule
+from ..texts import brief
 from .call import Plan, encode_pixels
 from .families import base_model
 from .passes import Pass, PassState, ThreadState
@@ -66,6 +67,10 @@ class Handle:
             self._reducer.install()
             self._on = True
             _applied.add(base_model(model))
+
+    def __repr__(self) -> str:
+        where = "" if self._on else ", removed"
+        return brief(f"Handle({type(self.model).__name__}, {self.schedule!r}, {self.ranker!r}{where})")
 
     def remove(self) -> None:
         """Take the reduction off. Safe to call twice."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median_low
 from typing import Any
@@ -128,7 +128,7 @@ class BudgetedRun:
         why: str,
         *,
         share: float = 1.0,
-        ranker: dict[str, Any] | None = None,
+        ranker: Mapping[str, Any] | None = None,
         floor: float | None = None,
     ) -> Trial:
         """Evaluate a candidate, or give back what is known of it; it must hold the budget.
@@ -145,7 +145,7 @@ class BudgetedRun:
         why: str,
         *,
         share: float = 1.0,
-        ranker: dict[str, Any] | None = None,
+        ranker: Mapping[str, Any] | None = None,
         floor: float | None = None,
         adaptive: Adaptive | None = None,
     ) -> Trial:
@@ -165,7 +165,7 @@ class BudgetedRun:
         schedule: Schedule,
         why: str,
         share: float,
-        ranker: dict[str, Any] | None,
+        ranker: Mapping[str, Any] | None,
         floor: float | None,
         adaptive: Adaptive | None,
     ) -> Trial:
@@ -211,7 +211,7 @@ class BudgetedRun:
         result = SearchResult(
             schedule=best.schedule,
             reduction=self._reduction(best),
-            trials=self.trials,
+            trials=tuple(self.trials),
             method=self.settings["method"],
             max_drop=None,
             full_score=self.study.full_score,

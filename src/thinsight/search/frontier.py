@@ -40,6 +40,11 @@ class Frontier:
     full_score: float
     evaluations: float
 
+    def __repr__(self) -> str:
+        ends = [self.points[0], self.points[-1]] if self.points else []
+        range_ = " to ".join(f"{point.spent:.4g}" for point in ends if point.spent is not None)
+        return f"Frontier({len(self.points)} points, cost {range_}, {self.evaluations:g} evaluations)"
+
     def within(self, limit: float) -> SearchResult:
         """The best-scoring point that costs at most ``limit``, in the budgets' unit.
 

@@ -247,7 +247,7 @@ class _Run:
         return SearchResult(
             schedule=self.schedule,
             reduction=self._reduction(),
-            trials=self.trials,
+            trials=tuple(self.trials),
             method="gsearch",
             max_drop=self.settings["max_drop"],
             full_score=self.full_score,

@@ -13,7 +13,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -152,7 +152,7 @@ class Study:
         schedule: Schedule,
         floor: float | None = None,
         *,
-        ranker: dict[str, Any] | None = None,
+        ranker: Mapping[str, Any] | None = None,
         share: float = 1.0,
         adaptive: Adaptive | None = None,
     ) -> Record:
@@ -213,7 +213,7 @@ class Study:
         other = self._records.get(replace(asked, exact=not asked.exact))
         return same or (other if other is not None and other.complete else None)
 
-    def _run(self, asked: _Asked, ranker: dict[str, Any] | None, floor: float | None) -> Record:
+    def _run(self, asked: _Asked, ranker: Mapping[str, Any] | None, floor: float | None) -> Record:
         started = time.perf_counter()
         wanted: Any = asked.schedule
         if ranker is not None or asked.adaptive is not None:
