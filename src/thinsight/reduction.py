@@ -11,23 +11,25 @@ import os
 import re
 import secrets
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from .adaptive import Adaptive
-from .card import is_model_card, model_card
+from .card import is_hub_id, is_model_card, model_card
 from .errors import BadInput, StorageError
 from .schedule import Schedule
 from .texts import brief
 from .version import __version__
 
-__all__ = ["CONFIG_NAME", "Reduction", "check_rerank", "read_only"]
+__all__ = ["CONFIG_NAME", "Reduction", "check_rerank", "public_name", "read_only"]
 
 CONFIG_NAME = "reduction_config.json"
 CARD_NAME = "README.md"
+_LEFT_ALONE = "was not written by thinsight, or was changed since, and is left as it is"
 SCHEMA_VERSION = 1
 _KEYS = (
     "schema_version",
@@ -41,7 +43,8 @@ _KEYS = (
     "measured",
 )
 _OPTIONAL_KEYS = ("adaptive", "rerank")  # written only where they say something
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # in the Hub's cache
+_DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 _DEEPEST = 32  # levels of lists and dicts in what a reduction records
 
 
@@ -99,7 +102,8 @@ class Reduction:
         schedule: keep rates of all decoder layers.
         ranker: a ranker's name, a dict ``{"name": ..., **settings}``, or an object with ``name`` and
             ``settings``.
-        base_model_name_or_path: the model it was searched for, as given to ``from_pretrained``.
+        base_model_name_or_path: the model it was searched for, as given to ``from_pretrained``. Of a path
+            only the folder's name is kept (see `public_name`), for a reduction is made to be passed on.
         model_type: the model family, ``model.config.model_type``; None fits any.
         search: how it was found (method, tolerance, seed, evaluations ...), JSON values; None if not
             searched.
@@ -145,10 +149,10 @@ class Reduction:
                 f"adaptive has {adaptive.num_layers} layers but the schedule {schedule.num_layers}; "
                 "pass adaptive.mean() as the schedule"
             )
-        name = base_model_name_or_path
+        name = _text(base_model_name_or_path, "base_model_name_or_path")
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "ranker", _ranker_dict(ranker))
-        object.__setattr__(self, "base_model_name_or_path", _text(name, "base_model_name_or_path"))
+        object.__setattr__(self, "base_model_name_or_path", None if name is None else public_name(name))
         object.__setattr__(self, "model_type", _text(model_type, "model_type"))
         object.__setattr__(self, "search", _mapping(search, "search"))
         object.__setattr__(self, "measured", _mapping(measured, "measured"))
@@ -172,7 +176,8 @@ class Reduction:
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write ``reduction_config.json`` and a model card into a folder, making it where needed.
 
-        Each file appears whole or not at all. A README.md that is not a thinsight card is left alone.
+        Each file appears whole or not at all. A README.md that was not written here, or was changed since, is
+        left alone, with a warning.
 
         Raises:
             ThinsightError: a value that JSON cannot hold, or a folder that cannot be written.
@@ -181,9 +186,10 @@ class Reduction:
         config = self._encoded()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            card = folder / CARD_NAME
-            if not card.exists() or is_model_card(card.read_text(encoding="utf-8", errors="replace")):
-                _write_atomically(card, self._card())
+            if _is_ours(folder / CARD_NAME):
+                _write_atomically(folder / CARD_NAME, self._card())
+            else:
+                warnings.warn(f"{folder / CARD_NAME} {_LEFT_ALONE}", stacklevel=2)
             _write_atomically(folder / CONFIG_NAME, config)
         except OSError as error:
             raise StorageError(
@@ -216,7 +222,7 @@ class Reduction:
                 raise BadInput(f"folder {folder} has no {CONFIG_NAME}; pass a folder that a search wrote")
         elif folder.exists():
             raise BadInput(f"{folder} is a file; pass the folder that holds {CONFIG_NAME}")
-        elif _HUB_ID.fullmatch(name):
+        elif is_hub_id(name):
             path = _download(name, revision, token)
         else:
             raise BadInput(
@@ -235,6 +241,8 @@ class Reduction:
     ) -> str:
         """Upload config and model card to a Hub repository, made where needed; gives the commit's URL.
 
+        A README.md there that was not written here, or was changed since, is left alone, with a warning.
+
         Raises:
             ThinsightError: the Hub refused or could not be reached.
         """
@@ -246,11 +254,18 @@ class Reduction:
             self.save_pretrained(folder)
             try:
                 target = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                ours = _is_ours_on_the_hub(api, target, revision)
                 commit = api.upload_folder(
-                    repo_id=target, folder_path=folder, revision=revision, commit_message=commit_message
+                    repo_id=target,
+                    folder_path=folder,
+                    revision=revision,
+                    commit_message=commit_message,
+                    ignore_patterns=None if ours else CARD_NAME,
                 )
             except (HfHubHTTPError, HFValidationError, OSError) as error:
                 raise StorageError(f"repo_id {repo_id!r} could not be pushed to: {error}") from None
+        if not ours:
+            warnings.warn(f"{CARD_NAME} of {target} {_LEFT_ALONE}", stacklevel=2)
         return str(commit.commit_url)
 
     def _encoded(self) -> str:
@@ -286,6 +301,19 @@ class Reduction:
             measured=self.measured,
             adaptive=self.adaptive,
         )
+
+
+def public_name(name: str) -> str:
+    """What others may see of a model's or a data set's name: of a path its last part alone.
+
+    Hub ids and names without a place stay as they are. A snapshot in the Hub's cache is the id it came from.
+    """
+    snapshot = _SNAPSHOT.search(name)
+    if snapshot is not None:
+        return snapshot[1].replace("--", "/")
+    if name[:1] in ("/", ".", "~") or "\\" in name or name.count("/") > 1 or _DRIVE.match(name):
+        return PureWindowsPath(name).name or name
+    return name
 
 
 def check_rerank(rerank: Any) -> bool | float:
@@ -416,6 +444,20 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None) -> P
             f"there is no folder {repo_id!r}, and the Hugging Face Hub gave no {CONFIG_NAME} for it "
             f"({type(error).__name__}); check the name and the connection"
         ) from None
+
+
+def _is_ours(card: Path) -> bool:
+    """Whether a model card may be written here: there is none, or one of ours that nobody changed."""
+    return not card.exists() or is_model_card(card.read_text(encoding="utf-8", errors="replace"))
+
+
+def _is_ours_on_the_hub(api: Any, repo_id: str, revision: str | None) -> bool:
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+
+    try:
+        return _is_ours(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)))
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+        return True
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from .. import cost
 from ..errors import BadInput, Unsupported
+from ..loading import base_name, checkpoint_hash
 from ..ranking import get_ranker
 from ..reduction import Reduction
 from ..runtime import Handle, apply, num_layers
@@ -399,9 +400,19 @@ class Evaluator:
         return Reduction(
             schedule,
             self.ranker,
-            base_model_name_or_path=getattr(self.model, "name_or_path", None) or None,
+            base_model_name_or_path=self._base_name,
             model_type=self.model.config.model_type,
         )
+
+    @cached_property
+    def _base_name(self) -> str | None:
+        name = self.model.name_or_path
+        return base_name(name) if name else None
+
+    @cached_property
+    def checkpoint(self) -> str | None:
+        """A hash of the local folder that the model was loaded from; None if there is none."""
+        return checkpoint_hash(self.model.name_or_path) if self.model.name_or_path else None
 
     @cached_property
     def fingerprint(self) -> str:
