@@ -43,9 +43,7 @@ FAULTS = (
         "Gemma 3 and Qwen3-VL read a new image in a later turn wrongly",
     ),
     Fault((5, 19), (5, 23), "test_each_chunk_of_a_prompt", "chunked prefill loses the images"),
-    Fault(
-        (5, 19), (5, 23), "checkpointing_leaves_them_as_they_are", "layers are checkpointed with hooks"
-    ),
+    Fault((5, 19), (5, 23), "checkpointing_leaves_them_as_they_are", "layers are checkpointed with hooks"),
 )
 
 
