@@ -32,6 +32,14 @@ def test_the_mean_is_of_the_calibration_prompts() -> None:
     assert Reduction(LOW).average(lambda s: s.keep_rates[3]) == 0.4
 
 
+def test_a_family_of_lists_is_the_same_and_has_a_hash() -> None:
+    edges, shares = [0.25, 0.5], [0.25, 0.5, 0.25]
+    family = Adaptive("concentration", 2, edges, [LOW, MIDDLE, HIGH], shares)  # type: ignore[arg-type]
+    edges.append(1.0)
+    assert {family: 1}[FAMILY] == 1
+    assert hash(Reduction(family.mean(), adaptive=family)) == hash(Reduction(FAMILY.mean(), adaptive=FAMILY))
+
+
 def test_a_saved_reduction_comes_back(tmp_path: Path) -> None:
     reduction = Reduction(FAMILY.mean(), adaptive=FAMILY, model_type="llava")
     reduction.save_pretrained(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -145,8 +146,12 @@ def test_a_search_tells_of_a_test_set_that_says_nothing(small: SmallRun) -> None
 
 @pytest.mark.parametrize("command", ["search", "compare", "evaluate"])
 def test_batch_sizes_that_are_none(command: str) -> None:
-    for size in ("many", "-1", "1.5", "9" * 5000):
+    for size in ("many", "-1", "1.5"):
         assert f"batch_size is '{size}': it must be" in error_of(command, "--batch-size", size)
+    line = error_of(command, "--batch-size", "9" * 5000)
+    assert line.startswith("error: batch_size is '999")
+    assert line.endswith("999': it must be a whole number of at least 1, or 'auto'")
+    assert len(line) == len("error: ") + 1000
     assert "batch_size is 0: it must be" in error_of(command, "--batch-size", 0)
 
 
@@ -225,6 +230,23 @@ def test_the_default_folder_is_found_for_its_own_model_only(small: SmallRun, tmp
     assert "reduction: thinsight-out" in run("bench", "--model", small.model, *common).stdout
     Reduction(schedule, base_model_name_or_path="another").save_pretrained("thinsight-out")
     assert "reduction: FastV at 50 %" in run("bench", "--model", small.model, *common).stdout
+
+
+def test_the_default_folder_is_found_for_a_model_that_moved_and_not_for_its_namesake(
+    small: SmallRun, tmp_path: Path
+) -> None:
+    """Both are called "model": what was searched is told by its checkpoint."""
+    assert search(small, "--limit", 4, "--step", 16).exit_code == 0
+    common = ("--data", small.test, "--runs", 1, "--new-tokens", 1, "--batch-size", 1)
+    moved, other = tmp_path / "a" / "renamed", tmp_path / "b" / "model"
+    shutil.copytree(small.model, moved)
+    shutil.copytree(small.model, other)
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-2:] = bytes(byte ^ 1 for byte in weights[-2:])  # as a fine-tuned model differs: in weights alone
+    (other / "model.safetensors").write_bytes(weights)
+    assert "reduction: thinsight-out" in run("bench", "--model", small.model, *common).stdout
+    assert "reduction: thinsight-out" in run("bench", "--model", moved, *common).stdout
+    assert "reduction: FastV at 50 %" in run("bench", "--model", other, *common).stdout
 
 
 def test_every_command_runs_without_arguments(
@@ -350,6 +372,26 @@ def test_a_metric_that_needs_answers_is_refused_before_weights(
     options = ("--model", small.model, "--data", data, "--metric", "exact_match")
     assert "has no answer, which metric 'exact_match' needs" in error_of("evaluate", *options)
     assert "has no answer, which metric 'exact_match' needs" in error_of("search", *options)
+
+
+def test_no_error_moves_the_cursor_or_fills_the_screen() -> None:
+    line = error_of("evaluate", "--model", "a\x1b[2Jb")
+    assert "model 'a\\x1b[2Jb' is" in line
+    line = error_of("report", "x\x1b]0;owned\x07/" + "y" * 5000)
+    assert "\x1b" not in line
+    assert "\x07" not in line
+    for option in ("--dtype", "--no-such-option-", "--metric"):
+        assert len(error_of("evaluate", option, "z" * 500_000)) < 1100
+    assert len(error_of("evaluate", "--" + "z" * 500_000)) < 1100
+
+
+def test_what_is_printed_does_not_move_the_cursor(small: SmallRun) -> None:
+    Reduction(Schedule.full(4)).save_pretrained("kept\x1b[2J")
+    result = run("show", "--model", small.model, "--reduction", "kept\x1b[2J", "--out", "p\x1b[1m.png")
+    assert result.exit_code == 0
+    assert "Reduction:     kept\\x1b[2J\n" in result.stdout
+    assert "Picture:       p\\x1b[1m.png\n" in result.stdout
+    assert "\x1b" not in result.output
 
 
 def test_trouble_with_the_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

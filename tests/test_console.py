@@ -54,6 +54,22 @@ def test_a_note_in_a_log_is_one_line_however_long() -> None:
     assert file.getvalue().count("\n") == 1
 
 
+def test_what_is_told_does_not_move_the_cursor() -> None:
+    file = io.StringIO()
+    with ConsoleWatcher(Console(file=file, width=100)) as watcher:
+        watcher.on_stage("Testing\x1b[2J\nmine")
+        watcher.on_note("warning: file \x1b]0;owned\x07\rerror")
+    assert file.getvalue().split("\n")[0] == "warning: file \\x1b]0;owned\\x07 error"
+    assert file.getvalue().split("\n")[1].startswith("✓ Testing\\x1b[2J mine  0:0")
+
+
+def test_a_note_is_not_endless() -> None:
+    file = io.StringIO()
+    ConsoleWatcher(Console(file=file, width=20)).on_note("x" * 10_000 + " choose another")
+    assert len(file.getvalue()) == 1001
+    assert file.getvalue().endswith("x choose another\n")
+
+
 def test_the_bar_tells_layer_score_and_time_left() -> None:
     file = io.StringIO()
     watcher = ConsoleWatcher(Console(file=file, width=120, force_terminal=True))

@@ -4,6 +4,7 @@ do."""
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGener
 
 from thinsight import loading
 from thinsight.errors import ThinsightError
+from thinsight.loading import base_name, checkpoint_hash
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +152,7 @@ def test_unsupported_family(tmp_path: Path) -> None:
         vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
-    assert "cannot run under a reduction: model_type is 'llama'; supported: " in load_error(tmp_path)
+    assert "cannot run under a reduction: model_type is 'llama', which transformers" in load_error(tmp_path)
 
 
 def test_a_family_that_cannot_work_gets_its_reason_before_weights_are_read(tmp_path: Path) -> None:
@@ -340,3 +342,58 @@ def test_remote_code_needs_a_word(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "their.py").write_text("raise SystemExit('remote code was run')")
     assert "--trust-remote-code" in load_error(tmp_path)
+
+
+# -- what a reduction says of it -----------------------------------------------------------------------------
+
+
+def test_a_local_folder_goes_by_its_own_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "models" / "my-llava"
+    shutil.copytree(folder, place)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in (place, f"{place}/", "models/my-llava", "./models/my-llava", "~/models/my-llava"):
+        assert base_name(name) == "my-llava"
+    monkeypatch.chdir(place)
+    for name in (".", "./", "../my-llava", "../../models/my-llava"):
+        assert base_name(name) == "my-llava"
+    (place / "inside").mkdir()
+    monkeypatch.chdir(place / "inside")
+    assert base_name("..") == "my-llava"
+
+
+def test_other_names_stay_what_they_are() -> None:
+    for name in ("demo", "demo-internvl", "llava-hf/llava-1.5-7b-hf", "gpt2"):
+        assert base_name(name) == name
+    for name, place in loading.DEMOS.items():
+        assert base_name(place) == base_name(str(place)) == name
+        assert checkpoint_hash(place) is checkpoint_hash(name) is None
+    assert checkpoint_hash("llava-hf/llava-1.5-7b-hf") is None
+
+
+def test_a_snapshot_in_the_cache_goes_by_its_id(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "hub" / "models--llava-hf--llava-1.5-7b-hf" / "snapshots" / "8c85e9a4d626b7b"
+    shutil.copytree(folder, place)
+    assert base_name(place) == "llava-hf/llava-1.5-7b-hf"
+
+
+def test_a_checkpoint_is_known_wherever_it_lies(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    before = checkpoint_hash(folder)
+    assert before == checkpoint_hash(other) == checkpoint_hash(str(other))
+    (other / "README.md").write_text("notes")
+    assert checkpoint_hash(other) == before
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    assert checkpoint_hash(other) != before
+    shutil.copytree(folder, other, dirs_exist_ok=True)
+    assert checkpoint_hash(other) == before
+    with open(other / "model.safetensors", "r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"\x55")
+    assert checkpoint_hash(other) != before
+    (other / "model.safetensors").unlink()
+    (other / "model.safetensors").write_bytes(b"")
+    assert checkpoint_hash(other) not in (before, None)

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import thinsight as ts
 from thinsight.cli import app
-from thinsight.runtime.families import SUPPORTED
+from thinsight.errors import Unsupported
+from thinsight.runtime.families import SUPPORTED, refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "models.md"
@@ -81,6 +82,34 @@ def test_the_page_lists_exactly_the_families_and_behaviours_of_the_suite() -> No
 def test_the_readme_lists_the_families_of_the_suite() -> None:
     _, _, *lines = between_markers(ROOT / "README.md")
     assert [line[0] for line in lines] == list(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("glmga", "which runs as Glm46VForConditionalGeneration like 'glm46v', but has not been tried"),
+        (
+            "shieldgemma2",
+            "which runs as Gemma3ForConditionalGeneration like 'gemma3', but has not been tried",
+        ),
+        ("qwen3_5", r"whose decoder has layers \(linear_attention\) that are no plain self-attention"),
+        ("aria", "which is not on the list yet: nobody has tried AriaForConditionalGeneration"),
+        ("florence2", "'florence2' is an encoder-decoder"),
+        ("mllama", "'mllama' reads images by cross-attention"),
+        ("llama", r"which transformers [\d.]+ does not load as a model that answers questions about images"),
+    ],
+)
+def test_a_model_that_is_not_listed_gets_a_reason(model_type: str, reason: str) -> None:
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not know {model_type}")
+    message = refusal(transformers.CONFIG_MAPPING[model_type]())
+    assert message is not None
+    assert re.search(reason, message)
+    assert len(str(Unsupported(message))) == len(message)  # not cut
+
+
+def test_every_model_that_is_listed_is_taken() -> None:
+    assert [kind for kind in SUPPORTED if refusal(transformers.CONFIG_MAPPING[kind]()) is not None] == []
 
 
 # --- how the tables are made

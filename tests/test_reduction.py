@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import copy
 import dataclasses
 import json
 import os
+import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from thinsight.errors import ThinsightError
 from thinsight.reduction import Reduction
@@ -66,6 +71,78 @@ def test_ranker_may_be_a_name_a_dict_or_an_object() -> None:
     assert Reduction(SCHEDULE, expected).ranker == expected
     assert Reduction(SCHEDULE, SimpleNamespace(name="random", settings={"seed": 3})).ranker == expected
     assert Reduction(SCHEDULE, "random").ranker == {"name": "random"}
+
+
+RECORDED = Reduction(
+    SCHEDULE,
+    {"name": "staged", "first": {"name": "cdpruner", "layers": [1, 2]}},
+    search={"method": "sensitivity", "rankers": [{"name": "random", "seed": 1}]},
+    measured={"drop": {"mean": 0.1}, "runs": [1, 2]},
+)
+
+
+@pytest.mark.parametrize("change", [
+    lambda r: r.ranker.update(name="random"),
+    lambda r: r.ranker.__setitem__("name", "random"),
+    lambda r: r.ranker["first"].pop("layers"),
+    lambda r: r.ranker["first"]["layers"].append(3),
+    lambda r: r.measured["runs"].sort(reverse=True),
+    lambda r: r.measured["runs"].__iadd__([3]),
+    lambda r: r.search.setdefault("seed", 1),
+    lambda r: r.search["rankers"][0].clear(),
+    lambda r: r.measured.popitem(),
+    lambda r: r.measured["drop"].__delitem__("mean"),
+    lambda r: r.measured["drop"].__ior__({"mean": 0}),
+    lambda r: setattr(r, "measured", None),
+])  # fmt: skip
+def test_nothing_in_a_reduction_can_be_changed(change: Any) -> None:
+    before = json.dumps([RECORDED.ranker, RECORDED.search, RECORDED.measured])
+    with pytest.raises((TypeError, AttributeError)):
+        change(RECORDED)
+    assert json.dumps([RECORDED.ranker, RECORDED.search, RECORDED.measured]) == before
+
+
+def test_what_a_reduction_was_made_from_is_not_part_of_it() -> None:
+    record: dict[str, Any] = {"rankers": [{"name": "random"}]}
+    reduction = Reduction(SCHEDULE, search=record)
+    record["rankers"][0]["name"] = "uniform"
+    record["rankers"].append(1)
+    assert reduction.search == {"rankers": [{"name": "random"}]}
+    mine = dict(RECORDED.measured or {})
+    mine["score"] = 1.0
+    assert "score" not in (RECORDED.measured or {})
+
+
+def test_reductions_are_keys_by_content(tmp_path: Path) -> None:
+    RECORDED.save_pretrained(tmp_path)
+    again = Reduction.from_pretrained(tmp_path)
+    same = [again, copy.copy(RECORDED), copy.deepcopy(RECORDED), pickle.loads(pickle.dumps(RECORDED))]
+    assert {RECORDED: 1}[again] == 1
+    assert {RECORDED, *same} == {RECORDED}
+    assert all(type(each.search) is type(RECORDED.search) for each in same)
+    others = {
+        Reduction(SCHEDULE),
+        Reduction(Schedule.full(5)),
+        Reduction(SCHEDULE, "random"),
+        Reduction(SCHEDULE, {"name": "random", "seed": 1}),
+        Reduction(SCHEDULE, rerank=False),
+        Reduction(SCHEDULE, search={}),
+        Reduction(SCHEDULE, search={"a": 1}),
+        Reduction(SCHEDULE, measured={"a": 1}),
+        Reduction(SCHEDULE, model_type="llava"),
+    }
+    assert len(others) == 9
+    assert json.loads(json.dumps(dataclasses.asdict(RECORDED)["search"])) == {
+        "method": "sensitivity",
+        "rankers": [{"name": "random", "seed": 1}],
+    }
+
+
+def test_records_without_end_are_refused() -> None:
+    endless: dict[str, Any] = {}
+    endless["again"] = [endless]
+    with pytest.raises(ThinsightError, match="nested more than 32 levels"):
+        Reduction(SCHEDULE, search=endless)
 
 
 @pytest.mark.parametrize("ranker", [None, 3, {}, {"name": 1}, "", {"seed": 3}, SimpleNamespace(name="x")])
@@ -180,8 +257,9 @@ def test_hub_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [("someone/reduction", "reduction_config.json", {"revision": "v2", "token": None})]
 
 
-def test_push_to_hub_uploads_the_saved_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_hub_uploads_the_saved_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     uploaded = {}
 
@@ -192,14 +270,30 @@ def test_push_to_hub_uploads_the_saved_folder(monkeypatch: pytest.MonkeyPatch) -
         def create_repo(self, repo_id: str, **kwargs: Any) -> Any:
             return SimpleNamespace(repo_id=f"me/{repo_id}")
 
-        def upload_folder(self, *, repo_id: str, folder_path: str, **kwargs: Any) -> Any:
-            uploaded[repo_id] = {path.name: path.read_text() for path in Path(folder_path).iterdir()}
+        def hf_hub_download(self, repo_id: str, name: str, **kwargs: Any) -> str:
+            if not there.exists():
+                raise absent("404", response=SimpleNamespace(headers={}, request=None))
+            return str(there)
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, ignore_patterns: Any, **kw: Any) -> Any:
+            files = (path for path in Path(folder_path).iterdir() if path.name != ignore_patterns)
+            uploaded[repo_id] = {path.name: path.read_text() for path in files}
             return SimpleNamespace(commit_url="the-url")
 
+    there, absent = tmp_path / "README.md", RemoteEntryNotFoundError
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     assert Reduction(SCHEDULE).push_to_hub("mine") == "the-url"
     assert json.loads(uploaded["me/mine"]["reduction_config.json"])["num_layers"] == 5
     assert "## Schedule" in uploaded["me/mine"]["README.md"]
+    there.write_text(uploaded["me/mine"]["README.md"])  # ours, as it was pushed
+    Reduction(Schedule.full(7)).push_to_hub("mine")
+    assert "7 layers" in uploaded["me/mine"]["README.md"]
+    there.write_text(uploaded["me/mine"]["README.md"] + "My own notes.\n")
+    with pytest.warns(
+        UserWarning, match=r"README\.md of me/mine was not written by thinsight, or was changed"
+    ):
+        Reduction(Schedule.full(8)).push_to_hub("mine")
+    assert [*uploaded["me/mine"]] == ["reduction_config.json"]
 
 
 def test_values_that_json_cannot_hold(tmp_path: Path) -> None:
@@ -241,14 +335,116 @@ def test_card_shows_schedule_figures_and_use(tmp_path: Path) -> None:
     assert "## How it was found" not in card
 
 
-def test_a_foreign_readme_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("# My project\n\nlibrary_name: thinsight\n")
-    Reduction(SCHEDULE).save_pretrained(tmp_path)
-    assert (tmp_path / "README.md").read_text().startswith("# My project")
-    (tmp_path / "README.md").unlink()
+@pytest.mark.parametrize(
+    "mine",
+    [
+        "# My project\n\nlibrary_name: thinsight\n",
+        "---\nlibrary_name: thinsight\ntags: [x]\n---\n\n# My own reduction\n",
+        "",
+        b"\xff\xfe not text",
+    ],
+)
+def test_a_readme_of_the_users_own_is_left_alone(tmp_path: Path, mine: str | bytes) -> None:
+    card = tmp_path / "README.md"
+    content = mine if isinstance(mine, bytes) else mine.encode()
+    card.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"README\.md was not written by thinsight, or was changed since"):
+        Reduction(SCHEDULE).save_pretrained(tmp_path)
+    assert card.read_bytes() == content
+    assert Reduction.from_pretrained(tmp_path).schedule == SCHEDULE
+
+
+def test_our_readme_is_replaced_until_it_is_changed(tmp_path: Path, recwarn: Any) -> None:
+    card = tmp_path / "README.md"
     Reduction(SCHEDULE).save_pretrained(tmp_path)
     Reduction(Schedule.full(7)).save_pretrained(tmp_path)
-    assert "7 layers" in (tmp_path / "README.md").read_text()
+    assert "7 layers" in card.read_text()
+    card.write_text(card.read_text().replace("\n", "\r\n"), newline="")  # as git may check it out
+    Reduction(Schedule.full(8)).save_pretrained(tmp_path)
+    assert "8 layers" in card.read_text()
+    assert not recwarn.list
+    changed = card.read_text().replace("8 layers", "eight layers")
+    card.write_text(changed)
+    with pytest.warns(UserWarning, match="is left as it is"):
+        Reduction(SCHEDULE).save_pretrained(tmp_path)
+    assert card.read_text() == changed
+
+
+HOSTILE = 'a/b\nlicense: mit\n---\n# mine\n```\n"); import os; ("|<img src=x>`x` \x1b[2J'
+
+
+def test_a_hostile_name_adds_nothing_to_the_card(tmp_path: Path) -> None:
+    reduction = Reduction(
+        SCHEDULE,
+        {"name": HOSTILE, HOSTILE: [HOSTILE]},
+        base_model_name_or_path=HOSTILE,
+        search={HOSTILE: HOSTILE, "rankers": [{"name": HOSTILE}]},
+        measured={"device": HOSTILE},
+    )
+    reduction.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    plain = Reduction(
+        SCHEDULE,
+        {"name": "x", "y": ["z"]},
+        base_model_name_or_path="a",
+        search={"x": "x", "rankers": [{"name": "x"}]},
+        measured={"device": "x"},
+    )
+    plain.save_pretrained(tmp_path / "plain")
+    expected = (tmp_path / "plain" / "README.md").read_text()
+    assert card.count("\n") == expected.count("\n")
+    front = card.split("---\n")[1]
+    assert yaml.safe_load(front) == {"library_name": "thinsight", "tags": ["vision-token-reduction"]}
+    assert "\x1b" not in card
+    assert not re.search(r"(?<!\\)<img", re.sub(r"```python\n.*?\n```", "", card, flags=re.DOTALL))
+    for line, wanted in zip(card.splitlines(), expected.splitlines(), strict=True):
+        cells = re.sub(r"\\.", "", line).count("|")
+        assert not wanted.startswith("|") or cells == wanted.count("|")
+        assert line.startswith("```") == wanted.startswith("```")
+    snippet = card.split("```python\n")[1].split("\n```")[0]
+    calls = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
+    names = [call.args[0].value for call in calls if call.args and isinstance(call.args[0], ast.Constant)]
+    assert names == [f"path/to/{reduction.base_model_name_or_path}"] * 2 + ["this/folder"]
+
+
+@pytest.mark.parametrize("name", ["demo", "demo-internvl"])
+def test_the_card_loads_the_demos(tmp_path: Path, name: str) -> None:
+    Reduction(SCHEDULE, base_model_name_or_path=name).save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert f'model, processor = ts.load_demo(name="{name}")\n' in card
+    assert "transformers" not in card.split("```python")[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("llava-hf/llava-1.5-7b-hf", "llava-hf/llava-1.5-7b-hf"),
+        ("demo", "demo"),
+        ("my model", "my model"),
+        ("/home/me/secret/my-llava", "my-llava"),
+        ("/home/me/secret/my-llava/", "my-llava"),
+        ("~/my-llava", "my-llava"),
+        ("./my-llava", "my-llava"),
+        ("../runs/my-llava", "my-llava"),
+        ("runs/today/my-llava", "my-llava"),
+        (r"C:\Users\me\my-llava", "my-llava"),
+        ("C:/Users/me/my-llava", "my-llava"),
+        (r"..\my-llava", "my-llava"),
+        ("/home/me/.cache/huggingface/hub/models--a--b-7b/snapshots/0123/", "a/b-7b"),
+        ("/cache/models--gpt2/snapshots/0123", "gpt2"),
+        ("", ""),
+        (None, None),
+    ],
+)
+def test_of_a_path_only_the_last_part_is_kept(tmp_path: Path, given: str | None, kept: str | None) -> None:
+    reduction = Reduction(SCHEDULE, base_model_name_or_path=given)
+    assert reduction.base_model_name_or_path == kept
+    reduction.save_pretrained(tmp_path)
+    written = "".join(path.read_text() for path in tmp_path.iterdir())
+    assert not given or kept == given or given not in written
+    assert "secret" not in written
+    saved(tmp_path, base_model_name_or_path=given)  # as an older version wrote it
+    assert Reduction.from_pretrained(tmp_path).base_model_name_or_path == kept
 
 
 @pytest.mark.parametrize("rerank", [False, 0.8, True])

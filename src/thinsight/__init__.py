@@ -7,119 +7,105 @@ the command for help) does not load torch.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
-if TYPE_CHECKING:
-    from . import cost
-    from .adaptive import Adaptive
-    from .errors import ThinsightError
-    from .evaluation import (
-        Evaluation,
-        Evaluator,
-        EvaluatorPool,
-        Example,
-        RankConsistency,
-        drop_interval,
-        load_examples,
-        paired_bootstrap,
-        rank_consistency,
-    )
-    from .loading import load_demo, load_model
-    from .packing import PackedModel, pack
-    from .ranking import Ranker, get_ranker, list_rankers
-    from .reduction import Reduction
-    from .runtime import CapturedPrefill, Handle, apply, encode_images, remove
-    from .schedule import Schedule
-    from .search.adaptive import adaptive_search
-    from .search.frontier import Frontier, frontier
-    from .search.gsearch import gsearch
-    from .search.psigmoid import psigmoid
-    from .search.random_search import random_search
-    from .search.result import SearchResult
-    from .search.search import search
-    from .supported import SupportedModel, models
+TYPE_CHECKING = False  # without typing, which takes long to load
+if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and a test holds the two together
+    from typing import Any
 
-_HOMES = {
-    "Adaptive": "adaptive",
-    "CapturedPrefill": "runtime",
-    "Evaluation": "evaluation",
-    "Evaluator": "evaluation",
-    "EvaluatorPool": "evaluation",
-    "Example": "evaluation",
-    "Frontier": "search",
-    "Handle": "runtime",
-    "PackedModel": "packing",
-    "RankConsistency": "evaluation",
-    "Ranker": "ranking",
-    "Reduction": "reduction",
-    "Schedule": "schedule",
-    "SearchResult": "search",
-    "SupportedModel": "supported",
-    "ThinsightError": "errors",
-    "adaptive_search": "search",
-    "apply": "runtime",
-    "drop_interval": "evaluation",
-    "encode_images": "runtime",
-    "frontier": "search",
-    "get_ranker": "ranking",
-    "gsearch": "search",
-    "list_rankers": "ranking",
-    "load_demo": "loading",
-    "load_examples": "evaluation",
-    "load_model": "loading",
-    "models": "supported",
-    "pack": "packing",
-    "paired_bootstrap": "evaluation",
-    "psigmoid": "search",
-    "random_search": "search",
-    "rank_consistency": "evaluation",
-    "remove": "runtime",
-    "sensitivity_search": "search",
+    from . import baselines as baselines
+    from . import budget as budget
+    from . import cost as cost
+    from . import errors as errors
+    from . import timing as timing
+    from .adaptive import Adaptive as Adaptive
+    from .errors import BadInput as BadInput
+    from .errors import MissingPackage as MissingPackage
+    from .errors import StorageError as StorageError
+    from .errors import ThinsightError as ThinsightError
+    from .errors import Unreachable as Unreachable
+    from .errors import Unsupported as Unsupported
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import Evaluator as Evaluator
+    from .evaluation import EvaluatorPool as EvaluatorPool
+    from .evaluation import Example as Example
+    from .evaluation import RankConsistency as RankConsistency
+    from .evaluation import drop_interval as drop_interval
+    from .evaluation import load_examples as load_examples
+    from .evaluation import paired_bootstrap as paired_bootstrap
+    from .evaluation import rank_consistency as rank_consistency
+    from .loading import load_demo as load_demo
+    from .loading import load_model as load_model
+    from .packing import PackedModel as PackedModel
+    from .packing import pack as pack
+    from .ranking import Ranker as Ranker
+    from .ranking import get_ranker as get_ranker
+    from .ranking import list_rankers as list_rankers
+    from .reduction import Reduction as Reduction
+    from .runtime import CapturedPrefill as CapturedPrefill
+    from .runtime import Handle as Handle
+    from .runtime import apply as apply
+    from .runtime import encode_images as encode_images
+    from .runtime import remove as remove
+    from .schedule import Schedule as Schedule
+    from .search.adaptive import adaptive_search as adaptive_search
+    from .search.frontier import Frontier as Frontier
+    from .search.frontier import frontier as frontier
+    from .search.gsearch import gsearch as gsearch
+    from .search.psigmoid import psigmoid as psigmoid
+    from .search.random_search import random_search as random_search
+    from .search.result import SearchResult as SearchResult
+    from .search.search import search as search
+    from .search.sensitivity import sensitivity_search as sensitivity_search
+    from .supported import SupportedModel as SupportedModel
+    from .supported import models as models
+
+_MODULES = ("baselines", "budget", "cost", "errors", "search", "timing")
+_NAMES = {
+    "adaptive": ("Adaptive",),
+    "errors": (
+        "BadInput",
+        "MissingPackage",
+        "StorageError",
+        "ThinsightError",
+        "Unreachable",
+        "Unsupported",
+    ),
+    "evaluation": (
+        "Evaluation",
+        "Evaluator",
+        "EvaluatorPool",
+        "Example",
+        "RankConsistency",
+        "drop_interval",
+        "load_examples",
+        "paired_bootstrap",
+        "rank_consistency",
+    ),
+    "loading": ("load_demo", "load_model"),
+    "packing": ("PackedModel", "pack"),
+    "ranking": ("Ranker", "get_ranker", "list_rankers"),
+    "reduction": ("Reduction",),
+    "runtime": ("CapturedPrefill", "Handle", "apply", "encode_images", "remove"),
+    "schedule": ("Schedule",),
+    "search": (
+        "Frontier",
+        "SearchResult",
+        "adaptive_search",
+        "frontier",
+        "gsearch",
+        "psigmoid",
+        "random_search",
+        "sensitivity_search",
+    ),
+    "supported": ("SupportedModel", "models"),
 }
-_MODULES = ("cost", "search")  # `thinsight.search` is a package that can be called like a function
+"""The public names, by the module that each comes from."""
 
-__all__ = [
-    "Adaptive",
-    "CapturedPrefill",
-    "Evaluation",
-    "Evaluator",
-    "EvaluatorPool",
-    "Example",
-    "Frontier",
-    "Handle",
-    "PackedModel",
-    "RankConsistency",
-    "Ranker",
-    "Reduction",
-    "Schedule",
-    "SearchResult",
-    "SupportedModel",
-    "ThinsightError",
-    "__version__",
-    "adaptive_search",
-    "apply",
-    "cost",
-    "drop_interval",
-    "encode_images",
-    "frontier",
-    "get_ranker",
-    "gsearch",
-    "list_rankers",
-    "load_demo",
-    "load_examples",
-    "load_model",
-    "models",
-    "pack",
-    "paired_bootstrap",
-    "psigmoid",
-    "random_search",
-    "rank_consistency",
-    "remove",
-    "search",
-    "sensitivity_search",
-]
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
+
+__all__ = ["__version__", *_MODULES, *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

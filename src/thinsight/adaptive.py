@@ -16,6 +16,7 @@ from typing import Any
 
 from .errors import BadInput
 from .schedule import Schedule
+from .texts import brief
 
 __all__ = ["Adaptive"]
 
@@ -46,6 +47,8 @@ class Adaptive:
     shares: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        for name in ("edges", "schedules", "shares"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if not isinstance(self.statistic, str) or not self.statistic:
             raise BadInput(f"adaptive.statistic is {self.statistic!r}; it must be a name")
         depths = {schedule.num_layers for schedule in self.schedules}
@@ -71,6 +74,13 @@ class Adaptive:
             raise BadInput(
                 f"adaptive.schedules differ before layer {self.layer}, where the statistic is not known"
             )
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{schedule.mean_keep_rate:.4g}" for schedule in self.schedules)
+        return brief(
+            f"Adaptive({self.statistic!r} at layer {self.layer} of {self.num_layers}, "
+            f"{len(self.schedules)} schedules, means {means})"
+        )
 
     @property
     def num_layers(self) -> int:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from . import cost
 from .errors import BadInput, Unreachable
@@ -40,6 +40,7 @@ _HALVINGS = 60  # down to float64's resolution
 _ROUNDING = 1e-12
 
 
+@runtime_checkable
 class Budget(Protocol):
     """What any budget says. Cost never falls when a layer gets more tokens."""
 
@@ -98,7 +99,7 @@ class KeepBudget(_Limited):
     rate: float
 
     def __post_init__(self) -> None:
-        if isinstance(self.rate, bool) or not isinstance(self.rate, Real) or not 0 < self.rate <= 1:
+        if not 0 < _number(self.rate) <= 1:
             raise BadInput(f"budget is {self.rate!r}; a mean keep rate must be above 0 and at most 1")
 
     @property
@@ -147,8 +148,8 @@ class FlopsBudget(_Limited):
 
         Raises ThinsightError when the ratio is below 1 or not finite.
         """
-        if not math.isfinite(ratio) or ratio < 1:
-            raise BadInput(f"flops_ratio must be at least 1 (full / reduced), got {ratio}")
+        if not 1 <= _number(ratio) < math.inf:
+            raise BadInput(f"flops_ratio must be at least 1 (full / reduced), got {ratio!r}")
         shape = cost.decoder_shape(config)
         return cls(shape, n_vision, n_text, shape.prefill_flops(n_vision, n_text) / ratio)
 
@@ -202,6 +203,12 @@ class LatencyModel:
                 f"a latency model has {len(self.tokens)} token counts and {len(self.seconds)} times; give "
                 "two or more of both, the counts rising, or measure them with timing.profile"
             )
+
+    def __repr__(self) -> str:
+        return (
+            f"LatencyModel({self.device!r}, {self.dtype!r}, batch {self.batch}, {self.constant:.4g} s and "
+            f"{len(self.tokens)} points)"
+        )
 
     def layer(self, tokens: float) -> float:
         """Seconds of one layer."""
@@ -311,10 +318,20 @@ def check_budget_value(value: Any, unit: str) -> None:
     """
     if unit not in UNITS:
         raise BadInput(f"budget_unit is {unit!r}; choose one of {', '.join(UNITS)}")
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf or (unit == "keep" and value > 1):
+    number = _number(value)
+    if not 0 < number < math.inf or (unit == "keep" and number > 1):
         wanted = "above 0 and at most 1" if unit == "keep" else "a finite number above 0"
         raise BadInput(f"budget is {value!r}; in {unit} it must be {wanted}")
+
+
+def _number(value: Any) -> float:
+    """A number as a float; NaN for what is none, or too large for one."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
 
 
 def fit(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from typer.core import TyperGroup
 
 from .errors import BadInput, ThinsightError
 from .interrupts import INTERRUPTED, raise_on_interrupt
+from .texts import capped, shell, terminal
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -68,15 +68,14 @@ class _Group(TyperGroup):
 
 
 def _fail(message: str) -> int:
-    line = " ".join(message.split())
-    print(f"error: {line}", file=sys.stderr)
+    print(f"error: {capped(terminal(message).strip())}", file=sys.stderr)
     return BAD_INPUT
 
 
 def _say_interrupted(given: Sequence[str]) -> None:
     if given and given[0] == "search":
         again = [*given, *([] if "--resume" in given else ["--resume"])]
-        hint = f": what is done is kept; continue with `thinsight {shlex.join(again)}`"
+        hint = f": what is done is kept; continue with `{shell(['thinsight', *again])}`"
     else:
         hint = ""
     print(f"interrupted{hint}", file=sys.stderr)
@@ -286,7 +285,7 @@ def search(
         cache_dir=cache_dir,
         out=out,
         resume=resume,
-        command=shlex.join(["thinsight", *context.obj]),
+        command=shell(["thinsight", *context.obj]),
     )
     outcome = _watched(lambda watcher: search_and_report(options, watcher))
     print_report(outcome.data, Console())
@@ -521,7 +520,7 @@ def convert(
     from .convert import convert as convert_checkpoint
 
     folder = _watched(lambda watcher: convert_checkpoint(source, out, watcher=watcher))
-    _print(f"Model: {folder}", f"Use it with: thinsight search --model {shlex.quote(str(folder))}")
+    _print(f"Model: {folder}", f"Use it with: {shell(['thinsight', 'search', '--model', str(folder)])}")
 
 
 @app.command("models")
@@ -585,4 +584,4 @@ def _ranker(text: str) -> dict[str, Any]:
 def _print(*lines: str) -> None:
     console = Console()
     for line in lines:
-        console.print(Text(line), soft_wrap=True)
+        console.print(Text(terminal(line)), soft_wrap=True)

@@ -17,6 +17,7 @@ from .job.watching import Watcher
 from .search.progress import Progress as SearchProgress
 from .search.progress import SearchPlan
 from .search.result import SearchResult, Trial
+from .texts import capped, terminal
 
 __all__ = ["ConsoleWatcher"]
 
@@ -54,12 +55,12 @@ class ConsoleWatcher(Watcher):
 
     def on_stage(self, title: str) -> None:
         self._finish_stage()
-        self._title, self._started = title, time.monotonic()
-        self._task = self._bar.add_task(title, total=None, detail="")
+        self._title, self._started = terminal(title), time.monotonic()
+        self._task = self._bar.add_task(self._title, total=None, detail="")
 
     def on_note(self, text: str) -> None:
         log = not self._console.is_terminal  # there, a line stays in one piece
-        self._console.print(Text(text), soft_wrap=log)
+        self._console.print(Text(capped(terminal(text))), soft_wrap=log)
 
     def on_progress(self, what: str, done: int, total: int) -> None:
         if self._task is not None and not self._searching:

@@ -13,18 +13,21 @@ Knows nothing about where the input came from; the command turns any of them int
 
 from __future__ import annotations
 
+from .texts import capped, terminal
+
 __all__ = ["BadInput", "MissingPackage", "StorageError", "ThinsightError", "Unreachable", "Unsupported"]
 
 
 class ThinsightError(ValueError):
     """The root of them. The message is one line that names the field, its value and what to do about it.
 
-    Line breaks inside a quoted value (a file's content, another library's message) are folded into
-    spaces, so a caller may print the message as it is.
+    A caller may print it as it is: line breaks inside a quoted value (a file's content, another library's
+    message) are folded into spaces, control characters are shown as escapes, and of a message longer than
+    1000 characters the middle is left out.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(capped(terminal(message).strip()))
 
 
 class BadInput(ThinsightError):

@@ -6,6 +6,7 @@ its own: whatever stock transformers can read, it reads. Code from the hub runs 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -26,13 +27,16 @@ from transformers.utils import (
 )
 
 from .errors import BadInput, MissingPackage, StorageError, ThinsightError
+from .reduction import public_name
 from .runtime.families import ATTENTION, check_version, refusal, unwrapped
 
 __all__ = [
     "DEMO",
     "DEMOS",
     "DTYPES",
+    "base_name",
     "check_options",
+    "checkpoint_hash",
     "load_config",
     "load_demo",
     "load_model",
@@ -49,6 +53,8 @@ _FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": i
 _LAYER = re.compile(r"\b(layers?|blocks)\.\d+\.")  # in a weight's name
 _ADAPTER = "adapter_config.json"  # what PEFT writes beside an adapter's weights
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_SAMPLES, _SAMPLE = 16, 4096  # of each file of weights: how many, and bytes of each
 _HUB_TIMEOUT = 10.0  # seconds for the one question "is it there?"
 
 
@@ -244,6 +250,46 @@ def locate_model(name: str | Path) -> tuple[str, bool]:
         raise BadInput(f"model {str(name)!r} is a file: give the folder that holds its config.json")
     _check_hub_id(str(name))
     return str(name), False
+
+
+def base_name(name: str | Path) -> str:
+    """What a reduction says it was searched for: a demo's name, a Hub id, or a local folder's own name.
+
+    Nothing of where a folder lies on this machine is in it. It is never the id in a folder's config.json,
+    which a fine-tuned model goes on naming.
+    """
+    for demo, embedded in DEMOS.items():
+        if str(name) in (demo, str(embedded)):
+            return demo
+    folder = _folder(name)
+    return public_name(str(name if folder is None else folder))
+
+
+def checkpoint_hash(name: str | Path) -> str | None:
+    """What a checkpoint in a local folder is known by wherever it lies; None: it is not in one.
+
+    Covers config.json, and size and an even sample of each file of weights.
+    """
+    folder = _folder(name)
+    if folder is None:
+        return None
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(each for each in folder.iterdir() if each.suffix in _WEIGHTS):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode(errors="surrogateescape"))
+        with open(path, "rb") as file:
+            for number in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def _folder(name: str | Path) -> Path | None:
+    """Where a checkpoint lies if it is a local folder that is no embedded model."""
+    path = Path(os.path.abspath(os.path.expanduser(name)))
+    if str(name) in DEMOS or path in DEMOS.values() or not (path / "config.json").is_file():
+        return None
+    return path
 
 
 def _check_hub_id(name: str) -> None:

@@ -73,6 +73,9 @@ class PackedModel:
         self.model = model
         self._layers = layers
 
+    def __repr__(self) -> str:
+        return f"PackedModel({type(self.model).__name__}, {len(self._layers)} layers)"
+
     def unpack(self) -> None:
         """Put the plain weights back. Safe to call twice."""
         while self._layers:

@@ -11,22 +11,25 @@ import os
 import re
 import secrets
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from .adaptive import Adaptive
-from .card import is_model_card, model_card
+from .card import is_hub_id, is_model_card, model_card
 from .errors import BadInput, StorageError
 from .schedule import Schedule
+from .texts import brief
 from .version import __version__
 
-__all__ = ["CONFIG_NAME", "Reduction", "check_rerank"]
+__all__ = ["CONFIG_NAME", "Reduction", "check_rerank", "public_name", "read_only"]
 
 CONFIG_NAME = "reduction_config.json"
 CARD_NAME = "README.md"
+_LEFT_ALONE = "was not written by thinsight, or was changed since, and is left as it is"
 SCHEMA_VERSION = 1
 _KEYS = (
     "schema_version",
@@ -40,7 +43,55 @@ _KEYS = (
     "measured",
 )
 _OPTIONAL_KEYS = ("adaptive", "rerank")  # written only where they say something
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # in the Hub's cache
+_DRIVE = re.compile(r"[A-Za-z]:[/\\]")
+_DEEPEST = 32  # levels of lists and dicts in what a reduction records
+
+
+def _refuse(self: Any, *_: Any, **__: Any) -> Any:
+    raise TypeError("this is not changed after it is made; change a copy, dict(...), and make a new object")
+
+
+class ReadOnlyDict(dict[str, Any]):
+    """A dict that cannot be changed, and so has a hash; to everything else it is a dict."""
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+class ReadOnlyList(list[Any]):
+    """Likewise, a list."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = append = clear = _refuse
+    extend = insert = pop = remove = reverse = sort = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (list(self),)
+
+
+def read_only(value: Any, levels: int = _DEEPEST) -> Any:
+    """JSON values with dicts and lists that cannot be changed, at every level.
+
+    Raises:
+        ThinsightError: nested deeper than anyone means it.
+    """
+    if not isinstance(value, (Mapping, list, tuple)):
+        return value
+    if levels == 0:
+        raise BadInput(
+            f"a reduction's records are nested more than {_DEEPEST} levels deep; make them flatter"
+        )
+    if isinstance(value, Mapping):
+        return ReadOnlyDict({key: read_only(item, levels - 1) for key, item in value.items()})
+    return ReadOnlyList([read_only(item, levels - 1) for item in value])
 
 
 @dataclass(frozen=True, init=False)
@@ -51,7 +102,8 @@ class Reduction:
         schedule: keep rates of all decoder layers.
         ranker: a ranker's name, a dict ``{"name": ..., **settings}``, or an object with ``name`` and
             ``settings``.
-        base_model_name_or_path: the model it was searched for, as given to ``from_pretrained``.
+        base_model_name_or_path: the model it was searched for, as given to ``from_pretrained``. Of a path
+            only the folder's name is kept (see `public_name`), for a reduction is made to be passed on.
         model_type: the model family, ``model.config.model_type``; None fits any.
         search: how it was found (method, tolerance, seed, evaluations ...), JSON values; None if not
             searched.
@@ -61,7 +113,8 @@ class Reduction:
         rerank: True: tokens are ranked anew at every reduction; a number in (0, 1): only once fewer than this
             share of the tokens are to be kept that the prompt's last ranking kept; False: once.
 
-    A reduction is not changed after it is made: ``dataclasses.replace(reduction, measured={...})`` makes a
+    A reduction is not changed after it is made, nor are the dicts and lists that it holds, so it has
+    a hash, and two of equal content are equal. ``dataclasses.replace(reduction, measured={...})`` makes a
     new one.
 
     Raises:
@@ -69,11 +122,11 @@ class Reduction:
     """
 
     schedule: Schedule
-    ranker: dict[str, Any]
+    ranker: Mapping[str, Any]
     base_model_name_or_path: str | None
     model_type: str | None
-    search: dict[str, Any] | None
-    measured: dict[str, Any] | None
+    search: Mapping[str, Any] | None
+    measured: Mapping[str, Any] | None
     adaptive: Adaptive | None
     rerank: bool | float
 
@@ -96,15 +149,25 @@ class Reduction:
                 f"adaptive has {adaptive.num_layers} layers but the schedule {schedule.num_layers}; "
                 "pass adaptive.mean() as the schedule"
             )
-        name = base_model_name_or_path
+        name = _text(base_model_name_or_path, "base_model_name_or_path")
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "ranker", _ranker_dict(ranker))
-        object.__setattr__(self, "base_model_name_or_path", _text(name, "base_model_name_or_path"))
+        object.__setattr__(self, "base_model_name_or_path", None if name is None else public_name(name))
         object.__setattr__(self, "model_type", _text(model_type, "model_type"))
         object.__setattr__(self, "search", _mapping(search, "search"))
         object.__setattr__(self, "measured", _mapping(measured, "measured"))
         object.__setattr__(self, "adaptive", adaptive)
         object.__setattr__(self, "rerank", check_rerank(rerank))
+
+    def __repr__(self) -> str:
+        facts = [repr(self.schedule), f"ranker {self.ranker['name']!r}"]
+        facts += [f"{key}={value!r}" for key, value in self.ranker.items() if key != "name"]
+        facts += [] if self.adaptive is None else ["adaptive"]
+        facts += [] if self.rerank is True else [f"rerank={self.rerank}"]
+        facts += [f"for {name!r}" for name in (self.model_type, self.base_model_name_or_path) if name]
+        facts += ["searched"] if self.search else []
+        facts += ["measured"] if self.measured else []
+        return brief(f"Reduction({', '.join(facts)})")
 
     def average(self, of: Callable[[Schedule], float]) -> float:
         """A function of a prompt's schedule, such as its cost, for the average prompt."""
@@ -113,7 +176,8 @@ class Reduction:
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write ``reduction_config.json`` and a model card into a folder, making it where needed.
 
-        Each file appears whole or not at all. A README.md that is not a thinsight card is left alone.
+        Each file appears whole or not at all. A README.md that was not written here, or was changed since, is
+        left alone, with a warning.
 
         Raises:
             ThinsightError: a value that JSON cannot hold, or a folder that cannot be written.
@@ -122,9 +186,10 @@ class Reduction:
         config = self._encoded()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            card = folder / CARD_NAME
-            if not card.exists() or is_model_card(card.read_text(encoding="utf-8", errors="replace")):
-                _write_atomically(card, self._card())
+            if _is_ours(folder / CARD_NAME):
+                _write_atomically(folder / CARD_NAME, self._card())
+            else:
+                warnings.warn(f"{folder / CARD_NAME} {_LEFT_ALONE}", stacklevel=2)
             _write_atomically(folder / CONFIG_NAME, config)
         except OSError as error:
             raise StorageError(
@@ -157,7 +222,7 @@ class Reduction:
                 raise BadInput(f"folder {folder} has no {CONFIG_NAME}; pass a folder that a search wrote")
         elif folder.exists():
             raise BadInput(f"{folder} is a file; pass the folder that holds {CONFIG_NAME}")
-        elif _HUB_ID.fullmatch(name):
+        elif is_hub_id(name):
             path = _download(name, revision, token)
         else:
             raise BadInput(
@@ -176,6 +241,8 @@ class Reduction:
     ) -> str:
         """Upload config and model card to a Hub repository, made where needed; gives the commit's URL.
 
+        A README.md there that was not written here, or was changed since, is left alone, with a warning.
+
         Raises:
             ThinsightError: the Hub refused or could not be reached.
         """
@@ -187,11 +254,18 @@ class Reduction:
             self.save_pretrained(folder)
             try:
                 target = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+                ours = _is_ours_on_the_hub(api, target, revision)
                 commit = api.upload_folder(
-                    repo_id=target, folder_path=folder, revision=revision, commit_message=commit_message
+                    repo_id=target,
+                    folder_path=folder,
+                    revision=revision,
+                    commit_message=commit_message,
+                    ignore_patterns=None if ours else CARD_NAME,
                 )
             except (HfHubHTTPError, HFValidationError, OSError) as error:
                 raise StorageError(f"repo_id {repo_id!r} could not be pushed to: {error}") from None
+        if not ours:
+            warnings.warn(f"{CARD_NAME} of {target} {_LEFT_ALONE}", stacklevel=2)
         return str(commit.commit_url)
 
     def _encoded(self) -> str:
@@ -227,6 +301,19 @@ class Reduction:
             measured=self.measured,
             adaptive=self.adaptive,
         )
+
+
+def public_name(name: str) -> str:
+    """What others may see of a model's or a data set's name: of a path its last part alone.
+
+    Hub ids and names without a place stay as they are. A snapshot in the Hub's cache is the id it came from.
+    """
+    snapshot = _SNAPSHOT.search(name)
+    if snapshot is not None:
+        return snapshot[1].replace("--", "/")
+    if name[:1] in ("/", ".", "~") or "\\" in name or name.count("/") > 1 or _DRIVE.match(name):
+        return PureWindowsPath(name).name or name
+    return name
 
 
 def check_rerank(rerank: Any) -> bool | float:
@@ -320,7 +407,7 @@ def _schedule(keep_rates: Any, num_layers: Any) -> Schedule:
     return Schedule(keep_rates)
 
 
-def _ranker_dict(ranker: Any) -> dict[str, Any]:
+def _ranker_dict(ranker: Any) -> Mapping[str, Any]:
     if isinstance(ranker, str):
         found: dict[str, Any] = {"name": ranker}
     elif isinstance(ranker, Mapping):
@@ -331,7 +418,7 @@ def _ranker_dict(ranker: Any) -> dict[str, Any]:
         raise BadInput(f"ranker is {ranker!r}; pass a name, a dict with a name, or a ranker object")
     if not isinstance(found.get("name"), str) or not found["name"]:
         raise BadInput(f"ranker is {ranker!r}; its name must be a text, such as 'text-attention'")
-    return found
+    return ReadOnlyDict(read_only(found))
 
 
 def _text(value: Any, field: str) -> str | None:
@@ -340,10 +427,10 @@ def _text(value: Any, field: str) -> str | None:
     return value
 
 
-def _mapping(value: Any, field: str) -> dict[str, Any] | None:
+def _mapping(value: Any, field: str) -> Mapping[str, Any] | None:
     if value is not None and not isinstance(value, Mapping):
         raise BadInput(f"{field} is {value!r}; it must be a dict or None")
-    return None if value is None else dict(value)
+    return None if value is None else ReadOnlyDict(read_only(value))
 
 
 def _download(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
@@ -357,6 +444,20 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None) -> P
             f"there is no folder {repo_id!r}, and the Hugging Face Hub gave no {CONFIG_NAME} for it "
             f"({type(error).__name__}); check the name and the connection"
         ) from None
+
+
+def _is_ours(card: Path) -> bool:
+    """Whether a model card may be written here: there is none, or one of ours that nobody changed."""
+    return not card.exists() or is_model_card(card.read_text(encoding="utf-8", errors="replace"))
+
+
+def _is_ours_on_the_hub(api: Any, repo_id: str, revision: str | None) -> bool:
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+
+    try:
+        return _is_ours(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)))
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+        return True
 
 
 def _write_atomically(path: Path, text: str) -> None:

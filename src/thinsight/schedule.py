@@ -17,6 +17,7 @@ __all__ = ["Schedule"]
 
 _ROUNDING_SLACK = 1e-9  # so that 0.3 * 10 = 3.0000000000000004 counts as 3 tokens, not as 4
 _STEEPEST = 1000.0  # a single step for any depth; beyond it floats no longer resolve alpha
+_SHOWN = 8  # runs of layers in a repr
 _WANTED = "pass a list of numbers in [0, 1], one per decoder layer"
 
 
@@ -36,6 +37,16 @@ class Schedule:
 
     def __init__(self, keep_rates: Sequence[float]) -> None:
         object.__setattr__(self, "keep_rates", _checked_rates(keep_rates))
+
+    def __repr__(self) -> str:
+        runs = [
+            f"{float(f'{rate:.4g}')}" + (f" x{last - first + 1}" if last > first else "")
+            for first, last, rate in self.runs()
+        ]
+        if len(runs) <= _SHOWN:
+            return f"Schedule([{', '.join(runs)}])"
+        shown = ", ".join([*runs[: _SHOWN // 2], "...", *runs[-2:]])
+        return f"Schedule([{shown}], {self.num_layers} layers, mean {self.mean_keep_rate:.4g})"
 
     @property
     def num_layers(self) -> int:

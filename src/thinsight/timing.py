@@ -46,6 +46,10 @@ class Timing:
     reduced: tuple[float, ...]
     batch: int
 
+    def __repr__(self) -> str:
+        medians = f"{self.full_ms:.4g} ms full, {self.reduced_ms:.4g} ms reduced"
+        return f"Timing({self.what!r}, {medians}, {self.runs} runs)"
+
     @property
     def runs(self) -> int:
         return len(self.full)
@@ -78,6 +82,10 @@ class Measurement:
     device: str
     dtype: str
     threads: int
+
+    def __repr__(self) -> str:
+        times = ", ".join(f"{timing.what} {timing.ratio:.2f}x" for timing in self.timings)
+        return f"Measurement({times}, KV cache {self.kv_ratio:.2f}x, batch {self.batch}, {self.device})"
 
     @property
     def kv_ratio(self) -> float:

@@ -97,7 +97,7 @@ def test_each_evaluator_takes_its_part_and_scores_are_the_same(single: Evaluator
         exact = single(schedule)
         assert (found[place].score, found[place].agreement) == (exact.score, exact.agreement)
         assert found[place].per_example.tolist() == exact.per_example.tolist()
-    assert [each._calls for each in members] == [2, 1, 1]
+    assert [len(each._memo) for each in members] == [2, 1, 1]
     assert threads() == []
 
 

@@ -300,6 +300,15 @@ def test_the_table_averages_seeds_and_pairs_examples() -> None:
     assert "| Vtw | refused: cannot go below 0.6 |" in markdown(comparison)
 
 
+def test_a_hostile_title_stays_in_its_cell() -> None:
+    scored = replace(run_of("sensitivity", (1.0,)), title="mine |\n| <b>x</b>")
+    refused = run_of("vtw", (), refused="a `b` | \x1b[31m\n| c |")
+    comparison = Comparison("m", "t", "h", "keep", 20, (0,), 1.0, 4.0, (1.0,), ("a",), (scored, refused), {})
+    ours, last = markdown(comparison).splitlines()[-2:]
+    assert ours.startswith(r"| **mine \| \| \<b\>x\</b\>** | 100.0 |")
+    assert last == r"| Vtw | refused: a \`b\` \| \\x1b\[31m \| c \| | | | | |"
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from thinsight.job import pipeline, searching
 from thinsight.job.pipeline import SearchOptions, SearchOutcome, search_and_report
 from thinsight.job.session import ModelOptions
 from thinsight.job.watching import Watcher
-from thinsight.loading import load_model
+from thinsight.loading import checkpoint_hash, load_model
 from thinsight.report import load_report_data
 
 
@@ -57,7 +58,8 @@ def outcome(small: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> Search
 def test_the_folder_is_a_reduction_and_a_report(outcome: SearchOutcome, small: SmallRun) -> None:
     saved = Reduction.from_pretrained(outcome.folder)
     assert saved == outcome.reduction
-    assert saved.base_model_name_or_path == small.model
+    assert saved.base_model_name_or_path == "model"
+    assert (saved.search or {})["checkpoint"] == checkpoint_hash(small.model)
     assert saved.model_type == "llava"
     assert not saved.schedule.is_full
     page = outcome.report.read_text()
@@ -65,6 +67,16 @@ def test_the_folder_is_a_reduction_and_a_report(outcome: SearchOutcome, small: S
     assert "G-Search" in page
     assert load_report_data(outcome.folder).keep_rates == saved.schedule.keep_rates
     assert (outcome.folder / "study.jsonl").exists()
+
+
+def test_what_is_passed_on_says_nothing_of_this_machine(outcome: SearchOutcome, small: SmallRun) -> None:
+    """The folder's other files are of the run, and are not pushed."""
+    for name in ("README.md", "reduction_config.json"):
+        text = (outcome.folder / name).read_text()
+        assert str(small.folder) not in text
+        assert not re.search(r"/(tmp|home|root|Users|private)/", text)
+    assert 'from_pretrained("path/to/model")' in (outcome.folder / "README.md").read_text()
+    assert (outcome.reduction.measured or {})["test"]["name"] == "test.jsonl"
 
 
 def test_methods_stand_side_by_side_at_equal_cost(outcome: SearchOutcome) -> None:

@@ -218,36 +218,46 @@ def test_trials_are_folded_away(page):
 EVIL = '<script>alert("x")</script>&\'"</style><img src=http://evil.example onerror=x>'
 
 
-def test_everything_is_escaped():
+def hostile_report(text: str) -> d.ReportData:
+    """A report each of whose texts is this one."""
     image = Image.new("RGB", (8, 8))
     interval = d.Interval(0.01, 0.0, 0.02)
-    data = d.ReportData(
-        title=EVIL,
-        model=d.ModelInfo(EVIL, EVIL, EVIL, EVIL, EVIL, 1, 2, 4),
-        dataset=d.DatasetInfo(EVIL, 3, EVIL, 4, EVIL, EVIL, EVIL),
+    return d.ReportData(
+        title=text,
+        model=d.ModelInfo(text, text, text, text, text, 1, 2, 4),
+        dataset=d.DatasetInfo(text, 3, text, 4, text, text, text),
         headline=d.Headline(0.9, 0.8, interval, 0.5, 2.0),
-        search=d.SearchInfo(EVIL, 0.01, EVIL, EVIL),
+        search=d.SearchInfo(text, 0.01, text, text),
         keep_rates=(1.0, 0.5),
         methods=(
-            d.MethodRow(EVIL, (1.0, 1.0), 0.9, None, 1.0, 2e9, 1.0, EVIL, "full"),
-            d.MethodRow(EVIL, (1.0, 0.5), 0.8, interval, 0.75, 1e9, 2.0, EVIL, "found"),
-            d.MethodRow(EVIL, (1.0, 0.4), 0.8, interval, 0.75, 1e9, 2.0, EVIL),
+            d.MethodRow(text, (1.0, 1.0), 0.9, None, 1.0, 2e9, 1.0, text, "full"),
+            d.MethodRow(text, (1.0, 0.5), 0.8, interval, 0.75, 1e9, 2.0, text, "found"),
+            d.MethodRow(text, (1.0, 0.4), 0.8, interval, 0.75, 1e9, 2.0, text),
         ),
-        per_task=(d.TaskRow(EVIL, 3, 0.9, 0.8),),
-        timing=(d.TimingRow(EVIL, 2.0, 1.0, 2.0, 1, 3),),
-        consistency=d.Consistency((0.5,), words=EVIL),
-        pictures=(d.Picture(image, (2, 2), [[0]], (1,), EVIL, EVIL, EVIL, EVIL),),
-        environment={EVIL: EVIL},
-        commands=(EVIL,),
-        created=EVIL,
+        per_task=(d.TaskRow(text, 3, 0.9, 0.8),),
+        timing=(d.TimingRow(text, 2.0, 1.0, 2.0, 1, 3),),
+        consistency=d.Consistency((0.5,), words=text),
+        pictures=(d.Picture(image, (2, 2), [[0]], (1,), text, text, text, text),),
+        environment={text: text},
+        commands=(text,),
+        created=text,
     )
-    text = render(data)
-    page = Page(text)
+
+
+def test_everything_is_escaped():
+    page = Page(render(hostile_report(EVIL)))
     assert page.open == []
     assert not page.all("script")
     assert len(page.all("img")) == 2
     assert len(page.all("style")) == 1
     assert page.text.count("<script>alert(") > 20
+
+
+def test_controls_and_half_characters_are_shown_as_escapes():
+    page = render(hostile_report("a\x1b[31mb\x9b \ud800 \u202ec"))
+    page.encode()
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", page)
+    assert page.count("a\\x1b[31mb\\x9b \\ud800 \\u202ec") > 20
 
 
 def test_least_report_has_no_empty_sections(bare_report):

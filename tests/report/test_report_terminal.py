@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
@@ -22,6 +23,16 @@ def test_all_tables_fit_eighty_columns(report):
     text = _printed(terminal.report_tables(report))
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     assert "…" not in text
+
+
+def test_no_text_moves_the_cursor(report):
+    evil = "a\x1b[2Jb\x9b31m\nc\r\u202ed \ud800"
+    tasks = [replace(row, task=evil) for row in report.per_task]
+    methods = [replace(row, name=evil) for row in report.methods]
+    hostile = replace(report, title=evil, per_task=tasks, methods=methods)
+    text = _printed(terminal.report_tables(replace(hostile, consistency=None)), width=200)
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", text)
+    assert text.count("a\\x1b[2Jb\\x9b31m c \\u202ed \\ud800") >= 1 + len(tasks) + len(methods)
 
 
 def test_headline_table(report):

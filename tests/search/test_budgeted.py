@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 import pytest
 from oracles import SmoothOracle
 
-from thinsight.budget import KeepBudget
-from thinsight.errors import ThinsightError
+from thinsight.budget import FlopsBudget, KeepBudget
+from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation.result import Evaluation
 from thinsight.schedule import Schedule
-from thinsight.search import frontier, psigmoid, random_search, sensitivity_search
+from thinsight.search import adaptive_search, frontier, psigmoid, random_search, sensitivity_search
 from thinsight.search.exits import ExitModel
+from thinsight.search.frontier import SHARES
 from thinsight.search.shapes import (
     deform,
     first_layer_for,
@@ -49,6 +51,69 @@ def test_what_is_found_spends_the_budget_and_was_run_on_all_examples(search: Any
     assert result.reduction.search["method"] == result.method
     assert result.reduction.search["budget"]["limit"] == rate
     assert result.spent == budget.spent(result.schedule)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("rate", [0.25, np.float32(0.25), np.float64(0.25), Fraction(1, 4)])
+def test_a_number_is_a_mean_keep_rate(search: Any, rate: Any) -> None:
+    assert search(oracle(), rate, n_trials=8) == search(oracle(), KeepBudget(L, N, 0.25), n_trials=8)
+
+
+def test_a_frontier_takes_numbers() -> None:
+    budgets = [KeepBudget(L, N, rate) for rate in (0.2, 0.4)]
+    wanted = frontier(oracle(), budgets)
+    assert frontier(oracle(), [0.4, 0.2]) == wanted
+    assert frontier(oracle(), np.array([0.2, 0.4])) == wanted
+    assert frontier(oracle(), 0.4) == frontier(oracle(), [0.4]) == frontier(oracle(), budgets[1:])
+    assert [point.budget["limit"] for point in frontier(oracle()).points] == list(SHARES[2:])
+
+
+@pytest.mark.parametrize("value", [True, False, 0, 0.0, -0.25, 1.01, 10**400, float("nan"), float("inf")])
+@pytest.mark.parametrize("search", [*SEARCHES, adaptive_search, frontier])
+def test_a_number_that_is_no_keep_rate_is_refused(search: Any, value: Any) -> None:
+    evaluator = oracle()
+    with pytest.raises(BadInput, match=r"^budget is .*; in keep it must be above 0 and at most 1$"):
+        search(evaluator, value)
+    assert evaluator.calls == []
+
+
+@pytest.mark.parametrize("value", ["0.25", None, [0.25], {"rate": 0.25}, np.array(0.25), 0.25j])
+@pytest.mark.parametrize("search", [*SEARCHES, adaptive_search])
+def test_what_is_no_number_is_no_budget(search: Any, value: Any) -> None:
+    with pytest.raises(BadInput, match=r"^budget is .*; in keep it must be"):
+        search(oracle(), value)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "named"),
+    [
+        ([], r"budgets is \[\]"),
+        (None, "budgets is None"),
+        ("0.25", "budget is '0.25'"),
+        ([0.25, True], "budget is True"),
+    ],
+)
+def test_a_frontier_needs_budgets(budgets: Any, named: str) -> None:
+    with pytest.raises(BadInput, match=named):
+        frontier(oracle(), budgets)
+
+
+@pytest.mark.parametrize("search", [*SEARCHES, adaptive_search, frontier])
+def test_units_are_those_of_numbers(search: Any) -> None:
+    with pytest.raises(BadInput, match="budget_unit is 'furlongs'; choose one of keep, flops, ms"):
+        search(oracle(), 0.25, budget_unit="furlongs")
+    with pytest.raises(BadInput, match=r"budget_unit is 'ms', which takes a thinsight\.Evaluator"):
+        search(oracle(), 80, budget_unit="ms")
+    with pytest.raises(BadInput, match="budget_unit is 'flops' but the budget is in keep; leave budget_unit"):
+        search(oracle(), KeepBudget(L, N, 0.25), budget_unit="flops")
+    with pytest.raises(BadInput, match="evaluator has no num_layers"):
+        search("evaluator", 0.25)
+
+
+@pytest.mark.parametrize("ratio", [0.5, float("nan"), float("inf"), 10**400, "2", True])
+def test_a_ratio_of_flops_is_a_number_of_at_least_1(ratio: Any) -> None:
+    with pytest.raises(BadInput, match="flops_ratio must be at least 1"):
+        FlopsBudget.ratio(None, ratio, n_vision=4, n_text=4)
 
 
 @pytest.mark.parametrize("search", SEARCHES)

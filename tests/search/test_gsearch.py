@@ -356,7 +356,7 @@ class Recorder(Silent):
 def test_the_observer_sees_everything_and_its_estimate_only_falls(options: dict[str, Any]) -> None:
     recorder = Recorder()
     result = gsearch(NeedOracle(16, needs_of_five), 0.0, observer=recorder, **options)
-    assert recorder.trials == result.trials
+    assert tuple(recorder.trials) == result.trials
     assert recorder.results == [result]
     assert recorder.layers == list(enumerate(result.schedule.counts(16)))[2:]
     expected = [recorder.plans[0].expected] + [progress.expected for progress in recorder.progress]
@@ -424,6 +424,7 @@ def test_what_is_no_evaluator_is_refused() -> None:
 def test_a_solver_may_not_choose_what_was_not_accepted() -> None:
     class Wild:
         settings = {"name": "wild"}  # noqa: RUF012
+        exact = False
 
         def most_evaluations(self, upper: int) -> int:
             return 0

@@ -203,6 +203,6 @@ def test_the_observer_sees_everything_and_its_estimate_only_falls(at_once: int, 
     recorder = Recorder()
     oracle = SeveralOracle(NeedOracle(16, NEEDS), at_once)
     result = gsearch(oracle, 0.0, step=step, observer=recorder)  # type: ignore[arg-type]
-    assert recorder.trials == result.trials
+    assert tuple(recorder.trials) == result.trials
     assert recorder.expected == sorted(recorder.expected, reverse=True)
     assert recorder.expected[-1] == result.evaluations

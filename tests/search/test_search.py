@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny_images, tiny_llava, tiny_processor
 
+import thinsight as ts
 import thinsight.search
+from thinsight.budget import KeepBudget, LatencyModel, make_budget
 from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation import Evaluator, Example
+from thinsight.search import frontier, psigmoid
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -68,6 +74,84 @@ def test_one_call_refuses_labels_that_no_answer_meets(tmp_path: Path) -> None:
             BadInput, match=r"scores 0.0 % .*it says '.*', the label is 'zzz' \(exact_match\)"
         ):
             thinsight.search(tiny_llava(), tiny_processor(), wrong, max_new_tokens=3, **options)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("unit", ["keep", "flops", "ms"])
+def test_a_number_is_a_budget_of_the_evaluators_median_prompt(
+    unit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latency = LatencyModel("cpu", "float32", 8, 1e-3, (1.0, 64.0), (1e-3, 64e-3))
+    profiled = []
+    monkeypatch.setattr("thinsight.timing.profile", lambda *_: profiled.append(1) or latency)
+    evaluator = Evaluator(tiny_llava(), tiny_processor(), examples(tmp_path), max_new_tokens=2)
+    value = {"keep": 0.5, "flops": 0.6, "ms": 60.0}[unit]
+    result = psigmoid(evaluator, value, budget_unit=unit, n_trials=1)
+    expected = make_budget(
+        value,
+        unit,
+        config=evaluator.model.config,
+        n_vision=evaluator.num_vision_tokens,
+        n_text=sorted(text for _, text in evaluator.prompt_sizes)[1],
+        latency=latency,
+    )
+    assert result.budget == expected.to_dict()
+    assert result.schedule == psigmoid(evaluator, expected, n_trials=1).schedule
+    points = frontier(evaluator, [value, value * 1.2], budget_unit=unit, n_trials=4).points
+    assert [point.budget["unit"] for point in points] == [unit, unit]
+    assert points[1].budget["limit"] == pytest.approx(1.2 * points[0].budget["limit"])
+    assert len(profiled) == (2 if unit == "ms" else 0)
+
+
+def test_the_signature_says_what_there_is() -> None:
+    parameters = inspect.signature(thinsight.search.search).parameters
+    assert [*parameters][:4] == ["model", "processor", "examples", "max_drop"]
+    assert {"budget", "budget_unit", "method", "batch_size", "cache_dir", "progress"} <= {*parameters}
+    assert parameters["batch_size"].annotation == "int | str"
+
+
+def test_what_is_wrong_is_said_before_an_image_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(*_: Any, **__: Any) -> None:
+        raise AssertionError("an evaluator was made")
+
+    monkeypatch.setattr("thinsight.evaluation.evaluator.Evaluator", opened)
+    for wrong, said in {
+        "n_trails": "takes no option 'n_trails': did you mean 'n_trials'?",
+        "batchsize": "did you mean 'batch_size'?",
+        "cachedir": "did you mean 'cache_dir'?",
+        "evaluator": "takes no option 'evaluator'",
+        "zzz": "it takes n_trials, seed, first_layer, warm_start, rankers, study, resume, observer",
+    }.items():
+        with pytest.raises(BadInput, match=re.escape(said)):
+            ts.search(None, None, [], budget=0.5, **{wrong: 1})
+    with pytest.raises(BadInput, match="method 'psigmoid' takes no option 'rankers'"):
+        ts.search(None, None, [], budget=0.5, method="psigmoid", rankers=())
+    with pytest.raises(BadInput, match="method 'gsearch' takes no option 'warm_start'"):
+        ts.search(None, None, [], 0.1, warm_start=None)
+    for max_drop in (True, float("nan"), -0.1, "0.1"):
+        with pytest.raises(BadInput, match="max_drop is"):
+            ts.search(None, None, [], max_drop)
+    for budget in (True, 0, float("nan"), "0.25"):
+        with pytest.raises(BadInput, match="budget is"):
+            ts.search(None, None, [], budget=budget)
+
+
+def test_the_evaluator_gets_cache_and_progress(tmp_path: Path) -> None:
+    told = []
+    ts.search(
+        tiny_llava(),
+        tiny_processor(),
+        examples(tmp_path),
+        budget=KeepBudget(4, 16, 0.5),
+        method="random",
+        batch_size="auto",
+        ranker="uniform",
+        max_new_tokens=2,
+        cache_dir=tmp_path / "cache",
+        progress=lambda what, done, total: told.append((what, done, total)),
+        n_trials=1,
+    )
+    assert ("full model", 4, 4) in told
+    assert any((tmp_path / "cache").iterdir())
 
 
 def test_one_call_reads_examples_from_a_path(tmp_path: Path) -> None:

@@ -168,3 +168,32 @@ def test_optuna_is_left_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
     gsearch(NeedOracle(8, [[8, 8, 4]]), 0.0, solver="bayes", n_trials=2)
     assert optuna.logging.get_verbosity() == before
     assert capfd.readouterr() == ("", "")
+
+
+class Exact(Bisect):
+    """A user's solver that reads complete scores only."""
+
+    @property
+    def exact(self) -> bool:
+        return True
+
+
+def test_what_a_solver_reads_is_its_own_word() -> None:
+    oracle = NeedOracle(4, [[4, 4, 4]])
+    for solver in (Bayes(), Exact()):
+        name = solver.settings["name"]
+        with pytest.raises(ThinsightError, match=f"confidence is 0.9, but solver '{name}' scores every"):
+            gsearch(oracle, 0.1, solver=solver, confidence=0.9)
+    assert oracle.calls == []
+    gsearch(oracle, 0.1, solver=Bisect(), confidence=0.9)
+
+
+def test_an_object_without_all_members_is_no_solver() -> None:
+    class Old:
+        settings = {"name": "old"}  # noqa: RUF012
+
+        def solve(self, problem: Any) -> int:
+            return int(problem.upper)
+
+    with pytest.raises(ThinsightError, match="pass an object with all members of Solver"):
+        gsearch(NeedOracle(4, [[4, 4, 4]]), 0.0, solver=Old())  # type: ignore[arg-type]

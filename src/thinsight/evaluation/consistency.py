@@ -52,6 +52,12 @@ class RankConsistency:
     top_rate: float
     examples: int
 
+    def __repr__(self) -> str:
+        return (
+            f"RankConsistency({len(self.tau) + 1} layers, {self.examples} examples, typical tau "
+            f"{self.typical_tau:.2f}, typical overlap {self.typical_overlap:.2f})"
+        )
+
     @property
     def typical_tau(self) -> float:
         """Median tau of neighboring layers from layer 1 on; the first often ranks differently."""

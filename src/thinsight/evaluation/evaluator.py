@@ -25,11 +25,13 @@ from numpy.typing import NDArray
 
 from .. import cost
 from ..errors import BadInput, Unsupported
+from ..loading import base_name, checkpoint_hash
 from ..ranking import get_ranker
 from ..reduction import Reduction
 from ..runtime import Handle, apply, num_layers
 from ..runtime.families import check_supported
 from ..schedule import Schedule
+from ..texts import brief
 from ..version import __version__
 from .batch_size import check_batch_size, chunks
 from .bounds import LossTest, check_confidence, random_order
@@ -163,7 +165,12 @@ class Evaluator:
         self._shape = cost.decoder_shape(model.config)
         self._memo: dict[tuple[Any, ...], dict[int, GreedyAnswer]] = {}
         self._failures = np.zeros(len(self.examples))
-        self._calls = 0
+
+    def __repr__(self) -> str:
+        return brief(
+            f"{type(self).__name__}({type(self.model).__name__}, {len(self.examples)} examples, "
+            f"{self.num_layers} layers, {self.num_vision_tokens} vision tokens, {self.ranker!r})"
+        )
 
     # -- what a search sees ----------------------------------------------------------------------------------
 
@@ -392,9 +399,19 @@ class Evaluator:
         return Reduction(
             schedule,
             self.ranker,
-            base_model_name_or_path=getattr(self.model, "name_or_path", None) or None,
+            base_model_name_or_path=self._base_name,
             model_type=self.model.config.model_type,
         )
+
+    @cached_property
+    def _base_name(self) -> str | None:
+        name = self.model.name_or_path
+        return base_name(name) if name else None
+
+    @cached_property
+    def checkpoint(self) -> str | None:
+        """A hash of the local folder that the model was loaded from; None if there is none."""
+        return checkpoint_hash(self.model.name_or_path) if self.model.name_or_path else None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -570,7 +587,7 @@ class Evaluator:
         schedule = reduction.schedule
         ranker = json.dumps([reduction.ranker, reduction.rerank], sort_keys=True, default=repr)
         if reduction.adaptive is not None:
-            return ranker, reduction.adaptive
+            return ranker, json.dumps(reduction.adaptive.to_dict())
         if any(len(example.images) > 1 for example in self.examples):  # counts may be per image
             return ranker, schedule.keep_rates
         return ranker, *(schedule.counts(n) for n in sorted({prompt.n_vision for prompt in self._prompts}))
@@ -607,7 +624,7 @@ class Evaluator:
     def _hardest_first(self) -> list[list[int]]:
         """Batches by the score they lost so far, most first; the full model's losses count as one call."""
         assert self.full.per_example is not None
-        lost = (self._failures + self._ceilings - self.full.per_example) / (self._calls + 1)
+        lost = self._failures + self._ceilings - self.full.per_example
         return sorted(self._batches, key=lambda batch: -float(np.mean(lost[batch])))
 
     def _draw(self, reduction: Reduction, floor: float, confidence: float, seed: int) -> _Drawn:
@@ -627,7 +644,6 @@ class Evaluator:
         return _Drawn([self._batches[number] for number in order], test)
 
     def _note_failures(self, scores: NDArray[np.float64], run: NDArray[np.intp]) -> None:
-        self._calls += 1
         self._failures[run] += self._ceilings[run] - scores[run]
 
     def _flops(self, run: Sequence[int], schedule: Schedule | None, drafted: bool = True) -> float:

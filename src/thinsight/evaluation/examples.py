@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import BadInput
+from ..texts import brief
 from .images import ImageSource, OpenedImages, check_exists, image_key
 from .metrics import get_metric
 
@@ -89,6 +90,11 @@ class Example:
                 for image in self.images
             )
             object.__setattr__(self, "group", "+".join(names))
+
+    def __repr__(self) -> str:
+        images = "1 image" if len(self.images) == 1 else f"{len(self.images)} images"
+        question, answers = (brief(repr(each), 100) for each in (self.question, self.answers))
+        return f"Example({brief(repr(self.id), 60)}, {images}, {question}, answers={answers})"
 
     @property
     def task(self) -> str | None:

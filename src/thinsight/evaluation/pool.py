@@ -96,6 +96,9 @@ class EvaluatorPool:
         first = Evaluator(model.to(devices[0]), processor, examples, progress=progress, **options)
         return cls([first, *(Evaluator(*each, examples, **options) for each in copies)])
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self._members)} x {self._members[0]!r})"
+
     # -- what a search sees ----------------------------------------------------------------------------------
 
     @property

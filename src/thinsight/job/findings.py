@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ..evaluation.result import Evaluation
-from ..reduction import Reduction
+from ..reduction import Reduction, public_name
 from ..report.data import (
     Consistency,
     DatasetInfo,
@@ -108,7 +108,11 @@ def measured_of(data: ReportData, measurement: Measurement) -> dict[str, Any]:
         "drop": headline.drop.mean,
         "drop_interval_95": [headline.drop.low, headline.drop.high],
         "metric": dataset.metric,
-        "test": {"name": dataset.test_name, "examples": dataset.test_size, "hash": dataset.test_hash},
+        "test": {
+            "name": public_name(dataset.test_name),
+            "examples": dataset.test_size,
+            "hash": dataset.test_hash,
+        },
         "mean_keep_rate": headline.mean_keep_rate,
         "flops_ratio": headline.flops_ratio,
         "kv_ratio": measurement.kv_ratio,

@@ -70,8 +70,7 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
         result = _layer_by_layer(options, prepared)
     else:
         result = _under_budget(options, prepared)
-    reduction = replace(result.reduction, base_model_name_or_path=options.model.model)
-    reduction.save_pretrained(prepared.folder.path)
+    result.reduction.save_pretrained(prepared.folder.path)
     if result.schedule.is_full and options.budget is None:
         prepared.watcher.on_note(
             f"No vision token can go within a drop of {options.tolerance}: allow more with --max-drop, "
@@ -162,7 +161,7 @@ def _along_frontier(
         )
         for point in found.points
     )
-    trials = [trial for point in found.points for trial in point.trials]
+    trials = tuple(trial for point in found.points for trial in point.trials)
     forwards = math.fsum(point.full_forwards or 0.0 for point in found.points)
     return replace(taken, trials=trials, method="frontier", full_forwards=forwards), rows
 

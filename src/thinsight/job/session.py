@@ -24,7 +24,7 @@ from ..evaluation.examples import (
     read_examples,
     validate_examples,
 )
-from ..loading import DEMO, check_options, load_config, load_model
+from ..loading import DEMO, base_name, check_options, checkpoint_hash, load_config, load_model
 from ..ranking import get_ranker
 from ..reduction import CONFIG_NAME, Reduction
 from ..report.data import ModelInfo
@@ -163,9 +163,17 @@ def find_reduction(source: str | None, model: str, default: Path = DEFAULT_OUT) 
         return Sourced(Reduction.from_pretrained(source), source)
     if (default / CONFIG_NAME).is_file():
         reduction = Reduction.from_pretrained(default)
-        if reduction.base_model_name_or_path == model:
+        if _is_for(reduction, model):
             return Sourced(reduction, str(default))
     return None
+
+
+def _is_for(reduction: Reduction, model: str) -> bool:
+    """Whether a reduction was searched for a model, which may have moved or be one of several of its name."""
+    here, searched = checkpoint_hash(model), (reduction.search or {}).get("checkpoint")
+    if here is not None and searched is not None:
+        return bool(here == searched)
+    return reduction.base_model_name_or_path == base_name(model)
 
 
 def layers_of(config: Any) -> int:

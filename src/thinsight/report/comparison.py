@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import texts
 from ..errors import MissingPackage
 from ..evaluation.statistics import Interval, drop_interval
 from . import words
@@ -166,7 +167,7 @@ def to_csv(comparison: Comparison) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """The table, one per budget."""
-    parts = [f"**Warning:** {comparison.doubt}", ""] if comparison.doubt else []
+    parts = [f"**Warning:** {texts.markdown(comparison.doubt)}", ""] if comparison.doubt else []
     lines = table(comparison)
     for budget in dict.fromkeys(line.budget for line in lines):
         parts += [f"### {budget_title(budget, comparison.unit)}", ""]
@@ -175,12 +176,13 @@ def markdown(comparison: Comparison) -> str:
             "|---|---|---|---|---|---|",
         ]
         for line in (line for line in lines if line.budget == budget):
+            title = texts.markdown(line.title)
             if line.refused:
-                parts.append(f"| {line.title} | refused: {line.refused} | | | | |")
+                parts.append(f"| {title} | refused: {texts.markdown(line.refused)} | | | | |")
                 continue
             seeds = f" ± {100 * line.spread:.1f}" if line.seeds > 1 else ""
             cells = [
-                f"**{line.title}**" if line.method == OURS else line.title,
+                f"**{title}**" if line.method == OURS else title,
                 f"{100 * line.score:.1f}{seeds}",
                 interval_text(line.drop),
                 interval_text(line.behind),

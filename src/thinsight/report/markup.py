@@ -6,7 +6,7 @@ plain string it is given, in children and attributes alike.
 
 from __future__ import annotations
 
-import html
+from ..texts import html
 
 VOID = frozenset({"meta", "img", "br", "hr", "link", "col"})
 
@@ -19,7 +19,7 @@ class Markup(str):
 
 def escape(value: object) -> Markup:
     """The value as markup, escaped unless it is markup already."""
-    return value if isinstance(value, Markup) else Markup(html.escape(str(value), quote=True))
+    return value if isinstance(value, Markup) else Markup(html(value))
 
 
 def join(*children: object) -> Markup:
@@ -40,6 +40,6 @@ def tag(name: str, /, *children: object, **attributes: object) -> Markup:
         if value is None:
             continue
         shown = number(value) if isinstance(value, float) else value
-        parts.append(f'{key.rstrip("_").replace("_", "-")}="{html.escape(str(shown), quote=True)}"')
+        parts.append(f'{key.rstrip("_").replace("_", "-")}="{html(shown)}"')
     opening = f"<{' '.join(parts)}>"
     return Markup(opening if name in VOID else f"{opening}{join(*children)}</{name}>")

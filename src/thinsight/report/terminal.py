@@ -13,6 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..texts import terminal
 from . import comparison as compared
 from . import words
 from .data import Consistency, DatasetInfo, FrontierRow, Headline, MethodRow, ReportData, TaskRow, TimingRow
@@ -37,7 +38,12 @@ def _table(title: str, columns: Sequence[str], text_columns: Sequence[int] = (0,
 
 
 def _add(table: Table, *cells: str, style: str | None = None) -> None:
-    table.add_row(*(Text(cell) for cell in cells), style=style)
+    table.add_row(*map(_text, cells), style=style)
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Whoever wrote it: no markup, and no control of the terminal."""
+    return Text(terminal(text), style=style)
 
 
 def headline_table(headline: Headline, dataset: DatasetInfo | None = None) -> Table:
@@ -90,7 +96,7 @@ def methods_table(methods: Sequence[MethodRow]) -> Table:
 def print_comparison(comparison: compared.Comparison, console: Console) -> None:
     """One table per budget, best score first; our search in bold."""
     if comparison.doubt:
-        console.print(Text(f"Warning: {comparison.doubt}", style="bold red"), soft_wrap=True)
+        console.print(_text(f"Warning: {comparison.doubt}", "bold red"), soft_wrap=True)
         console.print()
     lines = compared.table(comparison)
     for budget in dict.fromkeys(line.budget for line in lines):
@@ -110,7 +116,7 @@ def print_comparison(comparison: compared.Comparison, console: Console) -> None:
             )
         console.print(table)
         for line in (line for line in lines if line.budget == budget and line.refused):
-            console.print(Text(f"{line.title}: {line.refused}", style="dim"), soft_wrap=True)
+            console.print(_text(f"{line.title}: {line.refused}", "dim"), soft_wrap=True)
         console.print()
 
 
@@ -178,17 +184,17 @@ def consistency_table(consistency: Consistency) -> Table:
 
 def report_tables(data: ReportData) -> RenderableType:
     """All of a report that a terminal can show, top to bottom."""
-    parts: list[RenderableType] = [Text(data.title, style="bold")]
+    parts: list[RenderableType] = [_text(data.title, "bold")]
     if data.headline is not None:
-        parts += [Text(words.headline(data.headline), style="bold green"), Text()]
+        parts += [_text(words.headline(data.headline), "bold green"), Text()]
         for doubt in data.doubts:
-            parts += [Text(f"Warning: {doubt}", style="bold red"), Text()]
+            parts += [_text(f"Warning: {doubt}", "bold red"), Text()]
         parts += [headline_table(data.headline, data.dataset), Text()]
-        parts += [Text(words.meaning(data.headline, data.search)), Text()]
+        parts += [_text(words.meaning(data.headline, data.search)), Text()]
     if data.keep_rates:
         parts += [schedule_text(data.keep_rates), Text()]
     if data.methods:
-        parts += [methods_table(data.methods), Text(words.ranking(data.methods)), Text()]
+        parts += [methods_table(data.methods), _text(words.ranking(data.methods)), Text()]
     if data.frontier:
         parts += [frontier_table(data.frontier), Text()]
     if data.per_task:
@@ -196,7 +202,7 @@ def report_tables(data: ReportData) -> RenderableType:
     if data.timing:
         parts += [timing_table(data.timing), Text()]
     if data.consistency is not None:
-        parts += [consistency_table(data.consistency), Text(data.consistency.words), Text()]
+        parts += [consistency_table(data.consistency), _text(data.consistency.words), Text()]
     return Group(*parts)
 
 

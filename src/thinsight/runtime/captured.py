@@ -98,6 +98,11 @@ class CapturedPrefill:
         self._forward: Callable[..., Any] = self._decoder.forward
         self._decoder.forward = self._pass
 
+    def __repr__(self) -> str:
+        return (
+            f"CapturedPrefill({type(self._model).__name__}, {self.recorded} shapes, {self.replayed} replayed)"
+        )
+
     @property
     def recorded(self) -> int:
         """How many shapes are held."""

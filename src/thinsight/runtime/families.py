@@ -21,6 +21,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
 from ..errors import BadInput, MissingPackage, Unsupported
 
@@ -89,6 +90,8 @@ MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 # The encoder lists tiles, or a whole row's images as one: an image is an unbroken run of vision tokens.
 _RUNS = frozenset({"cohere2_vision", "idefics2", "idefics3", "internvl", "smolvlm"})
+# Of `layer_types`: layers in which a token that is left out leaves nothing behind.
+_ATTENTION_LAYERS = frozenset({"attention", "chunked_attention", "full_attention", "sliding_attention"})
 # Every token of a prompt sees all of it, unless its token type is 1, as an answer's is.
 _BOTH_WAYS = frozenset({"paligemma"})
 # Videos stand behind the placeholder of images.
@@ -304,8 +307,32 @@ def refusal(config: Any) -> str | None:
             "tokens to drop; use a decoder-only model"
         )
     if config.model_type not in SUPPORTED:
-        return f"model_type is {config.model_type!r}; supported: {', '.join(SUPPORTED)}"
+        return f"{_why_unlisted(config.model_type, text)}; supported: {', '.join(SUPPORTED)}"
     return None
+
+
+def _why_unlisted(model_type: str, text: Any) -> str:
+    """What is known of a family that is not on the list."""
+    name = CLASSES.get(model_type)
+    if name is None:
+        return (
+            f"model_type is {model_type!r}, which transformers {transformers.__version__} does not load as a "
+            "model that answers questions about images"
+        )
+    listed = [kind for kind in SUPPORTED if CLASSES.get(kind) == name]
+    if listed:
+        return (
+            f"model_type is {model_type!r}, which runs as {name} like {listed[0]!r}, but has not been tried "
+            "under this name yet"
+        )
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    other = sorted(set(kinds) - _ATTENTION_LAYERS)
+    if other:
+        return (
+            f"model_type is {model_type!r}, whose decoder has layers ({', '.join(other)}) that are no plain "
+            "self-attention: what they carry along the sequence cannot be had without the tokens left out"
+        )
+    return f"model_type is {model_type!r}, which is not on the list yet: nobody has tried {name}"
 
 
 def check_supported(model: Any) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..errors import BadInput
 from ..ranking import Ranker
 from ..schedule import Schedule
+from ..texts import brief
 from .call import Plan, encode_pixels
 from .families import base_model, unwrapped
 from .passes import Pass, PassState, ThreadState
@@ -111,6 +112,10 @@ class Handle:
             self._reducer = Reducer(self.model, schedule, ranker, adaptive, self._quotas, self._local)
             self._reducer.install()
             _applied[base_model(model)] = weakref.ref(self._reducer)
+
+    def __repr__(self) -> str:
+        where = "" if self.on else ", removed"
+        return brief(f"Handle({type(self.model).__name__}, {self.schedule!r}, {self.ranker!r}{where})")
 
     def remove(self) -> None:
         """Take the reduction off. Safe to call twice, and from any thread.

@@ -18,7 +18,7 @@ from ..budget import Budget
 from ..errors import BadInput, Unreachable
 from ..reduction import Reduction
 from ..schedule import Schedule
-from .budgeted import BudgetedRun, check_count, first_layers
+from .budgeted import BudgetedRun, budget_of, check_count, first_layers
 from .progress import SearchObserver
 from .result import SearchResult, Trial
 from .sensitivity import LEAST_TRIALS, SensitivitySearch, worth
@@ -37,8 +37,9 @@ _ADAPTING = 1 + (len(SPREADS) + 1) * _SHARE + 1  # evaluations: the statistics, 
 
 def adaptive_search(
     evaluator: SearchEvaluator,
-    budget: Budget,
+    budget: Budget | float,
     *,
+    budget_unit: str = "keep",
     n_trials: int = 16,
     seed: int = 0,
     first_layer: int | None = None,
@@ -63,6 +64,7 @@ def adaptive_search(
     """
     check_count(n_trials, "n_trials", LEAST_TRIALS + round(_ADAPTING + 0.5))
     check_count(seed, "seed", 0)
+    budget = budget_of(evaluator, budget, budget_unit)
     if not hasattr(evaluator, "statistics"):
         raise BadInput("evaluator has no statistics; pass a thinsight.Evaluator, or search without them")
     choices = first_layers(evaluator, budget, rankers, first_layer)

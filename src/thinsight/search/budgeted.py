@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import median_low
 from typing import Any
 
 from ..adaptive import Adaptive
-from ..budget import Budget
+from ..budget import Budget, KeepBudget, check_budget_value, make_budget
 from ..errors import BadInput, Unreachable
 from ..reduction import Reduction
 from ..schedule import Schedule
 from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .result import SearchResult, Trial
 from .shapes import first_layer_for
-from .study import SearchEvaluator, Study, share_prefix
+from .study import SearchEvaluator, Study, checkpoint_of, share_prefix
 
-__all__ = ["BudgetedRun", "check_count", "earliest_layer", "first_layers", "merit"]
+__all__ = ["BudgetedRun", "budget_of", "check_count", "earliest_layer", "first_layers", "merit"]
 
 
 def merit(trial: Trial) -> tuple[float, float]:
@@ -69,7 +70,7 @@ class BudgetedRun:
 
     Args:
         evaluator: see `thinsight.search.SearchEvaluator`.
-        budget: for the evaluator's layers and tokens.
+        budget: for the evaluator's layers and tokens, see `budget_of`.
         settings: what defines the search, JSON values, its "method" and "seed" among them.
         expected: evaluations in all, for progress.
         study: journal file, or None; or an open study.
@@ -77,7 +78,7 @@ class BudgetedRun:
         observer: told what happens.
 
     Raises:
-        ThinsightError: a budget for another model, or a journal that cannot be used.
+        ThinsightError: a journal that cannot be used.
     """
 
     def __init__(
@@ -91,7 +92,6 @@ class BudgetedRun:
         resume: bool = False,
         observer: SearchObserver | None = None,
     ) -> None:
-        check_budget(evaluator, budget)
         self.evaluator, self.budget = evaluator, budget
         self.settings = {**settings, "budget": budget.to_dict()}
         if isinstance(study, Study):
@@ -128,7 +128,7 @@ class BudgetedRun:
         why: str,
         *,
         share: float = 1.0,
-        ranker: dict[str, Any] | None = None,
+        ranker: Mapping[str, Any] | None = None,
         floor: float | None = None,
     ) -> Trial:
         """Evaluate a candidate, or give back what is known of it; it must hold the budget.
@@ -145,7 +145,7 @@ class BudgetedRun:
         why: str,
         *,
         share: float = 1.0,
-        ranker: dict[str, Any] | None = None,
+        ranker: Mapping[str, Any] | None = None,
         floor: float | None = None,
         adaptive: Adaptive | None = None,
     ) -> Trial:
@@ -165,7 +165,7 @@ class BudgetedRun:
         schedule: Schedule,
         why: str,
         share: float,
-        ranker: dict[str, Any] | None,
+        ranker: Mapping[str, Any] | None,
         floor: float | None,
         adaptive: Adaptive | None,
     ) -> Trial:
@@ -211,7 +211,7 @@ class BudgetedRun:
         result = SearchResult(
             schedule=best.schedule,
             reduction=self._reduction(best),
-            trials=self.trials,
+            trials=tuple(self.trials),
             method=self.settings["method"],
             max_drop=None,
             full_score=self.study.full_score,
@@ -237,6 +237,7 @@ class BudgetedRun:
             "score": best.score,
             "spent": self._spent(best),
             "calibration": getattr(self.evaluator, "fingerprint", None),
+            **checkpoint_of(self.evaluator),
         }
         return replace(bound, search=record, ranker=best.ranker or bound.ranker, adaptive=best.adaptive)
 
@@ -247,21 +248,59 @@ class BudgetedRun:
         return trial.adaptive.average(self.budget.spent)
 
 
-def check_budget(evaluator: SearchEvaluator, budget: Budget) -> None:
-    """Refuse what is no evaluator, or a budget for another one.
+def budget_of(evaluator: SearchEvaluator, budget: Budget | float, unit: str = "keep") -> Budget:
+    """A budget that fits an evaluator: the one that is given, or one of so much for its median prompt.
+
+    Args:
+        evaluator: whose prompts are counted.
+        budget: a budget, or a number, see `thinsight.budget.make_budget`.
+        unit: of a number. "flops" and "ms" take a `thinsight.Evaluator`; for "ms" its device is profiled now.
 
     Raises:
-        ThinsightError: naming what is missing or differs.
+        ThinsightError: no evaluator, an unknown unit, a value out of range, or a budget for another model.
     """
     for name in ("num_layers", "num_vision_tokens", "__call__"):
         if not hasattr(evaluator, name):
             raise BadInput(f"evaluator has no {name}; pass a thinsight.Evaluator or an object like it")
+    if not isinstance(budget, Budget):
+        return _counted(evaluator, budget, unit)
+    if unit not in ("keep", budget.unit):
+        raise BadInput(f"budget_unit is {unit!r} but the budget is in {budget.unit}; leave budget_unit out")
     for name, ours, theirs in (
         ("layers", budget.num_layers, int(evaluator.num_layers)),
         ("vision tokens", budget.n_vision, int(evaluator.num_vision_tokens)),
     ):
         if ours != theirs:
             raise BadInput(f"the budget is for {ours} {name} but the evaluator has {theirs}")
+    return budget
+
+
+def _counted(evaluator: Any, value: float, unit: str) -> Budget:
+    """A number as a budget."""
+    check_budget_value(value, unit)
+    layers, n_vision = int(evaluator.num_layers), int(evaluator.num_vision_tokens)
+    if unit == "keep":
+        return KeepBudget(layers, n_vision, float(value))
+    if not hasattr(evaluator, "prompt_sizes"):
+        raise BadInput(
+            f"budget_unit is {unit!r}, which takes a thinsight.Evaluator; give this evaluator a budget of "
+            "thinsight.budget"
+        )
+    latency = None
+    if unit == "ms":
+        from ..evaluation.encoding import typical_batch
+        from ..timing import profile
+
+        batch = typical_batch(evaluator.processor, evaluator.examples, evaluator.batch_size)
+        latency = profile(evaluator.model, batch)
+    return make_budget(
+        float(value),
+        unit,
+        config=evaluator.model.config,
+        n_vision=n_vision,
+        n_text=median_low(n_text for _, n_text in evaluator.prompt_sizes),
+        latency=latency,
+    )
 
 
 def check_count(value: Any, field: str, minimum: int) -> None:

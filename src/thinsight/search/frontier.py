@@ -6,13 +6,15 @@ Knows nothing about models, nor how one point is searched (sensitivity.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
-from ..budget import Budget
+from ..budget import Budget, check_budget_value
 from ..errors import BadInput, Unreachable
 from ..schedule import Schedule
-from .budgeted import BudgetedRun, check_count, earliest_layer
+from .budgeted import BudgetedRun, budget_of, check_count, earliest_layer
 from .progress import SearchObserver
 from .result import SearchResult
 from .sensitivity import SensitivitySearch, exit_model
@@ -38,6 +40,11 @@ class Frontier:
     full_score: float
     evaluations: float
 
+    def __repr__(self) -> str:
+        ends = [self.points[0], self.points[-1]] if self.points else []
+        range_ = " to ".join(f"{point.spent:.4g}" for point in ends if point.spent is not None)
+        return f"Frontier({len(self.points)} points, cost {range_}, {self.evaluations:g} evaluations)"
+
     def within(self, limit: float) -> SearchResult:
         """The best-scoring point that costs at most ``limit``, in the budgets' unit.
 
@@ -58,8 +65,9 @@ class Frontier:
 
 def frontier(
     evaluator: SearchEvaluator,
-    budgets: Sequence[Budget],
+    budgets: Sequence[Budget | float] | Budget | float = SHARES,
     *,
+    budget_unit: str = "keep",
     n_trials: int = 4,
     seed: int = 0,
     study: str | os.PathLike[str] | None = None,
@@ -70,7 +78,8 @@ def frontier(
 
     Args:
         evaluator: see `thinsight.search.SearchEvaluator`.
-        budgets: of one unit; those that the ranker cannot reach are left out.
+        budgets: mean keep rates, or budgets of one unit; those that the ranker cannot reach are left out.
+        budget_unit: of numbers, see `psigmoid`.
         n_trials: evaluations per point.
         seed: of everything random.
         study: journal file.
@@ -82,9 +91,10 @@ def frontier(
     """
     check_count(n_trials, "n_trials", 4)
     check_count(seed, "seed", 0)
-    if len({budget.unit for budget in budgets}) > 1:
+    wanted = _wanted(evaluator, budgets, budget_unit)
+    if len({budget.unit for budget in wanted}) > 1:
         raise BadInput("budgets are of several units; give budgets of one unit")
-    reachable = _reachable(evaluator, sorted(budgets, key=lambda budget: budget.limit))
+    reachable = _reachable(evaluator, sorted(wanted, key=lambda budget: budget.limit))
     settings = {
         "method": "frontier",
         "n_trials": n_trials,
@@ -113,10 +123,26 @@ def frontier(
     return Frontier(tuple(points), journal.full_score, sum(point.evaluations for point in points))
 
 
+def _wanted(
+    evaluator: SearchEvaluator, budgets: Sequence[Budget | float] | Budget | float, unit: str
+) -> list[Budget]:
+    """All of them as budgets for the evaluator."""
+    single = isinstance(budgets, (Budget, Real, str))
+    given: list[Any] = [budgets] if single else list(budgets) if isinstance(budgets, Iterable) else []
+    if not given:
+        raise BadInput(f"budgets is {budgets!r}; give mean keep rates, such as [0.25, 0.5], or budgets")
+    found: list[Budget] = []
+    for budget in given:
+        if unit == "ms" and found and not isinstance(budget, Budget):  # the device is profiled once
+            check_budget_value(budget, unit)
+            found.append(found[0].limited(float(budget)))
+        else:
+            found.append(budget_of(evaluator, budget, unit))
+    return found
+
+
 def _reachable(evaluator: SearchEvaluator, budgets: Sequence[Budget]) -> list[tuple[Budget, int]]:
     """Budgets with the first layer that each may reduce."""
-    if not budgets:
-        raise BadInput("budgets is empty; give at least one")
     found, reason = [], None
     for budget in budgets:
         try:

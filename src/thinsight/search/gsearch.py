@@ -18,9 +18,9 @@ from ..schedule import Schedule
 from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .result import SearchResult, Trial
 from .solvers import LayerProblem, Solver, check_early_stop, get_solver
-from .study import Record, SearchEvaluator, Study, share_prefix
+from .study import Record, SearchEvaluator, Study, checkpoint_of, share_prefix
 
-__all__ = ["gsearch"]
+__all__ = ["check_max_drop", "gsearch"]
 
 _SLACK = 1e-9  # a score of 0.99 is within 0.01 of 1.0, whatever the last bit of the mean says
 
@@ -247,7 +247,7 @@ class _Run:
         return SearchResult(
             schedule=self.schedule,
             reduction=self._reduction(),
-            trials=self.trials,
+            trials=tuple(self.trials),
             method="gsearch",
             max_drop=self.settings["max_drop"],
             full_score=self.full_score,
@@ -268,6 +268,7 @@ class _Run:
             "score": self.score,
             "calibration": getattr(self.evaluator, "fingerprint", None),
         }
+        record |= checkpoint_of(self.evaluator)
         at_once = getattr(self.solver, "at_once", 1)
         if at_once > 1:  # where the score is not monotone, the schedule depends on it
             record["at_once"] = at_once
@@ -278,13 +279,22 @@ def _check(evaluator: SearchEvaluator, max_drop: float, first_layer: int, seed: 
     for name in ("num_layers", "num_vision_tokens", "__call__"):
         if not hasattr(evaluator, name):
             raise BadInput(f"evaluator has no {name}; pass a thinsight.Evaluator or an object like it")
-    if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= max_drop < math.inf:
-        raise BadInput(f"max_drop is {max_drop!r}; it must be a finite number of at least 0, such as 0.01")
+    check_max_drop(max_drop)
     _check_whole(evaluator.num_vision_tokens, "evaluator.num_vision_tokens", 1, None)
     _check_whole(evaluator.num_layers, "evaluator.num_layers", 1, None)
     _check_whole(getattr(evaluator, "at_once", 1), "evaluator.at_once", 1, None)
     _check_whole(first_layer, "first_layer", 0, int(evaluator.num_layers) - 1)
     _check_whole(seed, "seed", 0, None)
+
+
+def check_max_drop(max_drop: float) -> None:
+    """Refuse a tolerance that is none.
+
+    Raises:
+        ThinsightError: not a finite number of at least 0.
+    """
+    if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= max_drop < math.inf:
+        raise BadInput(f"max_drop is {max_drop!r}; it must be a finite number of at least 0, such as 0.01")
 
 
 def _check_whole(value: Any, field: str, low: int, high: int | None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..budget import Budget
 from ..schedule import Schedule
-from .budgeted import BudgetedRun, check_count, earliest_layer, merit
+from .budgeted import BudgetedRun, budget_of, check_count, earliest_layer, merit
 from .progress import SearchObserver
 from .proposals import propose
 from .result import SearchResult, Trial
@@ -29,8 +29,9 @@ _TIE_BREAK = 1e-3  # of an agreement of 1, in score units: less than one example
 
 def psigmoid(
     evaluator: SearchEvaluator,
-    budget: Budget,
+    budget: Budget | float,
     *,
+    budget_unit: str = "keep",
     n_trials: int = 16,
     seed: int = 0,
     amplitude: bool = False,
@@ -50,7 +51,9 @@ def psigmoid(
 
     Args:
         evaluator: see `thinsight.search.SearchEvaluator`.
-        budget: see `thinsight.budget`.
+        budget: a mean keep rate, such as 0.25, or a budget of `thinsight.budget`.
+        budget_unit: of a number: "keep", "flops" or "ms", see `thinsight.budget.make_budget`. A journal in
+            "ms" is continued with a budget object, for a device is not measured twice alike.
         n_trials: proposals; one that leads to a schedule seen before costs no evaluation.
         seed: of the proposals.
         amplitude: search the highest rate too.
@@ -66,6 +69,7 @@ def psigmoid(
     """
     check_count(n_trials, "n_trials", 1)
     check_count(seed, "seed", 0)
+    budget = budget_of(evaluator, budget, budget_unit)
     first = first_layer_for(budget, earliest_layer(evaluator), first_layer)
     space = _space(budget.num_layers, amplitude, floor)
     start = None if warm_start is None else _inside(fit_sigmoid(warm_start, first), space)

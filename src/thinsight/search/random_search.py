@@ -13,7 +13,7 @@ import numpy as np
 
 from ..budget import Budget
 from ..schedule import Schedule
-from .budgeted import BudgetedRun, check_count, first_layers, merit
+from .budgeted import BudgetedRun, budget_of, check_count, first_layers, merit
 from .progress import SearchObserver
 from .result import SearchResult, Trial
 from .shapes import random_staircase
@@ -24,8 +24,9 @@ __all__ = ["random_search"]
 
 def random_search(
     evaluator: SearchEvaluator,
-    budget: Budget,
+    budget: Budget | float,
     *,
+    budget_unit: str = "keep",
     n_trials: int = 16,
     seed: int = 0,
     first_layer: int | None = None,
@@ -43,6 +44,7 @@ def random_search(
     """
     check_count(n_trials, "n_trials", 1)
     check_count(seed, "seed", 0)
+    budget = budget_of(evaluator, budget, budget_unit)
     choices = first_layers(evaluator, budget, rankers, first_layer)
     settings = {
         "method": "random",

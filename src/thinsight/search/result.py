@@ -6,12 +6,14 @@ Knows nothing about how schedules are proposed or scored.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..adaptive import Adaptive
-from ..reduction import Reduction
+from ..reduction import Reduction, read_only
 from ..schedule import Schedule
+from ..texts import brief
 
 __all__ = ["SearchResult", "Trial"]
 
@@ -49,9 +51,17 @@ class Trial:
     seconds: float = field(default=0.0, compare=False)
     agreement: float | None = None
     share: float = 1.0
-    ranker: dict[str, Any] | None = None
+    ranker: Mapping[str, Any] | None = None
     why: str = ""
     adaptive: Adaptive | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranker", read_only(self.ranker))
+
+    def __repr__(self) -> str:
+        what = self.why if self.layer is None else f"layer {self.layer}, {self.count} tokens"
+        score = f"{'' if self.complete else '<= '}{self.score:.4g}"
+        return brief(f"Trial({what}: score {score}, mean keep rate {self.schedule.mean_keep_rate:.4g})")
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class SearchResult:
 
     schedule: Schedule
     reduction: Reduction
-    trials: list[Trial]
+    trials: tuple[Trial, ...]
     method: str
     max_drop: float | None
     full_score: float
@@ -75,10 +85,23 @@ class SearchResult:
     seed: int
     cost: float | None = None
     seconds: float = field(default=0.0, compare=False)
-    budget: dict[str, Any] | None = None
+    budget: Mapping[str, Any] | None = None
     spent: float | None = None
     full_forwards: float | None = None
     agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "trials", tuple(self.trials))
+        object.__setattr__(self, "budget", read_only(self.budget))
+
+    def __repr__(self) -> str:
+        asked = "" if self.max_drop is None else f", max_drop {self.max_drop:g}"
+        if self.budget is not None:
+            asked = f", budget {self.budget['limit']:.4g} {self.budget['unit']}"
+        return brief(
+            f"SearchResult({self.method}{asked}: score {self.score:.4g} of {self.full_score:.4g} in "
+            f"{self.evaluations:g} evaluations, {self.schedule!r})"
+        )
 
     @property
     def evaluations(self) -> float:

@@ -5,15 +5,18 @@ Knows nothing about how either of them works. Model code is loaded on the first 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import inspect
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
-from ..budget import Budget, check_budget_value, make_budget
+from ..budget import Budget, check_budget_value
 from ..errors import BadInput
 from .adaptive import adaptive_search
-from .gsearch import gsearch
+from .budgeted import budget_of
+from .gsearch import check_max_drop, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
 from .rankers import AUTO, FIRST_CHOICE, rankers_for
@@ -21,7 +24,6 @@ from .result import SearchResult
 from .sensitivity import sensitivity_search
 
 if TYPE_CHECKING:
-    from ..evaluation.evaluator import Evaluator
     from ..evaluation.examples import Example
 
 __all__ = ["CHOOSE_RANKER", "METHODS", "WARM_START", "budget_of", "choose_method", "search"]
@@ -44,7 +46,7 @@ WARM_START = ("adaptive", "psigmoid", "sensitivity")
 DEFAULT_MAX_DROP = 0.01
 
 
-def choose_method(method: str | None, max_drop: float | None, budget: float | None) -> str:
+def choose_method(method: str | None, max_drop: float | None, budget: Budget | float | None) -> str:
     """The search to run: the one asked for, or G-Search for a tolerance and the sensitivity search for a
     budget.
 
@@ -68,14 +70,16 @@ def search(
     examples: Sequence[Example] | str | Path,
     max_drop: float | None = None,
     *,
-    budget: float | None = None,
+    budget: Budget | float | None = None,
     budget_unit: str = "keep",
     method: str | None = None,
     metric: str | None = None,
-    batch_size: int = 8,
+    batch_size: int | str = 8,
     ranker: Any = None,
     max_new_tokens: int | None = None,
     cache_gib: float | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> SearchResult:
     """Search the cheapest reduction of ``model`` whose score on ``examples`` falls by at most ``max_drop``,
@@ -86,17 +90,21 @@ def search(
         processor: its processor.
         examples: calibration examples, or what `thinsight.load_examples` takes.
         max_drop: largest drop of the score, in the metric's own unit; 0.01 if no budget is given.
-        budget: what a prefill may cost, see `thinsight.budget.make_budget`.
-        budget_unit: "keep" (mean keep rate), "flops" or "ms".
+        budget: what a prefill may cost: a number, see `thinsight.budget.make_budget`, or a budget.
+        budget_unit: of a number: "keep" (mean keep rate), "flops" or "ms".
         method: "gsearch" (the default for ``max_drop``), "sensitivity" (the default for ``budget``),
             "adaptive", "psigmoid" or "random".
         metric: name of a metric; None takes each example's own.
-        batch_size: examples per forward pass.
+        batch_size: examples per forward pass, or "auto": the fastest, measured first.
         ranker: which tokens are kept. None: under a budget the search chooses ("auto") where its method can,
             else text attention.
         max_new_tokens: longest answer; None takes the evaluator's default.
         cache_gib: main memory for vision features, see `thinsight.Evaluator`.
-        **options: further arguments of the search, such as ``study``, ``seed`` or ``first_layer``.
+        cache_dir: folder that keeps vision features and the full model's answers for later runs.
+        progress: called as ``progress(what, done, total)`` after each batch, in examples.
+        **options: further arguments of the search that runs, such as ``n_trials``, ``seed``, ``first_layer``,
+            ``study`` and ``resume``: see `gsearch`, `sensitivity_search`, `adaptive_search`, `psigmoid` and
+            `random_search`.
 
     Raises:
         ThinsightError: bad arguments, examples or model; before long work starts.
@@ -106,8 +114,11 @@ def search(
         raise BadInput(
             f"ranker is 'auto', which needs a budget and a method that chooses it: {', '.join(CHOOSE_RANKER)}"
         )
-    if budget is not None:
+    if budget is None:
+        check_max_drop(DEFAULT_MAX_DROP if max_drop is None else max_drop)
+    elif not isinstance(budget, Budget):
         check_budget_value(budget, budget_unit)
+    _check_options(chosen, options)
     from ..evaluation.evaluator import Evaluator
     from ..evaluation.examples import load_examples
     from ..evaluation.feature_store import DEFAULT_CACHE_GIB
@@ -122,37 +133,30 @@ def search(
         batch_size=batch_size,
         ranker=FIRST_CHOICE if ranker in (None, AUTO) else ranker,
         max_new_tokens=max_new_tokens,
+        progress=progress,
         cache_gib=DEFAULT_CACHE_GIB if cache_gib is None else cache_gib,
+        cache_dir=cache_dir,
     )
     if budget is None:
         return gsearch(evaluator, DEFAULT_MAX_DROP if max_drop is None else max_drop, **options)
     if ranker in (None, AUTO) and chosen in CHOOSE_RANKER:
         options.setdefault("rankers", rankers_for(evaluator))
-    limits = budget_of(evaluator, budget, budget_unit)
-    found: SearchResult = METHODS[chosen](evaluator, limits, **options)
+    found: SearchResult = METHODS[chosen](evaluator, budget, budget_unit=budget_unit, **options)
     return found
 
 
-def budget_of(evaluator: Evaluator, value: float, unit: str = "keep") -> Budget:
-    """A budget for the evaluator's model on its median prompt; "ms" is profiled on the spot.
+def _check_options(method: str, options: Iterable[str]) -> None:
+    """Refuse an option that the search does not take, before its evaluator reads any image.
 
     Raises:
-        ThinsightError: an unknown unit, or a value out of range.
+        ThinsightError: with the option that was meant, or all that there are.
     """
-    sizes = evaluator.prompt_sizes
-    latency = None
-    if unit == "ms":
-        from ..evaluation.encoding import typical_batch
-        from ..timing import profile
-
-        latency = profile(
-            evaluator.model, typical_batch(evaluator.processor, evaluator.examples, evaluator.batch_size)
-        )
-    return make_budget(
-        value,
-        unit,
-        config=evaluator.model.config,
-        n_vision=evaluator.num_vision_tokens,
-        n_text=median_low(n_text for _, n_text in sizes),
-        latency=latency,
-    )
+    function = gsearch if method == "gsearch" else METHODS[method]
+    own = inspect.signature(search).parameters
+    taken = [name for name in inspect.signature(function).parameters if name not in (*own, "evaluator")]
+    for name in options:
+        if name in taken:
+            continue
+        close = difflib.get_close_matches(name, [*taken, *own], n=1)
+        meant = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(taken)}"
+        raise BadInput(f"method {method!r} takes no option {name!r}: {meant}")

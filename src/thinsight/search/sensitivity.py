@@ -18,7 +18,7 @@ import numpy as np
 from ..budget import Budget, fill, fit_rate
 from ..errors import Unreachable
 from ..schedule import Schedule
-from .budgeted import BudgetedRun, check_count, first_layers
+from .budgeted import BudgetedRun, budget_of, check_count, first_layers
 from .exits import ExitModel, grid
 from .progress import SearchObserver
 from .result import SearchResult, Trial
@@ -47,8 +47,9 @@ def worth(trial: Trial) -> float:
 
 def sensitivity_search(
     evaluator: SearchEvaluator,
-    budget: Budget,
+    budget: Budget | float,
     *,
+    budget_unit: str = "keep",
     n_trials: int = 16,
     seed: int = 0,
     first_layer: int | None = None,
@@ -63,7 +64,8 @@ def sensitivity_search(
     Args:
         evaluator: see `thinsight.search.SearchEvaluator`. One that can run a sample of its examples is used
             so.
-        budget: see `thinsight.budget`.
+        budget: a mean keep rate, such as 0.25, or a budget of `thinsight.budget`.
+        budget_unit: of a number, see `psigmoid`.
         n_trials: evaluations to spend; one on a share of the examples counts as that share.
         seed: of everything random.
         first_layer: the first layer that may get fewer tokens; None: see `shapes.first_layer_for`.
@@ -79,6 +81,7 @@ def sensitivity_search(
     """
     check_count(n_trials, "n_trials", LEAST_TRIALS)
     check_count(seed, "seed", 0)
+    budget = budget_of(evaluator, budget, budget_unit)
     choices = first_layers(evaluator, budget, rankers, first_layer)
     first = min(first for _, first in choices)
     settings = {

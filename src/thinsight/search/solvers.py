@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from ..errors import BadInput
 from ..evaluation.bounds import check_confidence
@@ -48,12 +48,18 @@ class LayerProblem:
         return [self.probe(count) for count in counts] if self.probe_all is None else self.probe_all(counts)
 
 
+@runtime_checkable
 class Solver(Protocol):
     """Finds one layer's count."""
 
     @property
     def settings(self) -> dict[str, Any]:
         """``{"name": ..., **settings}`` as JSON values: what a resumed search compares."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether it reads complete scores only, so that no evaluation of its may stop early."""
+        return False
 
     def most_evaluations(self, upper: int) -> int:
         """Upper bound of the evaluations one layer takes below ``upper``; must not fall when ``upper``
@@ -96,6 +102,10 @@ class Bisect:
     @property
     def settings(self) -> dict[str, Any]:
         return {"name": "bisect", "step": self.step}
+
+    @property
+    def exact(self) -> bool:
+        return False
 
     def most_evaluations(self, upper: int) -> int:
         width, most = self._steps(upper) + 1, 0  # from what fails to what passes
@@ -153,6 +163,10 @@ class Bayes:
     def settings(self) -> dict[str, Any]:
         return {"name": "bayes", "trade_off": float(self.trade_off), "n_trials": int(self.n_trials)}
 
+    @property
+    def exact(self) -> bool:
+        return True
+
     def most_evaluations(self, upper: int) -> int:
         return min(self.n_trials, upper)
 
@@ -187,8 +201,10 @@ def get_solver(
         return Bisect(step, at_once)
     if solver == "bayes":
         return Bayes(trade_off, n_trials)
-    if isinstance(solver, str) or not callable(getattr(solver, "solve", None)):
-        raise BadInput(f"solver is {solver!r}; choose 'bisect' or 'bayes', or pass a Solver object")
+    if not isinstance(solver, Solver):
+        raise BadInput(
+            f"solver is {solver!r}; choose 'bisect' or 'bayes', or pass an object with all members of Solver"
+        )
     return solver
 
 
@@ -201,9 +217,10 @@ def check_early_stop(solver: Solver, confidence: float | None) -> None:
     if confidence is None:
         return
     check_confidence(confidence)
-    if isinstance(solver, Bayes):
+    if solver.exact:
+        name = solver.settings.get("name")
         raise BadInput(
-            f"confidence is {confidence!r}, but solver 'bayes' scores every candidate on all examples: "
+            f"confidence is {confidence!r}, but solver {name!r} scores every candidate on all examples: "
             "leave it out, or choose 'bisect'"
         )
 

@@ -13,7 +13,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from ..evaluation.result import Evaluation
 from ..reduction import Reduction
 from ..schedule import Schedule
 
-__all__ = ["Record", "SearchEvaluator", "Study", "searchable_score", "share_prefix"]
+__all__ = ["Record", "SearchEvaluator", "Study", "checkpoint_of", "searchable_score", "share_prefix"]
 
 JOURNAL_VERSION = 1
 
@@ -35,7 +35,8 @@ class SearchEvaluator(Protocol):
     An evaluator may also have ``at_least(schedule, floor) -> Evaluation``, which may stop as soon as the
     score provably cannot reach ``floor``, and where it takes ``confidence=`` and ``seed=``, as soon as it
     does not with that confidence; ``fingerprint``, a string that names model, data, metric and
-    ranker; ``reduction(schedule) -> Reduction``, which binds the ranker and the model family;
+    ranker; ``checkpoint``, a hash of the local folder that holds the model, or None;
+    ``reduction(schedule) -> Reduction``, which binds the ranker and the model family;
     ``sample(schedule, share) -> Evaluation``, the score on about that share of the examples, the same ones
     every time; ``first_layer``, the first layer at which its ranker can rank; ``full_cost``, the cost of
     one full evaluation in the unit of `Evaluation.cost`; ``doubt``, a sentence that says why the full score
@@ -104,6 +105,12 @@ def share_prefix(evaluator: SearchEvaluator, schedule: Schedule, layer: int) -> 
         share(schedule, layer)
 
 
+def checkpoint_of(evaluator: SearchEvaluator) -> dict[str, str]:
+    """What a search's record says of a model that was loaded from a local folder."""
+    found = getattr(evaluator, "checkpoint", None)
+    return {} if found is None else {"checkpoint": found}
+
+
 class Study:
     """Evaluations by schedule, in memory and (when ``path`` is given) in a journal.
 
@@ -152,7 +159,7 @@ class Study:
         schedule: Schedule,
         floor: float | None = None,
         *,
-        ranker: dict[str, Any] | None = None,
+        ranker: Mapping[str, Any] | None = None,
         share: float = 1.0,
         adaptive: Adaptive | None = None,
     ) -> Record:
@@ -213,7 +220,7 @@ class Study:
         other = self._records.get(replace(asked, exact=not asked.exact))
         return same or (other if other is not None and other.complete else None)
 
-    def _run(self, asked: _Asked, ranker: dict[str, Any] | None, floor: float | None) -> Record:
+    def _run(self, asked: _Asked, ranker: Mapping[str, Any] | None, floor: float | None) -> Record:
         started = time.perf_counter()
         wanted: Any = asked.schedule
         if ranker is not None or asked.adaptive is not None:

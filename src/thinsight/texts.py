@@ -1,0 +1,106 @@
+"""Texts of users, files and models, made safe for where they go: one function for each place.
+
+A task's name, an answer or a path may hold anything: control characters that move a terminal's cursor,
+line breaks that add a line to a YAML block, quotes that end a shell word. What is not plain text is shown as
+its escape (``\\x1b``), never dropped, so that a reader sees that it is there. Knows nothing about what texts
+mean.
+"""
+
+from __future__ import annotations
+
+import html as _html
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import yaml as _yaml
+
+__all__ = ["brief", "capped", "code", "html", "markdown", "python", "shell", "terminal", "yaml"]
+
+MESSAGE = 1000  # characters of an error or a note
+BRIEF = 280  # characters of an object in one line
+
+# controls, line and paragraph separators, what overrides the reading direction, halves of characters
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SPACE = re.compile(r"\s+")
+_MARKDOWN = re.compile(r"([\\`*\[\]<>|~&$#]|(?<![^\W_])_|_(?![^\W_]))")
+_CODE = re.compile(r"[\w./:@+,=%~ -]+")
+_ELLIPSIS = " ... "
+
+
+def terminal(value: object) -> str:
+    """One line for a terminal: nothing in it moves the cursor, and line breaks and tabs are spaces."""
+    return _visible(_SPACE.sub(lambda found: " " if _UNSAFE.search(found[0]) else found[0], str(value)))
+
+
+def html(value: object) -> str:
+    """For an HTML page, as text or as an attribute's value; line breaks and tabs stay."""
+    return _html.escape(_visible(str(value), but="\n\t"), quote=True)
+
+
+def markdown(value: object) -> str:
+    """For Markdown, as one line of a paragraph or one cell of a table."""
+    return _MARKDOWN.sub(r"\\\1", terminal(value).strip())
+
+
+def code(value: object) -> str:
+    """Likewise, as a code span where the text is plain enough to be one."""
+    text = terminal(value).strip()
+    return f"`{text}`" if _CODE.fullmatch(text) else markdown(text)
+
+
+def yaml(values: Mapping[str, Any]) -> str:
+    """Lines of a YAML block, such as a model card begins with."""
+    return _yaml.safe_dump(dict(values), sort_keys=False, width=2**16)
+
+
+def shell(words: Iterable[str]) -> str:
+    """A command that bash, zsh and ksh read back as these very words, on one line."""
+    return " ".join(map(_shell_word, words))
+
+
+def python(value: str) -> str:
+    """A Python literal."""
+    return json.dumps(value, ensure_ascii=False) if value.isprintable() else repr(value)
+
+
+def capped(text: str, limit: int = MESSAGE) -> str:
+    """At most ``limit`` characters: of a longer text the middle goes, for a message names the field in its
+    beginning and the remedy at its end."""
+    if len(text) <= limit:
+        return text
+    kept = limit - len(_ELLIPSIS)
+    return f"{text[: kept - kept // 2]}{_ELLIPSIS}{text[-(kept // 2) :]}"
+
+
+def brief(value: object, limit: int = BRIEF) -> str:
+    """One short line, as objects are shown by ``repr``."""
+    return capped(terminal(value), limit)
+
+
+def _visible(text: str, but: str = "") -> str:
+    return _UNSAFE.sub(lambda found: found[0] if found[0] in but else ascii(found[0])[1:-1], text)
+
+
+def _shell_word(word: str) -> str:
+    if not _UNSAFE.search(word):
+        return shlex.quote(word)
+    quoted = "".join(
+        f"\\{each}" if each in "\\'" else "".join(map(_octal, _bytes(each))) if _UNSAFE.match(each) else each
+        for each in word
+    )
+    return f"$'{quoted}'"
+
+
+def _bytes(text: str) -> bytes:
+    """As the operating system hands it over; half a character that it cannot is marked."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return b"?"
+
+
+def _octal(byte: int) -> str:
+    return f"\\{byte:03o}"
