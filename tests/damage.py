@@ -42,10 +42,12 @@ def refused_or_same(run: Callable[[], Any], expected: Any, damaged: Path) -> boo
     try:
         found = run()
     except ThinsightError as error:
-        assert damaged.name in str(error)
-        return True
-    assert found == expected
-    return False
+        said = str(error)
+    else:
+        assert found == expected
+        return False
+    assert damaged.name in said
+    return True
 
 
 def full_disk() -> OSError:

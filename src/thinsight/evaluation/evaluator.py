@@ -16,7 +16,6 @@ import zlib
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from functools import cached_property, partial
-from pathlib import Path
 from statistics import median_low
 from typing import Any, NamedTuple
 

@@ -227,8 +227,8 @@ class _Comparing:
                 return self._search(budget, name.removeprefix(SEARCH_PREFIX), seed or 0, key)
             reduction = self._baseline(budget, name, seed)
         except (Unreachable, Unsupported) as error:
-            return _Found((), {}, 0, 0, None, str(error))
-        return _Found.of(reduction, 0, 0, None)
+            return _Found((), {}, 0.0, 0.0, None, str(error))
+        return _Found.of(reduction, 0.0, 0.0, None)
 
     def _baseline(self, budget: Budget, name: str, seed: int | None) -> Reduction:
         baseline = BASELINES[name]

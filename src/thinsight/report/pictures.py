@@ -169,8 +169,10 @@ def check_picture_name(path: str | Path) -> str:
     """
     Image.init()
     kind = Image.registered_extensions().get(Path(path).suffix.lower(), "")
-    if kind not in Image.SAVE:
-        raise BadInput(f"out {path} does not end like a picture: name a .png file")
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
+    except (KeyError, OSError, ValueError):  # no format, one that is only read, one without colors
+        raise BadInput(f"out {path} does not end like a picture: name a .png file") from None
     return kind
 
 
