@@ -18,6 +18,8 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from thinsight.records import write_atomically
+
 Row = dict[str, Any]
 Columns = Mapping[str, Callable[[Row], str]]
 
@@ -69,11 +71,10 @@ class Results:
     def add(self, *rows: Row) -> None:
         """Keep rows that belong together."""
         self.rows += rows
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         date = datetime.now(timezone.utc).date().isoformat()
         record = {**self.where, "date": date, "rows": self.rows}
-        self.path.write_text(json.dumps(record, indent=2) + "\n")
-        self.path.with_suffix(".md").write_text(self._markdown(date))
+        write_atomically(self.path, json.dumps(record, indent=2) + "\n")
+        write_atomically(self.path.with_suffix(".md"), self._markdown(date))
 
     def _markdown(self, date: str) -> str:
         head = [list(self.columns), ["---"] + ["---:"] * (len(self.columns) - 1)]

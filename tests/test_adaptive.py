@@ -65,6 +65,8 @@ def test_a_saved_reduction_comes_back(tmp_path: Path) -> None:
         ({"edges": (0.5,)}, "3 schedules, 1 edges and 3 shares"),
         ({"edges": (0.5, 0.5)}, "must be finite numbers that rise"),
         ({"edges": (0.5, float("nan"))}, "must be finite"),
+        ({"edges": (0.5, 10**400)}, "must be finite"),
+        ({"shares": (0.5, 10**400, 0.5)}, "must be from 0 to 1"),
         ({"shares": (0.5, 0.5, 0.5)}, "sum to 1"),
         ({"shares": (1.5, -0.5, 0.0)}, "sum to 1"),
         ({"schedules": (LOW, MIDDLE, Schedule([1.0]))}, r"have \[1, 4\] layers"),

@@ -5,18 +5,21 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import pickle
 import re
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from damage import failing_writes, full_disk
 
-from thinsight.errors import ThinsightError
+from thinsight.errors import StorageError, ThinsightError
 from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
 
@@ -203,6 +206,8 @@ def test_strict_reading(tmp_path: Path, changes: dict[str, Any], named: str) -> 
         b'{"a": NaN}',
         b'{"schema_version": 1, "schema_version": 1}',
         b"[" * 100_000,
+        b"[" * 500 + b"]" * 500,
+        b'{"schema_version": ' + b"1" * 5000 + b"}",
     ],
 )
 def test_corrupt_file(tmp_path: Path, content: bytes) -> None:
@@ -216,6 +221,18 @@ def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("{", '{"num_layers": 5, ', 1))
     with pytest.raises(ThinsightError, match="a key is repeated"):
         Reduction.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rate", ["1" + "0" * 400, "-1" + "0" * 400, "1e400", "1" * 5000, "NaN", "2", '"1"', "true"]
+)
+def test_a_keep_rate_that_is_none_is_refused(tmp_path: Path, rate: str) -> None:
+    """A reduction has no checksum, for it is the user's to edit: its values are held to their range."""
+    path = saved(tmp_path) / "reduction_config.json"
+    path.write_text(path.read_text().replace("[1.0, 1.0", f"[{rate}, 1.0"))
+    with pytest.raises(ThinsightError, match=r"reduction_config\.json") as caught:
+        Reduction.from_pretrained(tmp_path)
+    assert len(str(caught.value)) < 1000
 
 
 def test_missing_places(tmp_path: Path) -> None:
@@ -297,10 +314,37 @@ def test_push_to_hub_uploads_the_saved_folder(tmp_path: Path, monkeypatch: pytes
 
 
 def test_values_that_json_cannot_hold(tmp_path: Path) -> None:
-    for bad in (float("nan"), float("inf"), object(), {1, 2}):
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    less = json.loads("[" * 70 + "]" * 70)
+    for bad in (float("nan"), float("inf"), object(), {1, 2}, 10**400, 10**5000, deep, less, {1: 0, "1": 0}):
         with pytest.raises(ThinsightError, match="cannot be saved as JSON"):
             Reduction(SCHEDULE, measured={"score": bad}).save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_half_of_a_surrogate_pair_comes_back(tmp_path: Path) -> None:
+    """A path with an odd byte in it, say: a search that took hours must not fail to save what it found."""
+    odd = "caf\udce9"
+    reduction = Reduction(
+        SCHEDULE,
+        base_model_name_or_path=f"/models/{odd}",
+        search={odd: [odd]},
+        measured={"test": {"name": odd}},
+    )
+    reduction.save_pretrained(tmp_path)
+    assert Reduction.from_pretrained(tmp_path) == reduction
+    assert "caf\\udce9" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Reduction(SCHEDULE).save_pretrained("~/mine")
+    assert Reduction.from_pretrained(tmp_path / "mine") == Reduction.from_pretrained("~/mine")
+    for refused in (Reduction.from_pretrained, Reduction(SCHEDULE).save_pretrained):
+        with pytest.raises(ThinsightError, match="'~nouser/x' begins with a user who has no home here"):
+            refused("~nouser/x")
 
 
 def test_unwritable_folder(tmp_path: Path) -> None:
@@ -309,17 +353,19 @@ def test_unwritable_folder(tmp_path: Path) -> None:
         Reduction(SCHEDULE).save_pretrained(tmp_path / "file" / "below")
 
 
-def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Reduction(SCHEDULE).save_pretrained(tmp_path)
-
-    def full_disk(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(ThinsightError, match="No space left"):
-        Reduction(Schedule.full(3)).save_pretrained(tmp_path)
-    assert Reduction.from_pretrained(tmp_path).schedule == SCHEDULE
-    assert sorted(os.listdir(tmp_path)) == ["README.md", "reduction_config.json"]
+@pytest.mark.parametrize("error", [full_disk(), KeyboardInterrupt()], ids=["full", "interrupted"])
+def test_failed_write_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    for call in itertools.count():
+        folder = tmp_path / str(call)
+        Reduction(SCHEDULE).save_pretrained(folder)
+        with failing_writes(call, error) as failed, suppress(StorageError, KeyboardInterrupt):
+            Reduction(Schedule.full(3)).save_pretrained(folder)
+        assert sorted(os.listdir(folder)) == ["README.md", "reduction_config.json"]
+        found = Reduction.from_pretrained(folder).schedule
+        assert found == (SCHEDULE if failed else Schedule.full(3))
+        if not failed:
+            break
+    assert call == 10
 
 
 def test_card_shows_schedule_figures_and_use(tmp_path: Path) -> None:
@@ -458,7 +504,7 @@ def test_when_tokens_are_ranked_anew_is_saved(tmp_path: Path, rerank: bool | flo
     assert Reduction(SCHEDULE) != Reduction(SCHEDULE, rerank=0.8)
 
 
-@pytest.mark.parametrize("rerank", [1, 0, 2.5, "always", None])
+@pytest.mark.parametrize("rerank", [1, 0, 2.5, "always", None, 10**300])
 def test_a_damaged_rerank_is_refused(tmp_path: Path, rerank: Any) -> None:
     with pytest.raises(ThinsightError, match=r"reduction_config\.json: rerank is"):
         Reduction.from_pretrained(saved(tmp_path, rerank=rerank))

@@ -11,11 +11,10 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 from .errors import BadInput
-from .schedule import Schedule
+from .schedule import Schedule, real
 from .texts import brief
 
 __all__ = ["Adaptive"]
@@ -138,4 +137,4 @@ class Adaptive:
 
 
 def _finite(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return math.isfinite(real(value))

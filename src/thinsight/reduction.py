@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from .adaptive import Adaptive
 from .card import is_hub_id, is_model_card, model_card
 from .errors import BadInput, StorageError
-from .schedule import Schedule
+from .records import parse_json, read_object, user_path, write_atomically
+from .schedule import Schedule, real
 from .texts import brief
 from .version import __version__
 
@@ -182,19 +181,17 @@ class Reduction:
         Raises:
             ThinsightError: a value that JSON cannot hold, or a folder that cannot be written.
         """
-        folder = Path(save_directory)
-        config = self._encoded()
+        folder, remedy = user_path(save_directory, "folder"), "pass a writable folder"
+        config, card = self._encoded(), folder / CARD_NAME
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if _is_ours(folder / CARD_NAME):
-                _write_atomically(folder / CARD_NAME, self._card())
-            else:
-                warnings.warn(f"{folder / CARD_NAME} {_LEFT_ALONE}", stacklevel=2)
-            _write_atomically(folder / CONFIG_NAME, config)
+            mine = _is_ours(card)
         except OSError as error:
-            raise StorageError(
-                f"folder {folder} cannot be written ({error.strerror or error}); pass a writable folder"
-            ) from None
+            raise StorageError(f"{card} cannot be read ({error.strerror or error}); {remedy}") from None
+        if mine:
+            write_atomically(card, self._card(), remedy)
+        else:
+            warnings.warn(f"{card} {_LEFT_ALONE}", stacklevel=2)
+        write_atomically(folder / CONFIG_NAME, config, remedy)
 
     @classmethod
     def from_pretrained(
@@ -215,7 +212,7 @@ class Reduction:
             ThinsightError: nothing there, or a config that is not exactly what this version writes.
         """
         name = os.fspath(pretrained_model_name_or_path)
-        folder = Path(name)
+        folder = user_path(name, "reduction")
         if folder.is_dir():
             path = folder / CONFIG_NAME
             if not path.is_file():
@@ -228,7 +225,7 @@ class Reduction:
             raise BadInput(
                 f"there is no folder {folder}; pass a folder with {CONFIG_NAME} or a Hub id owner/name"
             )
-        return _read(path)
+        return cls.from_dict(read_object(path, "search again or restore the file"), str(path))
 
     def push_to_hub(
         self,
@@ -268,7 +265,8 @@ class Reduction:
             warnings.warn(f"{CARD_NAME} of {target} {_LEFT_ALONE}", stacklevel=2)
         return str(commit.commit_url)
 
-    def _encoded(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values: what ``reduction_config.json`` holds."""
         config = {
             "schema_version": SCHEMA_VERSION,
             "thinsight_version": __version__,
@@ -284,13 +282,27 @@ class Reduction:
             config["adaptive"] = self.adaptive.to_dict()
         if self.rerank is not True:
             config["rerank"] = self.rerank
+        return config
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any], where: str = CONFIG_NAME) -> Reduction:
+        """Back from `to_dict`; ``where`` names it in messages.
+
+        Raises:
+            ThinsightError: it is not exactly what this version writes.
+        """
+        return _read(where, config)
+
+    def _encoded(self) -> str:
         try:
-            return json.dumps(config, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-        except (TypeError, ValueError) as error:
+            text = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+            parse_json(text)  # what could not be read back is not written
+        except (TypeError, ValueError, RecursionError) as error:
             raise BadInput(
                 f"reduction cannot be saved as JSON ({error}); "
                 "ranker settings, search and measured may hold texts, finite numbers, lists and dicts"
             ) from None
+        return text
 
     def _card(self) -> str:
         return model_card(
@@ -324,7 +336,7 @@ def check_rerank(rerank: Any) -> bool | float:
     """
     if isinstance(rerank, bool):
         return rerank
-    if not isinstance(rerank, Real) or not 0 < float(rerank) < 1:
+    if not 0 < real(rerank) < 1:
         raise BadInput(
             f"rerank is {rerank!r}; it must be True (rank at every reduction), False (only at the first) or "
             "a number in (0, 1)"
@@ -332,8 +344,7 @@ def check_rerank(rerank: Any) -> bool | float:
     return float(rerank)
 
 
-def _read(path: Path) -> Reduction:
-    config = _parsed(path)
+def _read(path: str, config: dict[str, Any]) -> Reduction:
     version = config.get("schema_version")
     if isinstance(version, bool) or version != SCHEMA_VERSION:
         raise BadInput(
@@ -361,34 +372,7 @@ def _read(path: Path) -> Reduction:
         raise BadInput(f"{path}: {error}") from None
 
 
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise StorageError(f"{path} cannot be read ({error.strerror or error}); check the file") from None
-    except UnicodeDecodeError:
-        raise StorageError(f"{path} is not UTF-8 text; search again or restore the file") from None
-    try:
-        config = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_repeats)
-    except (ValueError, RecursionError) as error:
-        raise StorageError(f"{path} is not valid JSON ({error}); search again or restore the file") from None
-    if not isinstance(config, dict):
-        raise StorageError(f"{path} holds no JSON object; search again or restore the file")
-    return config
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError(f"a key is repeated among {[key for key, _ in pairs]}")
-    return result
-
-
-def _check_keys(path: Path, config: dict[str, Any]) -> None:
+def _check_keys(path: str, config: dict[str, Any]) -> None:
     unknown = sorted(config.keys() - {*_KEYS, *_OPTIONAL_KEYS})
     if unknown:
         raise BadInput(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
@@ -458,15 +442,3 @@ def _is_ours_on_the_hub(api: Any, repo_id: str, revision: str | None) -> bool:
         return _is_ours(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)))
     except (RemoteEntryNotFoundError, RevisionNotFoundError):
         return True
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with open(part, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

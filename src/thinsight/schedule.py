@@ -217,14 +217,30 @@ def _checked_rates(keep_rates: Any) -> tuple[float, ...]:
     return tuple(rates)
 
 
+def real(value: Any) -> float:
+    """A real number as a float; NaN for anything else, and for a whole number that no float can hold."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
 def _rate(value: Any, field: str) -> float:
     """``value`` as a float in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise BadInput(f"{field} is {value!r}; it must be a number in [0, 1]")
-    rate = float(value)
+    rate = real(value)
     if not 0.0 <= rate <= 1.0:  # false for NaN too
-        raise BadInput(f"{field} is {rate}; it must be a number in [0, 1]")
+        shown = _shown(value) if math.isnan(rate) else str(rate)
+        raise BadInput(f"{field} is {shown}; it must be a number in [0, 1]")
     return rate + 0.0  # -0.0 becomes 0.0
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except ValueError:  # a whole number of more digits than Python writes out
+        return "too large"
 
 
 def _whole(value: Any, field: str, *, minimum: int) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from damage import full_disk
 from original_checkpoints import CHECKPOINTS, write_checkpoint, write_json, write_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 from thinsight import ThinsightError, load_model
 from thinsight.convert import convert
 from thinsight.convert.shards import TensorSpec, plan_shards, write_shards
+from thinsight.errors import StorageError
 from thinsight.job.watching import Watcher
 
 
@@ -163,8 +166,8 @@ def test_reports_progress(tmp_path: Path) -> None:
 # -- interruptions ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_interruption_leaves_nothing(error: type[BaseException], tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), full_disk()], ids=["interrupted", "full"])
+def test_interruption_leaves_nothing(error: BaseException, tmp_path: Path) -> None:
     class Stops(Watcher):
         def on_progress(self, what: str, done: int, total: int) -> None:
             if done == total // 2:
@@ -172,8 +175,10 @@ def test_interruption_leaves_nothing(error: type[BaseException], tmp_path: Path)
                 raise error
 
     write_checkpoint(tmp_path / "original", "InternVL2-1B")
-    with pytest.raises(error):
+    with pytest.raises((KeyboardInterrupt, StorageError)) as caught:
         convert(tmp_path / "original", tmp_path / "converted", max_shard_bytes=20_000, watcher=Stops())
+    if caught.type is StorageError:
+        assert "converted cannot be written (No space left on device): make room" in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["original"]
     convert(tmp_path / "original", tmp_path / "converted")
 
@@ -247,6 +252,79 @@ def test_refuses_configs(name: str, tmp_path: Path) -> None:
     config["llm_config"] |= text
     write_json(tmp_path / "original" / "config.json", {**config, **top})
     assert expected in refusal(tmp_path / "original", tmp_path / "converted")
+
+
+HOSTILE = {
+    "nested": ("[" * 100_000, "nested too deep"),
+    "nested less": ('{"a":' * 500 + "0" + "}" * 500, "nested more than 64 deep"),
+    "digits": ("1" * 5000, "a whole number of 5000 digits"),
+    "large": ("1" + "0" * 400, "a whole number of 401 digits"),
+    "constant": ("NaN", "NaN is not a JSON number"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "model.safetensors.index.json"])
+def test_refuses_hostile_json(file: str, name: str, tmp_path: Path) -> None:
+    text, expected = HOSTILE[name]
+    write_checkpoint(tmp_path / "original", "InternVL2-2B", shards=2)
+    path = tmp_path / "original" / file
+    path.write_text(f'{{"hostile": {text}, {path.read_text().lstrip()[1:]}')
+    said = refusal(tmp_path / "original", tmp_path / "converted")
+    assert f"{file} is not valid JSON (" in said
+    assert expected in said
+    assert "download the checkpoint anew" in said
+
+
+@pytest.mark.parametrize("value", [None, "many", [], {}, -1, 10**9, 10**300, 1e300, True])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "max_dynamic_patch",
+        "force_image_size",
+        "select_layer",
+        "downsample_ratio",
+        "template",
+        "vision_config.num_hidden_layers",
+        "vision_config.patch_size",
+        "llm_config.num_hidden_layers",
+        "llm_config.rope_scaling",
+        "llm_config.architectures",
+    ],
+)
+def test_a_value_that_cannot_be_right_is_one_line(field: str, value: Any, tmp_path: Path) -> None:
+    """Converted as it stands, or refused in a line of ours: any other error fails, as would 10**9 layers."""
+    config, _ = write_checkpoint(tmp_path / "original", "InternVL2-2B")
+    *above, name = field.split(".")
+    part = config[above[0]] if above else config
+    part[name] = value
+    write_json(tmp_path / "original" / "config.json", config)
+    with suppress(ThinsightError):
+        convert(tmp_path / "original", tmp_path / "converted")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"added_tokens_decoder": []},
+        {"added_tokens_decoder": {"x": {}}},
+        {"added_tokens_decoder": {"3": {"lstrip": 1}}},
+        {"added_tokens_decoder": {"3": None}},
+        {"additional_special_tokens": 3},
+        {"eos_token": {}},
+        {"eos_token": 7},
+        {"model_max_length": []},
+    ],
+)
+def test_a_tokenizer_whose_settings_cannot_be_right_is_one_line(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Likewise."""
+    write_checkpoint(tmp_path / "original", "InternVL2-2B")
+    path = tmp_path / "original" / "tokenizer_config.json"
+    write_json(path, {**json.loads(path.read_text()), **settings})
+    with suppress(ThinsightError):
+        convert(tmp_path / "original", tmp_path / "converted")
 
 
 def test_refuses_a_norm_that_transformers_fixes(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_refuses_broken_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").unlink()
     assert "the folder has no vocabulary" in error_of(tmp_path, vocabulary)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    assert "tokenizer_config.json cannot be read" in error_of(tmp_path, vocabulary)
+    assert "tokenizer_config.json is not valid JSON" in error_of(tmp_path, vocabulary)
 
 
 def test_refuses_other_kinds_of_model(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import warnings
@@ -11,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from damage import changes, failing_writes, full_disk
 
-from thinsight.errors import ThinsightError
+from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation.disk_store import DiskStore
 
 NUMBERS = [0.1 + 0.2, 1e-320, -0.0, math.pi, math.inf, -math.inf, 12345678901234567890]
@@ -115,26 +115,39 @@ def test_two_writers_leave_one_whole_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-def test_a_full_disk_ends_the_keeping_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", range(4))
+def test_a_full_disk_ends_the_keeping_with_one_line(call: int, tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
     store.keep_value("before", 1)
-    write, tried = Path.write_bytes, []
-
-    def full(path: Path, data: bytes) -> int:
-        tried.append(path)
-        write(path, data[:3])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.warns(UserWarning, match="No space left on device.*nothing further is kept") as said:
-        store.keep_value("a", 1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        store.keep_tensors("b", some_tensors(), None)
-    assert len(said) == len(tried) == 1
+    with failing_writes(call, full_disk()) as failed:
+        with pytest.warns(UserWarning, match=r"No space left on device.*nothing further is kept") as said:
+            store.keep_value("a", 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            store.keep_tensors("b", some_tensors(), None)
+    assert len(said) == len(failed) == 1
     assert store.value("a") is None
     assert store.value("before") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["before.json"]
+
+
+@pytest.mark.parametrize("file", ["x.json", "x.safetensors"])
+def test_one_changed_byte_is_passed_over_or_changes_nothing(file: str, tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    store.keep_tensors("x", some_tensors(), ABOUT)
+    store.keep_value("x", NUMBERS)
+    whole, passed_over = (tmp_path / file).read_bytes(), 0
+    for changed in changes(whole, 200):
+        (tmp_path / file).write_bytes(changed)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            value = store.value("x")
+            tensors = store.tensors("x")
+        passed_over += len(said)
+        assert (value if file == "x.json" else tensors) is None or not said
+        assert value in (None, NUMBERS)
+        assert tensors is None or (same(tensors[0], some_tensors()) and tensors[1] == ABOUT)
+    assert passed_over > 100
 
 
 def test_a_folder_that_goes_away_is_no_error(tmp_path: Path) -> None:
@@ -153,3 +166,11 @@ def test_a_folder_that_cannot_be_written_is_refused(bad: Any, tmp_path: Path) ->
     given = tmp_path / bad if isinstance(bad, str) and bad else bad
     with pytest.raises(ThinsightError, match=r"cache_dir .* give "):
         DiskStore(given)
+
+
+def test_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    DiskStore("~/cache").keep_value("x", 1)
+    assert (tmp_path / "cache" / "x.json").is_file()
+    with pytest.raises(BadInput, match="cache_dir '~nouser/x' begins with a user who has no home here"):
+        DiskStore("~nouser/x")

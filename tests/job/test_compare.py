@@ -6,12 +6,14 @@ import csv
 import errno
 import io
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from damage import failing_writes, full_disk
 from rich.console import Console
 from small_run import SmallRun, make_small_run
 
@@ -23,8 +25,8 @@ from thinsight.job.compare import CompareOptions, CompareOutcome, compare, metho
 from thinsight.job.pipeline import SearchOptions, search_and_report
 from thinsight.job.session import ModelOptions
 from thinsight.loading import load_model
+from thinsight.records import encode
 from thinsight.reduction import Reduction
-from thinsight.report.codec import encode
 from thinsight.report.comparison import Comparison, Run, markdown, table
 from thinsight.report.terminal import print_comparison
 from thinsight.schedule import Schedule
@@ -258,6 +260,23 @@ def test_files_hold_what_was_found(outcome: CompareOutcome) -> None:
     pytest.importorskip("matplotlib")
     assert names[3:] == ["comparison.pdf", "comparison.png"]
     assert outcome.files[3].read_bytes().startswith(b"%PDF")
+
+
+def test_a_comparison_that_cannot_be_written_leaves_the_old_files(
+    outcome: CompareOutcome, small: SmallRun
+) -> None:
+    """Written by the run that is done, all of whose stages are there."""
+    folder = outcome.files[0].parent
+    before = {path.name: path.read_bytes() for path in outcome.files}
+    for call in range(1, 26, 4):  # the probe of the folder, then five steps for each of five files
+        with failing_writes(call, full_disk()) as failed, suppress(StorageError):
+            compare(options_for(small, folder, resume=True))
+        assert failed
+        assert not list(folder.rglob("*.part"))
+        kinds = ("comparison.json", "comparison.csv", "comparison.md")
+        assert {name: (folder / name).read_bytes() for name in kinds} == {
+            name: before[name] for name in kinds
+        }
 
 
 def run_of(method: str, per_example: tuple[float, ...], seed: int | None = None, refused: str = "") -> Run:

@@ -3,9 +3,12 @@ nothing."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage import changes, failing_writes, full_disk
 from small_run import SmallRun, make_small_run
 
 from thinsight import Evaluator, Reduction, drop_interval, load_examples
-from thinsight.errors import ThinsightError
+from thinsight.errors import StorageError, ThinsightError
 from thinsight.evaluation import full_model
 from thinsight.evaluation.full_model import FullModel
 from thinsight.job import pipeline, searching
@@ -184,6 +188,93 @@ def test_resuming_runs_no_stage_again(
     again = search_and_report(options_for(small, outcome.folder, resume=True, command="the command"))
     assert again.reduction == outcome.reduction
     assert replace(again.data, created="", pictures=()) == replace(outcome.data, created="", pictures=())
+
+
+RESUMED = [
+    "run",
+    "stages/search",
+    "stages/test-found",
+    "stages/test-fastv",
+    "stages/timing",
+    "stages/consistency",
+]
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_changed_digit_of_a_run_is_an_error_that_names_the_file(
+    name: str, outcome: SearchOutcome, small: SmallRun, tmp_path: Path
+) -> None:
+    shutil.copytree(outcome.folder, tmp_path / "run")
+    path = tmp_path / "run" / f"{name}.json"
+    path.write_bytes(next(changes(path.read_bytes(), 1)))
+    remedy = "restore it, or give another --out" if name == "run" else "remove it, then resume"
+    assert (
+        f"{name}.json is damaged (its checksum differs: it was changed after it was written); {remedy}"
+        in (error_of(options_for(small, tmp_path / "run", resume=True, command="the command")))
+    )
+
+
+def test_a_changed_digit_of_the_journal_is_an_error_that_names_the_line(
+    outcome: SearchOutcome, small: SmallRun, tmp_path: Path
+) -> None:
+    """And what the message says to do about it leads to the same result."""
+    shutil.copytree(outcome.folder, tmp_path / "run")
+    options = options_for(small, tmp_path / "run", resume=True, command="the command")
+    (tmp_path / "run" / "stages" / "search.json").unlink()
+    journal = tmp_path / "run" / "study.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:2], next(changes(lines[2], 1)), *lines[3:]]))
+    assert "study.jsonl, line 3 is damaged (its checksum differs" in (said := error_of(options))
+    assert "; remove the line, then resume" in said
+    journal.write_bytes(b"".join([*lines[:2], *lines[3:]]))
+    resumed = search_and_report(options)
+    assert resumed.reduction.schedule == outcome.reduction.schedule
+    assert resumed.data.methods == outcome.data.methods
+
+
+def test_a_reduction_that_was_edited_does_not_lead_a_resumed_run_astray(
+    outcome: SearchOutcome, small: SmallRun, tmp_path: Path
+) -> None:
+    """Its scores would be those of another schedule."""
+    shutil.copytree(outcome.folder, tmp_path / "run")
+    path = tmp_path / "run" / "reduction_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "keep_rates": [1.0, 1.0, 1.0, 0.0]}))
+    options = options_for(small, tmp_path / "run", resume=True, command="the command")
+    assert search_and_report(options).reduction == outcome.reduction
+    assert Reduction.from_pretrained(tmp_path / "run") == outcome.reduction
+
+
+def test_an_odd_byte_in_a_file_name_costs_no_finished_search(small: SmallRun, tmp_path: Path) -> None:
+    """Python hands it over as half of a surrogate pair, which UTF-8 has no bytes for."""
+    odd = small.folder / "caf\udce9.jsonl"
+    shutil.copy(small.calibration, odd)
+    options = options_for(small, tmp_path / "r\udce9sum\udce9", data=str(odd), command=f"search {odd}")
+    outcome = search_and_report(options)
+    assert outcome.reduction.search is not None
+    assert "caf\\udce9.jsonl" in outcome.report.read_text(encoding="utf-8")
+    loaded = load_report_data(outcome.folder)
+    assert loaded.dataset is not None
+    assert loaded.dataset.calibration_name.endswith("caf\\udce9.jsonl")
+    again = search_and_report(replace(options, resume=True))
+    assert again.reduction == outcome.reduction == Reduction.from_pretrained(outcome.folder)
+
+
+def test_a_full_disk_costs_a_run_no_more_than_the_stage(
+    outcome: SearchOutcome, small: SmallRun, tmp_path: Path
+) -> None:
+    """Wherever it happens there is no half of a file, and when there is room again the run goes on."""
+    options = options_for(small, tmp_path / "run", resume=True, command="the command")
+    for attempts in itertools.count():
+        with failing_writes(3 + 10 * attempts, full_disk()) as failed, suppress(StorageError):
+            search_and_report(options)
+        assert not list((tmp_path / "run").rglob("*.part"))
+        if not failed:
+            break
+    assert attempts >= 3
+    resumed = search_and_report(options)
+    assert resumed.reduction.schedule == outcome.reduction.schedule
+    assert resumed.data.methods == outcome.data.methods
 
 
 def test_a_confidence_reaches_the_search_and_its_record(small: SmallRun, tmp_path: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from damage import changes, failing_writes, full_disk, refused_or_same
 from PIL import Image
 
-from thinsight.errors import ThinsightError
+from thinsight.errors import StorageError, ThinsightError
+from thinsight.records import seal, unseal
 from thinsight.report import data as d
+from thinsight.report.html import render, write_report
 from thinsight.report.store import DATA_FILE, PICTURE_FOLDER, load_report_data, save_report_data
 
 IMAGE = Image.new("RGB", (32, 32), "white")
@@ -85,16 +90,17 @@ def test_bad_data_is_refused(build, says):
 
 
 def _edit(folder, change):
+    """A report that was written so, with a checksum that fits."""
     path = folder / DATA_FILE
-    value = json.loads(path.read_text())
+    value = unseal(json.loads(path.read_text()))
     change(value)
-    path.write_text(json.dumps(value))
+    path.write_text(json.dumps(seal(value)))
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda v: v.update(schema_version=2), "schema_version 2 is unknown"),
+        (lambda v: v.update(schema_version=1), "schema_version 1 is unknown"),
         (lambda v: v.pop("schema_version"), "schema_version None is unknown"),
         (lambda v: v.update(colour="red"), "unknown key 'colour'"),
         (lambda v: v.pop("title"), "key 'title' is missing"),
@@ -107,12 +113,13 @@ def _edit(folder, change):
             lambda v: v["headline"].update(score="high"),
             "report.json.headline.score: expected a finite number",
         ),
-        (lambda v: v["headline"].update(score=None), "headline.score is nan"),
+        (lambda v: v["headline"].update(score=None), "headline.score: expected a finite number, got None"),
         (lambda v: v["trials"][0].update(accepted=1), "trials[0].accepted: expected true or false"),
         (lambda v: v.update(methods={}), "report.json.methods: expected a list"),
         (lambda v: v.update(model=[]), "report.json.model: expected an object"),
         (lambda v: v.update(environment=[]), "report.json.environment: expected an object"),
-        (lambda v: v["pictures"][0].update(grid=[16]), "expected a list of 2"),
+        (lambda v: v["pictures"][0].update(grid=[16]), "pictures[0].grid[1]: "),
+        (lambda v: v["pictures"][0].update(grid=[16, 16, 1]), "should have at most 2 items"),
         (lambda v: v["pictures"][0].update(image="../secret.png"), "is not a plain file name"),
         (lambda v: v["pictures"][0].update(image=7), "is not a plain file name"),
         (lambda v: v["pictures"][0].update(image="gone.png"), "missing or damaged"),
@@ -125,6 +132,7 @@ def test_bad_file_is_refused_in_one_line(report, tmp_path, change, says):
         load_report_data(tmp_path)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert "write the report anew" in str(caught.value)
 
 
 def test_truncated_json_and_missing_folder(bare_report, tmp_path):
@@ -134,22 +142,96 @@ def test_truncated_json_and_missing_folder(bare_report, tmp_path):
     path.write_text(path.read_text()[:20])
     with pytest.raises(ThinsightError, match="not valid JSON"):
         load_report_data(tmp_path)
-    path.write_text("[]")
-    with pytest.raises(ThinsightError, match="expected an object"):
-        load_report_data(tmp_path)
+    for content, says in (
+        ("[]", "is not a JSON object"),
+        ("{}", "has no checksum"),
+        ("[" * 100_000, "nested too deep"),
+        (f'{{"title": {"1" * 5000}}}', "5000 digits"),
+    ):
+        path.write_text(content)
+        with pytest.raises(StorageError, match=rf"report\.json is .*{says}.*; write the report anew"):
+            load_report_data(tmp_path)
 
 
 def test_truncated_picture(report, tmp_path):
     save_report_data(tmp_path, report)
-    file = tmp_path / PICTURE_FOLDER / "picture-000.png"
+    file = min((tmp_path / PICTURE_FOLDER).iterdir())
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(ThinsightError, match="missing or damaged"):
         load_report_data(tmp_path)
 
 
+def test_one_changed_byte_is_told_or_changes_nothing(report, tmp_path):
+    path = save_report_data(tmp_path, report)
+    picture = min((tmp_path / PICTURE_FOLDER).iterdir())
+    for file in (path, picture):
+        whole, refused = file.read_bytes(), 0
+        for changed in changes(whole, 120):
+            file.write_bytes(changed)
+            refused += refused_or_same(lambda: load_report_data(tmp_path), report, file)
+        file.write_bytes(whole)
+        assert refused > 100
+    assert load_report_data(tmp_path) == report
+
+
+def test_pictures_of_an_earlier_report_go_once_the_new_one_is_there(report, tmp_path):
+    save_report_data(tmp_path, report)
+    other = replace(report.pictures[0], image=Image.new("RGB", (32, 32), "red"))
+    save_report_data(tmp_path, replace(report, pictures=(other,)))
+    assert len(list((tmp_path / PICTURE_FOLDER).iterdir())) == 1
+    assert load_report_data(tmp_path).pictures == (other,)
+
+
+@pytest.mark.parametrize("error", [full_disk(), KeyboardInterrupt()], ids=["full", "interrupted"])
+def test_a_report_is_the_old_one_or_the_new_one(report, bare_report, tmp_path, error):
+    old = replace(bare_report, pictures=report.pictures[:1])
+    picture = replace(report.pictures[0], image=Image.new("RGB", (32, 32), "red"))
+    new = replace(bare_report, title="new", pictures=(picture,))
+    pages = {render(old), render(new)}
+    for call in itertools.count():
+        folder = tmp_path / str(call)
+        save_report_data(folder, old)
+        write_report(folder / "report.html", old)
+        with failing_writes(call, error) as failed, suppress(StorageError, KeyboardInterrupt):
+            save_report_data(folder, new)
+            write_report(folder / "report.html", new)
+        assert load_report_data(folder) in (old, new)
+        assert (folder / "report.html").read_text() in pages
+        assert not list(folder.rglob("*.part"))
+        if not failed:
+            break
+    assert call == 3 * 5
+
+
+def test_no_link_is_followed(report, tmp_path):
+    """Names that anyone can guess, in a folder that others may write, must not lead elsewhere."""
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("report.html.part", "report.json.part", "report.html", "report.json"):
+        (folder / name).symlink_to(victim)
+    save_report_data(folder, report)
+    write_report(folder / "report.html", report)
+    assert victim.read_text() == "precious"
+    assert not (folder / "report.html").is_symlink()
+    assert load_report_data(folder) == report
+
+
+def test_half_of_a_surrogate_pair_is_written_as_its_escape(report, tmp_path):
+    """A file name's odd byte, which Python hands over so, must not cost a finished search its report."""
+    odd = replace(report, title="caf\udce9", per_task=(d.TaskRow("a\ud800b", 3, 1.0, 0.5),))
+    save_report_data(tmp_path, odd)
+    write_report(tmp_path / "report.html", odd)
+    loaded = load_report_data(tmp_path)
+    assert loaded.title == "caf\\udce9"
+    assert loaded.per_task[0].task == "a\\ud800b"
+    assert "a\\ud800b" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_unwritable_folder(report, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ThinsightError, match="cannot write"):
+    with pytest.raises(ThinsightError, match="cannot be written"):
         save_report_data(tmp_path / "file", report)
 
 

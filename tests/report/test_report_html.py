@@ -301,7 +301,7 @@ def test_odd_shapes_still_draw(report):
 def test_write_report(bare_report, tmp_path):
     path = write_report(tmp_path / "new" / "report.html", bare_report)
     assert path.read_text(encoding="utf-8") == render(bare_report)
-    with pytest.raises(ThinsightError, match="cannot write"):
+    with pytest.raises(ThinsightError, match="cannot be written"):
         write_report(path / "inside-a-file.html", bare_report)
 
 

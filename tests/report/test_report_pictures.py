@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from damage import failing_writes, full_disk
 from PIL import Image
 
-from thinsight.errors import ThinsightError
+from thinsight.errors import BadInput, StorageError, ThinsightError
 from thinsight.report.data import Picture
 from thinsight.report.pictures import (
     OUTLINE,
@@ -117,7 +118,13 @@ def test_save_contact_strip(report, tmp_path):
     path = save_contact_strip(tmp_path / "new" / "strip.png", report.pictures[0], side=64)
     with Image.open(path) as image:
         assert image.format == "PNG"
-    with pytest.raises(ThinsightError, match="cannot write the picture"):
-        save_contact_strip(tmp_path / "strip.words", report.pictures[0])
-    with pytest.raises(ThinsightError, match="cannot write the picture"):
+    for ending in ("words", "", "msp", "svg"):  # msp: black and white alone
+        with pytest.raises(BadInput, match=r"does not end like a picture: name a \.png file"):
+            save_contact_strip(tmp_path / f"strip.{ending}", report.pictures[0])
+    with pytest.raises(StorageError, match=r"cannot be written .*; name a .png file you may write"):
         save_contact_strip(path / "strip.png", report.pictures[0])
+    with failing_writes(2, full_disk()), pytest.raises(StorageError, match="No space left"):
+        save_contact_strip(path, report.pictures[0], side=32)
+    with Image.open(path) as image:  # the old one
+        image.load()
+    assert [each.name for each in path.parent.iterdir()] == ["strip.png"]

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
-from ..errors import BadInput, StorageError
+from ..errors import BadInput, StorageError, ThinsightError
 from ..job.watching import Watcher
+from ..records import user_path
 from .config import architecture_of, check_original, convert_config, vision_depths
 from .keys import Conversion, find_conversion, text_rules, vision_rules
 from .processor import stop_token_id, write_generation_config, write_processor
@@ -76,9 +77,10 @@ def convert(
             unknown or misshapen; an ``out`` that is in use or cannot be written.
     """
     watcher = watcher or Watcher()
-    target = _check_out(Path(os.path.expanduser(out)))
+    target = _check_out(user_path(out, "out"))
     watcher.on_stage("Checking the checkpoint")
-    plan = _make_plan(open_source(source))
+    with _one_line(source):
+        plan = _make_plan(open_source(source))
     _check_space(target, sum(spec.nbytes for spec in plan.specs.values()))
     with _appearing(target) as folder:
         watcher.on_stage("Converting the weights")
@@ -94,8 +96,23 @@ def convert(
 # -- checks ----------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _one_line(name: str | Path) -> Iterator[None]:
+    """Configs and tokenizer files whose values are of other kinds than an original's fail in any way."""
+    try:
+        yield
+    except ThinsightError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise BadInput(
+            f"model {str(name)!r} has a value in its config or tokenizer files that cannot be right "
+            f"({type(error).__name__}: {error}): download the checkpoint anew"
+        ) from error
+
+
 def _make_plan(source: Source) -> _Plan:
     check_original(source.config, source.name)
+    _check_depths(source)
     conversation = find_conversation(source.config)
     vocab_size = _embedding_rows(source)
     tokenizer = convert_tokenizer(source.folder, vocab_size)
@@ -109,6 +126,17 @@ def _make_plan(source: Source) -> _Plan:
     specs = _check_shapes(source, conversions, _expected_shapes(config))
     stop = stop_token_id(conversation, tokenizer)
     return _Plan(source, config, tokenizer, conversation, stop, conversions, specs)
+
+
+def _check_depths(source: Source) -> None:
+    """Refuse a config of so many layers that the model alone could not be laid out."""
+    for part in ("vision_config", "llm_config"):
+        depth = source.config[part].get("num_hidden_layers", 1)
+        if depth > len(source.tensors):
+            raise BadInput(
+                f"{part}.num_hidden_layers is {depth} in config.json, but the checkpoint has just "
+                f"{len(source.tensors)} tensors: download it anew"
+            )
 
 
 def _embedding_rows(source: Source) -> int:
@@ -241,13 +269,18 @@ def _check_space(out: Path, needed: int) -> None:
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` that takes its name at the end, or goes if anything stops the work."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
     try:
-        yield folder
-        folder.chmod(0o755)  # mkdtemp's own is for this user alone
-        if out.is_dir():
-            out.rmdir()
-        folder.rename(out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
+        try:
+            yield folder
+            folder.chmod(0o755)  # mkdtemp's own is for this user alone
+            if out.is_dir():
+                out.rmdir()
+            folder.rename(out)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise StorageError(
+            f"out {out} cannot be written ({error.strerror or error}): make room, or give another folder"
+        ) from error

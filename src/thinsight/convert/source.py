@@ -6,7 +6,6 @@ tensor's values, and neither downloads nor runs any of the checkpoint's code.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..errors import BadInput, StorageError, ThinsightError
 from ..loading import locate_model
+from ..records import read_object
 from .shards import DTYPE_BYTES, TensorSpec
 
 __all__ = ["Source", "StoredTensor", "open_source", "read_json"]
@@ -79,13 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ThinsightError: the file is missing, is not JSON, or is not an object.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path} cannot be read ({error}): download the checkpoint anew") from error
-    if not isinstance(data, dict):
-        raise BadInput(f"{path} holds no JSON object: download the checkpoint anew")
-    return data
+    return read_object(path, "download the checkpoint anew")
 
 
 def _download(repo_id: str) -> Path:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +19,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ..errors import BadInput, StorageError
+from ..records import probe, replace_file, user_path
 
 __all__ = ["DiskStore"]
 
@@ -40,13 +39,10 @@ class DiskStore:
     def __init__(self, cache_dir: str | os.PathLike[str]) -> None:
         if not isinstance(cache_dir, (str, os.PathLike)) or not os.fspath(cache_dir):
             raise BadInput(f"cache_dir is {cache_dir!r}: give the path of a folder")
-        self._folder = Path(cache_dir).expanduser()
+        self._folder = user_path(cache_dir, "cache_dir")
         self._writable = True
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            probe = self._part("probe")
-            probe.write_bytes(b"")
-            probe.unlink()
+            probe(self._folder)
         except OSError as error:
             raise StorageError(
                 f"cache_dir {self._folder} cannot be written ({error.strerror or error}): "
@@ -86,7 +82,7 @@ class DiskStore:
         if not self._writable:
             return
         try:
-            self._write(file, data)
+            replace_file(self._folder / file, data, durable=False)  # one that is lost is computed again
         except OSError as error:
             self._writable = False
             warnings.warn(
@@ -94,18 +90,6 @@ class DiskStore:
                 "nothing further is kept there",
                 stacklevel=3,
             )
-
-    def _write(self, file: str, data: bytes) -> None:
-        part = self._part(file)
-        try:
-            part.write_bytes(data)
-            os.replace(part, self._folder / file)
-        finally:
-            part.unlink(missing_ok=True)
-
-    def _part(self, file: str) -> Path:
-        """A name that no other process uses."""
-        return self._folder / f".{file}.{secrets.token_hex(4)}.part"
 
 
 def _parse_tensors(data: bytes) -> tuple[dict[str, Tensor], Any]:

@@ -232,6 +232,11 @@ class Evaluator:
         return True
 
     @property
+    def score_range(self) -> tuple[float, float]:
+        """The least and the highest score that there can be: every metric is in [0, 1]."""
+        return 0.0, 1.0
+
+    @property
     def full_cost(self) -> float:
         """Decoder prefill FLOPs of one full evaluation of the full model."""
         return float(self.full.cost or 0.0)

@@ -7,6 +7,7 @@ else is asked of the first one. Knows nothing about searches, nor about how a sc
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
@@ -115,6 +116,12 @@ class EvaluatorPool:
     def num_vision_tokens(self) -> int:
         """N: the median number of vision tokens of a prompt."""
         return int(self._members[0].num_vision_tokens)
+
+    @property
+    def score_range(self) -> tuple[float, float]:
+        """The least and the highest score that there can be."""
+        least, highest = getattr(self._members[0], "score_range", (-math.inf, math.inf))
+        return least, highest
 
     @cached_property
     def full_score(self) -> float:

@@ -67,6 +67,8 @@ def _finite(value: float, name: str) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise BadInput(f"{name} is {value!r}; an evaluation needs a finite number") from None
+    except OverflowError:
+        raise BadInput(f"{name} is too large a number; an evaluation needs a finite one") from None
     if not math.isfinite(number):
         raise BadInput(f"{name} is {number}; an evaluation needs a finite number")
     return number

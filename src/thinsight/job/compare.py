@@ -16,6 +16,7 @@ from ..errors import BadInput, MissingPackage, Unreachable, Unsupported
 from ..evaluation.attention import attention_statistics
 from ..evaluation.evaluator import Evaluator
 from ..ranking import get_ranker
+from ..records import write_atomically
 from ..reduction import Reduction
 from ..report.comparison import Comparison, Run, draw, markdown, to_csv
 from ..schedule import Schedule
@@ -226,8 +227,8 @@ class _Comparing:
                 return self._search(budget, name.removeprefix(SEARCH_PREFIX), seed or 0, key)
             reduction = self._baseline(budget, name, seed)
         except (Unreachable, Unsupported) as error:
-            return _Found((), {}, 0, 0, None, str(error))
-        return _Found.of(reduction, 0, 0, None)
+            return _Found((), {}, 0.0, 0.0, None, str(error))
+        return _Found.of(reduction, 0.0, 0.0, None)
 
     def _baseline(self, budget: Budget, name: str, seed: int | None) -> Reduction:
         baseline = BASELINES[name]
@@ -278,7 +279,7 @@ class _Comparing:
         texts = {"comparison.csv": to_csv(comparison), "comparison.md": markdown(comparison)}
         paths = [folder.save_json("comparison.json", comparison)]
         for name, text in texts.items():
-            (folder.path / name).write_text(text, encoding="utf-8")
+            write_atomically(folder.path / name, text)
             paths.append(folder.path / name)
         note = ""
         try:

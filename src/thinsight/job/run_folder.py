@@ -1,21 +1,20 @@
 """The folder of one run: which settings it was made with, and the result of every stage that is done.
 
-Knows JSON files and nothing about what the stages compute. Each result appears whole or not at all, so
-whatever was finished before an interruption is there to be continued; a folder made with other settings is
-refused.
+Knows JSON files and nothing about what the stages compute. Each result appears whole or not at all and has a
+checksum, so whatever was finished before an interruption is there to be continued; a folder made with other
+settings, or a result that was changed, is refused.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import BadInput, StorageError
-from ..report.codec import decode, encode
+from ..records import decode, encode, probe, read_sealed, seal, sweep, user_path, write_atomically
 
 __all__ = ["RunFolder", "check_writable_file"]
 
@@ -23,7 +22,8 @@ T = TypeVar("T")
 
 _RUN_FILE = "run.json"
 _STAGES = "stages"
-_VERSION = 1
+_VERSION = 2
+_REMEDY = "free the disk, then resume"
 
 
 def check_writable_file(path: Path) -> None:
@@ -32,21 +32,15 @@ def check_writable_file(path: Path) -> None:
     Raises:
         ThinsightError: the path is a folder, or its folder cannot be written.
     """
+    path = user_path(path, "out")
     if path.is_dir():
         raise BadInput(f"out {path} is a folder: give the name of a file")
     try:
-        _probe(path.parent)
+        probe(path.parent)
     except OSError as error:
         raise StorageError(
             f"out {path} cannot be written ({error.strerror or error}): give a file in a folder you may write"
         ) from None
-
-
-def _probe(folder: Path) -> None:
-    probe = folder / f".probe-{secrets.token_hex(4)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    probe.write_bytes(b"")
-    probe.unlink()
 
 
 class RunFolder:
@@ -61,7 +55,7 @@ class RunFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume: bool) -> None:
-        self.path = Path(path)
+        self.path = user_path(path, "out")
         self.resume = resume
         if self.path.exists() and not self.path.is_dir():
             raise BadInput(f"out {self.path} is a file: give a folder")
@@ -70,6 +64,7 @@ class RunFolder:
                 f"out {self.path} holds a search already: continue it with --resume, or give another --out"
             )
         self._check_writable()
+        sweep(self.path)
 
     def bind(self, settings: dict[str, Any]) -> None:
         """Say what the run is made of (JSON values), or check that it is the run that was begun.
@@ -80,9 +75,14 @@ class RunFolder:
         wanted = json.loads(json.dumps({"version": _VERSION, **settings}))
         path = self.path / _RUN_FILE
         if not path.exists():
+            if any((self.path / _STAGES).glob("*.json")):
+                raise StorageError(
+                    f"out {self.path} holds results but no {_RUN_FILE}, which says of what: restore it, or "
+                    "give another --out"
+                )
             self._write(path, wanted)
             return
-        found = self._read(path)
+        found = read_sealed(path, "restore it, or give another --out")
         for key in sorted(found.keys() | wanted.keys()):
             if found.get(key) != wanted.get(key):
                 raise BadInput(
@@ -105,9 +105,9 @@ class RunFolder:
         Raises:
             ThinsightError: the kept result is damaged, or cannot be written.
         """
-        path = self._stage_path(stage)
+        path, remedy = self._stage_path(stage), "remove it, then resume"
         if path.exists():
-            result: T = decode(kind, self._read(path), str(path))
+            result: T = decode(kind, read_sealed(path, remedy), str(path), remedy)
             return result
         result = compute()
         self._write(path, encode(result))
@@ -119,40 +119,20 @@ class RunFolder:
         Raises:
             ThinsightError: it cannot be written.
         """
-        self._write(self.path / name, encode(value))
-        return self.path / name
+        path = self.path / name
+        write_atomically(path, json.dumps(encode(value), indent=1, allow_nan=False), _REMEDY)
+        return path
 
     def _stage_path(self, stage: str) -> Path:
         return self.path / _STAGES / f"{stage}.json"
 
     def _check_writable(self) -> None:
         try:
-            _probe(self.path / _STAGES)
+            probe(self.path / _STAGES)
         except OSError as error:
             raise StorageError(
                 f"out {self.path} cannot be written ({error.strerror or error}): give a folder you may write"
             ) from None
 
-    def _read(self, path: Path) -> Any:
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise StorageError(f"{path} cannot be read ({error.strerror or error}): check the file") from None
-        except ValueError as error:
-            raise StorageError(f"{path} is not valid JSON ({error}): remove it, then resume") from None
-
-    def _write(self, path: Path, value: Any) -> None:
-        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "x", encoding="utf-8") as file:
-                json.dump(value, file, indent=1, allow_nan=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except OSError as error:
-            raise StorageError(
-                f"{path} cannot be written ({error.strerror or error}): free the disk, then resume"
-            ) from None
-        finally:
-            part.unlink(missing_ok=True)
+    def _write(self, path: Path, value: dict[str, Any]) -> None:
+        write_atomically(path, json.dumps(seal(value), indent=1, allow_nan=False), _REMEDY)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import BadInput
 from ..evaluation.batch_size import check_batch_size
 from ..evaluation.disk_store import DiskStore
 from ..evaluation.evaluator import Evaluator
@@ -57,6 +58,10 @@ class Scores:
     score: float
     per_example: tuple[float, ...]
     doubt: str = ""
+
+    def __post_init__(self) -> None:
+        if not all(0 <= score <= 1 for score in (self.score, *self.per_example)):
+            raise BadInput("a score is not from 0 to 1, as every metric's is")
 
     @classmethod
     def of(cls, evaluation: Evaluation, doubt: str = "") -> Scores:

@@ -27,9 +27,14 @@ __all__ = ["SearchRecord", "search_once"]
 
 @dataclass(frozen=True)
 class SearchRecord:
-    """The search as the run folder keeps it; the two scores are the calibration set's."""
+    """The search as the run folder keeps it; the two scores are the calibration set's.
+
+    ``reduction`` is what `Reduction.to_dict` gives. A resumed run takes it from here, where a checksum tells
+    a change, and not from the reduction's own file, which is the user's to edit.
+    """
 
     method: str
+    reduction: dict[str, Any]
     full_score: float
     score: float
     seconds: float
@@ -57,7 +62,7 @@ def search_once(options: SearchOptions, prepared: Prepared) -> tuple[SearchRecor
     """
     folder = prepared.folder
     record = folder.once("search", SearchRecord, lambda: _search(options, prepared))
-    return record, Reduction.from_pretrained(folder.path)
+    return record, Reduction.from_dict(record.reduction, "the run's search")
 
 
 def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
@@ -78,6 +83,7 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
         )
     return SearchRecord(
         result.method,
+        result.reduction.to_dict(),
         result.full_score,
         result.score,
         result.seconds,

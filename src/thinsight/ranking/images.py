@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import BadInput
+from ..schedule import real
 from .base import Context
 
 __all__ = ["Image", "average_into", "count_of", "image_states", "images", "in_order", "share", "unit"]
@@ -103,9 +103,10 @@ def share(value: Any, field: str) -> float:
     Raises:
         ThinsightError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) <= 1:
+    found = real(value)
+    if not 0 <= found <= 1:
         raise BadInput(f"{field} is {value!r}; it must be a number from 0 to 1")
-    return float(value)
+    return found
 
 
 def count_of(rate: float, n: int) -> int:

@@ -18,8 +18,8 @@ import numpy as np
 from .. import texts
 from ..errors import MissingPackage
 from ..evaluation.statistics import Interval, drop_interval
+from ..records import decode, write_atomically
 from . import words
-from .codec import decode
 
 __all__ = [
     "OURS",
@@ -81,7 +81,7 @@ class Comparison:
         Raises:
             ThinsightError: it is no comparison; ``where`` says what was read.
         """
-        found: Comparison = decode(cls, stored, where)
+        found: Comparison = decode(cls, stored, where, "run the comparison again with --resume")
         return found
 
 
@@ -214,7 +214,7 @@ def draw(comparison: Comparison, path: Path, most: int = 8) -> None:
     baselines; the format is the file's ending.
 
     Raises:
-        ThinsightError: matplotlib is not installed.
+        ThinsightError: matplotlib is not installed, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -247,4 +247,6 @@ def draw(comparison: Comparison, path: Path, most: int = 8) -> None:
     axes.set_ylabel("score on the test set (%)")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, frameon=False)
-    figure.savefig(path, dpi=200)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.removeprefix("."), dpi=200)
+    write_atomically(path, buffer.getvalue())

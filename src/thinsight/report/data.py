@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
+from pydantic import PlainValidator, ValidationInfo
 
 from ..errors import BadInput
 from ..evaluation.statistics import Interval
+from ..records import Undefined, decode, encode
 from ..schedule import Schedule
-from .codec import decode, encode
 
 __all__ = [
     "Consistency",
@@ -33,7 +34,7 @@ __all__ = [
     "TrialRow",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 METHOD_KINDS = ("full", "found", "baseline")
 
 
@@ -205,10 +206,10 @@ class Consistency:
     `tied_share` has L values. NaN marks a comparison that is not defined.
     """
 
-    tau: tuple[float, ...]
-    tau_matrix: tuple[tuple[float, ...], ...] = ()
-    topk_overlap: tuple[float, ...] = ()
-    tied_share: tuple[float, ...] = ()
+    tau: tuple[Undefined, ...]
+    tau_matrix: tuple[tuple[Undefined, ...], ...] = ()
+    topk_overlap: tuple[Undefined, ...] = ()
+    tied_share: tuple[Undefined, ...] = ()
     words: str = ""
 
     def __post_init__(self) -> None:
@@ -225,6 +226,12 @@ class Consistency:
             raise BadInput(f"tied_share has {len(self.tied_share)} values; it needs {layers}, one per layer")
 
 
+def _load_image(name: Any, info: ValidationInfo) -> Image.Image:
+    """The image of a name in JSON, by the function that `ReportData.from_dict` was given."""
+    load: Callable[[Any], Image.Image] = info.context  # type: ignore[assignment]
+    return load(name)
+
+
 @dataclass(frozen=True)
 class Picture:
     """The vision tokens one question kept, layer by layer.
@@ -233,7 +240,7 @@ class Picture:
     reading order, `kept[j]` the indices (0 .. rows * columns - 1) that entered decoder layer `layers[j]`.
     """
 
-    image: Image.Image
+    image: Annotated[Image.Image, PlainValidator(_load_image)]
     grid: tuple[int, int]
     kept: tuple[tuple[int, ...], ...]
     layers: tuple[int, ...]
@@ -310,20 +317,30 @@ class ReportData:
         return {"schema_version": SCHEMA_VERSION, **encode(self, {Image.Image: save_image})}
 
     @classmethod
-    def from_dict(cls, value: Any, load_image: Callable[[Any], Image.Image]) -> ReportData:
-        """The report in a JSON object; `load_image` turns a name from `to_dict` into the image.
+    def from_dict(
+        cls,
+        value: dict[str, Any],
+        load_image: Callable[[Any], Image.Image],
+        where: str,
+        remedy: str,
+    ) -> ReportData:
+        """The report in a JSON object.
+
+        Args:
+            value: from `to_dict`.
+            load_image: turns a name from there into the image.
+            where: the file, for messages.
+            remedy: what to do about damage, for messages.
 
         Raises:
             ThinsightError: another schema version, an unknown or missing key, a value of the wrong type.
         """
-        if not isinstance(value, dict):
-            raise BadInput("report.json: expected an object; write the report anew")
         version = value.get("schema_version")
         if version != SCHEMA_VERSION:
             raise BadInput(
-                f"report.json: schema_version {version!r} is unknown, this thinsight reads {SCHEMA_VERSION}; "
-                "write the report anew"
+                f"{where}: schema_version {version!r} is unknown, this thinsight reads {SCHEMA_VERSION}; "
+                f"{remedy}"
             )
         rest = {key: item for key, item in value.items() if key != "schema_version"}
-        report: ReportData = decode(cls, rest, "report.json", {Image.Image: load_image})
+        report: ReportData = decode(cls, rest, where, remedy, context=load_image)
         return report

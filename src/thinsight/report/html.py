@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from ..records import user_path, write_atomically
 from . import words
 from .data import Headline, ReportData
 from .markup import Markup, tag
 from .sections import SECTIONS
-from .store import write_text
 
 _UNIT = re.compile(r"(?<=\d) (?=%|[PTGM]?FLOPs|points)|(?<=\d,) (?=[\d\N{MINUS SIGN}]+(\.\d+)?\])")
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -27,8 +27,9 @@ def write_report(path: str | Path, data: ReportData) -> Path:
     Raises:
         ThinsightError: the file cannot be written.
     """
-    write_text(Path(path), render(data))
-    return Path(path)
+    path = user_path(path, "report")
+    write_atomically(path, render(data))
+    return path
 
 
 def render(data: ReportData) -> str:

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from ..errors import BadInput, StorageError
+from ..errors import BadInput
+from ..records import user_path, write_atomically
 from .data import Picture
 from .words import percent
 
@@ -160,16 +161,19 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, widt
     return lines
 
 
-def check_picture_name(path: str | Path) -> None:
-    """Refuse now a file name whose ending is no image format that can be written.
+def check_picture_name(path: str | Path) -> str:
+    """The image format that a file name's ending stands for.
 
     Raises:
-        ThinsightError: as said.
+        ThinsightError: for none, or one that cannot be written.
     """
-    ending = Path(path).suffix.lower()
     Image.init()
-    if Image.registered_extensions().get(ending) not in Image.SAVE:
-        raise BadInput(f"out {path} does not end like a picture: name a .png file")
+    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "")
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
+    except (KeyError, OSError, ValueError):  # no format, one that is only read, one without colors
+        raise BadInput(f"out {path} does not end like a picture: name a .png file") from None
+    return kind
 
 
 def save_contact_strip(path: str | Path, picture: Picture, **settings: int) -> Path:
@@ -178,12 +182,7 @@ def save_contact_strip(path: str | Path, picture: Picture, **settings: int) -> P
     Raises:
         ThinsightError: the file cannot be written, or its ending is no image format.
     """
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contact_strip(picture, **settings).save(path)
-    except (OSError, ValueError) as error:
-        raise StorageError(
-            f"cannot write the picture {path} ({error}); name a .png file you may write"
-        ) from error
+    path, buffer = user_path(path, "out"), io.BytesIO()
+    contact_strip(picture, **settings).save(buffer, check_picture_name(path))
+    write_atomically(path, buffer.getvalue(), "name a .png file you may write")
     return path

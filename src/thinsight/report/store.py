@@ -1,61 +1,52 @@
 """A report's data on disk: `report.json` and a folder of picture files beside it.
 
-Knows nothing about how a report looks. Writing is atomic: a report.json is either the old one or the new one.
+Knows nothing about how a report looks. A report.json is either the old one or the new one: pictures are named
+by what is in them, so that a new report never writes over those of an old one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ..errors import BadInput, StorageError
+from ..records import read_sealed, seal, user_path, write_atomically
 from .data import ReportData
 
 DATA_FILE = "report.json"
 PICTURE_FOLDER = "report_pictures"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file whole or not at all, creating its folder.
-
-    Raises:
-        ThinsightError: the folder or the file cannot be written.
-    """
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder you may write"
-        ) from error
+_REMEDY = "write the report anew"
 
 
 def save_report_data(folder: str | Path, data: ReportData) -> Path:
-    """Writes `report.json` and its pictures (lossless PNG) into `folder`; returns the JSON's path."""
-    folder = Path(folder)
+    """Writes `report.json` and its pictures (lossless PNG) into `folder`; returns the JSON's path.
+
+    Raises:
+        ThinsightError: the folder or a file cannot be written.
+    """
+    folder = user_path(folder, "folder")
+    pictures = folder / PICTURE_FOLDER
     names: list[str] = []
 
     def save_image(image: Image.Image) -> str:
-        name = f"picture-{len(names):03d}.png"
-        path = folder / PICTURE_FOLDER / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.convert("RGB").save(path)
-        except OSError as error:
-            raise StorageError(
-                f"cannot write {path}: {error.strerror or error}; choose a folder you may write"
-            ) from error
-        names.append(name)
-        return name
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG")
+        names.append(f"picture-{len(names):03d}-{_digest(buffer.getvalue())}.png")
+        write_atomically(pictures / names[-1], buffer.getvalue())
+        return names[-1]
 
-    text = json.dumps(data.to_dict(save_image), indent=1, allow_nan=False)
-    write_text(folder / DATA_FILE, text + "\n")
+    record = seal(data.to_dict(save_image))
+    write_atomically(folder / DATA_FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    for old in pictures.glob("picture-*.png"):
+        if old.name not in names:
+            with suppress(OSError):  # it does no harm
+                old.unlink()
     return folder / DATA_FILE
 
 
@@ -63,31 +54,29 @@ def load_report_data(folder: str | Path) -> ReportData:
     """Reads what `save_report_data` wrote.
 
     Raises:
-        ThinsightError: no report.json there, one that is no JSON or breaks the schema, or a bad picture file.
+        ThinsightError: no report.json there, one that is no JSON, was changed or breaks the schema, or a
+            picture file that is missing or was changed.
     """
-    folder = Path(folder)
+    folder = user_path(folder, "folder")
     path = folder / DATA_FILE
+    if not path.exists():
+        raise BadInput(f"no {DATA_FILE} in {folder}; name a folder that `thinsight search` wrote")
 
     def load_image(name: Any) -> Image.Image:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
-            raise StorageError(
-                f"{path}: picture name {name!r} is not a plain file name; write the report anew"
-            )
+            raise StorageError(f"{path}: picture name {name!r} is not a plain file name; {_REMEDY}")
         file = folder / PICTURE_FOLDER / name
         try:
-            with Image.open(file) as image:
+            data = file.read_bytes()
+            if not name.endswith(f"-{_digest(data)}.png"):
+                raise ValueError
+            with Image.open(io.BytesIO(data)) as image:
                 return image.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise StorageError(
-                f"cannot read picture {file}: missing or damaged; write the report anew"
-            ) from error
+        except (OSError, ValueError, Image.DecompressionBombError):
+            raise StorageError(f"cannot read picture {file}: missing or damaged; {_REMEDY}") from None
 
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadInput(f"no {DATA_FILE} in {folder}; name a folder that `thinsight search` wrote") from error
-    except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}; check the path") from error
-    except ValueError as error:
-        raise StorageError(f"{path} is not valid JSON ({error}); write the report anew") from error
-    return ReportData.from_dict(value, load_image)
+    return ReportData.from_dict(read_sealed(path, _REMEDY), load_image, str(path), _REMEDY)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

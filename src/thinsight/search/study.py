@@ -1,8 +1,9 @@
 """Study: evaluates candidates once, and keeps every evaluation in a journal that a later run continues.
 
-Knows nothing about which candidates a search proposes or why. The journal is a text file of JSON lines,
-only ever appended to and flushed to disk after each evaluation: one header with what was searched, then one
-line per evaluation. A resumed search proposes the same candidates again and finds their scores here.
+Knows nothing about which candidates a search proposes or why. The journal is a text file of JSON lines, each
+with a checksum, only ever appended to and flushed to disk after each evaluation: one header with what was
+searched, then one line per evaluation. A resumed search proposes the same candidates again and finds their
+scores here.
 """
 
 from __future__ import annotations
@@ -21,12 +22,26 @@ from typing import Any, Protocol
 from ..adaptive import Adaptive
 from ..errors import BadInput, StorageError
 from ..evaluation.result import Evaluation
+from ..records import (
+    append_line,
+    decode,
+    encode,
+    parse_json,
+    probe,
+    seal,
+    unseal,
+    user_path,
+    write_atomically,
+)
 from ..reduction import Reduction
 from ..schedule import Schedule
 
 __all__ = ["Record", "SearchEvaluator", "Study", "checkpoint_of", "searchable_score", "share_prefix"]
 
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
+_VERSION_KEY = "thinsight_study"
+_BEGINNING = f'{{"{_VERSION_KEY}": '.encode()
+_REMEDY = "free the disk, then resume"
 
 
 class SearchEvaluator(Protocol):
@@ -39,10 +54,11 @@ class SearchEvaluator(Protocol):
     ``reduction(schedule) -> Reduction``, which binds the ranker and the model family;
     ``sample(schedule, share) -> Evaluation``, the score on about that share of the examples, the same ones
     every time; ``first_layer``, the first layer at which its ranker can rank; ``full_cost``, the cost of
-    one full evaluation in the unit of `Evaluation.cost`; ``doubt``, a sentence that says why the full score
-    is too low to search with, empty where it is not; and ``share(schedule, layer)``, which is told from which
-    layer on the candidates to come differ from a schedule, 0 when there are none. Where a search chooses the
-    ranker too, it passes reductions in place of schedules.
+    one full evaluation in the unit of `Evaluation.cost`; ``score_range``, the least and the highest score
+    that there can be, beyond which a journal's are damaged; ``doubt``, a sentence that says why the full
+    score is too low to search with, empty where it is not; and ``share(schedule, layer)``, which is told from
+    which layer on the candidates to come differ from a schedule, 0 when there are none. Where a search
+    chooses the ranker too, it passes reductions in place of schedules.
 
     One that can score several schedules at the same time, such as `thinsight.EvaluatorPool`, says how many it
     is best asked for with ``at_once``, and has ``several(schedules, floor, done, **early)``. That scores each
@@ -82,6 +98,49 @@ class Record:
     seconds: float
     agreement: float | None = None
     share: float = 1.0  # of the examples
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One evaluation as it is written: what was asked, and what came of it."""
+
+    keep_rates: tuple[float, ...]
+    exact: bool
+    score: float
+    complete: bool
+    cost: float | None
+    seconds: float
+    agreement: float | None
+    ranker: dict[str, Any] | None
+    adaptive: dict[str, Any] | None
+    share: float  # of the examples, as it was asked for
+    share_run: float  # and as it was run
+
+    @classmethod
+    def of(cls, asked: _Asked, record: Record) -> _Line:
+        return cls(
+            asked.schedule.keep_rates,
+            asked.exact,
+            record.score,
+            record.complete,
+            record.cost,
+            record.seconds,
+            record.agreement,
+            None if asked.ranker is None else json.loads(asked.ranker),
+            None if asked.adaptive is None else asked.adaptive.to_dict(),
+            asked.share,
+            record.share,
+        )
+
+    @property
+    def asked(self) -> _Asked:
+        named = None if self.ranker is None else json.dumps(self.ranker, sort_keys=True)
+        family = None if self.adaptive is None else Adaptive.from_dict(self.adaptive)
+        return _Asked(Schedule(self.keep_rates), self.exact, named, self.share, family)
+
+    @property
+    def record(self) -> Record:
+        return Record(self.score, self.complete, self.cost, self.seconds, self.agreement, self.share_run)
 
 
 @dataclass(frozen=True)
@@ -146,7 +205,7 @@ class Study:
         if confidence is not None and _takes(getattr(evaluator, "at_least", None), "confidence", "seed"):
             self._early = {"confidence": confidence, "seed": seed}
         self._records: dict[_Asked, Record] = {}
-        self._path = None if path is None else Path(path)
+        self._path = None if path is None else user_path(path, "study")
         if self._path is not None:
             self._open(self._path, settings, resume)
         self.recorded = len(self._records)
@@ -212,7 +271,7 @@ class Study:
 
     def _keep(self, asked: _Asked, record: Record) -> None:
         if self._path is not None:
-            _append(self._path, _line(asked, record))
+            append_line(self._path, _text(encode(_Line.of(asked, record))), _REMEDY)
         self._records[asked] = record
 
     def _known(self, asked: _Asked) -> Record | None:
@@ -237,23 +296,24 @@ class Study:
 
     def _open(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
         # the evaluator is asked last: its full score may take a run over all examples
-        text = _whole_lines(path)
-        if not text:
-            _create(path)
-            _append(path, _header(self._evaluator, settings))
+        content = _read(path)
+        lines = content.split(b"\n")[:-1]  # what follows the last line break was cut off by a crash
+        if not lines and (content.startswith(_BEGINNING) or _BEGINNING.startswith(content)):
+            _probe(path)
+            write_atomically(path, _text(_header(self._evaluator, settings)) + "\n", _REMEDY)
         elif not resume:
             raise BadInput(
                 f"study {path} exists already; resume it (resume=True, --resume) or remove it to begin again"
             )
         else:
-            lines = text.decode("utf-8", errors="replace").splitlines()
-            found = _checked_header(path, lines[0])
+            found = _checked_header(path, lines[0] if lines else content)
             _check_part(path, "settings", found, settings)
+            score_range = getattr(self._evaluator, "score_range", (-math.inf, math.inf))
             for number, line in enumerate(lines[1:], start=2):
-                asked, record = _parse(path, number, line)
+                asked, record = _parse(path, number, line, score_range)
                 self._records[asked] = record
             _check_part(path, "evaluator", found, _evaluator_facts(self._evaluator))
-            _truncate(path, len(text))  # a line cut off by a crash goes, so that the next one starts clean
+            _truncate(path, content.rfind(b"\n") + 1)  # so that the next line starts clean
 
 
 def _takes(function: Callable[..., Any] | None, *names: str) -> bool:
@@ -266,7 +326,7 @@ def _takes(function: Callable[..., Any] | None, *names: str) -> bool:
 
 def _header(evaluator: SearchEvaluator, settings: dict[str, Any]) -> dict[str, Any]:
     return {
-        "thinsight_study": JOURNAL_VERSION,
+        _VERSION_KEY: JOURNAL_VERSION,
         "settings": settings,
         "evaluator": _evaluator_facts(evaluator),
     }
@@ -307,58 +367,26 @@ def _record(evaluation: Evaluation, seconds: float) -> Record:
     )
 
 
-def _line(asked: _Asked, record: Record) -> dict[str, Any]:
-    line: dict[str, Any] = {
-        "keep_rates": list(asked.schedule.keep_rates),
-        "exact": asked.exact,
-        "score": record.score,
-        "complete": record.complete,
-        "cost": record.cost,
-        "seconds": record.seconds,
-        "agreement": record.agreement,
-    }
-    if asked.ranker is not None:
-        line["ranker"] = json.loads(asked.ranker)
-    if asked.adaptive is not None:
-        line["adaptive"] = asked.adaptive.to_dict()
-    if asked.share < 1:
-        line |= {"share": asked.share, "share_run": record.share}
-    return line
+def _text(value: dict[str, Any]) -> str:
+    return json.dumps(seal(value), allow_nan=False)
 
 
-def _encode(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, allow_nan=False).encode() + b"\n"
-
-
-def _whole_lines(path: Path) -> bytes:
-    """The journal up to its last line break; empty when there is no journal."""
+def _read(path: Path) -> bytes:
+    """The journal; empty when there is none."""
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         return b""
     except OSError as error:
         raise StorageError(f"study {path} cannot be read ({error.strerror}); pass another path") from None
-    return content[: content.rfind(b"\n") + 1]
 
 
-def _create(path: Path) -> None:
+def _probe(path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"")
+        probe(path.parent)
     except OSError as error:
         raise StorageError(
             f"study {path} cannot be written ({error.strerror}); pass a path in a writable folder"
-        ) from None
-
-
-def _append(path: Path, value: dict[str, Any]) -> None:
-    try:
-        with open(path, "ab", buffering=0) as journal:
-            journal.write(_encode(value))
-            os.fsync(journal.fileno())
-    except OSError as error:
-        raise StorageError(
-            f"study {path} cannot be written ({error.strerror}); free the disk, then resume"
         ) from None
 
 
@@ -369,19 +397,30 @@ def _truncate(path: Path, size: int) -> None:
         raise StorageError(f"study {path} cannot be written ({error.strerror}); make it writable") from None
 
 
-def _checked_header(path: Path, line: str) -> dict[str, Any]:
-    found = _object(path, 1, line)
-    if found.get("thinsight_study") != JOURNAL_VERSION:
+def _checked_header(path: Path, line: bytes) -> dict[str, Any]:
+    remedy = "remove it and search again, or pass another path"
+    try:
+        found = parse_json(line)
+        version = found[_VERSION_KEY]
+    except (ValueError, TypeError, KeyError, IndexError):
+        raise StorageError(f"study {path}, line 1 is not a search journal's; {remedy}") from None
+    if version != JOURNAL_VERSION:
         raise StorageError(
-            f"study {path} is not a search journal of version {JOURNAL_VERSION}; pass another path"
+            f"study {path} is a journal of version {str(version)[:20]}, and this thinsight reads "
+            f"{JOURNAL_VERSION}; {remedy}"
         )
-    return found
+    try:
+        header = unseal(found)
+    except ValueError as error:
+        raise StorageError(f"study {path}, line 1 is damaged ({error}); {remedy}") from None
+    for part in ("settings", "evaluator"):
+        if not isinstance(header.get(part), dict):
+            raise StorageError(f"study {path} has no {part} in its header; {remedy}")
+    return header
 
 
 def _check_part(path: Path, part: str, header: dict[str, Any], wanted: dict[str, Any]) -> None:
-    found, expected = header.get(part), json.loads(_encode(wanted))
-    if not isinstance(found, dict):
-        raise StorageError(f"study {path} has no {part} in its header; remove it and search again")
+    found, expected = header[part], json.loads(json.dumps(wanted))
     for key in sorted(found.keys() | expected.keys()):
         if found.get(key) != expected.get(key):
             raise BadInput(
@@ -391,37 +430,14 @@ def _check_part(path: Path, part: str, header: dict[str, Any], wanted: dict[str,
             )
 
 
-def _parse(path: Path, number: int, line: str) -> tuple[_Asked, Record]:
-    value = _object(path, number, line)
+def _parse(path: Path, number: int, text: bytes, score_range: tuple[float, float]) -> tuple[_Asked, Record]:
+    where, remedy = f"study {path}, line {number}", "remove the line, then resume"
     try:
-        ranker, share = value.get("ranker"), float(value.get("share", 1.0))
-        record = Record(
-            score=float(value["score"]),
-            complete=bool(value["complete"]),
-            cost=_number(value["cost"]),
-            seconds=float(value["seconds"]),
-            agreement=_number(value.get("agreement")),
-            share=float(value.get("share_run", 1.0)),
-        )
-        named = None if ranker is None else json.dumps(ranker, sort_keys=True)
-        family = value.get("adaptive")
-        adaptive = None if family is None else Adaptive.from_dict(family)
-        return _Asked(Schedule(value["keep_rates"]), bool(value["exact"]), named, share, adaptive), record
-    except (KeyError, TypeError, ValueError) as error:
-        raise StorageError(
-            f"study {path}, line {number} is damaged ({error!r}); remove the line, then resume"
-        ) from None
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
-
-
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise StorageError(f"study {path}, line {number} is not a JSON object; remove the line, then resume")
-    return value
+        line: _Line = decode(_Line, unseal(parse_json(text)), where, remedy)
+        if not score_range[0] <= line.score <= score_range[1]:
+            raise BadInput(f"score is {line.score}, not from {score_range[0]:g} to {score_range[1]:g}")
+        return line.asked, line.record
+    except StorageError:
+        raise
+    except ValueError as error:
+        raise StorageError(f"{where} is damaged ({error}); {remedy}") from None
