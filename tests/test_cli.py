@@ -355,38 +355,3 @@ def test_help_loads_nothing_heavy() -> None:
         "print([name for name in ('torch', 'transformers', 'numpy', 'optuna') if name in sys.modules])"
     )
     assert process("-c", code).stdout.strip().split("\n")[-1] == "[]"
-
-
-@pytest.mark.parametrize("module", ["typer", "torch"])
-def test_ctrl_c_during_an_import_is_quiet(module: str, tmp_path: Path) -> None:
-    """In place of the package stands one that is interrupted while it is imported."""
-    (tmp_path / f"{module}.py").write_text(
-        "import os, signal\n"
-        "try:\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    for _ in range(10**6): pass\n"
-        "except KeyboardInterrupt:\n"
-        "    raise ImportError('no traceback is worse than this one') from None\n"
-    )
-    path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
-    result = process("-m", "thinsight", "search", path=path)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
-
-
-def test_ctrl_c_in_the_work_is_an_exception_again() -> None:
-    code = (
-        "import os, signal; from thinsight.interrupts import end_on_interrupt, raise_on_interrupt\n"
-        "end_on_interrupt(); raise_on_interrupt()\n"
-        "try: os.kill(os.getpid(), signal.SIGINT); [None for _ in range(10**6)]\n"
-        "except KeyboardInterrupt: print('raised')"
-    )
-    assert process("-c", code).stdout == "raised\n"
-
-
-def test_an_ignored_ctrl_c_stays_ignored() -> None:
-    code = (
-        "import os, signal; from thinsight.interrupts import end_on_interrupt\n"
-        "signal.signal(signal.SIGINT, signal.SIG_IGN); end_on_interrupt()\n"
-        "os.kill(os.getpid(), signal.SIGINT); print('went on')"
-    )
-    assert process("-c", code).stdout == "went on\n"

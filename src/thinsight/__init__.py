@@ -7,11 +7,13 @@ the command for help) does not load torch.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
+TYPE_CHECKING = False  # the command answers to Ctrl-C once this file is loaded, and typing takes long to load
 if TYPE_CHECKING:
+    from typing import Any
+
     from . import cost
     from .adaptive import Adaptive
     from .errors import ThinsightError

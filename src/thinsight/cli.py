@@ -1,8 +1,8 @@
 """The command `thinsight`: parses, calls one function, prints. No logic.
 
 Everything heavy is imported inside the commands, so that `--help` and a misspelt option answer at once. Bad
-input ends in one line on standard error and exit code 2, Ctrl-C in one line and 130; both are dealt with in
-`_Group.main` alone, but for Ctrl-C before the work begins (interrupts.py).
+input ends in one line on standard error and exit code 2, Ctrl-C in one line and 130, SIGTERM in one and 143;
+all are dealt with in `_Group.main` alone, but for signals before the work begins (interrupts.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from .errors import BadInput, ThinsightError
-from .interrupts import INTERRUPTED, raise_on_interrupt
+from .interrupts import INTERRUPTED, exit_code, leave_on_interrupt, raise_on_interrupt, what_came
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -62,24 +63,28 @@ class _Group(TyperGroup):
             ):  # a usage error of typer's, whichever package it lives in
                 raise
             code = _fail(f"{error.format_message()} See `thinsight --help`.")
-        if code == INTERRUPTED:
-            _say_interrupted(given)
+        leave_on_interrupt()
+        if code == INTERRUPTED:  # also what typer makes of a KeyboardInterrupt
+            _tell(f"{what_came()}{self._how_to_resume(given)}")
+            code = exit_code()
         sys.exit(code if isinstance(code, int) else 0)
+
+    def _how_to_resume(self, given: Sequence[str]) -> str:
+        command = self.commands.get(given[0]) if given else None
+        if command is None or all(parameter.name != "resume" for parameter in command.params):
+            return ""
+        again = [*given, *([] if "--resume" in given else ["--resume"])]
+        return f": what is done is kept; continue with `thinsight {shlex.join(again)}`"
 
 
 def _fail(message: str) -> int:
-    line = " ".join(message.split())
-    print(f"error: {line}", file=sys.stderr)
+    _tell(f"error: {' '.join(message.split())}")
     return BAD_INPUT
 
 
-def _say_interrupted(given: Sequence[str]) -> None:
-    if given and given[0] == "search":
-        again = [*given, *([] if "--resume" in given else ["--resume"])]
-        hint = f": what is done is kept; continue with `thinsight {shlex.join(again)}`"
-    else:
-        hint = ""
-    print(f"interrupted{hint}", file=sys.stderr)
+def _tell(line: str) -> None:
+    with suppress(OSError):  # the terminal is gone, with whoever was to read this
+        print(line, file=sys.stderr, flush=True)
 
 
 app = typer.Typer(
