@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a process gets them: one line, the right exit code, and nothing left behind."""
+"""Ctrl-C, SIGTERM and SIGHUP as a process gets them: one line, its exit code, and nothing left behind."""
 
 from __future__ import annotations
 

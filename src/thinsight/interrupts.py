@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: one line and an exit code, where Python shows a traceback or leaves files behind.
+"""Ctrl-C, SIGTERM and SIGHUP: one line and an exit code, where Python shows a traceback or leaves files.
 
 Loading torch and transformers takes seconds, and what they make of a KeyboardInterrupt in the middle of an
 import is up to them: until the work begins a signal ends the process at once, from then on it raises, so that
