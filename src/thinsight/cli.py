@@ -7,6 +7,7 @@ all are dealt with in `_Group.main` alone, but for signals before the work begin
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +59,8 @@ class _Group(TyperGroup):
         except OSError as error:  # a name that is too long, a full disk, a folder taken away meanwhile
             place = "" if error.filename is None else f"{str(error.filename)[:200]}: "
             code = _fail(f"{place}{error.strerror or error}; check the path and the disk")
+        except ImportError as error:
+            code = _fail(f"a package cannot be loaded ({error}): see `thinsight doctor`")
         except Exception as error:
             if not hasattr(
                 error, "format_message"
@@ -543,6 +547,35 @@ def list_models() -> None:
         table.add_row(*map(Text, (each.name, each.model_class, ", ".join(each.modalities))))
     Console().print(table)
     _print(*(f"{each.name}: {each.notes}" for each in models() if each.notes))
+    needing = [each.name for each in models() if each.needs]
+    _print(f"Processors that need `pip install 'thinsight[vision]'`: {', '.join(needing)}")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts and bug reports.")] = False,
+) -> None:
+    """Print versions, devices and attention implementations, and what is missing for which models.
+
+    Exit code 1 where something is missing or wrong that every model needs."""
+    from .job.doctor import diagnose
+
+    found = diagnose()
+    usable = [name for name, why in found.attention.items() if not why]
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        _print(
+            f"thinsight {found.thinsight}, Python {found.python}, {found.system}",
+            *(f"  {each.name:17} {each.version or '-':13} {each.wanted}".rstrip() for each in found.packages),
+            *found.devices,
+            *([f"attention: {', '.join(usable)}"] if usable else []),
+            *(why for why in found.attention.values() if why),
+            *(f"not installed: {line}" for line in found.missing),
+            *(f"problem: {line}" for line in found.problems),
+            *([] if found.problems else ["All that every model needs is here."]),
+        )
+    raise typer.Exit(int(bool(found.problems)))
 
 
 # -- helpers ---------------------------------------------------------------------------------------------
