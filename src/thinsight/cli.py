@@ -216,7 +216,7 @@ def search(
         typer.Option(
             "--ranker",
             help="text-attention, vision-attention, random ...; settings as name:key=value,... "
-            "Default: chosen by the search (auto) where it can, else text-attention.",
+            "with JSON values. Default: chosen by the search (auto) where it can, else text-attention.",
         ),
     ] = None,
     solver: Annotated[str, typer.Option("--solver", help="bisect, or bayes (the paper's).")] = "bisect",
@@ -608,16 +608,34 @@ def _batch_size(text: str) -> int | str:
 
 
 def _ranker(text: str) -> dict[str, Any]:
-    """ "name" or "name:key=value,key=value" as a ranker's dict; whole numbers are read as such."""
-    name, _, settings = text.partition(":")
+    """ "name" or "name:key=value,key=value" as a ranker's dict; a value is JSON, or else taken as text."""
+    name, _, rest = text.partition(":")
     ranker: dict[str, Any] = {"name": name}
-    for item in filter(None, settings.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise BadInput(f"ranker is {text!r}: write settings as name:key=value,key=value")
-        value = value.strip()
-        ranker[key.strip()] = int(value) if re.fullmatch(r"-?[0-9]+", value) else value
+    while rest:
+        key, equals, rest = rest.partition("=")
+        if not equals or not key.strip() or key.strip() in ranker:
+            raise BadInput(f"ranker is {text!r}: write settings as name:key=value,key=value, each key once")
+        ranker[key.strip()], rest = _value(rest)
     return ranker
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """The value that a text begins with, and what follows its comma. JSON may have commas of its own."""
+    word, _, rest = text.partition(",")
+    text = text.lstrip()
+    try:
+        value, end = _JSON.raw_decode(text)
+    except (ValueError, RecursionError):  # a word, a number that is none, brackets without end
+        return word.strip(), rest
+    behind = text[end:].lstrip()
+    return (value, behind[1:]) if behind[:1] in ("", ",") else (word.strip(), rest)
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_number)
 
 
 def _print(*lines: str) -> None:
