@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
 # What every transformers that pyproject.toml allows must pass, the core families of the conformance suite included.
-COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py
+COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
+	tests/test_interrupts.py tests/job/test_doctor.py
 
 .PHONY: demo test test-latest test-with conformance lint look bench limit peers bench-gpu overhead search-cost results train train-internvl data clean
 
