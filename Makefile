@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out/demo
 # What every transformers that pyproject.toml allows must pass, the core families of the conformance suite included.
-COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py
+COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
+	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo test test-latest test-with conformance lint bench limit peers bench-gpu overhead search-cost results train train-internvl data clean
+.PHONY: demo test test-latest test-with conformance lint look bench limit peers bench-gpu overhead search-cost results train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
@@ -40,6 +41,11 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Reports in Chromium at two window sizes, light and dark: fails where something is cut off, overlaps or
+# makes the page too wide; screenshots to look at are in out/look.
+look: .venv/ready
+	PYTHONPATH=src:tests $(BIN)/python -m report.look out/look $(wildcard $(OUT)/report.html)
 
 # Measured speed against what the FLOPs promise, row by row, for hours on two idle cores. Tables go to
 # out/bench; those of benchmarks/results are another machine's.

@@ -17,7 +17,7 @@ from PIL import Image
 from small_run import SmallRun, make_small_run
 from typer.testing import CliRunner, Result
 
-from thinsight import Reduction, Schedule, __version__, loading, packing
+from thinsight import Reduction, Schedule, __version__, cli, get_ranker, list_rankers, loading, packing
 from thinsight.cli import app
 from thinsight.evaluation import examples as example_files
 from thinsight.evaluation import full_model
@@ -306,7 +306,10 @@ def test_unknown_commands_and_options_are_one_line() -> None:
         (("search", "--max-drop", "-1"), "max_drop is -1.0"),
         (("search", "--ranker", "oracle"), "ranker is 'oracle'"),
         (("search", "--ranker", "random:seed"), "write settings as name:key=value"),
-        (("search", "--ranker", "random:seed=--1"), "seed is '--1'"),
+        (("search", "--ranker", "random:seed=1,seed=2"), "each key once"),
+        (("search", "--ranker", "random:=1"), "write settings as name:key=value"),
+        (("search", "--ranker", "random:seed=--1"), "ranker 'random': seed is '--1'"),
+        (("compare", "--ranker", "visionzip:keep=2"), "ranker 'visionzip': keep is 2"),
         (("search", "--first-layer", "99"), "first_layer is 99 but the model has layers 0 to 3"),
         (("search", "--first-layer", "0"), "first_layer is 0, but ranker 'text-attention'"),
         (("search", "--attn", "flash_attention_2"), "use --attn sdpa"),
@@ -333,6 +336,49 @@ def test_bad_input(
     monkeypatch.setitem(loading.DEMOS, "demo", Path(small.model))
     monkeypatch.setattr(loading, "AutoModelForImageTextToText", None)  # found before any weight is loaded
     assert words.lower() in error_of(*arguments).lower()
+
+
+@pytest.mark.parametrize(
+    ("text", "ranker"),
+    [
+        ("random", {"name": "random"}),
+        ("random:seed=3", {"name": "random", "seed": 3}),
+        ("visionzip:keep=0.25", {"name": "visionzip", "keep": 0.25}),
+        ("visionzip: keep = 2.5e-1 , contextual=0", {"name": "visionzip", "keep": 0.25, "contextual": 0}),
+        ("cdpruner:invert=true", {"name": "cdpruner", "invert": True}),
+        (
+            "text-attention:rows=null,queries=last",
+            {"name": "text-attention", "rows": None, "queries": "last"},
+        ),
+        ('text-attention:queries="last",rows=8', {"name": "text-attention", "rows": 8, "queries": "last"}),
+        (
+            "staged:first=random,then=text-attention",
+            {"name": "staged", "first": "random", "then": "text-attention"},
+        ),
+        (
+            'staged:first={"name": "random", "seed": 1},then=uniform',
+            {"name": "staged", "first": {"name": "random", "seed": 1}, "then": "uniform"},
+        ),
+    ],
+)
+def test_settings_of_a_ranker_are_json_or_words(text: str, ranker: dict[str, Any]) -> None:
+    assert cli._ranker(text) == ranker
+    assert get_ranker(ranker).name == ranker["name"]
+
+
+def test_every_setting_of_every_ranker_can_be_said_and_is_named_when_it_is_wrong() -> None:
+    for name in list_rankers():
+        whole = get_ranker(name).to_dict() | ({"rows": None} if name == "text-attention" else {})
+        for key, value in whole.items():
+            if key != "name":
+                said = f"{name}:{key}={json.dumps(value)}"
+                assert get_ranker(cli._ranker(said)).to_dict()[key] == value, said
+                for wrong in ("nonsense", "-1", "1.5", "NaN", "1e999", "[]", "", "9" * 5000):
+                    line = error_of("search", "--ranker", f"{name}:{key}={wrong}")
+                    assert line.startswith(f"error: ranker {name!r}: {key}"), line
+        assert f"ranker {name!r} has no setting 'colour'" in error_of(
+            "search", "--ranker", f"{name}:colour=1"
+        )
 
 
 def test_unwritable_outputs(small: SmallRun, tmp_path: Path) -> None:
@@ -451,38 +497,3 @@ def test_help_loads_nothing_heavy() -> None:
         "print([name for name in ('torch', 'transformers', 'numpy', 'optuna') if name in sys.modules])"
     )
     assert process("-c", code).stdout.strip().split("\n")[-1] == "[]"
-
-
-@pytest.mark.parametrize("module", ["typer", "torch"])
-def test_ctrl_c_during_an_import_is_quiet(module: str, tmp_path: Path) -> None:
-    """In place of the package stands one that is interrupted while it is imported."""
-    (tmp_path / f"{module}.py").write_text(
-        "import os, signal\n"
-        "try:\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    for _ in range(10**6): pass\n"
-        "except KeyboardInterrupt:\n"
-        "    raise ImportError('no traceback is worse than this one') from None\n"
-    )
-    path = os.pathsep.join([str(tmp_path), str(ROOT / "src")])
-    result = process("-m", "thinsight", "search", path=path)
-    assert (result.returncode, result.stdout, result.stderr) == (130, "", "interrupted\n")
-
-
-def test_ctrl_c_in_the_work_is_an_exception_again() -> None:
-    code = (
-        "import os, signal; from thinsight.interrupts import end_on_interrupt, raise_on_interrupt\n"
-        "end_on_interrupt(); raise_on_interrupt()\n"
-        "try: os.kill(os.getpid(), signal.SIGINT); [None for _ in range(10**6)]\n"
-        "except KeyboardInterrupt: print('raised')"
-    )
-    assert process("-c", code).stdout == "raised\n"
-
-
-def test_an_ignored_ctrl_c_stays_ignored() -> None:
-    code = (
-        "import os, signal; from thinsight.interrupts import end_on_interrupt\n"
-        "signal.signal(signal.SIGINT, signal.SIG_IGN); end_on_interrupt()\n"
-        "os.kill(os.getpid(), signal.SIGINT); print('went on')"
-    )
-    assert process("-c", code).stdout == "went on\n"

@@ -176,11 +176,30 @@ def test_a_config_with_fewer_layers_than_the_checkpoint_is_refused(folder: Path,
 
 
 def test_a_processor_that_needs_torchvision_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Exception] = []
+
     def from_pretrained(*_: Any, **__: Any) -> None:
-        raise ImportError("VideoProcessor requires the Torchvision library but it was not found.\nMore words")
+        raise said[-1]
 
     monkeypatch.setattr(loading.AutoProcessor, "from_pretrained", from_pretrained)
-    assert load_error(folder).endswith("not installed: pip install torchvision")
+    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    monkeypatch.setattr(loading.torch, "__version__", "2.13.0")
+    for package, error in (
+        ("torchvision", ImportError("VideoProcessor requires the Torchvision library but it was not found.")),
+        (
+            "torchvision",
+            ValueError("./x requires `torchvision` to be installed. Please install\nand try again"),
+        ),
+        ("num2words", ImportError("Package `num2words` is required to run SmolVLM processor.")),
+    ):
+        said.append(error)
+        message = load_error(folder)
+        assert message.endswith(f"needs {package}, which is not installed: pip install 'thinsight[vision]'")
+        assert "\n" not in message
+    monkeypatch.setattr(loading.torch, "__version__", "2.13.0+cpu")
+    assert "torchvision from where this torch 2.13.0+cpu came from" in load_error(folder)
+    monkeypatch.setattr(loading, "find_spec", lambda _: object())  # it is there: something else is wrong
+    assert "cannot load its processor" in load_error(folder)
 
 
 def test_device_map_is_handed_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

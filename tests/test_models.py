@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import re
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import pytest
 import transformers
 from conformance.families import FAMILIES
 from conformance.table import BEGIN, END, compact, full, main, read_cells, replace_between_markers
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from typer.testing import CliRunner
 
 import thinsight as ts
@@ -57,6 +59,25 @@ def test_the_list_says_what_the_suite_says() -> None:
     for model in by_type.values():
         mine = [family for family in FAMILIES.values() if family.model_type == model.model_type]
         assert ("video" in model.modalities) == any(family.video is not None for family in mine)
+
+
+def source_of_processor(model_type: str) -> str:
+    """Of transformers' class, read and not run: it may need what is not installed."""
+    processor = getattr(transformers, PROCESSOR_MAPPING_NAMES[model_type])
+    spec = importlib.util.find_spec(processor.__module__)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).read_text("utf-8")
+
+
+def test_packages_that_processors_need_are_those_of_transformers() -> None:
+    for model in ts.models():
+        source = source_of_processor(model.model_type)
+        images = IMAGE_PROCESSOR_MAPPING_NAMES.get(model.model_type) or {"pil": ""}
+        video = re.search(r"def __init__\([^)]*\bvideo_processor\b", source) is not None
+        decorated = re.search(r'@requires\(backends=\([^)]*"torchvision"', source) is not None
+        assert ("torchvision" in model.needs) == (video or decorated or "pil" not in images), model
+        assert ("num2words" in model.needs) == ("num2words" in source), model
 
 
 def test_the_command_prints_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from .version import __version__
 
-TYPE_CHECKING = False  # without typing, which takes long to load
+TYPE_CHECKING = False  # the command answers to Ctrl-C once this is loaded, and typing takes long to load
 if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and a test holds the two together
     from typing import Any
 

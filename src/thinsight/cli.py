@@ -1,17 +1,20 @@
 """The command `thinsight`: parses, calls one function, prints. No logic.
 
 Everything heavy is imported inside the commands, so that `--help` and a misspelt option answer at once. Bad
-input ends in one line on standard error and exit code 2, Ctrl-C in one line and 130; both are dealt with in
-`_Group.main` alone, but for Ctrl-C before the work begins (interrupts.py).
+input ends in one line on standard error and exit code 2, Ctrl-C in one line and 130, SIGTERM in one and 143;
+all are dealt with in `_Group.main` alone, but for signals before the work begins (interrupts.py).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +26,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from .errors import BadInput, ThinsightError
-from .interrupts import INTERRUPTED, raise_on_interrupt
+from .interrupts import INTERRUPTED, exit_code, leave_on_interrupt, raise_on_interrupt, what_came
 from .texts import capped, shell, terminal
 from .version import __version__
 
@@ -56,29 +59,36 @@ class _Group(TyperGroup):
         except OSError as error:  # a name that is too long, a full disk, a folder taken away meanwhile
             place = "" if error.filename is None else f"{str(error.filename)[:200]}: "
             code = _fail(f"{place}{error.strerror or error}; check the path and the disk")
+        except ImportError as error:
+            code = _fail(f"a package cannot be loaded ({error}): see `thinsight doctor`")
         except Exception as error:
             if not hasattr(
                 error, "format_message"
             ):  # a usage error of typer's, whichever package it lives in
                 raise
             code = _fail(f"{error.format_message()} See `thinsight --help`.")
-        if code == INTERRUPTED:
-            _say_interrupted(given)
+        leave_on_interrupt()
+        if code == INTERRUPTED:  # also what typer makes of a KeyboardInterrupt
+            _tell(f"{what_came()}{self._how_to_resume(given)}")
+            code = exit_code()
         sys.exit(code if isinstance(code, int) else 0)
+
+    def _how_to_resume(self, given: Sequence[str]) -> str:
+        command = self.commands.get(given[0]) if given else None
+        if command is None or all(parameter.name != "resume" for parameter in command.params):
+            return ""
+        again = [*given, *([] if "--resume" in given else ["--resume"])]
+        return f": what is done is kept; continue with `{shell(['thinsight', *again])}`"
 
 
 def _fail(message: str) -> int:
-    print(f"error: {capped(terminal(message).strip())}", file=sys.stderr)
+    _tell(f"error: {capped(terminal(message).strip())}")
     return BAD_INPUT
 
 
-def _say_interrupted(given: Sequence[str]) -> None:
-    if given and given[0] == "search":
-        again = [*given, *([] if "--resume" in given else ["--resume"])]
-        hint = f": what is done is kept; continue with `{shell(['thinsight', *again])}`"
-    else:
-        hint = ""
-    print(f"interrupted{hint}", file=sys.stderr)
+def _tell(line: str) -> None:
+    with suppress(OSError):  # the terminal is gone, with whoever was to read this
+        print(line, file=sys.stderr, flush=True)
 
 
 app = typer.Typer(
@@ -206,7 +216,7 @@ def search(
         typer.Option(
             "--ranker",
             help="text-attention, vision-attention, random ...; settings as name:key=value,... "
-            "Default: chosen by the search (auto) where it can, else text-attention.",
+            "with JSON values. Default: chosen by the search (auto) where it can, else text-attention.",
         ),
     ] = None,
     solver: Annotated[str, typer.Option("--solver", help="bisect, or bayes (the paper's).")] = "bisect",
@@ -537,6 +547,35 @@ def list_models() -> None:
         table.add_row(*map(Text, (each.name, each.model_class, ", ".join(each.modalities))))
     Console().print(table)
     _print(*(f"{each.name}: {each.notes}" for each in models() if each.notes))
+    needing = [each.name for each in models() if each.needs]
+    _print(f"Processors that need `pip install 'thinsight[vision]'`: {', '.join(needing)}")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts and bug reports.")] = False,
+) -> None:
+    """Print versions, devices and attention implementations, and what is missing for which models.
+
+    Exit code 1 where something is missing or wrong that every model needs."""
+    from .job.doctor import diagnose
+
+    found = diagnose()
+    usable = [name for name, why in found.attention.items() if not why]
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        _print(
+            f"thinsight {found.thinsight}, Python {found.python}, {found.system}",
+            *(f"  {each.name:17} {each.version or '-':13} {each.wanted}".rstrip() for each in found.packages),
+            *found.devices,
+            *([f"attention: {', '.join(usable)}"] if usable else []),
+            *(why for why in found.attention.values() if why),
+            *(f"not installed: {line}" for line in found.missing),
+            *(f"problem: {line}" for line in found.problems),
+            *([] if found.problems else ["All that every model needs is here."]),
+        )
+    raise typer.Exit(int(bool(found.problems)))
 
 
 # -- helpers ---------------------------------------------------------------------------------------------
@@ -569,16 +608,34 @@ def _batch_size(text: str) -> int | str:
 
 
 def _ranker(text: str) -> dict[str, Any]:
-    """ "name" or "name:key=value,key=value" as a ranker's dict; whole numbers are read as such."""
-    name, _, settings = text.partition(":")
+    """ "name" or "name:key=value,key=value" as a ranker's dict; a value is JSON, or else taken as text."""
+    name, _, rest = text.partition(":")
     ranker: dict[str, Any] = {"name": name}
-    for item in filter(None, settings.split(",")):
-        key, equals, value = item.partition("=")
-        if not equals:
-            raise BadInput(f"ranker is {text!r}: write settings as name:key=value,key=value")
-        value = value.strip()
-        ranker[key.strip()] = int(value) if re.fullmatch(r"-?[0-9]+", value) else value
+    while rest:
+        key, equals, rest = rest.partition("=")
+        if not equals or not key.strip() or key.strip() in ranker:
+            raise BadInput(f"ranker is {text!r}: write settings as name:key=value,key=value, each key once")
+        ranker[key.strip()], rest = _value(rest)
     return ranker
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """The value that a text begins with, and what follows its comma. JSON may have commas of its own."""
+    word, _, rest = text.partition(",")
+    text = text.lstrip()
+    try:
+        value, end = _JSON.raw_decode(text)
+    except (ValueError, RecursionError):  # a word, a number that is none, brackets without end
+        return word.strip(), rest
+    behind = text[end:].lstrip()
+    return (value, behind[1:]) if behind[:1] in ("", ",") else (word.strip(), rest)
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_number)
 
 
 def _print(*lines: str) -> None:

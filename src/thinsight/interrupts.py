@@ -1,40 +1,92 @@
-"""Ctrl-C while the command starts: one line and exit code 130, where Python would show a traceback.
+"""Ctrl-C, SIGTERM and SIGHUP: one line and an exit code, where Python shows a traceback or leaves files.
 
 Loading torch and transformers takes seconds, and what they make of a KeyboardInterrupt in the middle of an
-import is up to them. Imports nothing but the standard library. Knows nothing about commands.
+import is up to them: until the work begins a signal ends the process at once, from then on it raises, so that
+whatever is open is closed and removed. Imports as little as it can, as Python's own answer stands until it is
+loaded. Knows nothing about commands.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import threading
-from types import FrameType
 
-__all__ = ["INTERRUPTED", "end_on_interrupt", "raise_on_interrupt"]
+TYPE_CHECKING = False  # typing takes longer to load than all that stands here
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType
+    from typing import Any
 
+__all__ = [
+    "INTERRUPTED",
+    "end_on_interrupt",
+    "exit_code",
+    "leave_on_interrupt",
+    "raise_on_interrupt",
+    "what_came",
+]
+
+_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 INTERRUPTED = 130  # exit code: 128 and the number of SIGINT
+_came: int = signal.SIGINT
 
 
 def end_on_interrupt() -> None:
-    """From here on Ctrl-C ends the process at once: there is nothing yet to clean up.
+    """From here on a signal ends the process at once: there is nothing yet to clean up.
 
-    A process that was told to ignore Ctrl-C, or that handles it, goes on doing so.
+    A signal that the process was told to ignore, or that it handles, goes on doing so.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _in_main_thread():
-        signal.signal(signal.SIGINT, _end)
+    _replace({signal.default_int_handler, signal.SIG_DFL}, _end)
 
 
 def raise_on_interrupt() -> None:
-    """From here on Ctrl-C raises KeyboardInterrupt again, if `end_on_interrupt` has changed that."""
-    if signal.getsignal(signal.SIGINT) is _end and _in_main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """From here on a signal raises KeyboardInterrupt, if `end_on_interrupt` has changed that."""
+    _replace({_end}, _raise)
+
+
+def leave_on_interrupt() -> None:
+    """From here on, when all is said, Ctrl-C ends the process without another word; the other signals ask for
+    what is under way."""
+    _replace({_end, _raise}, _leave)
+
+
+def exit_code() -> int:
+    """128 and the number of the signal that came, `INTERRUPTED` for Ctrl-C."""
+    return 128 + _came
+
+
+def what_came() -> str:
+    """The signal that came, in words."""
+    return "interrupted" if _came == signal.SIGINT else f"ended by {signal.Signals(_came).name}"
+
+
+def _replace(known: set[Any], handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in _SIGNALS:
+        if signal.getsignal(number) in known:
+            try:
+                signal.signal(number, handler)
+            except ValueError:  # not the main thread, which alone may say
+                return
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    os.write(2, b"interrupted\n")
-    os._exit(INTERRUPTED)
+    _note(number)
+    try:
+        os.write(2, f"{what_came()}\n".encode())
+    finally:  # also where nobody is left to read it
+        os._exit(exit_code())
 
 
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def _raise(number: int, frame: FrameType | None) -> None:
+    _note(number)
+    raise KeyboardInterrupt
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGINT:
+        os._exit(128 + number)
+
+
+def _note(number: int) -> None:
+    global _came
+    _came = number

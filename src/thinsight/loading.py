@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -37,6 +38,7 @@ __all__ = [
     "base_name",
     "check_options",
     "checkpoint_hash",
+    "how_to_install",
     "load_config",
     "load_demo",
     "load_model",
@@ -50,6 +52,7 @@ DEMOS = {DEMO: _EMBEDDED / "model", "demo-internvl": _EMBEDDED / "model-internvl
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST_REASON = 160  # characters of another library's message that a line of ours quotes
 _FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+_OPTIONAL = ("torchvision", "num2words")  # what some processors need, by the names that transformers says
 _LAYER = re.compile(r"\b(layers?|blocks)\.\d+\.")  # in a weight's name
 _ADAPTER = "adapter_config.json"  # what PEFT writes beside an adapter's weights
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -127,7 +130,7 @@ def load_model(
     if device_map is None:
         with _one_line(name, f"it onto {target}"):
             model = model.to(target)
-    if model.dtype == torch.bfloat16 and model.device.type == "cpu" and not _computes_bfloat16():
+    if model.dtype == torch.bfloat16 and model.device.type == "cpu" and not computes_bfloat16():
         warnings.warn(
             "this CPU has neither AVX512-BF16 nor AMX, so bfloat16 saves memory but is likely slower than "
             "float32 (--dtype float32)",
@@ -187,6 +190,14 @@ def _processor_beside(name: str | Path, trust_remote_code: bool) -> Any:
         return None
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     return _load_processor(str(folder), name, options)
+
+
+def how_to_install() -> str:
+    """How to get the packages that some processors need, in words."""
+    line = "pip install 'thinsight[vision]'"
+    if torch.__version__.endswith("+cpu"):
+        line += f" (torchvision from where this torch {torch.__version__} came from: another does not fit it)"
+    return line
 
 
 def load_config(name: str | Path, trust_remote_code: bool = False) -> Any:
@@ -357,7 +368,7 @@ def _resolve_device(device: str) -> torch.device:
     return target
 
 
-def _computes_bfloat16() -> bool:
+def computes_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16; taken for granted where torch does not tell."""
     found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
     if found.get("architecture") != "x86_64":
@@ -422,10 +433,10 @@ def _one_line(name: str | Path, what: str) -> Iterator[None]:
             raise BadInput(
                 f"model {str(name)!r} brings its own code, which runs only if you say --trust-remote-code"
             ) from error
-        if "torchvision" in str(error).lower():
+        package = next((each for each in _OPTIONAL if each in str(error).lower()), None)
+        if package is not None and find_spec(package) is None:
             raise MissingPackage(
-                f"model {str(name)!r}: {what} needs torchvision, which is not installed: "
-                "pip install torchvision"
+                f"model {str(name)!r}: {what} needs {package}, which is not installed: {how_to_install()}"
             ) from error
         raise BadInput(
             f"model {str(name)!r}: cannot load {what} ({_first_line(error)}): "

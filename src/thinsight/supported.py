@@ -46,6 +46,25 @@ _ABOUT: dict[str, tuple[str, tuple[str, ...], str]] = {
     "vipllava": ("VipLLaVA", IMAGE, ""),
 }
 
+# Packages that transformers' processors need beside thinsight's own: those that read video, and a few more.
+_VISION = ("torchvision",)
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "cohere2_vision": _VISION,
+    "glm46v": _VISION,
+    "glm4v": _VISION,
+    "glm4v_moe": _VISION,
+    "internvl": _VISION,
+    "llava_next_video": _VISION,
+    "llava_onevision": _VISION,
+    "mistral3": _VISION,
+    "qwen2_5_vl": _VISION,
+    "qwen2_vl": _VISION,
+    "qwen3_vl": _VISION,
+    "qwen3_vl_moe": _VISION,
+    "smolvlm": (*_VISION, "num2words"),
+    "video_llava": _VISION,
+}
+
 
 @dataclass(frozen=True)
 class SupportedModel:
@@ -56,8 +75,12 @@ class SupportedModel:
     name: str
     modalities: tuple[str, ...]  # "image", "video": what `generate` takes by arguments of their own
     notes: str  # what of it is refused, or needs a step of its own; "" if nothing
+    needs: tuple[str, ...] = ()  # packages that its processor needs: pip install 'thinsight[vision]'
 
 
 def models() -> tuple[SupportedModel, ...]:
     """All families of models that run under a reduction, by model_type."""
-    return tuple(SupportedModel(kind, CLASSES.get(kind, ""), *_ABOUT[kind]) for kind in SUPPORTED)
+    return tuple(
+        SupportedModel(kind, CLASSES.get(kind, ""), *_ABOUT[kind], needs=_NEEDS.get(kind, ()))
+        for kind in SUPPORTED
+    )

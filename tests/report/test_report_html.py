@@ -6,6 +6,7 @@ import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from thinsight.report import data as d
 from thinsight.report import print_report, words
 from thinsight.report.html import render, write_report
 from thinsight.report.markup import VOID, Markup, number, tag
+from thinsight.report.pictures import draw_kept, even_columns
 
 
 class Page(HTMLParser):
@@ -205,6 +207,29 @@ def test_pictures_are_inside_with_alternative_text(page, report):
         assert len(image["alt"]) > 10
     first = report.pictures[0]
     assert any(f"layer {first.layers[0]}: {len(first.kept[0])} of" in image["alt"] for image in images)
+
+
+def test_pictures_are_as_wide_as_the_card_allows(report, page):
+    """At most four columns, which are 243 px wide in the widest card, and lines of like length."""
+    rows = [a["style"] for a in page.all("div") if a.get("class") == "thumbs"]
+    assert rows == ["--columns:3"] * len(report.pictures)  # the image and five layers
+    assert [even_columns(number) for number in range(1, 10)] == [1, 2, 3, 4, 3, 3, 4, 4, 3]
+    style = rule(".thumbs")
+    assert "repeat(var(--columns), minmax(0, 336px))" in style
+    assert draw_kept(Image.new("RGB", (8, 8)), (16, 16), []).width == 336  # drawn as wide as it can be shown
+    assert all("loading" not in image for image in page.all("img"))  # all is in the page: nothing to wait for
+
+
+def test_a_card_is_never_narrower_than_its_number():
+    assert "display: flex" in rule(".cards")
+    assert "min-width: min-content" in rule(".key")
+    assert "white-space: nowrap" in rule(".key .value")
+
+
+def rule(selector: str) -> str:
+    """What the style sheet says first about a selector, for screens of any width."""
+    style = resources.files("thinsight.report").joinpath("style.css").read_text("utf-8")
+    return re.search(rf"^{re.escape(selector)} {{(.*?)}}", style, re.M | re.S).group(1)
 
 
 def test_trials_are_folded_away(page):

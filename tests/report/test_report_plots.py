@@ -1,14 +1,47 @@
-"""The plots' geometry: steps where the rates step, labels that do not overlap, marks at the numbers."""
+"""The plots' geometry: steps where the rates step, texts that do not overlap, marks at the numbers."""
 
 from __future__ import annotations
 
+import html
 import itertools
 import re
+from pathlib import Path
 
+import matplotlib
 import pytest
+from PIL import ImageFont
+from report.look import extreme
 
 from thinsight.report import plots
 from thinsight.report.data import Consistency, Interval, MethodRow, TimingRow
+
+# a wide font, and the one that a browser without any of the page's own falls back to on Linux
+_FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
+_TEXT = re.compile(r'<text x="([-\d.]+)" y="([-\d.]+)" class="([^"]+)" text-anchor="(\w+)">([^<]*)</text>')
+
+
+def boxes(svg: str) -> list[tuple[str, float, float, float, float]]:
+    """Every text of a plot with its left, right, top and bottom in pixels."""
+    found = []
+    for x, y, class_, anchor, text in _TEXT.findall(svg):
+        bold, size = {"name", "strong"} & set(class_.split()), 13 if "strong" in class_ else 12
+        face = _FONTS / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")
+        width = ImageFont.truetype(str(face), size).getlength(html.unescape(text))
+        left = float(x) - {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * width
+        found.append((text, left, left + width, float(y) - 9, float(y) + 3))
+    return found
+
+
+def check_texts(svg: str) -> None:
+    """No text of a plot leaves it or lies on another."""
+    width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+    texts = boxes(svg)
+    for text, left, right, top, bottom in texts:
+        assert (left >= -1, right <= width + 1, top >= -1, bottom <= height + 1) == (True,) * 4, text
+    for one, other in itertools.combinations(texts, 2):
+        across = min(one[2], other[2]) - max(one[1], other[1])
+        down = min(one[4], other[4]) - max(one[3], other[3])
+        assert across <= 1 or down <= 1, (one[0], other[0])
 
 
 def test_schedule_line_steps_once_per_change():
@@ -41,14 +74,53 @@ def _rows(scores, cost=5e9):
     ]
 
 
-def test_equal_cost_is_spread_and_labels_do_not_overlap():
+def test_equal_cost_is_spread_and_every_method_is_in_the_key_once():
     svg = plots.accuracy_plot(_rows([0.9, 0.9, 0.899, 0.901]), width=500, ident="a")
-    names = re.findall(r'y="([\d.]+)" class="t name halo s\d" text-anchor="\w+">m\d', svg)
-    heights = sorted(float(y) for y in names)
-    assert len(heights) == 4
-    assert min(b - a for a, b in itertools.pairwise(heights)) >= 15.9
+    names = re.findall(r'class="t name s\d" text-anchor="start">(\w+)<', svg)
+    assert names == ["full", "m0", "m1", "m2", "m3"]
     whiskers = re.findall(r'<line x1="([\d.]+)"[^>]*class="whisker', svg)
     assert len(set(whiskers)) == 4
+
+
+@pytest.mark.parametrize("width", [340, 500, 860])
+@pytest.mark.parametrize("longest", [False, True])
+def test_no_text_is_cut_off_or_lies_on_another(report, width, longest):
+    report = extreme(report) if longest else report
+    others = [(row.name, row.keep_rates, 2) for row in report.methods if row.keep_rates]
+    for svg in (
+        plots.schedule_plot(report.keep_rates, others, width=width, ident="a"),
+        plots.accuracy_plot(report.methods, width=width, ident="a"),
+        plots.drop_plot(report.methods, 0.01, width=width, ident="a"),
+        plots.timing_plot(report.timing, width=width, ident="a"),
+        plots.tau_plot(report.consistency, width=width, ident="a"),
+        plots.matrix_plot(report.consistency.tau_matrix, width=width, ident="a"),
+    ):
+        assert boxes(svg)
+        check_texts(svg)
+
+
+@pytest.mark.parametrize("width", [340, 500])
+def test_the_search_names_of_a_report_fit_whole(width):
+    """The longest name that the main job gives to a method, beside scores that lie close together."""
+    names = ["Sensitivity search, adaptive", "FastV-like (one step at layer 2)", "Uniform", "Random"]
+    rows = [
+        MethodRow(name, (), 0.9 + place / 2000, Interval(-0.12, -0.333, 0.123), 0.3, 5.7e9, 3.5)
+        for place, name in enumerate(names)
+    ]
+    for svg in (
+        plots.accuracy_plot([*_rows([])[:1], *rows], width=width, ident="a"),
+        plots.drop_plot(rows, 0.01, width=width, ident="a"),
+    ):
+        check_texts(svg)
+        assert set(names) <= {text for text, *_ in boxes(svg)}
+
+
+def test_long_texts_are_cut_where_they_must_be():
+    assert plots._fitting("short", 100) == "short"
+    cut = plots._fitting("a name that is longer than its place", 100)
+    assert cut.startswith("a name")
+    assert cut.endswith("…")
+    assert plots._wide(cut) <= 100
 
 
 def test_spread_keeps_different_costs_in_place():
@@ -56,9 +128,9 @@ def test_spread_keeps_different_costs_in_place():
     assert plots._spread([1.0, 1.1, 9.0], close=0.5) == [-4.5, 4.5, 0.0]
 
 
-def test_labels_stay_inside_when_crowded_at_the_bottom():
-    placed = plots._place_labels([98.0, 99.0, 100.0], 0.0, 100.0, 10.0)
-    assert placed == [80.0, 90.0, 100.0]
+def test_a_key_takes_as_many_lines_as_it_needs():
+    assert plots._in_lines([100.0, 100.0, 101.0, 400.0, 50.0], 300.0) == [[0, 1], [2], [3], [4]]
+    assert plots._in_lines([100.0, 100.0, 100.0], 300.0) == [[0, 1, 2]]
 
 
 def test_drop_plot_marks_means_in_order():

@@ -223,7 +223,10 @@ def get_ranker(spec: str | Mapping[str, Any] | Ranker) -> Ranker:
         raise BadInput(
             f"ranker {name!r} has no setting {unknown[0]!r}; it has {', '.join(allowed) or 'none'}"
         )
-    return ranker(**settings)
+    try:
+        return ranker(**settings)
+    except BadInput as error:
+        raise BadInput(f"ranker {name!r}: {error}") from None
 
 
 def best(scores: Tensor, valid: Tensor, count: int) -> Tensor:

@@ -31,7 +31,7 @@ class Staged(Ranker):
         first: str | Mapping[str, Any] = "vision-attention",
         then: str | Mapping[str, Any] = "text-attention",
     ) -> None:
-        self.first, self.then = get_ranker(first), get_ranker(then)
+        self.first, self.then = _part(first, "first"), _part(then, "then")
         if TEXT_ATTENTION in self.first.needs:
             raise BadInput(
                 f"first is {self.first.name!r}, which reads the layer before, and layer 0 has none; choose "
@@ -49,3 +49,10 @@ class Staged(Ranker):
 
     def score(self, context: Context) -> Tensor:
         return (self.then if context.layer else self.first).score(context)
+
+
+def _part(spec: str | Mapping[str, Any], name: str) -> Ranker:
+    try:
+        return get_ranker(spec)
+    except BadInput as error:
+        raise BadInput(f"{name}: {error}") from None

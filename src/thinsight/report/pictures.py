@@ -103,6 +103,11 @@ def caption(picture: Picture, place: int) -> str:
     return f"layer {picture.layers[place]}: {kept} of {total} ({percent(kept / total)})"
 
 
+def even_columns(number: int) -> int:
+    """In how many columns so many drawings stand: at most four, in lines of like length."""
+    return -(-number // -(-number // 4))
+
+
 def contact_strip(picture: Picture, *, side: int = 240, columns: int | None = None) -> Image.Image:
     """One sheet with the question, the answers, the image and a drawing per layer, for `thinsight show`.
 
@@ -114,8 +119,7 @@ def contact_strip(picture: Picture, *, side: int = 240, columns: int | None = No
     drawings = [draw_kept(picture.image, picture.grid, range(picture.num_tokens), side=side)]
     drawings += [draw_kept(picture.image, picture.grid, kept, side=side) for kept in picture.kept]
     captions = ["the image", *(caption(picture, place) for place in range(len(picture.kept)))]
-    even = -(-len(drawings) // -(-len(drawings) // 4))  # at most four to a line, lines of like length
-    columns = max(1, min(len(drawings), columns if columns is not None else even))
+    columns = max(1, min(len(drawings), even_columns(len(drawings)) if columns is None else columns))
     font, bold = ImageFont.load_default(13), ImageFont.load_default(17)
     pad, gap, under = 24, 16, 26
     wide, tall = drawings[0].size

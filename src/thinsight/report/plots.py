@@ -16,7 +16,7 @@ from . import words
 from .data import Consistency, Interval, MethodRow, TimingRow
 from .markup import Markup, number, tag
 
-_LETTER = 6.6  # width of an average letter of the plots' 12 px text
+_SLIM, _BROAD = frozenset(" .,:;'|!()[]-fijlrtI1"), frozenset(f"%mwMW@{words.TIMES}{words.MINUS}")
 _GAP = 9.0  # distance between points of equal cost that are spread sideways
 _CORNERS: dict[int, list[tuple[float, float]]] = {  # of the marker shapes that are no circle, about (0, 0)
     1: [(-1, -1), (1, -1), (1, 1), (-1, 1)],
@@ -24,6 +24,7 @@ _CORNERS: dict[int, list[tuple[float, float]]] = {  # of the marker shapes that 
     3: [(0, -1.35), (1.35, 0), (0, 1.35), (-1.35, 0)],
     4: [(-1.15, -0.85), (1.15, -0.85), (0, 1.25)],
 }
+_MARK, _KEY_GAP, _KEY_LINE = 16.0, 18.0, 19.0  # of the key: room for a marker, between names, for a line
 _SAME_COST = 0.025  # share of the axis below which two costs are drawn as one
 
 
@@ -197,35 +198,51 @@ def _spread(costs: Sequence[float], close: float) -> list[float]:
     return shifts
 
 
-def _place_labels(wanted: Sequence[float], low: float, high: float, gap: float) -> list[float]:
-    """Heights near the wanted ones, at least `gap` apart and inside low .. high (as far as they fit)."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed = [0.0] * len(wanted)
-    last = -math.inf
-    for i in order:
-        last = placed[i] = max(wanted[i], last + gap, low)
-    ceiling = math.inf
-    for i in reversed(order):
-        ceiling = placed[i] = (
-            min(placed[i], ceiling - gap, high) if ceiling < math.inf else min(placed[i], high)
-        )
-    return placed
+def _wide(text: str) -> float:
+    """Pixels that a line of the plots' 12 px text takes, in a wide font and in bold."""
+    return math.fsum(4.9 if c in _SLIM else 11.5 if c in _BROAD or ord(c) > 0x1100 else 8.2 for c in text)
+
+
+def _fitting(text: str, room: float) -> str:
+    """The text, cut where it is too long for ``room`` pixels."""
+    if _wide(text) <= room:
+        return text
+    letters = next(n for n in range(len(text), -1, -1) if _wide(text[:n] + "…") <= room or n == 0)
+    return f"{text[:letters].rstrip()}…"
+
+
+def _in_lines(widths: Sequence[float], room: float) -> list[list[int]]:
+    """The places of things of these widths, in lines no wider than ``room`` as far as each one fits."""
+    lines: list[list[int]] = [[]]
+    left = room
+    for i, width in enumerate(widths):
+        if lines[-1] and width > left:
+            lines.append([])
+            left = room
+        lines[-1].append(i)
+        left -= width
+    return lines
 
 
 def accuracy_plot(methods: Sequence[MethodRow], *, width: int, ident: str) -> Markup:
-    """Score against decoder FLOPs, one point per method, with the 95 % interval of its drop.
+    """Score against decoder FLOPs, one point per method, with the 95 % interval of its drop, and a key.
 
     Points of equal cost are spread sideways by a few pixels so that each interval can be seen.
     """
-    height = 340 if width > 400 else 320
+    names = [_fitting(row.name, width - _MARK) for row in methods]
+    widths = [_MARK + _wide(name) + _KEY_GAP for name in names]
+    lines = _in_lines(widths, width + _KEY_GAP)
+    plot = 320 if width > 400 else 280
+    height = plot + _KEY_LINE * len(lines)
     full_score = next((row.score for row in methods if row.kind == "full"), None)
     ranges = [_score_range(row, full_score) for row in methods]
     scale, unit = words.flops_unit(max(row.flops for row in methods))
     costs = [row.flops / scale for row in methods]
     bottom, top = min(r[0] for r in ranges), max(r[2] for r in ranges)
     pad = max(0.08 * (top - bottom), 0.005)
-    x = _Axis(0, max(costs) * 1.06 or 1, 50, width - 12)
-    y = _Axis(bottom - pad, top + pad, height - 46, 12)
+    y = _Axis(bottom - pad, top + pad, plot - 46, 12)
+    ticks = {tick: f"{100 * tick:g} %" for tick in _ticks(y.low, y.high, 5)}
+    x = _Axis(0, max(costs) * 1.06 or 1, 10 + max(map(_wide, ticks.values())), width - 12)
     canvas = _Canvas(
         width,
         height,
@@ -234,16 +251,23 @@ def accuracy_plot(methods: Sequence[MethodRow], *, width: int, ident: str) -> Ma
         + ".",
         ident,
     )
-    for tick in _ticks(y.low, y.high, 5):
+    for tick, label in ticks.items():
         canvas.line(x.start, y(tick), x.end, y(tick), "grid")
-        canvas.text(x.start - 8, y(tick) + 4, f"{100 * tick:g} %", "t muted", "end")
+        canvas.text(x.start - 8, y(tick) + 4, label.replace("-", words.MINUS), "t muted", "end")
     canvas.line(x.start, y.start, x.end, y.start, "axis")
     for tick in _ticks(0, x.high, 5 if width > 400 else 4):
         canvas.text(x(tick), y.start + 18, f"{tick:g}", "t muted", "middle")
-    canvas.text((x.start + x.end) / 2, height - 6, f"decoder {unit} per prompt", "t muted", "middle")
+    canvas.text((x.start + x.end) / 2, plot - 6, f"decoder {unit} per prompt", "t muted", "middle")
     if full_score is not None:
         canvas.line(x.start, y(full_score), x.end, y(full_score), "reference")
     _draw_points(canvas, methods, ranges, costs, x, y)
+    series = series_of(methods)
+    for place, line in enumerate(lines):
+        at, middle = 0.0, plot + _KEY_LINE * (place + 0.5)
+        for i in line:
+            _marker(canvas, series[i], at + 6, middle, f"dot s{series[i]}")
+            canvas.text(at + _MARK, middle + 4, names[i], f"t name s{series[i]}")
+            at += widths[i]
     return canvas.close()
 
 
@@ -255,8 +279,7 @@ def _draw_points(
     x: _Axis,
     y: _Axis,
 ) -> None:
-    close = _SAME_COST * (x.high - x.low)
-    shifts = _spread(costs, close)
+    shifts = _spread(costs, _SAME_COST * (x.high - x.low))
     for series, (low, score, high), cost, shift in zip(
         series_of(methods), ranges, costs, shifts, strict=True
     ):
@@ -264,31 +287,6 @@ def _draw_points(
         if high > low:
             canvas.line(at, y(low), at, y(high), f"whisker s{series}")
         _marker(canvas, series, at, y(score), f"dot s{series}")
-    for cluster in _clusters(costs, close):
-        _draw_labels(canvas, methods, ranges, [x(costs[i]) + shifts[i] for i in cluster], cluster, x, y)
-
-
-def _draw_labels(
-    canvas: _Canvas,
-    methods: Sequence[MethodRow],
-    ranges: Sequence[tuple[float, float, float]],
-    xs: Sequence[float],
-    cluster: Sequence[int],
-    x: _Axis,
-    y: _Axis,
-) -> None:
-    """A cluster's names beside it, on whichever side has room, each with its marker again."""
-    series = series_of(methods)
-    longest = max(len(methods[i].name) for i in cluster) * _LETTER + 24
-    right = max(xs) + 12 + longest <= x.end
-    heights = _place_labels([y(ranges[i][1]) for i in cluster], y.end + 6, y.start - 6, 16)
-    for i, height in zip(cluster, heights, strict=True):
-        edge = max(xs) + 14 if right else min(xs) - 14
-        if len(cluster) > 1:
-            _marker(canvas, series[i], edge + (2 if right else -2), height, f"dot s{series[i]}")
-            edge += 12 if right else -12
-        name = f"t name halo s{series[i]}"
-        canvas.text(edge, height + 4, methods[i].name, name, "start" if right else "end")
 
 
 def drop_plot(
@@ -302,17 +300,15 @@ def drop_plot(
     ]
     if not rows:
         return None
-    longest = max(len(row.name) for row, _, _ in rows) * _LETTER + 22
-    values = max(len(words.interval(drop)) for _, _, drop in rows) * _LETTER + 8
+    longest = max(_wide(row.name) for row, _, _ in rows) + 16
+    values = max(_wide(words.interval(drop)) for _, _, drop in rows) + 8
     beside = longest + values + 130 <= width  # else a name stands above its interval
     tall, head = (32, 10) if beside else (44, 10)
     height = head + tall * len(rows) + 44
     edges = [0.0, *(v for _, _, drop in rows for v in (drop.low, drop.high))]
     edges += [] if max_drop is None else [max_drop]
     pad = max(0.05 * (max(edges) - min(edges)), 0.002)
-    x = _Axis(
-        min(edges) - pad, max(edges) + pad, longest if beside else 10, width - (values if beside else 10)
-    )
+    x = _Axis(min(edges) - pad, max(edges) + pad, longest if beside else 14, width - values)
     canvas = _Canvas(
         width,
         height,
@@ -327,20 +323,23 @@ def drop_plot(
     canvas.line(x(0), head, x(0), base, "zero")
     if max_drop:
         canvas.line(x(max_drop), head, x(max_drop), base, "allowed")
-    canvas.text((x.start + x.end) / 2, height - 6, "drop in points (left is better)", "t muted", "middle")
+    title = "drop in points (left is better)"
+    middle = max((x.start + x.end) / 2, _wide(title) / 2)
+    canvas.text(middle, height - 6, title, "t muted", "middle")
     for place, (row, series, drop) in enumerate(rows):
         middle = head + tall * place + (16 if beside else 31)
-        _drop_row(canvas, row.name, drop, series, middle, middle + 4 if beside else middle - 14, x)
+        name = _fitting(row.name, width)
+        _drop_row(canvas, name, drop, series, middle, middle + 4 if beside else middle - 14, x)
     return canvas.close()
 
 
 def _drop_row(
     canvas: _Canvas, name: str, drop: Interval, series: int, middle: float, baseline: float, x: _Axis
 ) -> None:
-    """One method: its interval at height `middle`, its name and numbers at height `baseline`."""
+    """One method: its interval and numbers at height `middle`, its name at height `baseline`."""
     class_ = f"s{series}"
     canvas.text(0, baseline, name, f"t name halo {class_}")
-    canvas.text(canvas.width, baseline, words.interval(drop), "t halo", "end")
+    canvas.text(canvas.width, middle + 4, words.interval(drop), "t halo", "end")
     canvas.line(x(drop.low), middle, x(drop.high), middle, f"whisker {class_}")
     _marker(canvas, series, x(drop.mean), middle, f"dot {class_}")
 
@@ -385,7 +384,7 @@ def timing_plot(timing: Sequence[TimingRow], *, width: int, ident: str) -> Marku
     )
     for place, row in enumerate(timing):
         top = head + tall * place
-        canvas.text(0, top + 12, f"{row.what}, batch {row.batch}", "t strong")
+        canvas.text(0, top + 12, _fitting(f"{row.what}, batch {row.batch}", width - 84), "t strong")
         canvas.text(width, top + 12, words.ratio(row.ratio), "t strong", "end")
         for offset, value, class_ in ((20, row.full_ms, "bar full"), (41, row.reduced_ms, "bar s0")):
             canvas.add(

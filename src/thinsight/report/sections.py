@@ -14,7 +14,7 @@ from . import plots, words
 from .data import MethodRow, Picture, ReportData, TrialRow
 from .markup import Markup, join, tag
 from .parts import fact_list, figure, line_legend, table_box
-from .pictures import data_uri, draw_kept
+from .pictures import data_uri, draw_kept, even_columns
 
 
 def _schedule(data: ReportData) -> Markup | None:
@@ -110,13 +110,13 @@ def _picture(picture: Picture, place: int) -> Markup:
         "div",
         tag("h3", picture.question),
         tag("dl", *entries, class_="answers") if entries else None,
-        tag("div", *thumbs, class_="thumbs"),
+        tag("div", *thumbs, class_="thumbs", style=f"--columns:{even_columns(len(thumbs))}"),
         class_="picture",
     )
 
 
 def _thumb(image: Image.Image, alt: str, name: str, under: str) -> Markup:
-    picture = tag("img", src=data_uri(image), alt=alt, width=image.width, height=image.height, loading="lazy")
+    picture = tag("img", src=data_uri(image), alt=alt, width=image.width, height=image.height)
     return tag("figure", picture, tag("figcaption", tag("b", name), tag("br"), under))
 
 
@@ -130,7 +130,7 @@ def _methods(data: ReportData) -> Markup | None:
     )
     verdict = words.ranking(methods)
     drops = figure(
-        "Drop against the full model, with its 95 % interval",
+        "Drop against the full model, with its 95\N{NO-BREAK SPACE}% interval",
         lambda width, ident: plots.drop_plot(methods, allowed, width=width, ident=ident),
         "drop-plot",
         500,
