@@ -382,3 +382,14 @@ def test_decoding_goes_on_where_white_space_may_go_again():
     assert not metric.lost("do n", ["don't"])
     assert not metric.lost("cat .", ["cat"])
     assert metric.lost("cat . d", ["cat"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["answer" + " \t" * 20_000, "\n" * 40_000, "(" * 20_000, "so A or B, " * 3000, "the answer is A or B " * 2000],
+)
+def test_a_long_answer_is_read_like_a_short_one(text):
+    """None of them names an option; quadratic rules would take minutes."""
+    assert option_letter(text, {"A": "x", "B": "y"}) is None
+    assert options_of(text) == {}
+    assert METRICS["multiple_choice"](text, ["B"], text) == 0

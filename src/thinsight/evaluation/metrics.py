@@ -356,7 +356,7 @@ def options_of(question: str) -> dict[str, str]:
     A list is A, B and so on, as "A. red", "A) red", "A: red" or "(A) red", each on a line of its own or
     behind one another; of several lists the last one.
     """
-    text = unicodedata.normalize("NFKC", question)
+    text = _tidy(question)
     lists: list[list[re.Match[str]]] = [[]]
     for mark in _LISTED.finditer(text):
         letter = mark[1] or mark[2]
@@ -386,13 +386,19 @@ def option_letter(text: str, options: Mapping[str, str] | None = None) -> str | 
         options: the options' texts by letter, see `options_of`; other letters are then no options.
     """
     known = options or {}
-    said = _THOUGHT.sub("", unicodedata.normalize("NFKC", text))
+    said = _THOUGHT.sub("", _tidy(text))
     for box in _BOXES:
         inside = box.match(said)
         letter = _named(inside[1], known) if inside else None
         if letter is not None:
             return letter
     return _named(said, known)
+
+
+def _tidy(text: str) -> str:
+    """In NFKC, with single spaces and no empty lines."""
+    lines = unicodedata.normalize("NFKC", text).split("\n")
+    return "\n".join(filter(None, (" ".join(line.split()) for line in lines)))
 
 
 def _named(text: str, options: Mapping[str, str]) -> str | None:
@@ -436,7 +442,7 @@ def _letters(found: Iterable[re.Match[str]], options: Mapping[str, str]) -> Iter
 
 def _label_letter(answer: str, options: Mapping[str, str]) -> str | None:
     """The option that a label names: its letter, its text, or both as "B. a dog"."""
-    said = unicodedata.normalize("NFKC", answer)
+    said = _tidy(answer)
     whole = _whole(said, options)
     if whole is not None:
         return whole
