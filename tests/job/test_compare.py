@@ -170,7 +170,7 @@ def test_a_damaged_journal_is_an_error_and_no_refusal(small: SmallRun, tmp_path:
     journal = tmp_path / "run" / "studies" / "keep-0.6-search-random-seed0.jsonl"
     journal.parent.mkdir(parents=True)
     journal.write_text("garbage\n")
-    with pytest.raises(StorageError, match="line 1 is not a JSON object"):
+    with pytest.raises(StorageError, match="line 1 is not a search journal's"):
         compare(options)
     journal.unlink()
     [run] = compare(replace(options, resume=True)).comparison.runs
