@@ -23,7 +23,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .errors import BadInput, ThinsightError
 from .interrupts import INTERRUPTED, exit_code, leave_on_interrupt, raise_on_interrupt, what_came
@@ -79,6 +79,20 @@ class _Group(TyperGroup):
             return ""
         again = [*given, *([] if "--resume" in given else ["--resume"])]
         return f": what is done is kept; continue with `{shell(['thinsight', *again])}`"
+
+
+class _Command(TyperCommand):
+    """Refuses a value that is empty, as an unset shell variable leaves it behind."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given, *_ = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in self.params:
+            value = given.get(parameter.name)
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, str) and not each.strip():
+                    name = parameter.opts[0]
+                    raise BadInput(f"{name} is {each!r}, which is empty: give a value, or leave it out")
+        return super().parse_args(ctx, args)
 
 
 def _fail(message: str) -> int:
@@ -151,10 +165,11 @@ MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")
 ]
 BudgetUnit = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--budget-unit",
-        help="keep (mean keep rate), flops (up to 1 a fraction of the full decoder's) or ms.",
+        help="Of --budget: keep (mean keep rate, the default), flops (up to 1 a fraction of the full "
+        "decoder's) or ms.",
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what was begun in --out.")]
@@ -183,7 +198,7 @@ def _root(
 # -- commands --------------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(cls=_Command)
 def search(
     context: typer.Context,
     model: Model = "demo",
@@ -200,7 +215,7 @@ def search(
         float | None,
         typer.Option("--budget", help="What a prefill may cost, in place of --max-drop; 0.25 keeps 25 %."),
     ] = None,
-    budget_unit: BudgetUnit = "keep",
+    budget_unit: BudgetUnit = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -219,7 +234,9 @@ def search(
             "with JSON values. Default: chosen by the search (auto) where it can, else text-attention.",
         ),
     ] = None,
-    solver: Annotated[str, typer.Option("--solver", help="bisect, or bayes (the paper's).")] = "bisect",
+    solver: Annotated[
+        str | None, typer.Option("--solver", help="G-Search: bisect (the default), or bayes (the paper's).")
+    ] = None,
     frontier: Annotated[
         bool,
         typer.Option(
@@ -237,13 +254,19 @@ def search(
         int | None,
         typer.Option("--first-layer", min=0, help="The first layer that may see fewer tokens, from 0."),
     ] = None,
-    step: Annotated[int, typer.Option("--step", min=1, help="bisect: counts are multiples of this.")] = 1,
+    step: Annotated[
+        int | None, typer.Option("--step", min=1, help="bisect: counts are multiples of this (1).")
+    ] = None,
     trade_off: Annotated[
-        float, typer.Option("--trade-off", help="bayes: weight of the cost (lambda).")
-    ] = 0.1,
+        float | None, typer.Option("--trade-off", help="bayes: weight of the cost, lambda (0.1).")
+    ] = None,
     n_trials: Annotated[
         int | None,
-        typer.Option("--n-trials", min=1, help="Evaluations under a budget (16); bayes: per layer (8)."),
+        typer.Option(
+            "--n-trials",
+            min=1,
+            help="Evaluations under a budget (16); bayes: per layer (8); frontier: per cost (4).",
+        ),
     ] = None,
     confidence: Annotated[
         float | None,
@@ -302,7 +325,7 @@ def search(
     _print(f"Reduction: {outcome.folder}", f"Report:    {outcome.report}")
 
 
-@app.command()
+@app.command(cls=_Command)
 def evaluate(
     reduction: ReductionSource = None,
     model: Model = "demo",
@@ -337,13 +360,13 @@ def evaluate(
     print_report(report, Console())
 
 
-@app.command()
+@app.command(cls=_Command)
 def compare(
     budget: Annotated[
         list[float] | None,
         typer.Option("--budget", help="May be repeated. Default: 0.5 0.25 0.125 0.0625."),
     ] = None,
-    budget_unit: BudgetUnit = "keep",
+    budget_unit: BudgetUnit = None,
     methods: Annotated[
         str, typer.Option("--methods", help="all, or names with commas, such as search-sensitivity,fastv.")
     ] = "all",
@@ -354,10 +377,13 @@ def compare(
         "thinsight-compare"
     ),
     resume: Resume = False,
-    ranker: Annotated[str, typer.Option("--ranker", help="Of the searches that do not choose it.")] = (
-        "text-attention"
-    ),
-    n_trials: Annotated[int, typer.Option("--n-trials", min=8, help="Evaluations of each search.")] = 16,
+    ranker: Annotated[
+        str | None,
+        typer.Option("--ranker", help="Of the searches that do not choose it. Default: text-attention."),
+    ] = None,
+    n_trials: Annotated[
+        int | None, typer.Option("--n-trials", min=1, help="Evaluations of each search (16).")
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of what is random, seeds from 0.")] = 1,
     limit: Limit = None,
     metric: Metric = None,
@@ -383,11 +409,11 @@ def compare(
         metric=metric,
         max_new_tokens=max_new_tokens,
         budgets=tuple(budget) if budget else BUDGETS,
-        budget_unit=budget_unit,
-        methods=tuple(filter(None, methods.split(","))),
+        budget_unit="keep" if budget_unit is None else budget_unit,
+        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
         seeds=tuple(range(seeds)),
         n_trials=n_trials,
-        ranker=_ranker(ranker),
+        ranker=None if ranker is None else _ranker(ranker),
         batch_size=_batch_size(batch_size),
         cache_gib=cache_gib,
         cache_dir=cache_dir,
@@ -399,7 +425,7 @@ def compare(
     _print(*(f"Written: {path}" for path in outcome.files), *filter(None, [outcome.note]))
 
 
-@app.command()
+@app.command(cls=_Command)
 def analyze(
     model: Model = "demo",
     data: Data = None,
@@ -424,7 +450,7 @@ def analyze(
     _print(f"Plot: {write_report(out, report)}")
 
 
-@app.command()
+@app.command(cls=_Command)
 def bench(
     reduction: ReductionSource = None,
     model: Model = "demo",
@@ -464,7 +490,7 @@ def bench(
     _print(*result.lines())
 
 
-@app.command()
+@app.command(cls=_Command)
 def show(
     image: Annotated[str | None, typer.Argument(help="An image file. Default: a demo question's.")] = None,
     question: Annotated[str | None, typer.Argument(help="A question about it.")] = None,
@@ -504,7 +530,7 @@ def show(
     )
 
 
-@app.command()
+@app.command(cls=_Command)
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `thinsight search` wrote.")] = Path(
         _DEFAULT_OUT
@@ -519,7 +545,7 @@ def report(
     _print(f"Report: {path}")
 
 
-@app.command()
+@app.command(cls=_Command)
 def convert(
     source: Annotated[
         str, typer.Argument(help="An original InternVL 2, 2.5 or 3 checkpoint: a local folder, or a hub id.")
@@ -533,7 +559,7 @@ def convert(
     _print(f"Model: {folder}", f"Use it with: {shell(['thinsight', 'search', '--model', str(folder)])}")
 
 
-@app.command("models")
+@app.command("models", cls=_Command)
 def list_models() -> None:
     """List the families of models that run under a reduction."""
     from .supported import models
@@ -551,7 +577,7 @@ def list_models() -> None:
     _print(f"Processors that need `pip install 'thinsight[vision]'`: {', '.join(needing)}")
 
 
-@app.command()
+@app.command(cls=_Command)
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for scripts and bug reports.")] = False,
 ) -> None:

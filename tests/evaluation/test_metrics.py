@@ -386,7 +386,13 @@ def test_decoding_goes_on_where_white_space_may_go_again():
 
 @pytest.mark.parametrize(
     "text",
-    ["answer" + " \t" * 20_000, "\n" * 40_000, "(" * 20_000, "so A or B, " * 3000, "the answer is A or B " * 2000],
+    [
+        "answer" + " \t" * 20_000,
+        "\n" * 40_000,
+        "(" * 20_000,
+        "so A or B, " * 3000,
+        "the answer is A or B " * 2000,
+    ],
 )
 def test_a_long_answer_is_read_like_a_short_one(text):
     """None of them names an option; quadratic rules would take minutes."""

@@ -80,8 +80,9 @@ def test_a_search_may_start_from_a_reduction(small: SmallRun, tmp_path: Path) ->
         Schedule([1, 1, 0.9, 0.9, 0.2, 0.2]).resample(tried[0]["evaluator"]["num_layers"]).keep_rates
     )
     for changes, words in (
-        ({"method": "random"}, "start needs a budget and a search that takes it: adaptive, psigmoid"),
-        ({"budget": None}, "start needs a budget"),
+        ({"method": "random"}, "start is .*, which Random search does not take, but Sensitivity search"),
+        ({"frontier": True}, "start is .*, which Frontier does not take"),
+        ({"budget": None, "n_trials": None}, "start is .*, which G-Search does not take"),
         ({"start": str(tmp_path / "nothing")}, "there is no folder"),
     ):
         with pytest.raises(ThinsightError, match=words):

@@ -32,6 +32,7 @@ from thinsight.report.terminal import print_comparison
 from thinsight.schedule import Schedule
 
 BUDGETS = (0.6, 0.2)
+BUDGETS_OF_COMMAND = CompareOptions().budgets
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +237,8 @@ def test_a_batch_size_is_found_once_and_kept_with_the_comparison(
 
     monkeypatch.setattr(full_model, "fastest", two)
     methods = ("search-sensitivity", "fastv")
-    auto = options_for(small, tmp_path / "auto", batch_size="auto", budgets=(0.6,), methods=methods[1:])
+    given: dict[str, Any] = {"batch_size": "auto", "budgets": (0.6,), "n_trials": None}
+    auto = options_for(small, tmp_path / "auto", methods=methods[1:], **given)
     compare(auto)
     assert measured == [12]  # a baseline runs nothing on the calibration set
     found = compare(replace(auto, methods=methods, resume=True)).comparison
@@ -336,7 +338,20 @@ def test_a_hostile_title_stays_in_its_cell() -> None:
         ({"budgets": (0.5, 0.5)}, "none twice"),
         ({"budgets": (1.5,)}, "budget is 1.5"),
         ({"budget_unit": "tokens"}, "budget_unit is 'tokens'"),
-        ({"n_trials": 2}, "n_trials is 2"),
+        ({"n_trials": 2}, "n_trials is 2: Sensitivity search needs at least 8"),
+        ({"n_trials": 11}, "n_trials is 11: Sensitivity search, adaptive needs at least 12"),
+        ({"n_trials": 0, "methods": ("search-random",)}, "n_trials is 0: Random search needs at least 1"),
+        ({"methods": ("fastv", "random")}, "n_trials is 12, which only searches take"),
+        (
+            {"ranker": "uniform", "methods": ("search-sensitivity", "fastv")},
+            "ranker is 'uniform', which only search-psigmoid takes",
+        ),
+        ({"seeds": (0, 1), "methods": ("fastv",), "n_trials": None}, "seeds are .* nothing random"),
+        (
+            {"budget_unit": "ms", "budgets": BUDGETS_OF_COMMAND},
+            "budget_unit is 'ms', and the default budgets",
+        ),
+        ({"data": None}, "--test-data needs --data"),
         ({"ranker": "oracle"}, "ranker is 'oracle'"),
         ({"batch_size": 0}, "batch_size is 0: it must be a whole number of at least 1, or 'auto'"),
         ({"batch_size": "many"}, "batch_size is 'many'"),

@@ -65,7 +65,7 @@ class JobOptions:
 
     @property
     def data_name(self) -> str:
-        return self.data or DEMO_TEST
+        return DEMO_TEST if self.data is None else self.data
 
 
 @dataclass(frozen=True)

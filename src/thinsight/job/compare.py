@@ -26,7 +26,7 @@ from ..search.search import CHOOSE_RANKER, METHODS
 from .limits import Limits, limits_of
 from .prepared import Prepared, RunOptions, prepare
 from .scoring import Scores
-from .search_options import TITLES
+from .search_options import LEAST_TRIALS, TITLES
 from .session import environment
 from .splits import content_hash
 from .watching import Watcher
@@ -35,7 +35,7 @@ __all__ = ["CompareOptions", "CompareOutcome", "compare", "method_names"]
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 STATISTICS_EXAMPLES = 64
-LEAST_TRIALS = 8
+TRIALS = 16
 _SEARCHES = ("sensitivity", "adaptive", "psigmoid", "random")
 SEARCH_PREFIX = "search-"  # "random" is a baseline and a search
 
@@ -53,9 +53,19 @@ class CompareOptions(RunOptions):
     budget_unit: str = "keep"
     methods: tuple[str, ...] = ("all",)
     seeds: tuple[int, ...] = (0,)
-    n_trials: int = 16
-    ranker: str | dict[str, Any] = "text-attention"
+    n_trials: int | None = None
+    ranker: str | dict[str, Any] | None = None
     out: Path = Path("thinsight-compare")
+
+    @property
+    def trials(self) -> int:
+        """Evaluations of each search."""
+        return TRIALS if self.n_trials is None else self.n_trials
+
+    @property
+    def own_ranker(self) -> str | dict[str, Any]:
+        """Of the searches that do not choose theirs."""
+        return "text-attention" if self.ranker is None else self.ranker
 
     @property
     def chosen(self) -> list[str]:
@@ -77,11 +87,35 @@ class CompareOptions(RunOptions):
         for method in self.methods:
             if method not in ("all", *method_names()):
                 raise BadInput(f"method is {method!r}; choose all, or some of {', '.join(method_names())}")
-        if self.n_trials < LEAST_TRIALS:
-            raise BadInput(f"n_trials is {self.n_trials}: it must be at least {LEAST_TRIALS}")
-        get_ranker(self.ranker)
+        self._check_taken()
+        get_ranker(self.own_ranker)
         super().check()
         self.model.check()
+
+    def _check_taken(self) -> None:
+        """Some of the methods take every option that was given."""
+        if self.budget_unit == "ms" and self.budgets == BUDGETS:
+            raise BadInput("budget_unit is 'ms', and the default budgets are shares: give budgets in ms too")
+        searches = [
+            name.removeprefix(SEARCH_PREFIX) for name in self.chosen if name.startswith(SEARCH_PREFIX)
+        ]
+        if self.n_trials is not None and not searches:
+            raise BadInput(
+                f"n_trials is {self.n_trials}, which only searches take: leave it out, or compare one"
+            )
+        for name in searches:
+            if self.trials < LEAST_TRIALS[name]:
+                raise BadInput(
+                    f"n_trials is {self.trials}: {TITLES[name]} needs at least {LEAST_TRIALS[name]}"
+                )
+        if self.ranker is not None and not set(searches) - set(CHOOSE_RANKER):
+            takers = [SEARCH_PREFIX + name for name in METHODS if name not in CHOOSE_RANKER]
+            raise BadInput(
+                f"ranker is {self.ranker!r}, which only {', '.join(takers)} takes, as other methods have or "
+                "choose their own: leave it out, or compare that one"
+            )
+        if len(self.seeds) > 1 and not any(map(_seeded, self.chosen)):
+            raise BadInput(f"seeds are {self.seeds}, but nothing random is compared: leave them out")
 
 
 @dataclass(frozen=True)
@@ -130,15 +164,15 @@ def compare(options: CompareOptions, watcher: Watcher | None = None) -> CompareO
     Raises:
         ThinsightError: bad input, before long work starts, or a folder of another comparison.
     """
-    prepared = prepare(options, options.ranker, watcher or Watcher())
+    prepared = prepare(options, options.own_ranker, watcher or Watcher())
     searches = any(name.startswith(SEARCH_PREFIX) for name in options.chosen)
     prepared.check_full_score(prepared.test, *([prepared.calibration] if searches else []))
     prepared.folder.bind(
         {
             "what": "compare",
             "unit": options.budget_unit,
-            "n_trials": options.n_trials,
-            "ranker": get_ranker(options.ranker).to_dict(),
+            "n_trials": options.trials,
+            "ranker": get_ranker(options.own_ranker).to_dict(),
             "calibration fingerprint": prepared.calibration.fingerprint,
             "test fingerprint": prepared.test.fingerprint,
         }
@@ -173,7 +207,7 @@ class _Comparing:
             test_name=self.prepared.sets.test_name,
             test_hash=content_hash(test),
             unit=self.options.budget_unit,
-            n_trials=self.options.n_trials,
+            n_trials=self.options.trials,
             seeds=self.options.seeds,
             full_score=full.score,
             full_flops=self.prepared.prompt.flops(),
@@ -250,7 +284,7 @@ class _Comparing:
     def _search(self, budget: Budget, name: str, seed: int, key: str) -> _Found:
         study = self.prepared.folder.path / "studies" / f"{key}.jsonl"
         arguments: dict[str, Any] = {
-            "n_trials": self.options.n_trials,
+            "n_trials": self.options.trials,
             "seed": seed,
             "study": study,
             "resume": True,

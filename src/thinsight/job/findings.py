@@ -156,7 +156,7 @@ def _search_info(options: SearchOptions, search: SearchRecord, reduction: Reduct
         method=options.title,
         max_drop=options.tolerance if options.budget is None else None,
         budget=_budget_words(options),
-        solver=options.solver if options.budget is None else "",
+        solver=options.solver_name if options.searches_layers else "",
         ranker=ranker_words(reduction.ranker),
         seed=options.seed,
         evaluations=round(math.fsum(trial.share for trial in search.trials)),
@@ -189,9 +189,9 @@ def _headline(
 def _budget_words(options: SearchOptions) -> str:
     if options.budget is None:
         return ""
-    if options.budget_unit == "ms":
+    if options.unit == "ms":
         return f"{options.budget:g} ms of prefill"
-    if options.budget_unit == "flops" and options.budget > 1:
+    if options.unit == "flops" and options.budget > 1:
         return f"{options.budget:.4g} decoder FLOPs"
-    of = "of the decoder's FLOPs" if options.budget_unit == "flops" else "mean keep rate"
+    of = "of the decoder's FLOPs" if options.unit == "flops" else "mean keep rate"
     return f"{100 * options.budget:g} % {of}"

@@ -63,6 +63,8 @@ def search_and_report(options: SearchOptions, watcher: Watcher | None = None) ->
         ThinsightError: bad input, or a folder of another run.
     """
     prepared = prepare(options, options.first_ranker, watcher or Watcher())
+    if options.warning:
+        prepared.watcher.on_note(f"warning: {options.warning}")
     _check_runs(options.gsearch_layer, prepared)
     prepared.check_full_score(prepared.calibration)
     prepared.folder.bind(_settings(options, prepared))
@@ -199,8 +201,8 @@ def _settings(options: SearchOptions, prepared: Prepared) -> dict[str, Any]:
     return {
         "method": "frontier" if options.frontier else options.chosen,
         "budget": options.budget,
-        "budget_unit": options.budget_unit if options.budget is not None else None,
-        "n_trials": options.n_trials if options.budget is not None else None,
+        "budget_unit": options.unit if options.budget is not None else None,
+        "n_trials": options.n_trials if not options.searches_layers else None,
         "start": options.start,
         "model": options.model.model,
         "dtype": prepared.opened.info.dtype,

@@ -17,7 +17,7 @@ from ..search.study import searchable_score
 from .results import MedianPrompt
 from .run_folder import RunFolder
 from .scoring import Scores, ScoringOptions, make_evaluator
-from .session import DEFAULT_OUT, ModelOptions, Opened, Sets, load_sets, open_model
+from .session import DEFAULT_OUT, ModelOptions, Opened, Sets, check_sources, load_sets, open_model
 from .watching import Watcher
 
 __all__ = ["Prepared", "RunOptions", "prepare"]
@@ -34,6 +34,15 @@ class RunOptions(ScoringOptions):
     limit: int | None = None
     out: Path = DEFAULT_OUT
     resume: bool = False
+
+    def check(self) -> None:
+        """Check everything that needs no data and no weights.
+
+        Raises:
+            ThinsightError: naming the first option that cannot be right.
+        """
+        super().check()
+        check_sources(self.data, self.test_data)
 
 
 @dataclass(frozen=True)

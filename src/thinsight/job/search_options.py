@@ -5,7 +5,9 @@ Knows nothing about how a search runs, nor what comes of it.
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +16,17 @@ from ..errors import BadInput
 from ..ranking import Ranker, get_ranker
 from ..reduction import Reduction
 from ..schedule import Schedule
+from ..search import adaptive, sensitivity
+from ..search.frontier import LEAST_TRIALS as LEAST_OF_FRONTIER
+from ..search.frontier import SHARES, frontier
+from ..search.gsearch import gsearch
 from ..search.rankers import AUTO, FIRST_CHOICE
-from ..search.search import CHOOSE_RANKER, DEFAULT_MAX_DROP, WARM_START, choose_method
+from ..search.search import CHOOSE_RANKER, DEFAULT_MAX_DROP, METHODS, choose_method
 from ..search.solvers import Solver, check_early_stop, get_solver
 from .prepared import RunOptions
 from .session import layers_of
 
-__all__ = ["TITLES", "SearchOptions"]
+__all__ = ["LEAST_TRIALS", "TITLES", "SearchOptions"]
 
 TITLES = {
     "gsearch": "G-Search",
@@ -28,7 +34,31 @@ TITLES = {
     "psigmoid": "P-Sigmoid",
     "random": "Random search",
     "sensitivity": "Sensitivity search",
+    "frontier": "Frontier",
 }
+
+LEAST_TRIALS = {
+    "gsearch": 1,
+    "adaptive": adaptive.LEAST_TRIALS,
+    "psigmoid": 1,
+    "random": 1,
+    "sensitivity": sensitivity.LEAST_TRIALS,
+    "frontier": LEAST_OF_FRONTIER,
+}
+"""The fewest evaluations that each search can work with."""
+
+_SEARCHES: dict[str, Callable[..., Any]] = {"gsearch": gsearch, **METHODS, "frontier": frontier}
+# Options that not every search takes, with the parameter that each becomes.
+_PARAMETERS = {
+    "confidence": "confidence",
+    "first_layer": "first_layer",
+    "n_trials": "n_trials",
+    "solver": "solver",
+    "start": "warm_start",
+    "step": "step",
+    "trade_off": "trade_off",
+}
+_LARGE_DROP = 0.2
 
 
 @dataclass(frozen=True)
@@ -37,14 +67,14 @@ class SearchOptions(RunOptions):
 
     max_drop: float | None = None
     budget: float | None = None
-    budget_unit: str = "keep"
+    budget_unit: str | None = None
     method: str | None = None
     frontier: bool = False
     ranker: str | dict[str, Any] | None = None
-    solver: str = "bisect"
+    solver: str | None = None
     first_layer: int | None = None
-    step: int = 1
-    trade_off: float = 0.1
+    step: int | None = None
+    trade_off: float | None = None
     n_trials: int | None = None
     start: str | None = None
     confidence: float | None = None
@@ -61,8 +91,9 @@ class SearchOptions(RunOptions):
             ThinsightError: naming the first option that cannot be right.
         """
         self._check_method()
+        self._check_taken()
         self._check_numbers()
-        self._check_layer_search()
+        check_early_stop(self.layer_solver, self.confidence)
         super().check()
         if self.start is not None:
             self.start_schedule(layers_of(self.model.check()))
@@ -74,7 +105,11 @@ class SearchOptions(RunOptions):
     def _check_method(self) -> None:
         """The search that is chosen can do what it is asked."""
         choose_method(self.method, self.max_drop, self.budget)
-        if self.frontier and (self.method is not None or self.budget_unit != "keep"):
+        if self.budget_unit is not None and self.budget is None:
+            raise BadInput(
+                f"budget_unit is {self.budget_unit!r} without a budget: leave it out, or give budget too"
+            )
+        if self.frontier and (self.method is not None or self.unit != "keep"):
             raise BadInput(
                 "frontier has its own search and counts mean keep rates: leave out method and budget_unit"
             )
@@ -84,28 +119,44 @@ class SearchOptions(RunOptions):
             raise BadInput(
                 f"ranker 'auto' needs a budget and a search that chooses it: {' or '.join(CHOOSE_RANKER)}"
             )
-        if self.start is not None and self.chosen not in WARM_START:
-            raise BadInput(f"start needs a budget and a search that takes it: {', '.join(WARM_START)}")
+        if self.chooses_ranker and isinstance(self.ranker, dict) and len(self.ranker) > 1:
+            raise BadInput(f"ranker is {self.ranker!r}, but 'auto' has no settings: leave them out")
+        get_ranker(self.first_ranker)
+
+    def _check_taken(self) -> None:
+        """The search takes every option that was given."""
+        for option, parameter in _PARAMETERS.items():
+            value = getattr(self, option)
+            if value is not None and parameter not in _parameters(self.search):
+                takers = [TITLES[name] for name in _SEARCHES if parameter in _parameters(name)]
+                raise BadInput(
+                    f"{option} is {value!r}, which {self.title} does not take, but {', '.join(takers)}: "
+                    "leave it out, or choose another search"
+                )
 
     def _check_numbers(self) -> None:
         if self.budget is not None:
-            check_budget_value(self.budget, self.budget_unit)
+            check_budget_value(self.budget, self.unit)
+            if self.frontier and self.budget < SHARES[0]:
+                raise BadInput(
+                    f"budget is {self.budget}: a frontier begins at a mean keep rate of {SHARES[0]}"
+                )
         if not math.isfinite(self.tolerance) or self.tolerance < 0:
             raise BadInput(f"max_drop is {self.max_drop}: it must be a number of at least 0, such as 0.01")
-        least = {"timing_runs": 1, "new_tokens": 1, "pictures": 0, "seed": 0, "n_trials": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise BadInput(f"{name} is {value}: it must be a whole number of at least {low}")
-
-    def _check_layer_search(self) -> None:
-        """The solver, and the confidence that only a search with it takes."""
-        check_early_stop(self.layer_solver, self.confidence)
-        if self.confidence is not None and not self.searches_layers:
+        if self.tolerance > 1:
             raise BadInput(
-                f"confidence is {self.confidence}, which only G-Search takes: leave it out, or search with "
-                "max_drop and without a frontier"
+                f"max_drop is {self.max_drop}, but scores lie between 0 and 1: give points as hundredths, "
+                f"{self.tolerance / 100:g} for {self.tolerance:g} points"
             )
+        fewest = LEAST_TRIALS[self.search]
+        if self.n_trials is not None and self.n_trials < fewest:
+            raise BadInput(f"n_trials is {self.n_trials}: {self.title} needs at least {fewest}")
+        for name, low in {"timing_runs": 1, "new_tokens": 1, "pictures": 0}.items():
+            if getattr(self, name) < low:
+                raise BadInput(
+                    f"{name} is {getattr(self, name)}: it must be a whole number of at least {low}"
+                )
+        get_ranker({"name": "random", "seed": self.seed})  # the yardstick of the report, which has bounds
 
     def start_schedule(self, num_layers: int | None) -> Schedule | None:
         """The schedule that the search starts from, at the model's depth.
@@ -117,6 +168,26 @@ class SearchOptions(RunOptions):
             return None
         schedule = Reduction.from_pretrained(self.start).schedule
         return schedule if num_layers is None else schedule.resample(num_layers)
+
+    @property
+    def warning(self) -> str:
+        """What is odd about the options, though it can be meant; "" if nothing."""
+        if self.max_drop is None or self.max_drop <= _LARGE_DROP:
+            return ""
+        return (
+            f"max_drop {self.max_drop:g} lets the score fall by {100 * self.max_drop:g} points; "
+            f"{self.max_drop / 100:g} is {self.max_drop:g} points"
+        )
+
+    @property
+    def search(self) -> str:
+        """The search that runs: a method, or "frontier"."""
+        return "frontier" if self.frontier else self.chosen
+
+    @property
+    def unit(self) -> str:
+        """Of the budget."""
+        return "keep" if self.budget_unit is None else self.budget_unit
 
     @property
     def chosen(self) -> str:
@@ -139,12 +210,12 @@ class SearchOptions(RunOptions):
     @property
     def searches_layers(self) -> bool:
         """Whether the search goes layer by layer, under a tolerance."""
-        return self.chosen == "gsearch" and not self.frontier
+        return self.search == "gsearch"
 
     @property
     def title(self) -> str:
         """The search in words."""
-        return "Frontier" if self.frontier else TITLES[self.chosen]
+        return TITLES[self.search]
 
     @property
     def tolerance(self) -> float:
@@ -158,17 +229,29 @@ class SearchOptions(RunOptions):
 
     @property
     def layer_solver(self) -> Solver:
-        """How one layer is searched.
+        """How one layer is searched, where the search goes layer by layer.
 
         Raises:
-            ThinsightError: an unknown solver, or one of its settings out of range.
+            ThinsightError: an unknown solver, or one of its settings out of range or not its own.
         """
-        return get_solver(self.solver, step=self.step, trade_off=self.trade_off, n_trials=self.solver_trials)
+        return get_solver(self.solver_name, **self.solver_settings)
 
     @property
-    def solver_trials(self) -> int:
-        """Trials per layer of the bayes solver."""
-        return 8 if self.n_trials is None else self.n_trials
+    def solver_name(self) -> str:
+        """Of the solver of G-Search."""
+        return "bisect" if self.solver is None else self.solver
+
+    @property
+    def solver_settings(self) -> dict[str, Any]:
+        """Of the solver of G-Search, as arguments; None is its default."""
+        if not self.searches_layers:
+            return {}
+        return {"step": self.step, "trade_off": self.trade_off, "n_trials": self.n_trials}
+
+
+def _parameters(search: str) -> Collection[str]:
+    """What a search can be told, by its own signature."""
+    return inspect.signature(_SEARCHES[search]).parameters
 
 
 def _check_first_layer(first_layer: int, ranker: Ranker, layers: int) -> None:

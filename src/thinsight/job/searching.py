@@ -96,12 +96,13 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
 
 def _journal(options: SearchOptions, prepared: Prepared) -> dict[str, Any]:
     """What every search is told."""
-    return {
+    told = {
         "seed": options.seed,
         "study": prepared.folder.path / "study.jsonl",
         "resume": options.resume,
         "observer": prepared.watcher,
     }
+    return told if options.n_trials is None else {**told, "n_trials": options.n_trials}
 
 
 def _layer_by_layer(options: SearchOptions, prepared: Prepared) -> SearchResult:
@@ -109,10 +110,9 @@ def _layer_by_layer(options: SearchOptions, prepared: Prepared) -> SearchResult:
         prepared.calibration,
         options.tolerance,
         first_layer=options.gsearch_layer,
-        solver=options.solver,  # by name: the evaluator says how many counts are tried at once
+        solver=options.solver_name,  # by name: the evaluator says how many counts are tried at once
         step=options.step,
         trade_off=options.trade_off,
-        n_trials=options.solver_trials,
         confidence=options.confidence,
         **_journal(options, prepared),
     )
@@ -122,8 +122,6 @@ def _under_budget(options: SearchOptions, prepared: Prepared) -> SearchResult:
     evaluator = prepared.calibration
     budget = _budget(options, prepared)
     arguments = _journal(options, prepared)
-    if options.n_trials is not None:
-        arguments["n_trials"] = options.n_trials
     if options.chooses_ranker:
         arguments["rankers"] = rankers_for(evaluator)
     if options.start is not None:
@@ -137,7 +135,7 @@ def _under_budget(options: SearchOptions, prepared: Prepared) -> SearchResult:
 def _budget(options: SearchOptions, prepared: Prepared) -> Budget:
     """The budget in numbers, the same one in a resumed search."""
     assert options.budget is not None
-    value, unit = options.budget, options.budget_unit
+    value, unit = options.budget, options.unit
 
     def count() -> _KeptBudget:
         limits = limits_of(prepared.calibration, value, unit)

@@ -40,6 +40,7 @@ __all__ = [
     "Opened",
     "Sets",
     "Sourced",
+    "check_sources",
     "environment",
     "find_reduction",
     "fit_reduction",
@@ -133,9 +134,8 @@ def load_sets(
     Raises:
         ThinsightError: bad data, or sets that show a common image.
     """
-    if data is None and test_data is not None:
-        raise BadInput("--test-data needs --data: give the calibration set too")
-    name = data or DEMO_CALIBRATION
+    check_sources(data, test_data)
+    name = DEMO_CALIBRATION if data is None else data
     if test_data is None and name == DEMO_CALIBRATION:
         test_data = DEMO_TEST
     if test_data is not None:
@@ -151,6 +151,16 @@ def load_sets(
         "(give --test-data to choose the test set yourself)"
     )
     return Sets(calibration, test, f"{name} (one half)", f"{name} (the other half)", note)
+
+
+def check_sources(data: str | None, test_data: str | None) -> None:
+    """Refuse a test set without a calibration set.
+
+    Raises:
+        ThinsightError: as said.
+    """
+    if data is None and test_data is not None:
+        raise BadInput("--test-data needs --data: give the calibration set too")
 
 
 def find_reduction(source: str | None, model: str, default: Path = DEFAULT_OUT) -> Sourced | None:

@@ -21,7 +21,8 @@ from ..schedule import Schedule
 from .budgeted import BudgetedRun, budget_of, check_count, first_layers
 from .progress import SearchObserver
 from .result import SearchResult, Trial
-from .sensitivity import LEAST_TRIALS, SensitivitySearch, worth
+from .sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY
+from .sensitivity import SensitivitySearch, worth
 from .shapes import bend
 from .study import SearchEvaluator
 
@@ -33,6 +34,7 @@ LEVELS = 3  # schedules, each for as many calibration prompts as the others
 SPREADS = (0.25, 0.5, 0.75, -0.25, -0.5)
 _SHARE = 1 / 4  # of the examples, on which the spreads stand against each other
 _ADAPTING = 1 + (len(SPREADS) + 1) * _SHARE + 1  # evaluations: the statistics, the spreads, the winner
+LEAST_TRIALS = LEAST_OF_SENSITIVITY + round(_ADAPTING + 0.5)
 
 
 def adaptive_search(
@@ -62,7 +64,7 @@ def adaptive_search(
     Raises:
         ThinsightError: an evaluator without ``statistics``, or too few trials for both parts.
     """
-    check_count(n_trials, "n_trials", LEAST_TRIALS + round(_ADAPTING + 0.5))
+    check_count(n_trials, "n_trials", LEAST_TRIALS)
     check_count(seed, "seed", 0)
     budget = budget_of(evaluator, budget, budget_unit)
     if not hasattr(evaluator, "statistics"):

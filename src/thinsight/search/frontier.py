@@ -26,6 +26,7 @@ __all__ = ["SHARES", "Frontier", "frontier"]
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
 """Points of a frontier, as shares of the full cost; the full model itself is always one."""
 
+LEAST_TRIALS = 4  # per point
 _SLACK = 1e-9  # as in gsearch: a drop of exactly the tolerance is within it
 
 
@@ -89,7 +90,7 @@ def frontier(
     Raises:
         ThinsightError: bad arguments, budgets of several units, or none that can be reached.
     """
-    check_count(n_trials, "n_trials", 4)
+    check_count(n_trials, "n_trials", LEAST_TRIALS)
     check_count(seed, "seed", 0)
     wanted = _wanted(evaluator, budgets, budget_unit)
     if len({budget.unit for budget in wanted}) > 1:

@@ -31,9 +31,9 @@ def gsearch(
     *,
     first_layer: int = 2,
     solver: str | Solver = "bisect",
-    step: int = 1,
-    trade_off: float = 0.1,
-    n_trials: int = 8,
+    step: int | None = None,
+    trade_off: float | None = None,
+    n_trials: int | None = None,
     seed: int = 0,
     confidence: float | None = None,
     study: str | os.PathLike[str] | None = None,
@@ -73,9 +73,9 @@ def gsearch(
         first_layer: the shallowest layer that may receive fewer tokens, numbered from 0.
         solver: ``"bisect"``, ``"bayes"``, or an object with `Solver`'s members, which is used as it is:
             ``Bisect(at_once=k)`` tries k counts per round on any evaluator.
-        step: *bisect*: counts are multiples of this.
-        trade_off: *bayes*: the paper's weight lambda.
-        n_trials: *bayes*: proposals per layer.
+        step: *bisect*: counts are multiples of this; None: 1, exact.
+        trade_off: *bayes*: the paper's weight lambda; None: 0.1.
+        n_trials: *bayes*: proposals per layer; None: 8.
         seed: of everything random (*bisect* has nothing random unless ``confidence`` is given).
         confidence: *bisect*: also drop a candidate once the examples run so far show with this confidence
             that its score over all of them is out of tolerance, such as 0.99. A candidate within the

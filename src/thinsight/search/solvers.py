@@ -189,23 +189,40 @@ class Bayes:
         return score - self.trade_off * problem.mean_keep_rate(count)
 
 
+SOLVERS: dict[str, type[Bisect] | type[Bayes]] = {"bisect": Bisect, "bayes": Bayes}
+
+
 def get_solver(
-    solver: str | Solver, *, step: int, trade_off: float, n_trials: int, at_once: int = 1
+    solver: str | Solver,
+    *,
+    step: int | None = None,
+    trade_off: float | None = None,
+    n_trials: int | None = None,
+    at_once: int = 1,
 ) -> Solver:
-    """The solver of that name with its settings; a solver object is returned as it is.
+    """The solver of that name with the settings that are not None; a solver object is returned as it is.
 
     Raises:
-        ThinsightError: an unknown name or bad settings.
+        ThinsightError: an unknown name, a bad setting, or one that the solver does not take.
     """
-    if solver == "bisect":
-        return Bisect(step, at_once)
-    if solver == "bayes":
-        return Bayes(trade_off, n_trials)
-    if not isinstance(solver, Solver):
+    kind = SOLVERS.get(solver) if isinstance(solver, str) else None
+    if kind is None and not isinstance(solver, Solver):
         raise BadInput(
             f"solver is {solver!r}; choose 'bisect' or 'bayes', or pass an object with all members of Solver"
         )
-    return solver
+    settings: dict[str, Any] = {"step": step, "trade_off": trade_off, "n_trials": n_trials}
+    given = {name: value for name, value in settings.items() if value is not None}
+    for name, value in given.items():
+        if kind is None or name not in kind.__dataclass_fields__:
+            others = [repr(other) for other, each in SOLVERS.items() if name in each.__dataclass_fields__]
+            raise BadInput(
+                f"{name} is {value!r}, which solver {solver!r} does not take: leave it out, or choose "
+                f"{' or '.join(others)}"
+            )
+    if kind is None:
+        assert not isinstance(solver, str)
+        return solver
+    return Bisect(**given, at_once=at_once) if kind is Bisect else kind(**given)
 
 
 def check_early_stop(solver: Solver, confidence: float | None) -> None:
