@@ -355,6 +355,15 @@ def test_prompts_of_several_questions_are_those_of_each_alone(tmp_path: Path) ->
         assert prompt.n_vision == alone.n_vision == VISION_TOKENS
 
 
+def test_memory_that_runs_out_in_the_processor_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(CLIPImageProcessorPil, "preprocess", full)
+    with pytest.raises(ThinsightError, match="images of example 'e7' do not fit into memory"):
+        Evaluator(tiny_llava(), tiny_processor(), [asked("same ?")])
+
+
 def test_a_resize_beyond_memory_is_refused() -> None:
     processor = tiny_processor()
     processor.image_processor.size = {"shortest_edge": 1024}

@@ -79,6 +79,16 @@ def test_several_images_show_the_first_one() -> None:
     assert [len(kept) for kept in picture.kept] == [4]
 
 
+def test_a_question_that_is_too_long_for_the_model() -> None:
+    """The tiny model has 512 positions."""
+    arguments = (tiny_llava(), tiny_processor())
+    image, reduction = EXAMPLE.images, Reduction(Schedule.full(4))
+    with pytest.warns(UserWarning, match="example 'long' has 6.. tokens, .* at most 512"):
+        picture_of(*arguments, Example("long", image, "red " * 600 + "?"), reduction, max_new_tokens=1)
+    with pytest.raises(ThinsightError, match="example 'longer' has 30.. tokens, .* at most 512"):
+        picture_of(*arguments, Example("longer", image, "red " * 3000 + "?"), reduction, max_new_tokens=1)
+
+
 def test_no_image() -> None:
     with pytest.raises(ThinsightError, match="has no image"):
         picture_of(tiny_llava(), tiny_processor(), Example("a", (), "what ?"), Reduction(Schedule.full(4)))
