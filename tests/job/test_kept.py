@@ -83,9 +83,9 @@ def test_a_question_that_is_too_long_for_the_model() -> None:
     """The tiny model has 512 positions."""
     arguments = (tiny_llava(), tiny_processor())
     image, reduction = EXAMPLE.images, Reduction(Schedule.full(4))
-    with pytest.warns(UserWarning, match="example 'long' has 6.. tokens, .* at most 512"):
+    with pytest.warns(UserWarning, match=r"example 'long' has 6.. tokens, .* at most 512"):
         picture_of(*arguments, Example("long", image, "red " * 600 + "?"), reduction, max_new_tokens=1)
-    with pytest.raises(ThinsightError, match="example 'longer' has 30.. tokens, .* at most 512"):
+    with pytest.raises(ThinsightError, match=r"example 'longer' has 30.. tokens, .* at most 512"):
         picture_of(*arguments, Example("longer", image, "red " * 3000 + "?"), reduction, max_new_tokens=1)
 
 
