@@ -74,7 +74,7 @@ def load_demo(
     """
     if name not in DEMOS:
         raise BadInput(f"name is {name!r}: the embedded models are {', '.join(DEMOS)}")
-    return load_model(name, dtype or "float32", device, attn)
+    return load_model(name, "float32" if dtype is None else dtype, device, attn)
 
 
 def load_model(
@@ -192,11 +192,13 @@ def _processor_beside(name: str | Path, trust_remote_code: bool) -> Any:
     return _load_processor(str(folder), name, options)
 
 
-def how_to_install() -> str:
-    """How to get the packages that some processors need, in words."""
+def how_to_install(package: str) -> str:
+    """How to get a package that some processors need, in words."""
+    if package != "torchvision":
+        return f"pip install {package}"
     line = "pip install 'thinsight[vision]'"
     if torch.__version__.endswith("+cpu"):
-        line += f" (torchvision from where this torch {torch.__version__} came from: another does not fit it)"
+        line += f", or, to keep torch {torch.__version__}, the torchvision from where that one came from"
     return line
 
 
@@ -435,8 +437,9 @@ def _one_line(name: str | Path, what: str) -> Iterator[None]:
             ) from error
         package = next((each for each in _OPTIONAL if each in str(error).lower()), None)
         if package is not None and find_spec(package) is None:
+            remedy = how_to_install(package)
             raise MissingPackage(
-                f"model {str(name)!r}: {what} needs {package}, which is not installed: {how_to_install()}"
+                f"model {str(name)!r}: {what} needs {package}, which is not installed: {remedy}"
             ) from error
         raise BadInput(
             f"model {str(name)!r}: cannot load {what} ({_first_line(error)}): "

@@ -75,7 +75,7 @@ class SupportedModel:
     name: str
     modalities: tuple[str, ...]  # "image", "video": what `generate` takes by arguments of their own
     notes: str  # what of it is refused, or needs a step of its own; "" if nothing
-    needs: tuple[str, ...] = ()  # packages that its processor needs: pip install 'thinsight[vision]'
+    needs: tuple[str, ...] = ()  # packages that its processor needs beside thinsight's own
 
 
 def models() -> tuple[SupportedModel, ...]:

@@ -128,6 +128,16 @@ def test_a_frontier_gives_every_cost_and_picks(
     assert "The frontier" in outcome.report.read_text()
     print_report(outcome.data)
     assert "The frontier, on the calibration set" in capsys.readouterr().out
+    begun = json.loads((outcome.folder / "study.jsonl").read_text().splitlines()[0])
+    assert begun["settings"]["n_trials"] == 8
+
+
+def test_a_frontier_picks_by_a_tolerance_and_names_no_solver(small: SmallRun, tmp_path: Path) -> None:
+    options = options_for(small, tmp_path / "run", frontier=True, max_drop=1.0, n_trials=4)
+    outcome = search_and_report(options)
+    assert outcome.reduction.schedule.keep_rates == outcome.data.frontier[0].keep_rates  # the cheapest
+    assert outcome.data.search is not None
+    assert outcome.data.search.solver == ""
 
 
 def test_a_latency_model_is_fitted_kept_and_used_again(small: SmallRun, tmp_path: Path) -> None:

@@ -39,6 +39,12 @@ def test_searching_imports_no_model_code() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_an_empty_method_is_not_the_default() -> None:
+    for budget, max_drop in ((None, 0.1), (0.5, None)):
+        with pytest.raises(ThinsightError, match="method is ''; choose one of gsearch"):
+            thinsight.search(None, None, [], max_drop, budget=budget, method="")
+
+
 def test_every_lazy_name_is_there() -> None:
     assert all(getattr(thinsight.evaluation, name) is not None for name in thinsight.evaluation.__all__)
 

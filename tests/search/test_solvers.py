@@ -163,6 +163,27 @@ def test_bayes_is_decided_by_its_seed() -> None:
     assert run(1) != run(2)
 
 
+@pytest.mark.parametrize(
+    ("solver", "options", "words"),
+    [
+        ("bisect", {"trade_off": math.nan}, "trade_off is nan, which solver 'bisect' does not take"),
+        ("bisect", {"n_trials": 8}, "n_trials is 8, which solver 'bisect' does not take: .* choose 'bayes'"),
+        ("bayes", {"step": 1}, "step is 1, which solver 'bayes' does not take: .* choose 'bisect'"),
+        (Bisect(4), {"step": 4}, "step is 4, which solver Bisect"),
+        (Bayes(), {"n_trials": 4}, "n_trials is 4, which solver Bayes"),
+        ("bayes", {"trade_off": math.inf}, "trade_off is inf; it must be a finite number"),
+        ("", {}, "solver is ''; choose"),
+    ],
+)
+def test_settings_that_a_solver_does_not_take_are_refused(
+    solver: Any, options: dict[str, Any], words: str
+) -> None:
+    oracle = NeedOracle(8, [[8, 8, 4]])
+    with pytest.raises(ThinsightError, match=words):
+        gsearch(oracle, 0.0, solver=solver, **options)
+    assert oracle.calls == []
+
+
 def test_optuna_is_left_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
     before = optuna.logging.get_verbosity()
     gsearch(NeedOracle(8, [[8, 8, 4]]), 0.0, solver="bayes", n_trials=2)

@@ -55,7 +55,7 @@ def choose_method(method: str | None, max_drop: float | None, budget: Budget | f
     """
     if max_drop is not None and budget is not None:
         raise BadInput("max_drop and budget are both given: a search holds one of them, leave one out")
-    chosen = method or ("gsearch" if budget is None else "sensitivity")
+    chosen = ("gsearch" if budget is None else "sensitivity") if method is None else method
     if chosen != "gsearch" and chosen not in METHODS:
         raise BadInput(f"method is {chosen!r}; choose one of gsearch, {', '.join(METHODS)}")
     if (budget is None) != (chosen == "gsearch"):
