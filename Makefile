@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo test test-latest test-with conformance lint look bench limit peers bench-gpu overhead search-cost results train train-internvl data clean
+.PHONY: demo test fuzz test-latest test-with conformance lint look bench limit peers bench-gpu overhead search-cost results train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
@@ -29,6 +29,11 @@ define compatible
 	OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(COMPATIBLE) -n auto --dist worksteal || \
 		{ echo "thinsight fails on these releases:"; $(1)/bin/python .ci/versions.py; exit 1; }
 endef
+
+# Hostile files and command lines, so many examples in all, the same ones in every run; `make test` draws fewer.
+FUZZ ?= 5000
+fuzz: .venv/ready
+	THINSIGHT_FUZZ_EXAMPLES=$$(( ($(FUZZ) + 7) / 8 )) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -n auto --dist worksteal
 
 # Every family of models x every behaviour, on all cores; writes the tables into the docs if all cells hold.
 conformance: .venv/ready
