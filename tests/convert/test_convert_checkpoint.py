@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 
 from thinsight import ThinsightError, load_model
 from thinsight.convert import convert
-from thinsight.convert.shards import TensorSpec, plan_shards, write_shards
+from thinsight.convert.source import TensorSpec, plan_shards, write_shards
 from thinsight.errors import StorageError
 from thinsight.job.watching import Watcher
 

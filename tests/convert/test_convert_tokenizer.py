@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from thinsight import ThinsightError
-from thinsight.convert.sentencepiece import build_tokenizer, read_model
-from thinsight.convert.tokenizer import convert_tokenizer
+from thinsight.convert.tokenizer import build_tokenizer, convert_tokenizer, read_model
 
 SIZES = {"InternVL2-1B": 2, "InternVL2-2B": 1, "InternVL2-4B": 1, "InternVL2-40B": 0}
 CHARACTERS = "abcdeT  \n\t.,!?'0123é三图片😀▁<|>"
@@ -190,6 +190,14 @@ def test_refuses_broken_files(tmp_path: Path) -> None:
     assert "the folder has no vocabulary" in error_of(tmp_path, vocabulary)
     (tmp_path / "tokenizer_config.json").write_text("{")
     assert "tokenizer_config.json is not valid JSON" in error_of(tmp_path, vocabulary)
+
+
+def test_says_which_extra_a_sentencepiece_model_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocabulary = write_tokenizer(tmp_path, "InternVL2-2B")
+    monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
+    assert "pip install 'thinsight[convert]'" in error_of(tmp_path, vocabulary)
 
 
 def test_refuses_other_kinds_of_model(tmp_path: Path) -> None:

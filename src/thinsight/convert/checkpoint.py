@@ -22,12 +22,20 @@ from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTr
 from ..errors import BadInput, StorageError, ThinsightError
 from ..job.watching import Watcher
 from ..records import user_path
-from .config import architecture_of, check_original, convert_config, vision_depths
+from .config import (
+    IMAGE_TOKEN,
+    Conversation,
+    architecture_of,
+    check_original,
+    convert_config,
+    find_conversation,
+    stop_token_id,
+    vision_depths,
+    write_generation_config,
+    write_processor,
+)
 from .keys import Conversion, find_conversion, text_rules, vision_rules
-from .processor import stop_token_id, write_generation_config, write_processor
-from .prompts import IMAGE_TOKEN, Conversation, find_conversation
-from .shards import TensorSpec, write_shards
-from .source import Source, open_source
+from .source import Source, TensorSpec, open_source, write_shards
 from .tokenizer import convert_tokenizer
 
 __all__ = ["convert"]

@@ -1,19 +1,32 @@
-"""An original InternVL config.json as an `InternVLConfig`.
+"""The original's settings as stock files: config.json, the chat template, the processor, generation settings.
 
 Whatever cannot be said exactly in the stock config is refused. Defaults are those of the original config
-classes, since a saved config may leave them out. Knows nothing about weights, tokenizers or files.
+classes, since a saved config may leave them out. The files are written rather than saved from an
+`InternVLProcessor`, since that one cannot be made where torchvision is not installed. Knows nothing about
+weights.
+
+Sources: `load_image` of the model cards, `dynamic_preprocess` in internvl_chat/internvl/train/dataset.py and
+conversation.py of github.com/OpenGVLab/InternVL.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import InternVLConfig, LlamaConfig, Phi3Config, Qwen2Config
+from transformers import (
+    GenerationConfig,
+    InternVLConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from ..errors import BadInput, ThinsightError, Unsupported
-
-__all__ = ["architecture_of", "check_original", "convert_config", "image_size_of", "vision_depths"]
 
 _SHARED_TEXT = (
     "vocab_size",
@@ -278,3 +291,188 @@ _TEXT_CONFIGS: dict[str, Any] = {
     "Phi3ForCausalLM": _from_phi3,
     "LlamaForCausalLM": _from_llama,
 }
+
+
+IMAGE_TOKEN = "<IMG_CONTEXT>"
+VIDEO_TOKEN = "<video>"  # the processor replaces it; the model never sees it
+
+_SYSTEM_2 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "  # noqa: RUF001
+    "是一个有用无害的人工智能助手。"
+)
+_SYSTEM_2_5 = (
+    "你是书生·万象，英文名是InternVL，"  # noqa: RUF001
+    "是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """How a conversation becomes one string: every message is its role's opening, its text, ``end``."""
+
+    system_message: str
+    system: str = "<|im_start|>system\n"
+    user: str = "<|im_start|>user\n"
+    assistant: str = "<|im_start|>assistant\n"
+    end: str = "<|im_end|>"
+
+    @property
+    def stop_token(self) -> str:
+        """The token that ends the model's answer."""
+        return self.end.strip()
+
+
+_CONVERSATIONS = {
+    "Hermes-2": Conversation(_SYSTEM_2),
+    "internlm2-chat": Conversation(_SYSTEM_2),
+    "phi3-chat": Conversation(_SYSTEM_2, "<|system|>\n", "<|user|>\n", "<|assistant|>\n", "<|end|>"),
+    "internvl2_5": Conversation(_SYSTEM_2_5, end="<|im_end|>\n"),
+}
+
+
+def find_conversation(config: dict[str, Any]) -> Conversation:
+    """The conversation template that an original config.json names in ``template``.
+
+    Its ``system_message``, where it has one, replaces the template's.
+
+    Raises:
+        ThinsightError: the template is not known.
+    """
+    name = config.get("template")
+    if name not in _CONVERSATIONS:
+        raise Unsupported(f"template is {name!r} in config.json; supported: {', '.join(_CONVERSATIONS)}")
+    conversation = _CONVERSATIONS[name]
+    own = config.get("system_message")
+    if isinstance(own, str):
+        return Conversation(
+            own, conversation.system, conversation.user, conversation.assistant, conversation.end
+        )
+    return conversation
+
+
+def chat_template(conversation: Conversation) -> str:
+    """A Jinja chat template that renders what the original code renders.
+
+    Message contents are strings, or lists of ``{"type": "text" | "image" | "video", ...}`` in which an image
+    is its token and a line break, as the original puts it before a question. A system message that is given
+    replaces the default one.
+    """
+    system, user, assistant, end = (
+        _literal(part)
+        for part in (conversation.system, conversation.user, conversation.assistant, conversation.end)
+    )
+    return "".join(
+        (
+            "{%- macro render(content) -%}",
+            "{%- if content is string -%}{{- content -}}{%- else -%}{%- for item in content -%}",
+            "{%- if item['type'] == 'image' -%}{{- " + _literal(IMAGE_TOKEN + "\n") + " -}}",
+            "{%- elif item['type'] == 'video' -%}{{- " + _literal(VIDEO_TOKEN + "\n") + " -}}",
+            "{%- else -%}{{- item['text'] -}}{%- endif -%}",
+            "{%- endfor -%}{%- endif -%}",
+            "{%- endmacro -%}",
+            "{%- if messages and messages[0]['role'] == 'system' -%}",
+            "{%- set system, turns = render(messages[0]['content']), messages[1:] -%}",
+            "{%- else -%}",
+            "{%- set system, turns = " + _literal(conversation.system_message) + ", messages -%}",
+            "{%- endif -%}",
+            "{{- " + system + " + system + " + end + " -}}",
+            "{%- for message in turns -%}",
+            "{%- if message['role'] == 'user' -%}{{- " + user + " -}}",
+            "{%- elif message['role'] == 'assistant' -%}{{- " + assistant + " -}}",
+            "{%- else -%}{{- raise_exception('a conversation has the roles user and assistant, ",
+            "after at most one system message') -}}{%- endif -%}",
+            "{{- render(message['content']) + " + end + " -}}",
+            "{%- endfor -%}",
+            "{%- if add_generation_prompt -%}{{- " + assistant + " -}}{%- endif -%}",
+        )
+    )
+
+
+def _literal(text: str) -> str:
+    """A Jinja string literal."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+_IMAGENET_MEAN, _IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+_BICUBIC = 3  # PIL's number
+
+
+def write_processor(
+    folder: Path,
+    config: Mapping[str, Any],
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerFast,
+    image_seq_length: int,
+) -> None:
+    """Write processor_config.json, chat_template.jinja and the tokenizer's files.
+
+    Args:
+        folder: where they go.
+        config: the original config.json.
+        conversation: the prompt's format.
+        tokenizer: the converted one.
+        image_seq_length: vision tokens of one tile.
+    """
+    processor = {
+        "processor_class": "InternVLProcessor",
+        "image_seq_length": image_seq_length,
+        "image_processor": _image_settings(config),
+        "video_processor": _video_settings(config),
+    }
+    text = json.dumps(processor, indent=2, sort_keys=True) + "\n"
+    (folder / "processor_config.json").write_text(text, encoding="utf-8")
+    tokenizer.chat_template = chat_template(conversation)
+    tokenizer.save_pretrained(folder)  # writes chat_template.jinja too
+
+
+def stop_token_id(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token at which the original's `chat` ends an answer.
+
+    Raises:
+        ThinsightError: the tokenizer lacks it.
+    """
+    number = tokenizer.convert_tokens_to_ids(conversation.stop_token)
+    if number is None or number == tokenizer.unk_token_id:
+        raise BadInput(
+            f"the tokenizer has no {conversation.stop_token!r}, which ends a message in this checkpoint's "
+            "template: they belong to different checkpoints"
+        )
+    return int(number)
+
+
+def write_generation_config(folder: Path, stop: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write generation_config.json; ``stop`` is the token that ends an answer."""
+    GenerationConfig(
+        eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+    ).save_pretrained(folder)
+
+
+def _pixel_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    size = image_size_of(config)
+    return {
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": _BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _IMAGENET_MEAN,
+        "image_std": _IMAGENET_STD,
+    }
+
+
+def _image_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    tiled = bool(config.get("dynamic_image_size", False))
+    return {
+        **_pixel_settings(config),
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "crop_to_patches": tiled,
+        "min_patches": int(config.get("min_dynamic_patch", 1)) if tiled else 1,
+        # one patch is one whole image, which also holds where a processor turns cropping on by itself
+        "max_patches": int(config.get("max_dynamic_patch", 6)) if tiled else 1,
+    }
+
+
+def _video_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_pixel_settings(config), "video_processor_type": "InternVLVideoProcessor"}

@@ -1,12 +1,16 @@
 """The original checkpoint's tokenizer as one that stock transformers loads, with every token at its old id.
 
 Reads the slow tokenizer's files, as the original's own examples do (``use_fast=False``), and a tokenizer.json
-only where there is nothing else. Knows nothing about weights or images; runs none of the checkpoint's code.
+only where there is nothing else. A SentencePiece model is read with that library's own description of its
+file. Knows nothing about weights or images; runs none of the checkpoint's code.
+
+Source: Kudo and Richardson, SentencePiece, arXiv:1808.06226.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,166 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from ..errors import BadInput, StorageError
-from .prompts import IMAGE_TOKEN, VIDEO_TOKEN
-from .sentencepiece import build_tokenizer, read_model
+from ..errors import BadInput, MissingPackage, StorageError
+from .config import IMAGE_TOKEN, VIDEO_TOKEN
 from .source import read_json
 
-__all__ = ["convert_tokenizer"]
+_SPACE = "▁"
+_NORMAL, _USER_DEFINED = 1, 4  # SentencePiece.Type
+_BPE_MODEL = 2  # TrainerSpec.ModelType
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One entry of the vocabulary; its id is its position."""
+
+    text: str
+    score: float
+    kind: int  # SentencePiece.Type
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """What a model file says, as far as encoding and decoding need it."""
+
+    pieces: list[Piece]
+    model_type: int
+    unknown_piece: str
+    byte_fallback: bool
+    space_is_suffix: bool
+    charsmap: bytes
+    adds_dummy_prefix: bool
+    removes_extra_spaces: bool
+    escapes_spaces: bool
+
+
+def read_model(path: Path) -> SentencePieceModel:
+    """Read a `tokenizer.model`.
+
+    Raises:
+        ThinsightError: the file is broken, or is not a BPE model.
+    """
+    try:
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    except ImportError:
+        raise MissingPackage(
+            f"{path} is read with sentencepiece and protobuf: pip install 'thinsight[convert]'"
+        ) from None
+    proto = ModelProto()
+    try:
+        proto.ParseFromString(path.read_bytes())
+    except Exception as error:  # protobuf's DecodeError is another class in each of its implementations
+        raise BadInput(f"{path} is not a SentencePiece model ({error}): download it anew") from error
+    trained, normalizer = proto.trainer_spec, proto.normalizer_spec
+    model = SentencePieceModel(
+        pieces=[Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces],
+        model_type=trained.model_type,
+        unknown_piece=trained.unk_piece,
+        byte_fallback=trained.byte_fallback,
+        space_is_suffix=trained.treat_whitespace_as_suffix,
+        charsmap=normalizer.precompiled_charsmap,
+        adds_dummy_prefix=normalizer.add_dummy_prefix,
+        removes_extra_spaces=normalizer.remove_extra_whitespaces,
+        escapes_spaces=normalizer.escape_whitespaces,
+    )
+    if not model.pieces:
+        raise BadInput(f"{path} is not a SentencePiece model (it has no pieces): download it anew")
+    if model.model_type != _BPE_MODEL or model.space_is_suffix or not model.escapes_spaces:
+        raise BadInput(
+            f"{path} is not a BPE model that writes spaces as prefixes, as InternVL's text models have: "
+            "put a tokenizer.json in its place"
+        )
+    return model
+
+
+def build_tokenizer(model: SentencePieceModel, *, prefix: str, renamed: dict[int, str]) -> Tokenizer:
+    """The tokenizer, without special tokens around a text.
+
+    Args:
+        model: the model file's content.
+        prefix: where a space goes in front: "always" (every stretch of text between added tokens), "first"
+            (the text's beginning alone), or "never".
+        renamed: pieces, by id, that added tokens take the place of.
+
+    Raises:
+        ThinsightError: user-defined pieces that cannot go together with ``prefix``.
+    """
+    texts = [renamed.get(number, piece.text) for number, piece in enumerate(model.pieces)]
+    tokenizer = Tokenizer(
+        BPE(
+            vocab={text: number for number, text in enumerate(texts)},
+            merges=_merges(model, renamed),
+            unk_token=renamed.get(_unknown_id(model), model.unknown_piece),
+            fuse_unk=True,
+            byte_fallback=model.byte_fallback,
+        )
+    )
+    steps = _cleaning(model)
+    if prefix == "first":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
+    else:
+        steps += [normalizers.Prepend(_SPACE)] if prefix == "always" else []
+        steps += [normalizers.Replace(" ", _SPACE)]
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = _decoder(strips=prefix != "never")
+    tokenizer.add_tokens(_user_defined(model, renamed, prefix))
+    return tokenizer
+
+
+def _unknown_id(model: SentencePieceModel) -> int:
+    return next((n for n, piece in enumerate(model.pieces) if piece.text == model.unknown_piece), -1)
+
+
+def _merges(model: SentencePieceModel, renamed: dict[int, str]) -> list[tuple[str, str]]:
+    """Every way to make a normal piece out of two, best piece first.
+
+    SentencePiece joins the neighbours whose joined piece has the highest score, whichever two they are.
+    """
+    normal = {
+        piece.text: number
+        for number, piece in enumerate(model.pieces)
+        if piece.kind == _NORMAL and number not in renamed
+    }
+    by_score = sorted(normal.items(), key=lambda item: (-model.pieces[item[1]].score, item[1]))
+    merges: list[tuple[str, str]] = []
+    for text, _ in by_score:
+        halves = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
+        known = [(left, right) for left, right in halves if left in normal and right in normal]
+        merges += sorted(known, key=lambda pair: (normal[pair[0]], normal[pair[1]]))
+    return merges
+
+
+def _cleaning(model: SentencePieceModel) -> list[Any]:
+    steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    if model.removes_extra_spaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    return steps
+
+
+def _decoder(*, strips: bool) -> Any:
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence([*steps, *([decoders.Strip(" ", left=1)] if strips else [])])
+
+
+def _user_defined(model: SentencePieceModel, renamed: dict[int, str], prefix: str) -> list[AddedToken]:
+    """Pieces that are cut out of the text whole. Those with a space exist only in normalized text.
+
+    A space in front of every stretch of text would come after each of them too, which SentencePiece does
+    not do.
+    """
+    found = [
+        piece.text
+        for number, piece in enumerate(model.pieces)
+        if piece.kind == _USER_DEFINED and number not in renamed
+    ]
+    if (prefix == "always" and found) or (prefix == "first" and any(_SPACE in text for text in found)):
+        raise BadInput(
+            f"tokenizer.model has user-defined pieces such as {found[0]!r} and a dummy prefix, which a "
+            "tokenizer.json cannot say: put the checkpoint's own tokenizer.json in its place"
+        )
+    return [AddedToken(text, normalized=_SPACE in text, special=False) for text in found]
+
 
 _ROLES = {
     "start_image_token": "<img>",
