@@ -381,6 +381,40 @@ def test_every_setting_of_every_ranker_can_be_said_and_is_named_when_it_is_wrong
         )
 
 
+@pytest.mark.parametrize(
+    ("line", "writes"),
+    [
+        ("search --data=./nowhere --out={}", True),
+        ("search --data=./nowhere --cache-dir={}", True),
+        ("compare --data=./nowhere --out={}", True),
+        ("analyze --data=./nowhere --out={}", True),
+        ("show ./nowhere what? --out={}", True),
+        ("convert . --out={}", True),
+        ("search --budget=0.5 --start={}", False),
+        ("search --data={}", False),
+        ("search --data=demo:test --test-data={}", False),
+        ("search --model={}", False),
+        ("evaluate --reduction={}", False),
+        ("show {} what?", False),
+        ("report {}", False),
+        ("convert {} --out=x", False),
+    ],
+)
+def test_a_path_may_begin_with_ones_own_home_alone(
+    line: str, writes: bool, small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command fails for another reason too; no folder is named after the tilde."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(loading.DEMOS, "demo", Path(small.model))
+    monkeypatch.setattr(loading, "AutoModelForImageTextToText", None)
+    error_of(*line.format("~/here/x.png").split())
+    assert (tmp_path / "home" / "here").exists() == writes
+    refused = error_of(*line.format("~nouser/x.png").split())
+    assert "~nouser/x.png" in refused
+    assert not writes or "'~nouser/x.png' begins with a user who has no home here" in refused
+    assert not [path for path in tmp_path.rglob("*") if "~" in path.name]
+
+
 def test_unwritable_outputs(small: SmallRun, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     model = ("--model", small.model)
