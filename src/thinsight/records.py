@@ -317,20 +317,22 @@ def append_line(path: Path, line: str, remedy: str) -> None:
     """Append a line to a file that exists; it is on disk when this returns.
 
     Where that fails, the file is cut back to what it was, so that the next line does not continue half of
-    this one.
+    this one; a line that was written whole before Ctrl-C stays.
 
     Raises:
         ThinsightError: it cannot be written; the message ends with ``remedy``.
     """
     try:
         with open(path, "r+b", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
+            size, content = file.seek(0, os.SEEK_END), line.encode() + b"\n"
             try:
-                _write_all(file, line.encode() + b"\n")
+                _write_all(file, content)
                 os.fsync(file.fileno())
-            except BaseException:
+            except BaseException as error:
                 with suppress(OSError):
-                    file.truncate(size)
+                    # a line that was whole when Ctrl-C came is kept: it is finished work
+                    if isinstance(error, OSError) or file.seek(0, os.SEEK_END) < size + len(content):
+                        file.truncate(size)
                 raise
     except OSError as error:
         raise StorageError(f"{path} cannot be written ({error.strerror or error}); {remedy}") from None

@@ -19,6 +19,7 @@ from family_processor import RowProcessor
 from PIL import Image
 from tiny import tiny_images, tiny_llava, tiny_processor
 
+from thinsight import records
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator, Example
 from thinsight.evaluation.disk_store import DiskStore
@@ -244,10 +245,10 @@ def test_a_full_disk_ends_the_keeping_not_the_run(tmp_path: Path, monkeypatch: p
     expected = numbers_of(evaluator_of(None))
     evaluator = evaluator_of(tmp_path)
 
-    def full(path: Path, data: bytes) -> int:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(records, "_write_all", full)
     with pytest.warns(UserWarning, match="No space left on device"):
         assert numbers_of(evaluator) == expected
     assert list(tmp_path.iterdir()) == []
