@@ -45,6 +45,19 @@ def test_an_empty_method_is_not_the_default() -> None:
             thinsight.search(None, None, [], max_drop, budget=budget, method="")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_drop": 5}, "max_drop is 5, but scores lie between 0 and 1: .*, 0.05 for 5 points"),
+        ({"budget_unit": "furlongs"}, "budget_unit is 'furlongs' without a budget"),
+        ({"max_drop": 0.01, "budget_unit": "ms"}, "budget_unit is 'ms' without a budget"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ThinsightError, match=words):
+        thinsight.search(None, None, [], **options)
+
+
 def test_every_lazy_name_is_there() -> None:
     assert all(getattr(thinsight.evaluation, name) is not None for name in thinsight.evaluation.__all__)
 

@@ -6,7 +6,6 @@ Knows nothing about how a search runs, nor what comes of it.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from ..search.frontier import LEAST_TRIALS as LEAST_OF_FRONTIER
 from ..search.frontier import SHARES, frontier
 from ..search.gsearch import gsearch
 from ..search.rankers import AUTO, FIRST_CHOICE
-from ..search.search import CHOOSE_RANKER, DEFAULT_MAX_DROP, METHODS, choose_method
+from ..search.search import CHOOSE_RANKER, DEFAULT_MAX_DROP, METHODS, check_score_drop, choose_method
 from ..search.solvers import Solver, check_early_stop, get_solver
 from .prepared import RunOptions
 from .session import layers_of
@@ -141,13 +140,7 @@ class SearchOptions(RunOptions):
                 raise BadInput(
                     f"budget is {self.budget}: a frontier begins at a mean keep rate of {SHARES[0]}"
                 )
-        if not math.isfinite(self.tolerance) or self.tolerance < 0:
-            raise BadInput(f"max_drop is {self.max_drop}: it must be a number of at least 0, such as 0.01")
-        if self.tolerance > 1:
-            raise BadInput(
-                f"max_drop is {self.max_drop}, but scores lie between 0 and 1: give points as hundredths, "
-                f"{self.tolerance / 100:g} for {self.tolerance:g} points"
-            )
+        check_score_drop(self.tolerance)
         fewest = LEAST_TRIALS[self.search]
         if self.n_trials is not None and self.n_trials < fewest:
             raise BadInput(f"n_trials is {self.n_trials}: {self.title} needs at least {fewest}")

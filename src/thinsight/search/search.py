@@ -64,6 +64,20 @@ def choose_method(method: str | None, max_drop: float | None, budget: Budget | f
     return chosen
 
 
+def check_score_drop(max_drop: float) -> None:
+    """Check a tolerance for a score of ours, which lies between 0 and 1.
+
+    Raises:
+        ThinsightError: it is none, or more than a score can fall by.
+    """
+    check_max_drop(max_drop)
+    if max_drop > 1:
+        raise BadInput(
+            f"max_drop is {max_drop!r}, but scores lie between 0 and 1: give points as hundredths, "
+            f"{max_drop / 100:g} for {max_drop:g} points"
+        )
+
+
 def search(
     model: Any,
     processor: Any,
@@ -110,12 +124,14 @@ def search(
         ThinsightError: bad arguments, examples or model; before long work starts.
     """
     chosen = choose_method(method, max_drop, budget)
+    if budget is None and budget_unit != "keep":
+        raise BadInput(f"budget_unit is {budget_unit!r} without a budget: leave it out, or give budget too")
     if ranker == AUTO and chosen not in CHOOSE_RANKER:
         raise BadInput(
             f"ranker is 'auto', which needs a budget and a method that chooses it: {', '.join(CHOOSE_RANKER)}"
         )
     if budget is None:
-        check_max_drop(DEFAULT_MAX_DROP if max_drop is None else max_drop)
+        check_score_drop(DEFAULT_MAX_DROP if max_drop is None else max_drop)
     elif not isinstance(budget, Budget):
         check_budget_value(budget, budget_unit)
     _check_options(chosen, options)
