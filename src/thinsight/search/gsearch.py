@@ -18,7 +18,7 @@ from ..schedule import Schedule
 from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .result import SearchResult, Trial
 from .solvers import LayerProblem, Solver, check_early_stop, get_solver
-from .study import Record, SearchEvaluator, Study, checkpoint_of, share_prefix
+from .study import Record, SearchEvaluator, Study, share_prefix
 
 __all__ = ["check_max_drop", "gsearch"]
 
@@ -268,7 +268,6 @@ class _Run:
             "score": self.score,
             "calibration": getattr(self.evaluator, "fingerprint", None),
         }
-        record |= checkpoint_of(self.evaluator)
         at_once = getattr(self.solver, "at_once", 1)
         if at_once > 1:  # where the score is not monotone, the schedule depends on it
             record["at_once"] = at_once
