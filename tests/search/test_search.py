@@ -133,6 +133,19 @@ def test_what_is_wrong_is_said_before_an_image_is_read(monkeypatch: pytest.Monke
         ts.search(None, None, [], budget=0.5, method="psigmoid", rankers=())
     with pytest.raises(BadInput, match="method 'gsearch' takes no option 'warm_start'"):
         ts.search(None, None, [], 0.1, warm_start=None)
+    for options, said in (
+        ({"budget": 0.5, "n_trials": 7}, "n_trials is 7; it must be a whole number of at least 8"),
+        ({"budget": 0.5, "method": "random", "n_trials": 0}, "n_trials is 0"),
+        ({"budget": 0.5, "seed": -1}, "seed is -1"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"solver": "newton"}, "solver is 'newton'"),
+        ({"step": 0}, "step is 0"),
+        ({"solver": "bayes", "step": 2}, "step is 2, which solver 'bayes' does not take"),
+        ({"solver": "bayes", "confidence": 0.9}, "confidence is 0.9, but solver 'bayes'"),
+        ({"confidence": 2}, "confidence is 2"),
+    ):
+        with pytest.raises(BadInput, match=re.escape(said)):
+            ts.search(None, None, [], **options)
     for max_drop in (True, float("nan"), -0.1, "0.1"):
         with pytest.raises(BadInput, match="max_drop is"):
             ts.search(None, None, [], max_drop)
