@@ -16,13 +16,13 @@ from ..errors import BadInput
 from ..ranking import Ranker, get_ranker
 from ..reduction import Reduction
 from ..schedule import Schedule
-from ..search.frontier import LEAST_TRIALS as LEAST_OF_FRONTIER
-from ..search.frontier import SHARES, frontier
-from ..search.gsearch import gsearch
-from ..search.rankers import AUTO, FIRST_CHOICE
-from ..search.search import CHOOSE_RANKER, DEFAULT_MAX_DROP, METHODS, choose_method
-from ..search.search import LEAST_TRIALS as LEAST_OF_METHODS
-from ..search.solvers import Solver, check_early_stop, get_solver
+from ..searches.frontier import LEAST_TRIALS as LEAST_OF_FRONTIER
+from ..searches.frontier import SHARES, frontier
+from ..searches.gsearch import gsearch
+from ..searches.rankers import AUTO, FIRST_CHOICE
+from ..searches.search import CHOOSE_RANKER, DEFAULT_MAX_DROP, METHODS, choose_method
+from ..searches.search import LEAST_TRIALS as LEAST_OF_METHODS
+from ..searches.solvers import Solver, check_early_stop, get_solver
 from .prepared import RunOptions
 from .session import layers_of
 

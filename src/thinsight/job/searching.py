@@ -14,10 +14,10 @@ from ..errors import BadInput
 from ..loading import base_name, checkpoint_hash
 from ..reduction import Reduction
 from ..report.data import FrontierRow, TrialRow
-from ..search import SearchResult, frontier, gsearch
-from ..search.frontier import SHARES, Frontier
-from ..search.rankers import rankers_for
-from ..search.search import METHODS
+from ..searches import SearchResult, frontier, gsearch
+from ..searches.frontier import SHARES, Frontier
+from ..searches.rankers import rankers_for
+from ..searches.search import METHODS
 from .limits import Limits, limits_of
 from .prepared import Prepared
 from .results import MedianPrompt, trial_rows

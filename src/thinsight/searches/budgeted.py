@@ -69,7 +69,7 @@ class BudgetedRun:
     """Trials of one search, its journal and its result.
 
     Args:
-        evaluator: see `thinsight.search.SearchEvaluator`.
+        evaluator: see `thinsight.searches.SearchEvaluator`.
         budget: for the evaluator's layers and tokens, see `budget_of`.
         settings: what defines the search, JSON values, its "method" and "seed" among them.
         expected: evaluations in all, for progress.
