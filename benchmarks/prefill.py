@@ -38,7 +38,7 @@ from thinsight.loading import DEMOS, load_demo
 from thinsight.packing import pack, packed_layers
 from thinsight.runtime import encode_images, num_layers, vision_token_mask
 from thinsight.runtime.cache import CACHE
-from thinsight.search.shapes import sigmoid
+from thinsight.searches.shapes import sigmoid
 from thinsight.timing import alternate, cache_bytes, on_device
 
 # Keep rates that G-Search found for LLaVA-1.5-7B (arXiv 2412.00556, figure of the searched strategies).

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from thinsight.console import ConsoleWatcher
 from thinsight.schedule import Schedule
-from thinsight.search import Progress, SearchPlan, Trial
+from thinsight.searches import Progress, SearchPlan, Trial
 
 
 def trial() -> Trial:

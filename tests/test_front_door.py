@@ -19,7 +19,7 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 import thinsight as ts
 from thinsight.adaptive import Adaptive
 from thinsight.budget import FlopsBudget, KeepBudget, LatencyModel, TimeBudget
-from thinsight.search.result import Trial
+from thinsight.searches.result import Trial
 from thinsight.timing import Measurement, Timing
 
 SOURCE = Path(ts.__file__)
@@ -60,8 +60,6 @@ def test_python_and_type_checkers_see_the_same_names() -> None:
 def test_every_name_is_what_type_checkers_take_it_for() -> None:
     for name, home in names_of_type_checkers().items():
         found = getattr(ts, name)
-        if name == "search":  # a package that can be called
-            continue
         if home:
             module = importlib.import_module(f"thinsight.{home}")
             assert found is getattr(module, name), name
@@ -118,7 +116,7 @@ def result(**changes: Any) -> ts.SearchResult:
 def everything() -> dict[str, Any]:
     model, processor = tiny_llava(), tiny_processor()
     image = tiny_images(1)[0]
-    examples = [ts.Example(LONG, (image,), "what color ? " + LONG, metric="agreement")]
+    examples = [ts.Example(LONG, (image,), "what color ?", metric="agreement")]
     evaluator = ts.Evaluator(model, processor, examples, max_new_tokens=2)
     budget = KeepBudget(101, 16, 0.5).to_dict()
     many = np.full(500, 0.5)

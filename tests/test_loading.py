@@ -19,7 +19,7 @@ from tiny import tiny_inputs, tiny_llava, tiny_processor
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from thinsight import loading
-from thinsight.errors import ThinsightError
+from thinsight.errors import StorageError, ThinsightError
 from thinsight.loading import base_name, checkpoint_hash
 
 
@@ -418,5 +418,23 @@ def test_a_checkpoint_is_known_wherever_it_lies(folder: Path, tmp_path: Path) ->
         weights.write(b"\x55")
     assert checkpoint_hash(other) != before
     (other / "model.safetensors").unlink()
+    (other / "model.safetensors").mkdir()
+    with pytest.raises(StorageError, match="other' cannot be read"):
+        checkpoint_hash(other)
+    (other / "model.safetensors").rmdir()
     (other / "model.safetensors").write_bytes(b"")
     assert checkpoint_hash(other) not in (before, None)
+
+
+def test_an_adapter_is_told_from_its_base_model_and_from_another(base: str, tmp_path: Path) -> None:
+    """Its weights are what differs, and its name is its folder's."""
+    saved_adapter(base, tmp_path / "mine")
+    shutil.copytree(tmp_path / "mine", tmp_path / "moved")
+    saved_adapter(base, tmp_path / "other")
+    assert base_name(tmp_path / "mine") == "mine"
+    mine = checkpoint_hash(tmp_path / "mine")
+    assert mine == checkpoint_hash(tmp_path / "moved")
+    with open(tmp_path / "other" / "adapter_model.safetensors", "r+b") as weights:
+        weights.seek(-1, 2)
+        weights.write(b"\x55")
+    assert mine not in (None, checkpoint_hash(base), checkpoint_hash(tmp_path / "other"))

@@ -141,10 +141,22 @@ def test_reductions_are_keys_by_content(tmp_path: Path) -> None:
     }
 
 
+def test_as_json_values_it_can_be_changed() -> None:
+    config = RECORDED.to_dict()
+    config["ranker"]["first"]["layers"].append(3)
+    config["search"]["rankers"][0]["name"] = "uniform"
+    config["measured"].clear()
+    assert RECORDED.to_dict() == {**config, **{
+        name: json.loads(json.dumps(getattr(RECORDED, name))) for name in ("ranker", "search", "measured")
+    }}  # fmt: skip
+    assert type(config["ranker"]) is type(config["search"]["rankers"][0]) is dict
+    assert Reduction.from_dict(RECORDED.to_dict()) == RECORDED
+
+
 def test_records_without_end_are_refused() -> None:
     endless: dict[str, Any] = {}
     endless["again"] = [endless]
-    with pytest.raises(ThinsightError, match="nested more than 32 levels"):
+    with pytest.raises(ThinsightError, match="nested more than 64 levels"):
         Reduction(SCHEDULE, search=endless)
 
 

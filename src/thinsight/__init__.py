@@ -49,19 +49,19 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .runtime import encode_images as encode_images
     from .runtime import remove as remove
     from .schedule import Schedule as Schedule
-    from .search.adaptive import adaptive_search as adaptive_search
-    from .search.frontier import Frontier as Frontier
-    from .search.frontier import frontier as frontier
-    from .search.gsearch import gsearch as gsearch
-    from .search.psigmoid import psigmoid as psigmoid
-    from .search.random_search import random_search as random_search
-    from .search.result import SearchResult as SearchResult
-    from .search.search import search as search
-    from .search.sensitivity import sensitivity_search as sensitivity_search
+    from .searches.adaptive import adaptive_search as adaptive_search
+    from .searches.frontier import Frontier as Frontier
+    from .searches.frontier import frontier as frontier
+    from .searches.gsearch import gsearch as gsearch
+    from .searches.psigmoid import psigmoid as psigmoid
+    from .searches.random_search import random_search as random_search
+    from .searches.result import SearchResult as SearchResult
+    from .searches.search import search as search
+    from .searches.sensitivity import sensitivity_search as sensitivity_search
     from .supported import SupportedModel as SupportedModel
     from .supported import models as models
 
-_MODULES = ("baselines", "budget", "cost", "errors", "search", "timing")
+_MODULES = ("baselines", "budget", "cost", "errors", "timing")
 _NAMES = {
     "adaptive": ("Adaptive",),
     "errors": (
@@ -89,7 +89,7 @@ _NAMES = {
     "reduction": ("Reduction",),
     "runtime": ("CapturedPrefill", "Handle", "apply", "encode_images", "remove"),
     "schedule": ("Schedule",),
-    "search": (
+    "searches": (
         "Frontier",
         "SearchResult",
         "adaptive_search",
@@ -97,6 +97,7 @@ _NAMES = {
         "gsearch",
         "psigmoid",
         "random_search",
+        "search",
         "sensitivity_search",
     ),
     "supported": ("SupportedModel", "models"),

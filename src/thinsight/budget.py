@@ -12,12 +12,11 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 from . import cost
 from .errors import BadInput, Unreachable
-from .schedule import Schedule
+from .schedule import Schedule, real
 
 __all__ = [
     "UNITS",
@@ -99,7 +98,7 @@ class KeepBudget(_Limited):
     rate: float
 
     def __post_init__(self) -> None:
-        if not 0 < _number(self.rate) <= 1:
+        if not 0 < real(self.rate) <= 1:
             raise BadInput(f"budget is {self.rate!r}; a mean keep rate must be above 0 and at most 1")
 
     @property
@@ -148,7 +147,7 @@ class FlopsBudget(_Limited):
 
         Raises ThinsightError when the ratio is below 1 or not finite.
         """
-        if not 1 <= _number(ratio) < math.inf:
+        if not 1 <= real(ratio) < math.inf:
             raise BadInput(f"flops_ratio must be at least 1 (full / reduced), got {ratio!r}")
         shape = cost.decoder_shape(config)
         return cls(shape, n_vision, n_text, shape.prefill_flops(n_vision, n_text) / ratio)
@@ -318,20 +317,10 @@ def check_budget_value(value: Any, unit: str) -> None:
     """
     if unit not in UNITS:
         raise BadInput(f"budget_unit is {unit!r}; choose one of {', '.join(UNITS)}")
-    number = _number(value)
+    number = real(value)
     if not 0 < number < math.inf or (unit == "keep" and number > 1):
         wanted = "above 0 and at most 1" if unit == "keep" else "a finite number above 0"
         raise BadInput(f"budget is {value!r}; in {unit} it must be {wanted}")
-
-
-def _number(value: Any) -> float:
-    """A number as a float; NaN for what is none, or too large for one."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan
 
 
 def fit(

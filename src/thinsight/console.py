@@ -14,9 +14,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.text import Text
 
 from .job.watching import Watcher
-from .search.progress import Progress as SearchProgress
-from .search.progress import SearchPlan
-from .search.result import SearchResult, Trial
+from .searches.progress import Progress as SearchProgress
+from .searches.progress import SearchPlan
+from .searches.result import SearchResult, Trial
 from .texts import capped, terminal
 
 __all__ = ["ConsoleWatcher"]

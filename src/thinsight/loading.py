@@ -281,12 +281,26 @@ def base_name(name: str | Path) -> str:
 def checkpoint_hash(name: str | Path) -> str | None:
     """What a checkpoint in a local folder is known by wherever it lies; None: it is not in one.
 
-    Covers config.json, and size and an even sample of each file of weights.
+    Covers its config, an adapter's too, and size and an even sample of each file of weights.
+
+    Raises:
+        ThinsightError: a file of it cannot be read.
     """
     folder = _folder(name)
     if folder is None:
         return None
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    try:
+        return _hash_of(folder)
+    except OSError as error:
+        raise StorageError(
+            f"model {str(name)!r} cannot be read ({error.strerror or error}): check the checkpoint's files"
+        ) from None
+
+
+def _hash_of(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in filter(Path.is_file, (folder / "config.json", folder / _ADAPTER)):
+        digest.update(path.read_bytes())
     for path in sorted(each for each in folder.iterdir() if each.suffix in _WEIGHTS):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode(errors="surrogateescape"))
@@ -298,11 +312,11 @@ def checkpoint_hash(name: str | Path) -> str | None:
 
 
 def _folder(name: str | Path) -> Path | None:
-    """Where a checkpoint lies if it is a local folder that is no embedded model."""
+    """Where a model or an adapter lies if it is a local folder that is no embedded model."""
     path = Path(os.path.abspath(os.path.expanduser(name)))
-    if str(name) in DEMOS or path in DEMOS.values() or not (path / "config.json").is_file():
+    if str(name) in DEMOS or path in DEMOS.values():
         return None
-    return path
+    return path if any((path / config).is_file() for config in ("config.json", _ADAPTER)) else None
 
 
 def _check_hub_id(name: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from .adaptive import Adaptive
 from .card import is_hub_id, is_model_card, model_card
 from .errors import BadInput, StorageError
-from .records import parse_json, read_object, user_path, write_atomically
+from .records import MAX_DEPTH, parse_json, read_object, user_path, write_atomically
 from .schedule import Schedule, real
 from .texts import brief
 from .version import __version__
@@ -44,7 +44,6 @@ _KEYS = (
 _OPTIONAL_KEYS = ("adaptive", "rerank")  # written only where they say something
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # in the Hub's cache
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
-_DEEPEST = 32  # levels of lists and dicts in what a reduction records
 
 
 def _refuse(self: Any, *_: Any, **__: Any) -> Any:
@@ -76,7 +75,7 @@ class ReadOnlyList(list[Any]):
         return type(self), (list(self),)
 
 
-def read_only(value: Any, levels: int = _DEEPEST) -> Any:
+def read_only(value: Any, levels: int = MAX_DEPTH) -> Any:
     """JSON values with dicts and lists that cannot be changed, at every level.
 
     Raises:
@@ -86,7 +85,7 @@ def read_only(value: Any, levels: int = _DEEPEST) -> Any:
         return value
     if levels == 0:
         raise BadInput(
-            f"a reduction's records are nested more than {_DEEPEST} levels deep; make them flatter"
+            f"a record nested more than {MAX_DEPTH} levels deep cannot be saved as JSON; make it flatter"
         )
     if isinstance(value, Mapping):
         return ReadOnlyDict({key: read_only(item, levels - 1) for key, item in value.items()})
@@ -266,7 +265,7 @@ class Reduction:
         return str(commit.commit_url)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON values: what ``reduction_config.json`` holds."""
+        """As JSON values, which may be changed: what ``reduction_config.json`` holds."""
         config = {
             "schema_version": SCHEMA_VERSION,
             "thinsight_version": __version__,
@@ -274,9 +273,9 @@ class Reduction:
             "model_type": self.model_type,
             "num_layers": self.schedule.num_layers,
             "keep_rates": list(self.schedule.keep_rates),
-            "ranker": self.ranker,
-            "search": self.search,
-            "measured": self.measured,
+            "ranker": _plain(self.ranker),
+            "search": _plain(self.search),
+            "measured": _plain(self.measured),
         }
         if self.adaptive is not None:
             config["adaptive"] = self.adaptive.to_dict()
@@ -326,6 +325,13 @@ def public_name(name: str) -> str:
     if name[:1] in ("/", ".", "~") or "\\" in name or name.count("/") > 1 or _DRIVE.match(name):
         return PureWindowsPath(name).name or name
     return name
+
+
+def _plain(value: Any) -> Any:
+    """What `read_only` was made of."""
+    if isinstance(value, ReadOnlyDict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, ReadOnlyList) else value
 
 
 def check_rerank(rerank: Any) -> bool | float:

@@ -17,8 +17,8 @@ from thinsight.evaluation.metrics import get_metric
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.schedule import Schedule
-from thinsight.search import gsearch
-from thinsight.search.rankers import rankers_for
+from thinsight.searches import gsearch
+from thinsight.searches.rankers import rankers_for
 
 LAYERS = 4
 NEW_TOKENS = 6

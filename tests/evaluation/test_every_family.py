@@ -21,7 +21,7 @@ from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.runtime.families import SUPPORTED, sliding_layers
 from thinsight.schedule import Schedule
-from thinsight.search.rankers import rankers_for
+from thinsight.searches.rankers import rankers_for
 
 HELD = {name: family for name, family in FAMILIES.items() if family.model_type in SUPPORTED}
 NEW_TOKENS = 5

@@ -16,7 +16,7 @@ import thinsight as ts
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluation, Evaluator, EvaluatorPool, Example
 from thinsight.schedule import Schedule
-from thinsight.search import Bisect, gsearch
+from thinsight.searches import Bisect, gsearch
 
 QUESTIONS = ("what color is the circle ?", "how many ?", "which ?", "what number is written in the chart ?")
 SCHEDULES = [Schedule.step(4, 2, count / 16) for count in (2, 6, 10, 14)]

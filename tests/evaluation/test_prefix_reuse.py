@@ -24,8 +24,8 @@ from thinsight.reduction import Reduction
 from thinsight.runtime import apply, can_share, recording, resuming
 from thinsight.runtime.families import SUPPORTED, sliding_layers
 from thinsight.schedule import Schedule
-from thinsight.search import gsearch, random_search, sensitivity_search
-from thinsight.search.search import budget_of
+from thinsight.searches import gsearch, random_search, sensitivity_search
+from thinsight.searches.search import budget_of
 
 HELD = [family for family in FAMILIES.values() if family.model_type in SUPPORTED]
 QUESTIONS = ("what color is the circle ?", "how many ?", "which ?", "what number is written in the chart ?")

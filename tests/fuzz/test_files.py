@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from search.oracles import NeedOracle
+from searches.oracles import NeedOracle
 
 from thinsight import Reduction, Schedule, gsearch, load_examples
 from thinsight.errors import ThinsightError

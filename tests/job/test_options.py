@@ -20,9 +20,9 @@ from thinsight.errors import BadInput
 from thinsight.job import search_options
 from thinsight.job.search_options import LEAST_TRIALS, SearchOptions
 from thinsight.job.session import ModelOptions
-from thinsight.search.frontier import frontier
-from thinsight.search.gsearch import gsearch
-from thinsight.search.search import METHODS
+from thinsight.searches.frontier import frontier
+from thinsight.searches.gsearch import gsearch
+from thinsight.searches.search import METHODS
 
 COMMANDS: dict[str, Any] = {
     str(command.name or command.callback.__name__): command.callback

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from .. import cost
 from ..errors import BadInput, Unsupported
-from ..loading import base_name, checkpoint_hash
+from ..loading import base_name
 from ..ranking import get_ranker
 from ..reduction import Reduction
 from ..runtime import Handle, apply, num_layers
@@ -412,11 +412,6 @@ class Evaluator:
     def _base_name(self) -> str | None:
         name = self.model.name_or_path
         return base_name(name) if name else None
-
-    @cached_property
-    def checkpoint(self) -> str | None:
-        """A hash of the local folder that the model was loaded from; None if there is none."""
-        return checkpoint_hash(self.model.name_or_path) if self.model.name_or_path else None
 
     @cached_property
     def fingerprint(self) -> str:

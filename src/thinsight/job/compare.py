@@ -20,9 +20,9 @@ from ..records import write_atomically
 from ..reduction import Reduction
 from ..report.comparison import Comparison, Run, draw, markdown, to_csv
 from ..schedule import Schedule
-from ..search.rankers import rankers_for
-from ..search.result import SearchResult
-from ..search.search import CHOOSE_RANKER, METHODS
+from ..searches.rankers import rankers_for
+from ..searches.result import SearchResult
+from ..searches.search import CHOOSE_RANKER, METHODS
 from .limits import Limits, limits_of
 from .prepared import Prepared, RunOptions, prepare
 from .scoring import Scores

@@ -20,7 +20,7 @@ from ..report import save_report_data, write_report
 from ..report.data import Consistency, Picture, ReportData
 from ..runtime import apply
 from ..schedule import Schedule
-from ..search.rankers import AUTO
+from ..searches.rankers import AUTO
 from ..timing import Measurement, measure
 from .findings import Findings, Tested, measured_of, report_of
 from .kept import picture_of, varied

@@ -13,7 +13,7 @@ from typing import Any
 from ..evaluation.batch_size import AUTO
 from ..evaluation.evaluator import Evaluator, check_metric
 from ..reduction import Reduction
-from ..search.study import searchable_score
+from ..searches.study import searchable_score
 from .results import MedianPrompt
 from .run_folder import RunFolder
 from .scoring import Scores, ScoringOptions, make_evaluator

@@ -15,13 +15,13 @@ from ..errors import BadInput
 from ..ranking import Ranker, get_ranker
 from ..reduction import Reduction
 from ..schedule import Schedule
-from ..search import adaptive, sensitivity
-from ..search.frontier import LEAST_TRIALS as LEAST_OF_FRONTIER
-from ..search.frontier import SHARES, frontier
-from ..search.gsearch import gsearch
-from ..search.rankers import AUTO, FIRST_CHOICE
-from ..search.search import CHOOSE_RANKER, DEFAULT_MAX_DROP, METHODS, check_score_drop, choose_method
-from ..search.solvers import Solver, check_early_stop, get_solver
+from ..searches.frontier import LEAST_TRIALS as LEAST_OF_FRONTIER
+from ..searches.frontier import SHARES, frontier
+from ..searches.gsearch import gsearch
+from ..searches.rankers import AUTO, FIRST_CHOICE
+from ..searches.search import CHOOSE_RANKER, DEFAULT_MAX_DROP, METHODS, check_score_drop, choose_method
+from ..searches.search import LEAST_TRIALS as LEAST_OF_METHODS
+from ..searches.solvers import Solver, check_early_stop, get_solver
 from .prepared import RunOptions
 from .session import layers_of
 
@@ -36,14 +36,7 @@ TITLES = {
     "frontier": "Frontier",
 }
 
-LEAST_TRIALS = {
-    "gsearch": 1,
-    "adaptive": adaptive.LEAST_TRIALS,
-    "psigmoid": 1,
-    "random": 1,
-    "sensitivity": sensitivity.LEAST_TRIALS,
-    "frontier": LEAST_OF_FRONTIER,
-}
+LEAST_TRIALS = {"gsearch": 1, **LEAST_OF_METHODS, "frontier": LEAST_OF_FRONTIER}
 """The fewest evaluations that each search can work with."""
 
 _SEARCHES: dict[str, Callable[..., Any]] = {"gsearch": gsearch, **METHODS, "frontier": frontier}

@@ -11,12 +11,13 @@ from typing import Any
 
 from ..budget import Budget, KeepBudget
 from ..errors import BadInput
+from ..loading import base_name, checkpoint_hash
 from ..reduction import Reduction
 from ..report.data import FrontierRow, TrialRow
-from ..search import SearchResult, frontier, gsearch
-from ..search.frontier import SHARES, Frontier
-from ..search.rankers import rankers_for
-from ..search.search import METHODS
+from ..searches import SearchResult, frontier, gsearch
+from ..searches.frontier import SHARES, Frontier
+from ..searches.rankers import rankers_for
+from ..searches.search import METHODS
 from .limits import Limits, limits_of
 from .prepared import Prepared
 from .results import MedianPrompt, trial_rows
@@ -75,7 +76,8 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
         result = _layer_by_layer(options, prepared)
     else:
         result = _under_budget(options, prepared)
-    result.reduction.save_pretrained(prepared.folder.path)
+    reduction = _of_model(result.reduction, options.model.model)
+    reduction.save_pretrained(prepared.folder.path)
     if result.schedule.is_full and options.budget is None:
         prepared.watcher.on_note(
             f"No vision token can go within a drop of {options.tolerance}: allow more with --max-drop, "
@@ -83,7 +85,7 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
         )
     return SearchRecord(
         result.method,
-        result.reduction.to_dict(),
+        reduction.to_dict(),
         result.full_score,
         result.score,
         result.seconds,
@@ -92,6 +94,14 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
         result.full_forwards,
         prepared.calibration.doubt,
     )
+
+
+def _of_model(reduction: Reduction, name: str) -> Reduction:
+    """The reduction with what its model is told by where it is looked for again."""
+    checkpoint = checkpoint_hash(name)
+    known = {} if checkpoint is None else {"checkpoint": checkpoint}
+    record = {**(reduction.search or {}), **known}
+    return replace(reduction, base_model_name_or_path=base_name(name), search=record)
 
 
 def _journal(options: SearchOptions, prepared: Prepared) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Knows nothing about terminals, and nothing about the jobs.
 
 from __future__ import annotations
 
-from ..search.progress import Silent
+from ..searches.progress import Silent
 
 __all__ = ["Watcher"]
 

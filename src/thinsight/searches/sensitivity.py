@@ -62,7 +62,7 @@ def sensitivity_search(
     """Search the schedule that scores best inside a budget, of any shape.
 
     Args:
-        evaluator: see `thinsight.search.SearchEvaluator`. One that can run a sample of its examples is used
+        evaluator: see `thinsight.searches.SearchEvaluator`. One that can run a sample of its examples is used
             so.
         budget: a mean keep rate, such as 0.25, or a budget of `thinsight.budget`.
         budget_unit: of a number, see `psigmoid`.

@@ -78,7 +78,7 @@ def frontier(
     """One schedule per budget, the sensitivities measured once and each point starting from the last.
 
     Args:
-        evaluator: see `thinsight.search.SearchEvaluator`.
+        evaluator: see `thinsight.searches.SearchEvaluator`.
         budgets: mean keep rates, or budgets of one unit; those that the ranker cannot reach are left out.
         budget_unit: of numbers, see `psigmoid`.
         n_trials: evaluations per point.

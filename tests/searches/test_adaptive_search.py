@@ -14,8 +14,8 @@ from thinsight.errors import ThinsightError
 from thinsight.evaluation.result import Evaluation
 from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
-from thinsight.search import adaptive_search, sensitivity_search
-from thinsight.search.adaptive import STATISTIC
+from thinsight.searches import adaptive_search, sensitivity_search
+from thinsight.searches.adaptive import STATISTIC
 
 L, N, EXAMPLES = 8, 32, 48
 

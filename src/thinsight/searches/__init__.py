@@ -1,14 +1,6 @@
-"""Searches: an evaluator in, a `SearchResult` out. Nothing here knows torch.
-
-The package itself is callable, because the front door has both the package ``thinsight.search`` and the
-function ``thinsight.search(model, processor, examples, max_drop=...)`` under one name.
-"""
+"""Searches: an evaluator in, a `SearchResult` out. Nothing here knows torch."""
 
 from __future__ import annotations
-
-import sys
-from types import ModuleType
-from typing import Any
 
 from .adaptive import adaptive_search
 from .frontier import Frontier, frontier
@@ -44,12 +36,3 @@ __all__ = [
     "search",
     "sensitivity_search",
 ]
-
-
-class _CallableModule(ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> SearchResult:
-        return search(*args, **kwargs)
-
-
-_CallableModule.__call__.__doc__ = search.__doc__
-sys.modules[__name__].__class__ = _CallableModule

@@ -15,10 +15,10 @@ from thinsight.budget import FlopsBudget, KeepBudget
 from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation.result import Evaluation
 from thinsight.schedule import Schedule
-from thinsight.search import adaptive_search, frontier, psigmoid, random_search, sensitivity_search
-from thinsight.search.exits import ExitModel
-from thinsight.search.frontier import SHARES
-from thinsight.search.shapes import (
+from thinsight.searches import adaptive_search, frontier, psigmoid, random_search, sensitivity_search
+from thinsight.searches.exits import ExitModel
+from thinsight.searches.frontier import SHARES
+from thinsight.searches.shapes import (
     deform,
     first_layer_for,
     fit_sigmoid,

@@ -1,4 +1,4 @@
-"""The package under its two names: a room that is light to import, and the one-call search."""
+"""The searches' room, which is light to import, and the one-call search."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 from tiny import tiny_images, tiny_llava, tiny_processor
 
 import thinsight as ts
-import thinsight.search
+from thinsight import evaluation
 from thinsight.budget import KeepBudget, LatencyModel, make_budget
 from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation import Evaluator, Example
-from thinsight.search import frontier, psigmoid
+from thinsight.searches import frontier, psigmoid
 
 SOURCE = Path(__file__).parents[2] / "src"
 
@@ -26,7 +26,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 def test_searching_imports_no_model_code() -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from thinsight.search import gsearch\n"
+        "from thinsight.searches import gsearch\n"
         "from thinsight.evaluation import Evaluation\n"
         "class Oracle:\n"
         "    num_layers, num_vision_tokens, full_score = 4, 8, 1.0\n"
@@ -42,7 +42,7 @@ def test_searching_imports_no_model_code() -> None:
 def test_an_empty_method_is_not_the_default() -> None:
     for budget, max_drop in ((None, 0.1), (0.5, None)):
         with pytest.raises(ThinsightError, match="method is ''; choose one of gsearch"):
-            thinsight.search(None, None, [], max_drop, budget=budget, method="")
+            ts.search(None, None, [], max_drop, budget=budget, method="")
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,11 @@ def test_an_empty_method_is_not_the_default() -> None:
 )
 def test_options_that_cannot_be_meant_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ThinsightError, match=words):
-        thinsight.search(None, None, [], **options)
+        ts.search(None, None, [], **options)
 
 
 def test_every_lazy_name_is_there() -> None:
-    assert all(getattr(thinsight.evaluation, name) is not None for name in thinsight.evaluation.__all__)
+    assert all(getattr(evaluation, name) is not None for name in evaluation.__all__)
 
 
 def examples(folder: Path) -> list[Example]:
@@ -76,10 +76,10 @@ def examples(folder: Path) -> list[Example]:
 def test_one_call_searches_a_model(tmp_path: Path) -> None:
     model, processor, asked = tiny_llava(), tiny_processor(), examples(tmp_path)
     options = {"ranker": "uniform", "max_new_tokens": 3}
-    result = thinsight.search(model, processor, asked, 0.25, study=tmp_path / "s", **options)  # type: ignore[operator]
+    result = ts.search(model, processor, asked, 0.25, study=tmp_path / "s", **options)
     evaluator = Evaluator(model, processor, asked, **options)
     assert result.score == evaluator(result.schedule).score >= 0.75
-    assert result.schedule == thinsight.search.gsearch(evaluator, 0.25).schedule
+    assert result.schedule == ts.gsearch(evaluator, 0.25).schedule
     assert result.reduction.ranker["name"] == "uniform"
     assert result.reduction.model_type == "llava"
     assert result.cost is not None
@@ -92,7 +92,7 @@ def test_one_call_refuses_labels_that_no_answer_meets(tmp_path: Path) -> None:
         with pytest.raises(
             BadInput, match=r"scores 0.0 % .*it says '.*', the label is 'zzz' \(exact_match\)"
         ):
-            thinsight.search(tiny_llava(), tiny_processor(), wrong, max_new_tokens=3, **options)  # type: ignore[operator]
+            ts.search(tiny_llava(), tiny_processor(), wrong, max_new_tokens=3, **options)
 
 
 @pytest.mark.parametrize("unit", ["keep", "flops", "ms"])
@@ -122,7 +122,8 @@ def test_a_number_is_a_budget_of_the_evaluators_median_prompt(
 
 
 def test_the_signature_says_what_there_is() -> None:
-    parameters = inspect.signature(thinsight.search.search).parameters
+    assert inspect.isfunction(ts.search)
+    parameters = inspect.signature(ts.search).parameters
     assert [*parameters][:4] == ["model", "processor", "examples", "max_drop"]
     assert {"budget", "budget_unit", "method", "batch_size", "cache_dir", "progress"} <= {*parameters}
     assert parameters["batch_size"].annotation == "int | str"
@@ -146,6 +147,19 @@ def test_what_is_wrong_is_said_before_an_image_is_read(monkeypatch: pytest.Monke
         ts.search(None, None, [], budget=0.5, method="psigmoid", rankers=())
     with pytest.raises(BadInput, match="method 'gsearch' takes no option 'warm_start'"):
         ts.search(None, None, [], 0.1, warm_start=None)
+    for options, said in (
+        ({"budget": 0.5, "n_trials": 7}, "n_trials is 7; it must be a whole number of at least 8"),
+        ({"budget": 0.5, "method": "random", "n_trials": 0}, "n_trials is 0"),
+        ({"budget": 0.5, "seed": -1}, "seed is -1"),
+        ({"seed": 1.5}, "seed is 1.5"),
+        ({"solver": "newton"}, "solver is 'newton'"),
+        ({"step": 0}, "step is 0"),
+        ({"solver": "bayes", "step": 2}, "step is 2, which solver 'bayes' does not take"),
+        ({"solver": "bayes", "confidence": 0.9}, "confidence is 0.9, but solver 'bayes'"),
+        ({"confidence": 2}, "confidence is 2"),
+    ):
+        with pytest.raises(BadInput, match=re.escape(said)):
+            ts.search(None, None, [], **options)
     for max_drop in (True, float("nan"), -0.1, "0.1"):
         with pytest.raises(BadInput, match="max_drop is"):
             ts.search(None, None, [], max_drop)
@@ -175,4 +189,4 @@ def test_the_evaluator_gets_cache_and_progress(tmp_path: Path) -> None:
 
 def test_one_call_reads_examples_from_a_path(tmp_path: Path) -> None:
     with pytest.raises(ThinsightError, match=r"nowhere\.jsonl"):
-        thinsight.search(tiny_llava(), tiny_processor(), tmp_path / "nowhere.jsonl")  # type: ignore[operator]
+        ts.search(tiny_llava(), tiny_processor(), tmp_path / "nowhere.jsonl")

@@ -50,7 +50,7 @@ def psigmoid(
     by the agreement with the full model. A seed decides every proposal, and a resumed search makes the same.
 
     Args:
-        evaluator: see `thinsight.search.SearchEvaluator`.
+        evaluator: see `thinsight.searches.SearchEvaluator`.
         budget: a mean keep rate, such as 0.25, or a budget of `thinsight.budget`.
         budget_unit: of a number: "keep", "flops" or "ms", see `thinsight.budget.make_budget`. A journal in
             "ms" is continued with a budget object, for a device is not measured twice alike.

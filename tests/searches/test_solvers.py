@@ -15,7 +15,7 @@ from oracles import NeedOracle
 
 from thinsight.errors import ThinsightError
 from thinsight.schedule import Schedule
-from thinsight.search import Bayes, Bisect, LayerProblem, Trial, gsearch
+from thinsight.searches import Bayes, Bisect, LayerProblem, Trial, gsearch
 
 
 def problem(upper: int, least: int, seen: list[int], score: Any = None) -> LayerProblem:

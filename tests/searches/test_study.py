@@ -20,7 +20,7 @@ from thinsight.errors import BadInput, StorageError, ThinsightError
 from thinsight.evaluation.result import Evaluation
 from thinsight.records import seal, unseal
 from thinsight.schedule import Schedule
-from thinsight.search import (
+from thinsight.searches import (
     Study,
     adaptive_search,
     frontier,
@@ -313,7 +313,7 @@ def test_several_are_run_once_each_and_come_in_their_order() -> None:
 
 def test_several_take_no_longer_than_the_last_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 12.0, 15.0])
-    monkeypatch.setattr("thinsight.search.study.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("thinsight.searches.study.time.perf_counter", lambda: next(clock))
     study = Study(SeveralOracle(NeedOracle(8, NEEDS), 2), {})  # type: ignore[arg-type]
     records = study.evaluate_all([Schedule.step(5, 2, 0.5), Schedule.step(5, 2, 0.25)])
     assert [record.seconds for record in records] == [3.0, 2.0]  # the second one finished first

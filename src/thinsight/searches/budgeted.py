@@ -20,7 +20,7 @@ from ..schedule import Schedule
 from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .result import SearchResult, Trial
 from .shapes import first_layer_for
-from .study import SearchEvaluator, Study, checkpoint_of, share_prefix
+from .study import SearchEvaluator, Study, share_prefix
 
 __all__ = ["BudgetedRun", "budget_of", "check_count", "earliest_layer", "first_layers", "merit"]
 
@@ -69,7 +69,7 @@ class BudgetedRun:
     """Trials of one search, its journal and its result.
 
     Args:
-        evaluator: see `thinsight.search.SearchEvaluator`.
+        evaluator: see `thinsight.searches.SearchEvaluator`.
         budget: for the evaluator's layers and tokens, see `budget_of`.
         settings: what defines the search, JSON values, its "method" and "seed" among them.
         expected: evaluations in all, for progress.
@@ -237,7 +237,6 @@ class BudgetedRun:
             "score": best.score,
             "spent": self._spent(best),
             "calibration": getattr(self.evaluator, "fingerprint", None),
-            **checkpoint_of(self.evaluator),
         }
         return replace(bound, search=record, ranker=best.ranker or bound.ranker, adaptive=best.adaptive)
 

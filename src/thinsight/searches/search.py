@@ -8,25 +8,28 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..budget import Budget, check_budget_value
 from ..errors import BadInput
+from .adaptive import LEAST_TRIALS as LEAST_OF_ADAPTIVE
 from .adaptive import adaptive_search
-from .budgeted import budget_of
+from .budgeted import budget_of, check_count
 from .gsearch import check_max_drop, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
 from .rankers import AUTO, FIRST_CHOICE, rankers_for
 from .result import SearchResult
+from .sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY
 from .sensitivity import sensitivity_search
+from .solvers import check_early_stop, get_solver
 
 if TYPE_CHECKING:
     from ..evaluation.examples import Example
 
-__all__ = ["CHOOSE_RANKER", "METHODS", "WARM_START", "budget_of", "choose_method", "search"]
+__all__ = ["CHOOSE_RANKER", "LEAST_TRIALS", "METHODS", "WARM_START", "budget_of", "choose_method", "search"]
 
 
 METHODS: dict[str, Any] = {
@@ -36,6 +39,12 @@ METHODS: dict[str, Any] = {
     "sensitivity": sensitivity_search,
 }
 """Searches under a budget by name; "gsearch" is the one under a tolerance."""
+
+LEAST_TRIALS = dict.fromkeys(METHODS, 1) | {
+    "adaptive": LEAST_OF_ADAPTIVE,
+    "sensitivity": LEAST_OF_SENSITIVITY,
+}
+"""The fewest evaluations that each can work with."""
 
 CHOOSE_RANKER = ("adaptive", "random", "sensitivity")
 """Those that take ``rankers=``."""
@@ -161,11 +170,11 @@ def search(
     return found
 
 
-def _check_options(method: str, options: Iterable[str]) -> None:
-    """Refuse an option that the search does not take, before its evaluator reads any image.
+def _check_options(method: str, options: Mapping[str, Any]) -> None:
+    """Refuse an option that the search does not take or cannot work with, before an image is read.
 
     Raises:
-        ThinsightError: with the option that was meant, or all that there are.
+        ThinsightError: with the option that was meant or all that there are, or with the values it may have.
     """
     function = gsearch if method == "gsearch" else METHODS[method]
     own = inspect.signature(search).parameters
@@ -176,3 +185,9 @@ def _check_options(method: str, options: Iterable[str]) -> None:
         close = difflib.get_close_matches(name, [*taken, *own], n=1)
         meant = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(taken)}"
         raise BadInput(f"method {method!r} takes no option {name!r}: {meant}")
+    check_count(options.get("seed", 0), "seed", 0)
+    if method == "gsearch":
+        settings: dict[str, Any] = {name: options.get(name) for name in ("step", "trade_off", "n_trials")}
+        check_early_stop(get_solver(options.get("solver", "bisect"), **settings), options.get("confidence"))
+    elif "n_trials" in options:
+        check_count(options["n_trials"], "n_trials", LEAST_TRIALS[method])

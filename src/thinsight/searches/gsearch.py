@@ -18,7 +18,7 @@ from ..schedule import Schedule
 from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .result import SearchResult, Trial
 from .solvers import LayerProblem, Solver, check_early_stop, get_solver
-from .study import Record, SearchEvaluator, Study, checkpoint_of, share_prefix
+from .study import Record, SearchEvaluator, Study, share_prefix
 
 __all__ = ["check_max_drop", "gsearch"]
 
@@ -67,7 +67,7 @@ def gsearch(
     another one, which was run on all examples and lies within ``max_drop`` all the same.
 
     Args:
-        evaluator: see `thinsight.search.SearchEvaluator`; `thinsight.Evaluator` is one.
+        evaluator: see `thinsight.searches.SearchEvaluator`; `thinsight.Evaluator` is one.
         max_drop: largest drop of the calibration score, in the metric's own unit (0.01 is one point), at
             least 0.
         first_layer: the shallowest layer that may receive fewer tokens, numbered from 0.
@@ -82,7 +82,7 @@ def gsearch(
             tolerance is then dropped wrongly with a probability of at most 1 - confidence, each, which can
             cost tokens but not score: what is accepted was run on all examples. None: dropped only when it
             is certain. Of use where examples fail that the full model is sure of; an evaluator that cannot
-            (see `thinsight.search.SearchEvaluator`) goes on being certain.
+            (see `thinsight.searches.SearchEvaluator`) goes on being certain.
         study: journal file; every evaluation is on disk before the next begins, also when the run is
             interrupted.
         resume: continue that journal. The schedule is the one of an uninterrupted run. (Where an evaluator
@@ -268,7 +268,6 @@ class _Run:
             "score": self.score,
             "calibration": getattr(self.evaluator, "fingerprint", None),
         }
-        record |= checkpoint_of(self.evaluator)
         at_once = getattr(self.solver, "at_once", 1)
         if at_once > 1:  # where the score is not monotone, the schedule depends on it
             record["at_once"] = at_once

@@ -36,7 +36,7 @@ from ..records import (
 from ..reduction import Reduction
 from ..schedule import Schedule
 
-__all__ = ["Record", "SearchEvaluator", "Study", "checkpoint_of", "searchable_score", "share_prefix"]
+__all__ = ["Record", "SearchEvaluator", "Study", "searchable_score", "share_prefix"]
 
 JOURNAL_VERSION = 2
 _VERSION_KEY = "thinsight_study"
@@ -50,8 +50,7 @@ class SearchEvaluator(Protocol):
     An evaluator may also have ``at_least(schedule, floor) -> Evaluation``, which may stop as soon as the
     score provably cannot reach ``floor``, and where it takes ``confidence=`` and ``seed=``, as soon as it
     does not with that confidence; ``fingerprint``, a string that names model, data, metric and
-    ranker; ``checkpoint``, a hash of the local folder that holds the model, or None;
-    ``reduction(schedule) -> Reduction``, which binds the ranker and the model family;
+    ranker; ``reduction(schedule) -> Reduction``, which binds the ranker and the model family;
     ``sample(schedule, share) -> Evaluation``, the score on about that share of the examples, the same ones
     every time; ``first_layer``, the first layer at which its ranker can rank; ``full_cost``, the cost of
     one full evaluation in the unit of `Evaluation.cost`; ``score_range``, the least and the highest score
@@ -162,12 +161,6 @@ def share_prefix(evaluator: SearchEvaluator, schedule: Schedule, layer: int) -> 
     share = getattr(evaluator, "share", None)
     if share is not None:
         share(schedule, layer)
-
-
-def checkpoint_of(evaluator: SearchEvaluator) -> dict[str, str]:
-    """What a search's record says of a model that was loaded from a local folder."""
-    found = getattr(evaluator, "checkpoint", None)
-    return {} if found is None else {"checkpoint": found}
 
 
 class Study:

@@ -19,7 +19,7 @@ from oracles import (
     all_counts,
 )
 
-from thinsight.search import Bisect, Progress, SearchPlan, Silent, Trial, gsearch
+from thinsight.searches import Bisect, Progress, SearchPlan, Silent, Trial, gsearch
 
 AT_ONCE = (2, 3, 7)
 NEEDS = [

@@ -22,7 +22,7 @@ from thinsight.errors import ThinsightError
 from thinsight.evaluation.result import Evaluation
 from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
-from thinsight.search import Progress, SearchPlan, SearchResult, Silent, Trial, gsearch
+from thinsight.searches import Progress, SearchPlan, SearchResult, Silent, Trial, gsearch
 
 many = settings(max_examples=200, deadline=None, derandomize=True)
 needs_of_five = [
