@@ -384,7 +384,9 @@ def compare(
     n_trials: Annotated[
         int | None, typer.Option("--n-trials", min=1, help="Evaluations of each search (16).")
     ] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Runs of what is random, seeds from 0.")] = 1,
+    seeds: Annotated[
+        int, typer.Option("--seeds", min=1, max=1000, help="Runs of what is random, seeds from 0.")
+    ] = 1,
     limit: Limit = None,
     metric: Metric = None,
     max_new_tokens: MaxNewTokens = None,

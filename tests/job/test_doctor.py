@@ -18,7 +18,7 @@ import transformers
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from thinsight import __version__
+from thinsight import __version__, loading
 from thinsight.cli import app
 from thinsight.job import doctor
 from thinsight.job.doctor import Package, diagnose
@@ -178,6 +178,25 @@ def test_a_torchvision_for_another_torch_is_told_by_name(tmp_path: Path) -> None
     assert last.startswith("error: a package cannot be loaded (")
     assert last.endswith("see `thinsight doctor`")
     assert "Traceback" not in other.stderr
+
+
+def test_devices_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = SimpleNamespace(name="H200", total_memory=140 * 2**30, major=9, minor=0)
+    stand_in = SimpleNamespace(
+        get_num_threads=lambda: 3,
+        version=SimpleNamespace(cuda="13.0"),
+        cuda=SimpleNamespace(
+            is_available=lambda: True, device_count=lambda: 2, get_device_properties=lambda _: gpu
+        ),
+        backends=SimpleNamespace(mps=SimpleNamespace(is_available=lambda: True)),
+    )
+    monkeypatch.setattr(loading, "computes_bfloat16", lambda: False)
+    cpu, *gpus, mps = doctor._devices(stand_in)
+    assert cpu.endswith("bfloat16 not in hardware, float32 is likely faster")
+    assert gpus == [f"cuda:{number}: H200, 140 GiB, compute capability 9.0" for number in (0, 1)]
+    assert mps.startswith("mps: there is one")
+    stand_in.cuda.is_available = lambda: False
+    assert list(doctor._devices(stand_in))[1] == "cuda: none found by torch, which is built for CUDA 13.0"
 
 
 def test_where_thinsight_was_never_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -208,6 +208,7 @@ def test_options_that_the_compared_methods_do_not_take() -> None:
     line = error_of("compare", "--methods=search-random,fastv", "--ranker=uniform")
     assert "ranker is {'name': 'uniform'}, which only search-psigmoid takes" in line
     assert "seeds are (0, 1)" in error_of("compare", "--methods=fastv", "--seeds=2")
+    assert "'--seeds'" in error_of("compare", "--methods=random", f"--seeds={10**30}")
     assert "n_trials is 8: Sensitivity search, adaptive" in error_of("compare", "--n-trials=8")
     assert "budget_unit is 'ms', and the default budgets" in error_of("compare", "--budget-unit=ms")
 
