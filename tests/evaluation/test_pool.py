@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +305,15 @@ def test_an_interrupt_in_one_thread_ends_the_others() -> None:
     assert busy.progress is None  # as it was
 
 
+@pytest.fixture
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """A shell has what it starts in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c_is_heard")
 def test_ctrl_c_ends_them_and_loses_nothing_that_is_finished(tmp_path: Path) -> None:
     """The key is pressed when one evaluation is in the journal; one then finishes, one would go on for
     ever."""
