@@ -49,7 +49,7 @@ from benchmarks.table import RESULTS, Columns, Results, Row, about, setting
 from thinsight import Reduction, apply
 from thinsight.cost import kv_bytes
 from thinsight.runtime import CapturedPrefill, Handle, num_layers
-from thinsight.runtime.recording import EagerReplay
+from thinsight.runtime.captured import EagerReplay
 
 IMAGE_TOKEN = 5
 BEFORE_IMAGE = 4  # text tokens

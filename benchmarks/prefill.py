@@ -33,7 +33,7 @@ from thinsight import Reduction, Schedule, apply, load_examples
 from thinsight.baselines import fastv
 from thinsight.budget import KeepBudget
 from thinsight.cost import breakdown
-from thinsight.evaluation.encoding import typical_batch
+from thinsight.evaluation.prompts import typical_batch
 from thinsight.loading import DEMOS, load_demo
 from thinsight.packing import pack, packed_layers
 from thinsight.runtime import encode_images, num_layers, vision_token_mask

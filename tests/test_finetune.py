@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import thinsight as ts
-from thinsight.evaluation.encoding import prompt_text
 from thinsight.evaluation.images import open_image
+from thinsight.evaluation.prompts import prompt_text
 
 IGNORED = -100
 QUESTIONS, STEPS = 4, 3

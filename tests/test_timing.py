@@ -13,8 +13,8 @@ from tiny import VISION_TOKENS, tiny_images, tiny_llava, tiny_processor
 
 from thinsight import cost
 from thinsight.errors import ThinsightError
-from thinsight.evaluation.encoding import typical_batch
 from thinsight.evaluation.examples import Example
+from thinsight.evaluation.prompts import typical_batch
 from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
 from thinsight.timing import (

@@ -14,9 +14,9 @@ from torch import nn
 
 import thinsight as ts
 from thinsight.evaluation import Example
-from thinsight.evaluation.attention import attention_statistics
+from thinsight.evaluation.consistency import attention_statistics
 from thinsight.runtime import layer_scores
-from thinsight.runtime.recording import EagerReplay
+from thinsight.runtime.captured import EagerReplay
 from thinsight.timing import measure, profile
 
 SCHEDULE = ts.Schedule([1, 0.7, 0.5, 0.2])

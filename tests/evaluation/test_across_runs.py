@@ -22,8 +22,8 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 from thinsight import records
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator, Example
-from thinsight.evaluation.disk_store import DiskStore
-from thinsight.evaluation.vision_cache import VisionCache
+from thinsight.evaluation.features import VisionCache
+from thinsight.evaluation.store import DiskStore
 from thinsight.reduction import Reduction
 from thinsight.runtime.families import SUPPORTED
 from thinsight.schedule import Schedule

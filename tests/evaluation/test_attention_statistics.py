@@ -11,7 +11,7 @@ from thinsight.baselines import fitprune
 from thinsight.budget import KeepBudget
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import attention_statistics
-from thinsight.evaluation.attention import _profile
+from thinsight.evaluation.consistency import _profile
 
 
 def test_profiles_are_the_mean_of_sorted_shares() -> None:

@@ -8,10 +8,10 @@ import torch
 from scipy.stats import kendalltau
 from tiny import tiny_images, tiny_llava, tiny_processor
 
-import thinsight.evaluation.ranks as ranks
+import thinsight.evaluation.consistency as ranks
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Example, RankConsistency, rank_consistency
-from thinsight.evaluation.ranks import kendall_tau_b, tied_share, top_k_overlap
+from thinsight.evaluation.consistency import kendall_tau_b, tied_share, top_k_overlap
 from thinsight.runtime import apply
 from thinsight.schedule import Schedule
 

@@ -13,7 +13,7 @@ import torch
 from damage import changes, failing_writes, full_disk
 
 from thinsight.errors import BadInput, ThinsightError
-from thinsight.evaluation.disk_store import DiskStore
+from thinsight.evaluation.store import DiskStore
 
 NUMBERS = [0.1 + 0.2, 1e-320, -0.0, math.pi, math.inf, -math.inf, 12345678901234567890]
 ABOUT = {"shares": [[0], [1, 2]], "names": ["image", "ä"]}

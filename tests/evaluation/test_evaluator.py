@@ -12,13 +12,14 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 
 import thinsight.evaluation.decoding as decoding
 from thinsight.errors import BadInput, StorageError, ThinsightError, Unsupported
-from thinsight.evaluation import Evaluation, Evaluator, Example, feature_store
+from thinsight.evaluation import Evaluation, Evaluator, Example
+from thinsight.evaluation import store as feature_store
 from thinsight.evaluation.metrics import get_metric
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.schedule import Schedule
 from thinsight.searches import gsearch
-from thinsight.searches.rankers import rankers_for
+from thinsight.searches.search import rankers_for
 
 LAYERS = 4
 NEW_TOKENS = 6

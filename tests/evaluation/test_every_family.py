@@ -15,13 +15,13 @@ from family_processor import RowProcessor
 
 from thinsight.evaluation import Evaluator, rank_consistency
 from thinsight.evaluation.decoding import DecodingRules, decode
-from thinsight.evaluation.encoding import encode_prompt, pad_batch
-from thinsight.evaluation.vision_cache import VisionCache
+from thinsight.evaluation.features import VisionCache
+from thinsight.evaluation.prompts import encode_prompt, pad_batch
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.runtime.families import SUPPORTED, sliding_layers
 from thinsight.schedule import Schedule
-from thinsight.searches.rankers import rankers_for
+from thinsight.searches.search import rankers_for
 
 HELD = {name: family for name, family in FAMILIES.items() if family.model_type in SUPPORTED}
 NEW_TOKENS = 5

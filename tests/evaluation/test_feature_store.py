@@ -17,8 +17,8 @@ from family_processor import RowProcessor
 
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator
-from thinsight.evaluation.feature_store import FeatureStore
-from thinsight.evaluation.vision_cache import VisionCache
+from thinsight.evaluation.features import VisionCache
+from thinsight.evaluation.store import FeatureStore
 from thinsight.reduction import Reduction
 from thinsight.runtime import EncodedImages
 from thinsight.runtime.families import SUPPORTED

@@ -17,7 +17,7 @@ from test_across_runs import evaluator_of, numbers_of
 from tiny import tiny_llava
 from torch import nn
 
-from thinsight.evaluation.hashing import hash_model
+from thinsight.evaluation.features import hash_model
 from thinsight.packing import pack
 from thinsight.runtime.families import decoder
 

@@ -17,7 +17,7 @@ from transformers.image_utils import load_image
 
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.examples import Example, check_images
-from thinsight.evaluation.hashing import hash_image
+from thinsight.evaluation.features import hash_image
 from thinsight.evaluation.images import OpenedImages, check_size, image_key, open_image
 
 ORIENTATION = 0x0112

@@ -18,10 +18,11 @@ from family_processor import RowProcessor
 from tiny import tiny_images, tiny_llava, tiny_processor
 
 from thinsight.errors import ThinsightError
-from thinsight.evaluation import Evaluator, Example, feature_store, prefix_cache
-from thinsight.evaluation.feature_store import FeatureStore
+from thinsight.evaluation import Evaluator, Example, prefix_cache
+from thinsight.evaluation import store as feature_store
+from thinsight.evaluation.store import FeatureStore
 from thinsight.reduction import Reduction
-from thinsight.runtime import apply, can_share, recording, resuming
+from thinsight.runtime import apply, can_share, resuming, snapshotting
 from thinsight.runtime.families import SUPPORTED, sliding_layers
 from thinsight.schedule import Schedule
 from thinsight.searches import gsearch, random_search, sensitivity_search
@@ -257,14 +258,14 @@ def test_a_forward_of_the_layers_own_comes_back(model: Any) -> None:
     try:
         with apply(model, Schedule([1, 1, 0.5, 0.5, 0.5, 0.5])) as handle:
             inputs = tiny_processor()(text="<image> which ?", images=tiny_images(1), return_tensors="pt")
-            with recording(handle, 2) as taken:
+            with snapshotting(handle, 2) as taken:
                 wanted = model(**inputs).logits
             with resuming(handle, taken[0]):
                 assert torch.equal(model(**inputs).logits, wanted)
             assert layer.forward is own
             with (
                 pytest.raises(ThinsightError, match="layer is 0; it must be from 1 to 5"),
-                recording(handle, 0),
+                snapshotting(handle, 0),
             ):
                 pass
     finally:

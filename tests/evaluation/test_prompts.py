@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import thinsight as ts
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator, Example, rank_consistency
-from thinsight.evaluation.encoding import PromptReader, collate, encode_prompt, process, prompt_text
+from thinsight.evaluation.prompts import PromptReader, collate, encode_prompt, process, prompt_text
 from thinsight.schedule import Schedule
 
 IN_ORDER = (  # Qwen2-VL's

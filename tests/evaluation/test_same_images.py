@@ -14,8 +14,8 @@ from family_processor import RowProcessor
 from tiny import tiny_images, tiny_llava, tiny_processor
 
 from thinsight.evaluation import Evaluator, Example
-from thinsight.evaluation.encoding import Prompt, encode_prompt
-from thinsight.evaluation.same_images import Siblings, siblings_of
+from thinsight.evaluation.full_model import Siblings, siblings_of
+from thinsight.evaluation.prompts import Prompt, encode_prompt
 from thinsight.runtime import can_share
 from thinsight.runtime.families import SUPPORTED, reads_prompt_both_ways
 

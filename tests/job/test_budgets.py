@@ -13,8 +13,8 @@ from small_run import SmallRun, make_small_run
 from thinsight import Reduction
 from thinsight.budget import LatencyModel, TimeBudget
 from thinsight.errors import ThinsightError
-from thinsight.evaluation.encoding import typical_batch
 from thinsight.evaluation.examples import load_examples
+from thinsight.evaluation.prompts import typical_batch
 from thinsight.job.pipeline import SearchOptions, search_and_report
 from thinsight.job.session import ModelOptions
 from thinsight.loading import load_model

@@ -13,8 +13,8 @@ from typer.testing import CliRunner, Result
 from thinsight import load_examples
 from thinsight.cli import app
 from thinsight.evaluation import Evaluator
+from thinsight.evaluation.features import VisionCache
 from thinsight.evaluation.full_model import FullModel
-from thinsight.evaluation.vision_cache import VisionCache
 from thinsight.loading import load_model
 
 SETTINGS = {

@@ -20,7 +20,8 @@ from small_run import SmallRun, make_small_run
 from thinsight import Evaluator, load_examples
 from thinsight.baselines import BASELINES
 from thinsight.errors import BadInput, StorageError, ThinsightError
-from thinsight.evaluation import feature_store, full_model
+from thinsight.evaluation import full_model
+from thinsight.evaluation import store as feature_store
 from thinsight.job.compare import CompareOptions, CompareOutcome, compare, method_names
 from thinsight.job.pipeline import SearchOptions, search_and_report
 from thinsight.job.session import ModelOptions

@@ -14,14 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from thinsight.errors import ThinsightError
 from thinsight.ranking import Ranker
 from thinsight.reduction import Reduction
-from thinsight.runtime import (
-    apply,
-    decoder_layers,
-    encode_images,
-    num_layers,
-    remove,
-    vision_token_mask,
-)
+from thinsight.runtime import apply, decoder_layers, encode_images, num_layers, remove, vision_token_mask
 from thinsight.runtime.cache import CACHE
 from thinsight.runtime.families import attention_of
 from thinsight.schedule import Schedule

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import thinsight.runtime.scoring as scoring
 from thinsight.adaptive import Adaptive
-from thinsight.evaluation.encoding import process
 from thinsight.evaluation.examples import load_examples
+from thinsight.evaluation.prompts import process
 from thinsight.loading import load_demo
 from thinsight.ranking import (
     STATISTICS,

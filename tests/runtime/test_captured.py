@@ -23,7 +23,7 @@ from thinsight.ranking import Context, Ranker
 from thinsight.reduction import Reduction
 from thinsight.runtime import CapturedPrefill, Handle, apply
 from thinsight.runtime.cache import CACHE
-from thinsight.runtime.recording import EagerReplay
+from thinsight.runtime.captured import EagerReplay
 from thinsight.schedule import Schedule
 
 SCHEDULE = Schedule([1, 0.7, 0.4, 0.2])

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from thinsight.errors import ThinsightError
 from thinsight.runtime import apply, decoder_layers, vision_token_mask
 from thinsight.runtime.cache import CACHE
-from thinsight.runtime.recording import NeverWaiting
+from thinsight.runtime.captured import NeverWaiting
 from thinsight.schedule import Schedule
 
 SCHEDULE = Schedule([1, 0.7, 0.4, 0.2])

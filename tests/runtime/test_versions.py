@@ -21,10 +21,10 @@ import thinsight
 from thinsight.errors import MissingPackage, Unsupported
 from thinsight.evaluation import Evaluator, Example
 from thinsight.loading import load_config
-from thinsight.runtime import CapturedPrefill, apply, encode_images, recording, resuming
+from thinsight.runtime import CapturedPrefill, apply, encode_images, resuming, snapshotting
 from thinsight.runtime.cache import CACHE, cache_of, is_paged
+from thinsight.runtime.captured import EagerReplay
 from thinsight.runtime.families import OLDEST, UNTESTED, check_version
-from thinsight.runtime.recording import EagerReplay
 from thinsight.schedule import Schedule
 from thinsight.timing import measure
 
@@ -118,7 +118,7 @@ def test_our_own_calls_use_no_deprecated_name(monkeypatch: pytest.MonkeyPatch) -
         warnings.simplefilter("error", FutureWarning)
         Evaluator(model, processor, examples, batch_size=2)(SCHEDULE)
         with apply(model, SCHEDULE) as handle, torch.no_grad():
-            with recording(handle, 2) as taken:
+            with snapshotting(handle, 2) as taken:
                 model(**batch)
             with resuming(handle, taken[0]):
                 model(**batch)

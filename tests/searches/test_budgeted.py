@@ -16,15 +16,9 @@ from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation.result import Evaluation
 from thinsight.schedule import Schedule
 from thinsight.searches import adaptive_search, frontier, psigmoid, random_search, sensitivity_search
-from thinsight.searches.exits import ExitModel
 from thinsight.searches.frontier import SHARES
-from thinsight.searches.shapes import (
-    deform,
-    first_layer_for,
-    fit_sigmoid,
-    random_staircase,
-    sigmoid,
-)
+from thinsight.searches.sensitivity import ExitModel
+from thinsight.searches.shapes import deform, first_layer_for, fit_sigmoid, random_staircase, sigmoid
 
 L, N = 8, 32
 SEARCHES = [psigmoid, random_search, sensitivity_search]

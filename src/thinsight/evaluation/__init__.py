@@ -12,8 +12,7 @@ from .result import Evaluation
 from .statistics import Interval, drop_interval, paired_bootstrap
 
 if TYPE_CHECKING:
-    from .attention import attention_statistics
-    from .consistency import RankConsistency, rank_consistency
+    from .consistency import RankConsistency, attention_statistics, rank_consistency
     from .evaluator import Evaluator
     from .examples import Example, load_examples
     from .metrics import METRICS, get_metric

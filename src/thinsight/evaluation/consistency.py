@@ -7,7 +7,7 @@ different layers of the full model. Knows nothing about reductions, answers or s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,20 +15,176 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput
-from ..runtime import num_layers
+from ..runtime import LayerScores, apply, layer_scores, num_layers
 from ..runtime.families import check_supported
-from .attention import prompt_scores
-from .encoding import PromptReader
-from .examples import Example
-from .ranks import kendall_tau_b, tied_share, top_k_overlap
+from ..schedule import Schedule
+from .examples import Example, Progress, check_examples
+from .features import VisionCache
+from .prompts import PromptBatch, PromptReader, pad_batch, pass_inputs, prompt_positions
 
-__all__ = ["RankConsistency", "rank_consistency"]
+_CHUNK = 1 << 21  # pairs of tokens at a time: bounds the memory to 4 bytes x chunk x rows
+
+Array = NDArray[np.float64]
+
+
+def kendall_tau_b(scores: Array) -> Array:
+    """Kendall's tau-b (Kendall 1945, "The treatment of ties in ranking problems") of every pair of rows.
+
+    Args:
+        scores: (rankings, tokens) float.
+
+    Returns:
+        (rankings, rankings) float64 in [-1, 1]; a row without two different scores has no ranking: its tau is
+        0.
+    """
+    rankings, tokens = scores.shape
+    concordance = np.zeros((rankings, rankings))
+    first = 0
+    while first < tokens - 1:
+        last = min(tokens - 1, first + max(1, _CHUNK // tokens))
+        # the order of every pair (i, j > i) with i in the chunk, per row: (rankings, pairs) in {-1, 0, 1}
+        signs = np.concatenate(
+            [
+                np.sign(scores[:, i : i + 1] - scores[:, i + 1 :]).astype(np.float32)
+                for i in range(first, last)
+            ],
+            axis=1,
+        )
+        concordance += (signs @ signs.T).astype(np.float64)
+        first = last
+    untied = np.diag(concordance)  # (rankings,) pairs of tokens with different scores
+    scale = np.sqrt(np.outer(untied, untied))
+    return np.divide(concordance, scale, out=np.zeros_like(concordance), where=scale > 0)
+
+
+def top_k_overlap(scores: Array, k: int) -> Array:
+    """Share of the k best tokens that neighbouring rows have in common: (rankings, tokens) -> (rankings -
+    1,).
+
+    Ties fall to the earlier token. Two unrelated rankings share k / tokens on average.
+    """
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    member = np.zeros(scores.shape, dtype=bool)
+    np.put_along_axis(member, best, True, axis=1)
+    return (member[:-1] & member[1:]).sum(axis=1) / k
+
+
+def tied_share(scores: Array) -> Array:
+    """Share of the tokens whose score another token has too: (rankings, tokens) -> (rankings,)."""
+    result = np.zeros(len(scores))
+    for row, values in enumerate(scores):
+        _, counts = np.unique(values, return_counts=True)
+        result[row] = counts[counts > 1].sum() / len(values)
+    return result
+
+
+def attention_statistics(
+    model: Any,
+    processor: Any,
+    examples: Sequence[Example],
+    ranker: Any = "text-attention",
+    batch_size: int = 8,
+    progress: Progress | None = None,
+    reader: PromptReader | None = None,
+) -> Array:
+    """How much of each layer's attention the most attended vision tokens get, for `baselines.fitprune`.
+
+    Args:
+        model: a transformers vision-language model without a reduction on it.
+        processor: the model's own processor.
+        examples: what ``load_examples`` returns; answers are not needed.
+        ranker: what scores: a ranker's name, dict or object. Its scores must not be negative.
+        batch_size: prompts per forward pass.
+        progress: called as ``progress(what, done, total)`` while images are read, and after each batch, in
+            examples.
+        reader: what has read the examples for this model, such as an evaluator's; None: they are read here.
+
+    Returns:
+        (layers, N): the share that the j-th most attended token gets, averaged over examples; each layer sums
+        to 1. N is the largest prompt's; profiles of fewer tokens are stretched to it.
+
+    Raises:
+        ThinsightError: bad examples, scores below 0, or a model that is not supported.
+    """
+    found = prompt_scores(
+        model, processor, examples, ranker, batch_size, progress, "attention", reader=reader
+    )
+    scores = list(found)
+    if min(float(each.min()) for each in scores) < 0:
+        raise BadInput(f"ranker {ranker!r} gives scores below 0, which are no attention")
+    tokens = max(each.shape[1] for each in scores)
+    return np.mean([_profile(each, tokens) for each in scores], axis=0)
+
+
+def prompt_scores(
+    model: Any,
+    processor: Any,
+    examples: Sequence[Example],
+    ranker: Any = "text-attention",
+    batch_size: int = 8,
+    progress: Progress | None = None,
+    what: str = "scores",
+    least_tokens: int = 1,
+    reader: PromptReader | None = None,
+) -> Iterator[Array]:
+    """A ranker's scores of all vision tokens after each layer of the full model, one prompt after the other.
+
+    Yields:
+        (layers, N), in no particular order of the examples.
+
+    Raises:
+        ThinsightError: bad examples, an unknown ranker, a prompt without image token or with fewer than
+            `least_tokens` vision tokens, or a model that is not supported.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise BadInput(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
+    model = check_supported(model)
+    check_examples(examples)
+    reader = reader or PromptReader(model, processor)
+    prompts = reader.prompts(examples, progress)
+    smallest = min(range(len(prompts)), key=lambda index: prompts[index].n_vision)
+    if prompts[smallest].n_vision < least_tokens:
+        raise BadInput(f"example {examples[smallest].id!r} has one vision token: give an image with more")
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
+    images = VisionCache(model, processor, reader=reader)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        vision = images.inputs([examples[index] for index in rows], ranker)
+        found = _scores(model, pad_batch([prompts[index] for index in rows], pad_token_id=0), vision, ranker)
+        yield from (found.row(row).double().cpu().numpy() for row in range(len(rows)))
+        if progress is not None:
+            progress(what, start + len(rows), len(order))
+
+
+def _scores(model: Any, batch: PromptBatch, vision: dict[str, Any], ranker: Any) -> LayerScores:
+    device = model.device
+    inputs = pass_inputs(
+        model,
+        batch.input_ids.to(device),
+        batch.attention_mask.to(device),
+        prompt_positions(model, batch),
+        token_types={name: types.to(device) for name, types in batch.per_token.items()},
+        **vision,
+    )
+    inputs.pop("use_cache", None)  # some families fill it in
+    # a full schedule leaves the model as it is, and makes sure that no other reduction is on it
+    with apply(model, Schedule.full(num_layers(model))):
+        return layer_scores(model, inputs, ranker)
+
+
+def _profile(scores: Array, tokens: int) -> Array:
+    """(layers, n) to (layers, tokens): each layer's shares, most attended first."""
+    ranked = -np.sort(-scores, axis=1)
+    total = ranked.sum(axis=1, keepdims=True)
+    shares = np.where(total > 0, ranked / np.where(total > 0, total, 1), 1 / scores.shape[1])
+    summed = np.concatenate([np.zeros((len(shares), 1)), shares.cumsum(axis=1)], axis=1)
+    have, want = np.linspace(0, 1, summed.shape[1]), np.linspace(0, 1, tokens + 1)
+    return np.diff(np.stack([np.interp(want, have, layer) for layer in summed]), axis=1)
+
 
 LOW_TAU = 0.2  # the paper's models have 0.68 and more after the first layer
 FAIR_TAU = 0.4
 TOP_RATE = 0.25
-
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

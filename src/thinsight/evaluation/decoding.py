@@ -28,8 +28,7 @@ from ..errors import Unsupported
 from ..runtime import vision_token_mask
 from ..runtime.cache import CACHE
 from ..runtime.families import reads_prompt_both_ways, sliding_layers
-from .encoding import PromptBatch
-from .passes import pass_inputs, prompt_positions
+from .prompts import PromptBatch, pass_inputs, prompt_positions
 
 __all__ = ["Beginning", "DecodingRules", "GreedyAnswer", "PromptScope", "decode"]
 

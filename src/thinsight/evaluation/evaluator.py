@@ -36,16 +36,15 @@ from ..version import __version__
 from .batch_size import check_batch_size, chunks
 from .bounds import LossTest, check_confidence, random_order
 from .decoding import DecodingRules, GreedyAnswer, PromptScope, decode
-from .disk_store import DiskStore
-from .encoding import Prompt, PromptReader, pad_batch
 from .examples import Example, Progress, check_examples
-from .feature_store import DEFAULT_CACHE_GIB
+from .features import hash_image, hash_json, hash_model, hash_processor, hash_reading
 from .full_model import FullModel
-from .hashing import hash_image, hash_json, hash_model, hash_processor, hash_reading
 from .metrics import Metric, get_metric
 from .prefix_cache import PrefixCache
+from .prompts import Prompt, PromptReader, pad_batch
 from .result import Evaluation
 from .statistics import score_to_expect
+from .store import DEFAULT_CACHE_GIB, DiskStore
 
 __all__ = ["Evaluator", "FullAnswer", "check_metric"]
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from ..errors import StorageError
 from ..ranking import TEXT_ATTENTION, get_ranker
 from ..reduction import Reduction
-from ..runtime import Handle, Snapshot, can_share, num_layers, recording, resuming
+from ..runtime import Handle, Snapshot, can_share, num_layers, resuming, snapshotting
 from ..schedule import Schedule
-from .feature_store import DEFAULT_CACHE_GIB, FeatureStore
+from .store import DEFAULT_CACHE_GIB, FeatureStore
 
 __all__ = ["PrefixCache"]
 
@@ -112,7 +112,7 @@ class PrefixCache:
                 if start:
                     stack.enter_context(resuming(handle, self._read(key)))
                 if wanted:
-                    taken = stack.enter_context(recording(handle, wanted))
+                    taken = stack.enter_context(snapshotting(handle, wanted))
                 began = self._now()
                 yield
                 self._saved += (self._now() - began) * start / (self._num_layers - start)

@@ -16,10 +16,10 @@ from pathlib import Path
 from ..errors import BadInput
 from ..evaluation.batch_size import AUTO
 from ..evaluation.consistency import rank_consistency
-from ..evaluation.encoding import PromptReader, typical_batch
 from ..evaluation.evaluator import check_metric
 from ..evaluation.examples import Example, Progress, load_examples, read_examples, validate_examples
 from ..evaluation.images import check_exists
+from ..evaluation.prompts import PromptReader, typical_batch
 from ..packing import pack
 from ..report import words
 from ..report.data import DatasetInfo, Headline, Picture, ReportData

@@ -13,16 +13,15 @@ from ..adaptive import Adaptive
 from ..baselines import BASELINES
 from ..budget import Budget, check_budget_value
 from ..errors import BadInput, MissingPackage, Unreachable, Unsupported
-from ..evaluation.attention import attention_statistics
+from ..evaluation.consistency import attention_statistics
 from ..evaluation.evaluator import Evaluator
 from ..ranking import get_ranker
 from ..records import write_atomically
 from ..reduction import Reduction
 from ..report.comparison import Comparison, Run, draw, markdown, to_csv
 from ..schedule import Schedule
-from ..searches.rankers import rankers_for
 from ..searches.result import SearchResult
-from ..searches.search import CHOOSE_RANKER, METHODS
+from ..searches.search import CHOOSE_RANKER, METHODS, rankers_for
 from .limits import Limits, limits_of
 from .prepared import Prepared, RunOptions, prepare
 from .scoring import Scores

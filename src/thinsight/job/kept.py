@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ..errors import BadInput
-from ..evaluation.encoding import PromptReader, check_length, process
 from ..evaluation.examples import Example
+from ..evaluation.prompts import PromptReader, check_length, process
 from ..reduction import Reduction
 from ..report.data import Picture
 from ..runtime import Handle, apply, vision_token_mask

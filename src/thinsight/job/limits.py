@@ -11,7 +11,7 @@ from typing import Any
 
 from ..budget import Budget, LatencyModel, TimeBudget, make_budget
 from ..evaluation.evaluator import Evaluator
-from ..searches.search import budget_of
+from ..searches.budgeted import budget_of
 
 __all__ = ["Limits", "limits_of"]
 

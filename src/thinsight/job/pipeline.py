@@ -14,13 +14,13 @@ from typing import Any
 from .. import baselines
 from ..errors import Unreachable, Unsupported
 from ..evaluation.consistency import rank_consistency
-from ..evaluation.encoding import typical_batch
+from ..evaluation.prompts import typical_batch
 from ..reduction import Reduction
 from ..report import save_report_data, write_report
 from ..report.data import Consistency, Picture, ReportData
 from ..runtime import apply
 from ..schedule import Schedule
-from ..searches.rankers import AUTO
+from ..searches.search import AUTO
 from ..timing import Measurement, measure
 from .findings import Findings, Tested, measured_of, report_of
 from .kept import picture_of, varied

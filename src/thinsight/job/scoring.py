@@ -14,12 +14,11 @@ import numpy as np
 
 from ..errors import BadInput
 from ..evaluation.batch_size import check_batch_size
-from ..evaluation.disk_store import DiskStore
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.examples import Example
-from ..evaluation.feature_store import DEFAULT_CACHE_GIB, FeatureStore
 from ..evaluation.metrics import get_metric
 from ..evaluation.result import Evaluation
+from ..evaluation.store import DEFAULT_CACHE_GIB, DiskStore, FeatureStore
 from .session import Opened
 from .watching import Watcher
 

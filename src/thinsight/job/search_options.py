@@ -17,11 +17,17 @@ from ..reduction import Reduction
 from ..schedule import Schedule
 from ..searches.frontier import LEAST_TRIALS as LEAST_OF_FRONTIER
 from ..searches.frontier import SHARES, frontier
-from ..searches.gsearch import gsearch
-from ..searches.rankers import AUTO, FIRST_CHOICE
-from ..searches.search import CHOOSE_RANKER, DEFAULT_MAX_DROP, METHODS, check_score_drop, choose_method
+from ..searches.gsearch import Solver, check_early_stop, get_solver, gsearch
+from ..searches.search import (
+    AUTO,
+    CHOOSE_RANKER,
+    DEFAULT_MAX_DROP,
+    FIRST_CHOICE,
+    METHODS,
+    check_score_drop,
+    choose_method,
+)
 from ..searches.search import LEAST_TRIALS as LEAST_OF_METHODS
-from ..searches.solvers import Solver, check_early_stop, get_solver
 from .prepared import RunOptions
 from .session import layers_of
 

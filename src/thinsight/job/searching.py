@@ -16,8 +16,7 @@ from ..reduction import Reduction
 from ..report.data import FrontierRow, TrialRow
 from ..searches import SearchResult, frontier, gsearch
 from ..searches.frontier import SHARES, Frontier
-from ..searches.rankers import rankers_for
-from ..searches.search import METHODS
+from ..searches.search import METHODS, rankers_for
 from .limits import Limits, limits_of
 from .prepared import Prepared
 from .results import MedianPrompt, trial_rows

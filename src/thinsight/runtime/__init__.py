@@ -1,26 +1,24 @@
 """Runs a transformers model under a reduction. The only room that knows transformers' insides.
 
-`apply.py` puts a reduction on a model; `handle.py` is what its caller then has in hand. `reducer.py` is the
-mechanism: hooks (`hooks.py`) that drop vision tokens before layers, in a pass (`passes.py`) whose inputs
-`call.py` has read. `quotas.py` says how many stay, `selecting.py` which, `arguments.py` what a layer gets.
+`apply.py` puts a reduction on a model and gives its caller a handle. `reducer.py` is the mechanism: a pass
+from top to bottom, by hooks (`hooks.py`) that drop vision tokens before layers; `call.py` reads its inputs.
 
 `layout.py` holds the two token spaces, `cache.py` and `masks.py` keep cache and masks right between them;
 `scoring.py` reads attention, `encoding.py` the vision tower, `families.py` knows models. On top of it all,
-`prefix.py` lets reductions share the layers in which they agree, `captured.py` replays prefills that
-`recording.py` records, and `observe.py` ranks where nothing is dropped.
+`prefix.py` lets reductions share the layers in which they agree, `captured.py` records prefills and replays
+them, and `observe.py` ranks where nothing is dropped.
 
 Knows nothing about searching, evaluating or reporting.
 """
 
 from __future__ import annotations
 
-from .apply import apply, check_rankable
+from .apply import Handle, apply, check_rankable, remove
 from .captured import CapturedPrefill
 from .encoding import EncodedImages, encode_images
 from .families import decoder_layers, num_layers, vision_token_mask
-from .handle import Handle, remove
 from .observe import LayerScores, layer_scores
-from .prefix import Snapshot, can_share, recording, resuming
+from .prefix import Snapshot, can_share, resuming, snapshotting
 
 __all__ = [
     "CapturedPrefill",
@@ -35,8 +33,8 @@ __all__ = [
     "encode_images",
     "layer_scores",
     "num_layers",
-    "recording",
     "remove",
     "resuming",
+    "snapshotting",
     "vision_token_mask",
 ]

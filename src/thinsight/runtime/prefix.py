@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import BadInput
+from .apply import Handle
 from .cache import Kept, ThinnedLayer, cache_of, thin
 from .families import decoder_layers, sliding_layers
-from .handle import Handle
 from .layout import Columns
-from .passes import PassState
+from .reducer import PassState
 
-__all__ = ["Snapshot", "can_share", "recording", "resuming"]
+__all__ = ["Snapshot", "can_share", "resuming", "snapshotting"]
 
 Mapped = Callable[[str, Tensor], Tensor]
 
@@ -137,7 +137,7 @@ def can_share(model: Any) -> bool:
 
 
 @contextmanager
-def recording(handle: Handle, layer: int) -> Iterator[list[Snapshot]]:
+def snapshotting(handle: Handle, layer: int) -> Iterator[list[Snapshot]]:
     """The next pass with vision tokens leaves a snapshot of what enters ``layer``, before it is reduced.
 
     Yields:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from .adaptive import adaptive_search
 from .frontier import Frontier, frontier
-from .gsearch import gsearch
+from .gsearch import Bayes, Bisect, LayerProblem, Solver, gsearch
 from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .psigmoid import psigmoid
 from .random_search import random_search
 from .result import SearchResult, Trial
 from .search import search
 from .sensitivity import sensitivity_search
-from .solvers import Bayes, Bisect, LayerProblem, Solver
 from .study import SearchEvaluator, Study
 
 __all__ = [

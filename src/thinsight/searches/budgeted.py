@@ -287,7 +287,7 @@ def _counted(evaluator: Any, value: float, unit: str) -> Budget:
         )
     latency = None
     if unit == "ms":
-        from ..evaluation.encoding import typical_batch
+        from ..evaluation.prompts import typical_batch
         from ..timing import profile
 
         batch = typical_batch(evaluator.processor, evaluator.examples, evaluator.batch_size)

@@ -13,9 +13,8 @@ from ..budget import Budget
 from ..schedule import Schedule
 from .budgeted import BudgetedRun, budget_of, check_count, earliest_layer, merit
 from .progress import SearchObserver
-from .proposals import propose
 from .result import SearchResult, Trial
-from .shapes import first_layer_for, fit_sigmoid, sigmoid
+from .shapes import first_layer_for, fit_sigmoid, propose, sigmoid
 from .study import SearchEvaluator
 
 __all__ = ["psigmoid"]

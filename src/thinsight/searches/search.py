@@ -16,20 +16,38 @@ from ..budget import Budget, check_budget_value
 from ..errors import BadInput
 from .adaptive import LEAST_TRIALS as LEAST_OF_ADAPTIVE
 from .adaptive import adaptive_search
-from .budgeted import budget_of, check_count
-from .gsearch import check_max_drop, gsearch
+from .budgeted import check_count
+from .gsearch import check_early_stop, check_max_drop, get_solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
-from .rankers import AUTO, FIRST_CHOICE, rankers_for
 from .result import SearchResult
 from .sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY
 from .sensitivity import sensitivity_search
-from .solvers import check_early_stop, get_solver
 
+if TYPE_CHECKING:
+    from ..evaluation.evaluator import Evaluator
 if TYPE_CHECKING:
     from ..evaluation.examples import Example
 
-__all__ = ["CHOOSE_RANKER", "LEAST_TRIALS", "METHODS", "WARM_START", "budget_of", "choose_method", "search"]
+AUTO = "auto"
+FIRST_CHOICE: dict[str, Any] = {"name": "text-attention", "queries": "instruction"}
+_CHOICES: tuple[dict[str, Any], ...] = (
+    FIRST_CHOICE,
+    {"name": "text-attention", "queries": "last"},
+    {"name": "staged", "first": "vision-attention"},
+    {"name": "staged", "first": "cdpruner"},
+)
+
+
+def rankers_for(evaluator: Evaluator) -> list[dict[str, Any]]:
+    """The rankers to choose from on an evaluator's model, as whole dicts: those that can rank there.
+
+    Text attention of the instruction or of the last token, and two that drop before layer 0 and rank by text
+    attention behind it.
+    """
+    from ..ranking import get_ranker
+
+    return [get_ranker(choice).to_dict() for choice in _CHOICES if evaluator.can_rank(choice)]
 
 
 METHODS: dict[str, Any] = {
@@ -146,7 +164,7 @@ def search(
     _check_options(chosen, options)
     from ..evaluation.evaluator import Evaluator
     from ..evaluation.examples import load_examples
-    from ..evaluation.feature_store import DEFAULT_CACHE_GIB
+    from ..evaluation.store import DEFAULT_CACHE_GIB
 
     if isinstance(examples, (str, Path)):
         examples = load_examples(examples)

@@ -1,0 +1,61 @@
+"""The house: imports run one way, so that every file can be understood from those below it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import thinsight
+
+SOURCE = Path(thinsight.__file__).parent
+FILES = {
+    ".".join(("thinsight", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in SOURCE.rglob("*.py")
+}
+
+
+def imported(node: ast.AST, package: list[str]) -> Iterator[str]:
+    """Modules of ours that a module needs when it runs, wherever it imports them."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.ImportFrom) and child.level:
+            start = [*package[: len(package) - child.level + 1], *(child.module or "").split(".")]
+            base = ".".join(filter(None, start))
+            for alias in child.names:
+                name = f"{base}.{alias.name}"
+                yield name if name in FILES else base
+        else:
+            yield from imported(child, package)
+
+
+def graph() -> dict[str, set[str]]:
+    result = {}
+    for name, path in FILES.items():
+        package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        result[name] = {*imported(ast.parse(path.read_text(encoding="utf-8")), package)} - {name}
+    return result
+
+
+def test_no_import_goes_round_in_a_circle() -> None:
+    order = list(TopologicalSorter(graph()).static_order())  # raises CycleError where there is none
+    assert {*FILES} <= {*order}
+
+
+def test_rooms_know_only_those_below() -> None:
+    """CONTRIBUTING's list, the topmost room first; what stands in no room of it is below them all."""
+    rooms = ("cli", "console", "job", "report", "searches", "evaluation", "baselines", "runtime", "ranking")
+
+    def floor(module: str) -> int:
+        room = module.removeprefix("thinsight").strip(".").split(".")[0]
+        return rooms.index(room) if room in rooms else len(rooms)
+
+    upwards = [
+        f"{module} imports {other}"
+        for module, others in graph().items()
+        for other in others
+        if floor(module) < len(rooms) and floor(other) < floor(module)
+    ]
+    assert upwards == []
