@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from .job.watching import Watcher
-from .searches.progress import Progress as SearchProgress
-from .searches.progress import SearchPlan
+from .progress import Progress as SearchProgress
+from .progress import SearchPlan, Watcher
 from .searches.result import SearchResult, Trial
 from .texts import capped, terminal
 

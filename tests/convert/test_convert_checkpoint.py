@@ -21,7 +21,7 @@ from thinsight import ThinsightError, load_model
 from thinsight.convert import convert
 from thinsight.convert.source import TensorSpec, plan_shards, write_shards
 from thinsight.errors import StorageError
-from thinsight.job.watching import Watcher
+from thinsight.progress import Watcher
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from thinsight.job.compare import CompareOptions, compare
 from thinsight.job.pipeline import SearchOptions, search_and_report
 from thinsight.job.scoring import ScoringOptions
 from thinsight.job.session import ModelOptions, load_sets
-from thinsight.job.watching import Watcher
+from thinsight.progress import Watcher
 
 ORIENTATION, QUARTER = 0x0112, 6
 QUESTIONS = ("what color is the circle ?", "how many ?")

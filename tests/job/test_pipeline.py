@@ -26,8 +26,8 @@ from thinsight.evaluation.full_model import FullModel
 from thinsight.job import pipeline, searching
 from thinsight.job.pipeline import SearchOptions, SearchOutcome, search_and_report
 from thinsight.job.session import ModelOptions
-from thinsight.job.watching import Watcher
 from thinsight.loading import checkpoint_hash, load_model
+from thinsight.progress import Watcher
 from thinsight.report import load_report_data
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
 
 from ..errors import BadInput, StorageError, ThinsightError
-from ..job.watching import Watcher
+from ..progress import Watcher
 from ..records import user_path
 from .config import (
     IMAGE_TOKEN,

@@ -21,6 +21,7 @@ from ..evaluation.examples import Example, Progress, load_examples, read_example
 from ..evaluation.images import check_exists
 from ..evaluation.prompts import PromptReader, typical_batch
 from ..packing import pack
+from ..progress import Watcher
 from ..report import words
 from ..report.data import DatasetInfo, Headline, Picture, ReportData
 from ..schedule import Schedule
@@ -48,7 +49,6 @@ from .session import (
     open_model,
 )
 from .splits import content_hash
-from .watching import Watcher
 
 __all__ = ["BenchResult", "JobOptions", "ShowResult", "analyze", "bench", "evaluate", "show"]
 

@@ -15,6 +15,7 @@ from ..budget import Budget, check_budget_value
 from ..errors import BadInput, MissingPackage, Unreachable, Unsupported
 from ..evaluation.consistency import attention_statistics
 from ..evaluation.evaluator import Evaluator
+from ..progress import Watcher
 from ..ranking import get_ranker
 from ..records import write_atomically
 from ..reduction import Reduction
@@ -28,7 +29,6 @@ from .scoring import Scores
 from .search_options import LEAST_TRIALS, TITLES
 from .session import environment
 from .splits import content_hash
-from .watching import Watcher
 
 __all__ = ["CompareOptions", "CompareOutcome", "compare", "method_names"]
 

@@ -15,6 +15,7 @@ from .. import baselines
 from ..errors import Unreachable, Unsupported
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.prompts import typical_batch
+from ..progress import Watcher
 from ..reduction import Reduction
 from ..report import save_report_data, write_report
 from ..report.data import Consistency, Picture, ReportData
@@ -28,7 +29,6 @@ from .prepared import Prepared, prepare
 from .results import consistency_of
 from .search_options import SearchOptions
 from .searching import search_once
-from .watching import Watcher
 
 __all__ = ["SearchOptions", "SearchOutcome", "search_and_report"]
 

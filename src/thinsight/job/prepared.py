@@ -12,13 +12,13 @@ from typing import Any
 
 from ..evaluation.batch_size import AUTO
 from ..evaluation.evaluator import Evaluator, check_metric
+from ..progress import Watcher
 from ..reduction import Reduction
 from ..searches.study import searchable_score
 from .results import MedianPrompt
 from .run_folder import RunFolder
 from .scoring import Scores, ScoringOptions, make_evaluator
 from .session import DEFAULT_OUT, ModelOptions, Opened, Sets, check_sources, load_sets, open_model
-from .watching import Watcher
 
 __all__ = ["Prepared", "RunOptions", "prepare"]
 

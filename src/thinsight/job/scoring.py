@@ -19,8 +19,8 @@ from ..evaluation.examples import Example
 from ..evaluation.metrics import get_metric
 from ..evaluation.result import Evaluation
 from ..evaluation.store import DEFAULT_CACHE_GIB, DiskStore, FeatureStore
+from ..progress import Watcher
 from .session import Opened
-from .watching import Watcher
 
 __all__ = ["Scores", "ScoringOptions", "make_evaluator"]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ..progress import Progress, SearchObserver, SearchPlan, Silent
 from .adaptive import adaptive_search
 from .frontier import Frontier, frontier
 from .gsearch import Bayes, Bisect, LayerProblem, Solver, gsearch
-from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .psigmoid import psigmoid
 from .random_search import random_search
 from .result import SearchResult, Trial

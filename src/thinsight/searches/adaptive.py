@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from ..adaptive import Adaptive
 from ..budget import Budget
 from ..errors import BadInput, Unreachable
+from ..progress import SearchObserver
 from ..reduction import Reduction
 from ..schedule import Schedule
 from .budgeted import BudgetedRun, budget_of, check_count, first_layers
-from .progress import SearchObserver
 from .result import SearchResult, Trial
 from .sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY
 from .sensitivity import SensitivitySearch, worth

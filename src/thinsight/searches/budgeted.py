@@ -15,9 +15,9 @@ from typing import Any
 from ..adaptive import Adaptive
 from ..budget import Budget, KeepBudget, check_budget_value, make_budget
 from ..errors import BadInput, Unreachable
+from ..progress import Progress, SearchObserver, SearchPlan, Silent
 from ..reduction import Reduction
 from ..schedule import Schedule
-from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .result import SearchResult, Trial
 from .shapes import first_layer_for
 from .study import SearchEvaluator, Study, share_prefix

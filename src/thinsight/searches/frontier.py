@@ -13,9 +13,9 @@ from typing import Any
 
 from ..budget import Budget, check_budget_value
 from ..errors import BadInput, Unreachable
+from ..progress import SearchObserver
 from ..schedule import Schedule
 from .budgeted import BudgetedRun, budget_of, check_count, earliest_layer
-from .progress import SearchObserver
 from .result import SearchResult
 from .sensitivity import SensitivitySearch, exit_model
 from .shapes import first_layer_for

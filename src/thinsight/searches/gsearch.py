@@ -14,9 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from ..errors import BadInput
 from ..evaluation.bounds import check_confidence
+from ..progress import Progress, SearchObserver, SearchPlan, Silent
 from ..reduction import Reduction
 from ..schedule import Schedule
-from .progress import Progress, SearchObserver, SearchPlan, Silent
 from .result import SearchResult, Trial
 from .shapes import quiet
 from .study import Record, SearchEvaluator, Study, share_prefix

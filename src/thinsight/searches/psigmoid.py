@@ -10,9 +10,9 @@ import os
 from typing import Any
 
 from ..budget import Budget
+from ..progress import SearchObserver
 from ..schedule import Schedule
 from .budgeted import BudgetedRun, budget_of, check_count, earliest_layer, merit
-from .progress import SearchObserver
 from .result import SearchResult, Trial
 from .shapes import first_layer_for, fit_sigmoid, propose, sigmoid
 from .study import SearchEvaluator

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..budget import Budget
+from ..progress import SearchObserver
 from ..schedule import Schedule
 from .budgeted import BudgetedRun, budget_of, check_count, first_layers, merit
-from .progress import SearchObserver
 from .result import SearchResult, Trial
 from .shapes import random_staircase
 from .study import SearchEvaluator, share_prefix

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ..budget import Budget, fill, fit, fit_rate
 from ..errors import Unreachable
+from ..progress import SearchObserver
 from ..schedule import Schedule
 from .budgeted import BudgetedRun, budget_of, check_count, first_layers
-from .progress import SearchObserver
 from .result import SearchResult, Trial
 from .shapes import blend, deform, random_staircase, sigmoid
 from .study import SearchEvaluator, share_prefix

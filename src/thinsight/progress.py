@@ -1,6 +1,6 @@
-"""How a search tells what it is doing: plain numbers for whoever draws them.
+"""How long work tells what it is doing, for whoever draws it or does not.
 
-Knows nothing about terminals, and nothing about how the search works.
+Knows nothing about terminals, and nothing about the work.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from .result import SearchResult, Trial
-
-__all__ = ["Progress", "SearchObserver", "SearchPlan", "Silent"]
+    from .searches.result import SearchResult, Trial
 
 
 @dataclass(frozen=True)
@@ -76,3 +74,17 @@ class Silent:
 
     def on_end(self, result: SearchResult) -> None:
         """Ignore it."""
+
+
+class Watcher(Silent):
+    """Receives what happens during a job, a search's own events included. This one ignores all of it;
+    subclass it."""
+
+    def on_stage(self, title: str) -> None:
+        """A stage begins."""
+
+    def on_note(self, text: str) -> None:
+        """Something worth a line."""
+
+    def on_progress(self, what: str, done: int, total: int) -> None:
+        """So much of the present stage is done."""
