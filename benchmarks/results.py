@@ -17,9 +17,9 @@ from pathlib import Path
 import thinsight as ts
 from thinsight.evaluation import Interval
 from thinsight.job.compare import BUDGETS, CompareOptions, compare, method_names
+from thinsight.job.opening import ModelOptions
 from thinsight.job.results import MedianPrompt, drop_of
 from thinsight.job.run_folder import RunFolder
-from thinsight.job.session import ModelOptions
 from thinsight.loading import load_demo
 from thinsight.report.comparison import OURS, Comparison, MethodAtBudget, interval_text, markdown, table
 

@@ -17,8 +17,6 @@ from .errors import BadInput
 from .schedule import Schedule, real
 from .texts import brief
 
-__all__ = ["Adaptive"]
-
 _KEYS = ("statistic", "layer", "edges", "keep_rates", "shares")
 _SLACK = 1e-6  # shares are written with all their digits, yet are sums of fractions
 

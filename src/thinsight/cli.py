@@ -31,9 +31,8 @@ from .texts import capped, shell, terminal
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .job.session import ModelOptions
+    from .job.opening import ModelOptions
 
-__all__ = ["app", "main"]
 
 BAD_INPUT = 2
 _DEFAULT_OUT = "thinsight-out"
@@ -343,7 +342,7 @@ def evaluate(
 ) -> None:
     """Score full against reduced on a set of examples (default: demo:test)."""
     from .job import commands
-    from .job.scoring import ScoringOptions
+    from .job.opening import ScoringOptions
     from .report import print_report
 
     options = commands.JobOptions(
@@ -625,7 +624,7 @@ def _watched(job: Callable[[Any], Any]) -> Any:
 
 
 def _model_options(model: str, dtype: str, device: str, attn: str, trust_remote_code: bool) -> ModelOptions:
-    from .job.session import ModelOptions
+    from .job.opening import ModelOptions
 
     return ModelOptions(model, dtype, device, attn, trust_remote_code)
 

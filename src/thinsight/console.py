@@ -18,8 +18,6 @@ from .progress import SearchPlan, Watcher
 from .searches.result import SearchResult, Trial
 from .texts import capped, terminal
 
-__all__ = ["ConsoleWatcher"]
-
 
 class ConsoleWatcher(Watcher):
     """Use as a context manager around the job."""

@@ -17,14 +17,6 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import Any
 
-__all__ = [
-    "INTERRUPTED",
-    "end_on_interrupt",
-    "exit_code",
-    "leave_on_interrupt",
-    "raise_on_interrupt",
-    "what_came",
-]
 
 _SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 INTERRUPTED = 130  # exit code: 128 and the number of SIGINT

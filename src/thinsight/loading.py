@@ -31,20 +31,6 @@ from .errors import BadInput, MissingPackage, StorageError, ThinsightError
 from .reduction import public_name
 from .runtime.families import ATTENTION, check_version, refusal, unwrapped
 
-__all__ = [
-    "DEMO",
-    "DEMOS",
-    "DTYPES",
-    "base_name",
-    "check_options",
-    "checkpoint_hash",
-    "how_to_install",
-    "load_config",
-    "load_demo",
-    "load_model",
-    "locate_model",
-]
-
 DEMO = "demo"
 _EMBEDDED = Path(__file__).resolve().parent / "demo"
 DEMOS = {DEMO: _EMBEDDED / "model", "demo-internvl": _EMBEDDED / "model-internvl"}

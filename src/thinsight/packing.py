@@ -18,9 +18,6 @@ from .errors import BadInput, Unsupported
 from .runtime import decoder_layers
 from .runtime.families import unwrapped
 
-__all__ = ["SMALLEST", "PackedModel", "pack", "packed_layers"]
-
-
 SMALLEST = 2**19
 """Layers of fewer weights gain nothing (measured on AVX2, for 1 to 640 tokens)."""
 

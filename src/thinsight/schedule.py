@@ -13,8 +13,6 @@ from typing import Any
 
 from .errors import BadInput
 
-__all__ = ["Schedule"]
-
 _ROUNDING_SLACK = 1e-9  # so that 0.3 * 10 = 3.0000000000000004 counts as 3 tokens, not as 4
 _STEEPEST = 1000.0  # a single step for any depth; beyond it floats no longer resolve alpha
 _SHOWN = 8  # runs of layers in a repr

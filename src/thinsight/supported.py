@@ -12,8 +12,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from .runtime.families import SUPPORTED
 
-__all__ = ["SupportedModel", "models"]
-
 IMAGE, BOTH = ("image",), ("image", "video")
 _WINDOWS = "static caches are refused: the text model's windowed layers keep theirs in a ring"
 

@@ -17,8 +17,6 @@ from typing import Any
 
 import yaml as _yaml
 
-__all__ = ["brief", "capped", "code", "html", "markdown", "python", "shell", "terminal", "yaml"]
-
 MESSAGE = 1000  # characters of an error or a note
 BRIEF = 280  # characters of an object in one line
 

@@ -69,7 +69,7 @@ def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: Any, **__: Any) -> Any:
         raise BadInput(REACHED)
 
-    for module in ("thinsight.job.session", "thinsight.loading"):
+    for module in ("thinsight.job.opening", "thinsight.loading"):
         monkeypatch.setattr(f"{module}.load_model", reached)
     monkeypatch.setattr("thinsight.convert.convert", reached)
 

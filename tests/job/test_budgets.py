@@ -15,8 +15,8 @@ from thinsight.budget import LatencyModel, TimeBudget
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.examples import load_examples
 from thinsight.evaluation.prompts import typical_batch
+from thinsight.job.opening import ModelOptions
 from thinsight.job.pipeline import SearchOptions, search_and_report
-from thinsight.job.session import ModelOptions
 from thinsight.loading import load_model
 from thinsight.report import load_report_data, print_report
 from thinsight.schedule import Schedule

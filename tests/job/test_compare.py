@@ -23,8 +23,8 @@ from thinsight.errors import BadInput, StorageError, ThinsightError
 from thinsight.evaluation import full_model
 from thinsight.evaluation import store as feature_store
 from thinsight.job.compare import CompareOptions, CompareOutcome, compare, method_names
+from thinsight.job.opening import ModelOptions
 from thinsight.job.pipeline import SearchOptions, search_and_report
-from thinsight.job.session import ModelOptions
 from thinsight.loading import load_model
 from thinsight.records import encode
 from thinsight.reduction import Reduction

@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
 from family_processor import RowProcessor
 
 from thinsight.errors import ThinsightError
-from thinsight.job.grid import Grid, grid_of
-from thinsight.job.kept import picture_of
+from thinsight.job.pictures import Grid, grid_of, picture_of
 from thinsight.reduction import Reduction
 from thinsight.runtime import vision_token_mask
 from thinsight.runtime.families import SUPPORTED, sliding_layers

@@ -19,9 +19,8 @@ from thinsight.errors import ThinsightError
 from thinsight.job import commands
 from thinsight.job.commands import JobOptions
 from thinsight.job.compare import CompareOptions, compare
+from thinsight.job.opening import ModelOptions, ScoringOptions, load_sets
 from thinsight.job.pipeline import SearchOptions, search_and_report
-from thinsight.job.scoring import ScoringOptions
-from thinsight.job.session import ModelOptions, load_sets
 from thinsight.progress import Watcher
 
 ORIENTATION, QUARTER = 0x0112, 6
@@ -187,7 +186,7 @@ def test_a_bad_image_is_found_before_the_model_is_loaded(
     small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = written(tmp_path, "a", range(4), False)
-    monkeypatch.setattr("thinsight.job.session.load_model", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("thinsight.job.opening.load_model", lambda *_: pytest.fail("it was loaded"))
     Image.new("RGB", (30000, 1)).save(tmp_path / "2.png")
     with pytest.raises(ThinsightError, match=r"example '2 what color .*2.png' has 30000 x 1 pixels"):
         search_and_report(search_options(small, data, None, tmp_path / "out"))

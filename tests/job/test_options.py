@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from thinsight import Reduction, Schedule, cli, loading
 from thinsight.errors import BadInput
 from thinsight.job import search_options
+from thinsight.job.opening import ModelOptions
 from thinsight.job.search_options import LEAST_TRIALS, SearchOptions
-from thinsight.job.session import ModelOptions
 from thinsight.searches.frontier import frontier
 from thinsight.searches.gsearch import gsearch
 from thinsight.searches.search import METHODS

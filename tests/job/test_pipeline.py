@@ -23,9 +23,10 @@ from thinsight import Evaluator, Reduction, drop_interval, load_examples
 from thinsight.errors import StorageError, ThinsightError
 from thinsight.evaluation import full_model
 from thinsight.evaluation.full_model import FullModel
-from thinsight.job import pipeline, searching
+from thinsight.job import pipeline
+from thinsight.job import pipeline as searching
+from thinsight.job.opening import ModelOptions
 from thinsight.job.pipeline import SearchOptions, SearchOutcome, search_and_report
-from thinsight.job.session import ModelOptions
 from thinsight.loading import checkpoint_hash, load_model
 from thinsight.progress import Watcher
 from thinsight.report import load_report_data

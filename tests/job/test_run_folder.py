@@ -15,8 +15,8 @@ from damage import changes, failing_writes, full_disk, refused_or_same
 
 from thinsight.errors import BadInput, StorageError, ThinsightError
 from thinsight.job.compare import _Found
+from thinsight.job.opening import Scores
 from thinsight.job.run_folder import RunFolder, check_writable_file
-from thinsight.job.scoring import Scores
 from thinsight.records import seal
 from thinsight.report.data import Consistency
 

@@ -10,7 +10,7 @@ from tiny import tiny_images
 
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.examples import Example
-from thinsight.job.splits import check_disjoint, content_hash, split_by_image
+from thinsight.job.opening import check_disjoint, content_hash, split_by_image
 
 
 @pytest.fixture

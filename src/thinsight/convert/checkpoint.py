@@ -38,8 +38,6 @@ from .keys import Conversion, find_conversion, text_rules, vision_rules
 from .source import Source, TensorSpec, open_source, write_shards
 from .tokenizer import convert_tokenizer
 
-__all__ = ["convert"]
-
 _MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 _OUTPUT_EMBEDDINGS = ("language_model.lm_head.weight", "language_model.output.weight")

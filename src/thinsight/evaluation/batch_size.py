@@ -17,8 +17,6 @@ import torch
 from ..cost import DecoderShape
 from ..errors import BadInput
 
-__all__ = ["AUTO", "BatchSize", "check_batch_size", "chunks", "fastest", "free_bytes", "pass_bytes"]
-
 T = TypeVar("T")
 
 AUTO = "auto"

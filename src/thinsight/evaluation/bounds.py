@@ -16,8 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import BadInput
 
-__all__ = ["LossTest", "check_confidence", "random_order"]
-
 _STAKES = np.array([0.05, 0.1, 0.2, 0.4, 0.8])  # shares of the capital; no one of them suits every loss
 
 

@@ -30,8 +30,6 @@ from ..runtime.cache import CACHE
 from ..runtime.families import reads_prompt_both_ways, sliding_layers
 from .prompts import PromptBatch, pass_inputs, prompt_positions
 
-__all__ = ["Beginning", "DecodingRules", "GreedyAnswer", "PromptScope", "decode"]
-
 # Settings of a generation config that change greedy answers and are not supported; their neutral values.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (None, 0),

@@ -46,8 +46,6 @@ from .result import Evaluation
 from .statistics import score_to_expect
 from .store import DEFAULT_CACHE_GIB, DiskStore
 
-__all__ = ["Evaluator", "FullAnswer", "check_metric"]
-
 _FINGERPRINT_FORMAT = 2
 _SHOWN = 80  # characters of an answer in a message
 _MIN_NEW_TOKENS = 4

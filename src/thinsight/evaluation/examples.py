@@ -24,16 +24,6 @@ from ..texts import brief
 from .images import ImageSource, OpenedImages, check_exists, image_key
 from .metrics import get_metric
 
-__all__ = [
-    "DEMO_PREFIX",
-    "Example",
-    "check_examples",
-    "check_images",
-    "load_examples",
-    "read_examples",
-    "validate_examples",
-]
-
 DEMO_PREFIX = "demo:"
 _DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 _DEMO_SETS = ("calibration", "test")

@@ -19,8 +19,6 @@ from PIL import Image, ImageOps
 
 from ..errors import BadInput
 
-__all__ = ["READING", "ImageSource", "OpenedImages", "check_exists", "check_size", "image_key", "open_image"]
-
 READING = 2  # of the rules here: features of images that were read by other rules have other names
 
 _MAX_ASPECT = 200  # Qwen's processors refuse more; a resize of the shorter edge would take gigabytes

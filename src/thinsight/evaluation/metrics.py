@@ -20,8 +20,6 @@ from types import MappingProxyType
 
 from ..errors import BadInput
 
-__all__ = ["METRICS", "Metric", "edit_distance", "get_metric", "normalize_vqa", "option_letter", "options_of"]
-
 ANLS_THRESHOLD = 0.5
 RELATIVE_TOLERANCE = 0.05
 

@@ -25,8 +25,6 @@ from .evaluator import Evaluator, Progress
 from .examples import Example
 from .result import Evaluation
 
-__all__ = ["EvaluatorPool"]
-
 T = TypeVar("T")
 
 _SHOWN = 12  # characters of a fingerprint in a message

@@ -24,8 +24,6 @@ from ..runtime import Handle, Snapshot, can_share, num_layers, resuming, snapsho
 from ..schedule import Schedule
 from .store import DEFAULT_CACHE_GIB, FeatureStore
 
-__all__ = ["PrefixCache"]
-
 Batch = tuple[int, ...]
 _PROBATION = 32  # passes that began at a snapshot, before it is judged whether that pays
 _clock = time.perf_counter

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput
 
-__all__ = ["Evaluation"]
-
 
 @dataclass(frozen=True)
 class Evaluation:

@@ -15,8 +15,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import BadInput
 
-__all__ = ["Interval", "drop_interval", "paired_bootstrap", "score_to_expect", "tango_interval"]
-
 NEAR_CHANCE = 0.03  # a score that is no further above guessing says nothing
 _HALVINGS = 60  # of [-1, 1], to the last bit
 _CELLS_AT_ONCE = 4_000_000  # drawn indices held in memory at a time (32 MB)

@@ -26,7 +26,20 @@ from ..report import words
 from ..report.data import DatasetInfo, Headline, Picture, ReportData
 from ..schedule import Schedule
 from ..timing import Measurement, measure
-from .kept import picture_of, varied
+from .opening import (
+    DEMO_TEST,
+    ModelOptions,
+    Opened,
+    ScoringOptions,
+    Sourced,
+    content_hash,
+    environment,
+    find_reduction,
+    fit_reduction,
+    make_evaluator,
+    open_model,
+)
+from .pictures import picture_of, varied
 from .results import (
     MedianPrompt,
     consistency_of,
@@ -37,20 +50,6 @@ from .results import (
     task_rows,
     timing_rows,
 )
-from .scoring import ScoringOptions, make_evaluator
-from .session import (
-    DEMO_TEST,
-    ModelOptions,
-    Opened,
-    Sourced,
-    environment,
-    find_reduction,
-    fit_reduction,
-    open_model,
-)
-from .splits import content_hash
-
-__all__ = ["BenchResult", "JobOptions", "ShowResult", "analyze", "bench", "evaluate", "show"]
 
 
 @dataclass(frozen=True)

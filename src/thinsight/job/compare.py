@@ -23,14 +23,8 @@ from ..report.comparison import Comparison, Run, draw, markdown, to_csv
 from ..schedule import Schedule
 from ..searches.result import SearchResult
 from ..searches.search import CHOOSE_RANKER, METHODS, rankers_for
-from .limits import Limits, limits_of
-from .prepared import Prepared, RunOptions, prepare
-from .scoring import Scores
+from .opening import Limits, Prepared, RunOptions, Scores, content_hash, environment, limits_of, prepare
 from .search_options import LEAST_TRIALS, TITLES
-from .session import environment
-from .splits import content_hash
-
-__all__ = ["CompareOptions", "CompareOutcome", "compare", "method_names"]
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 STATISTICS_EXAMPLES = 64

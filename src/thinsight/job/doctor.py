@@ -19,8 +19,6 @@ from packaging.requirements import Requirement
 from ..errors import BadInput
 from ..version import __version__
 
-__all__ = ["Diagnosis", "Package", "diagnose"]
-
 _EXTRAS = ("vision", "figures")  # that users install; the others are for work on thinsight itself
 _ALSO = ("bitsandbytes", "flash-attn", "peft", "torchvision")  # of use to models: shown where they are
 _LONGEST_REASON = 160  # characters of another library's message

@@ -1,36 +1,392 @@
 """The main job, end to end: search a reduction on calibration data, prove it on test data, write the report.
 
 Puts the stages in order and keeps the result of each, so that an interruption loses nothing. Knows nothing
-about terminals, nor about how one search works (searching.py), and computes no number itself.
+about terminals, nor about how one search works, and computes no number of a score itself.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from .. import baselines
-from ..errors import Unreachable, Unsupported
+from ..budget import Budget, KeepBudget
+from ..errors import BadInput, Unreachable, Unsupported
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.prompts import typical_batch
+from ..evaluation.result import Evaluation
+from ..loading import base_name, checkpoint_hash
 from ..progress import Watcher
-from ..reduction import Reduction
+from ..reduction import Reduction, public_name
 from ..report import save_report_data, write_report
-from ..report.data import Consistency, Picture, ReportData
+from ..report.data import (
+    Consistency,
+    DatasetInfo,
+    FrontierRow,
+    Headline,
+    MethodRow,
+    Picture,
+    ReportData,
+    SearchInfo,
+    TrialRow,
+)
 from ..runtime import apply
 from ..schedule import Schedule
-from ..searches.search import AUTO
-from ..timing import Measurement, measure
-from .findings import Findings, Tested, measured_of, report_of
-from .kept import picture_of, varied
-from .prepared import Prepared, prepare
-from .results import consistency_of
+from ..searches import SearchResult, frontier, gsearch
+from ..searches.frontier import SHARES, Frontier
+from ..searches.search import AUTO, METHODS, rankers_for
+from ..timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement, measure
+from .opening import Limits, Prepared, content_hash, environment, limits_of, prepare
+from .pictures import picture_of, varied
+from .results import (
+    MedianPrompt,
+    consistency_of,
+    drop_of,
+    method_row,
+    metric_words,
+    ranker_words,
+    task_rows,
+    timing_rows,
+    trial_rows,
+)
 from .search_options import SearchOptions
-from .searching import search_once
 
-__all__ = ["SearchOptions", "SearchOutcome", "search_and_report"]
+
+@dataclass(frozen=True)
+class SearchRecord:
+    """The search as the run folder keeps it; the two scores are the calibration set's.
+
+    ``reduction`` is what `Reduction.to_dict` gives. A resumed run takes it from here, where a checksum tells
+    a change, and not from the reduction's own file, which is the user's to edit.
+    """
+
+    method: str
+    reduction: dict[str, Any]
+    full_score: float
+    score: float
+    seconds: float
+    trials: tuple[TrialRow, ...]
+    frontier: tuple[FrontierRow, ...] = ()
+    full_forwards: float | None = None
+    doubt: str = ""
+
+
+@dataclass(frozen=True)
+class _KeptBudget(Limits):
+    """A budget as the run folder keeps it."""
+
+    value: float
+    unit: str
+
+
+def search_once(options: SearchOptions, prepared: Prepared) -> tuple[SearchRecord, Reduction]:
+    """The search's record and the reduction, which is in the run folder from here on.
+
+    A search that is done is read, one that was interrupted continues inside its journal.
+
+    Raises:
+        ThinsightError: what is asked cannot be reached.
+    """
+    folder = prepared.folder
+    record = folder.once("search", SearchRecord, lambda: _search(options, prepared))
+    return record, Reduction.from_dict(record.reduction, "the run's search")
+
+
+def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
+    """Search, and save the reduction."""
+    prepared.fix_batch_size("calibration")
+    points: tuple[FrontierRow, ...] = ()
+    if options.frontier:
+        result, points = _along_frontier(options, prepared)
+    elif options.budget is None:
+        result = _layer_by_layer(options, prepared)
+    else:
+        result = _under_budget(options, prepared)
+    reduction = _of_model(result.reduction, options.model.model)
+    reduction.save_pretrained(prepared.folder.path)
+    if result.schedule.is_full and options.budget is None:
+        prepared.watcher.on_note(
+            f"No vision token can go within a drop of {options.tolerance}: allow more with --max-drop, "
+            "or calibrate on more examples"
+        )
+    return SearchRecord(
+        result.method,
+        reduction.to_dict(),
+        result.full_score,
+        result.score,
+        result.seconds,
+        trial_rows(result.trials),
+        points,
+        result.full_forwards,
+        prepared.calibration.doubt,
+    )
+
+
+def _of_model(reduction: Reduction, name: str) -> Reduction:
+    """The reduction with what its model is told by where it is looked for again."""
+    checkpoint = checkpoint_hash(name)
+    known = {} if checkpoint is None else {"checkpoint": checkpoint}
+    record = {**(reduction.search or {}), **known}
+    return replace(reduction, base_model_name_or_path=base_name(name), search=record)
+
+
+def _journal(options: SearchOptions, prepared: Prepared) -> dict[str, Any]:
+    """What every search is told."""
+    told = {
+        "seed": options.seed,
+        "study": prepared.folder.path / "study.jsonl",
+        "resume": options.resume,
+        "observer": prepared.watcher,
+    }
+    return told if options.n_trials is None else {**told, "n_trials": options.n_trials}
+
+
+def _layer_by_layer(options: SearchOptions, prepared: Prepared) -> SearchResult:
+    return gsearch(
+        prepared.calibration,
+        options.tolerance,
+        first_layer=options.gsearch_layer,
+        solver=options.solver_name,  # by name: the evaluator says how many counts are tried at once
+        step=options.step,
+        trade_off=options.trade_off,
+        confidence=options.confidence,
+        **_journal(options, prepared),
+    )
+
+
+def _under_budget(options: SearchOptions, prepared: Prepared) -> SearchResult:
+    evaluator = prepared.calibration
+    budget = _budget(options, prepared)
+    arguments = _journal(options, prepared)
+    if options.chooses_ranker:
+        arguments["rankers"] = rankers_for(evaluator)
+    if options.start is not None:
+        arguments["warm_start"] = options.start_schedule(evaluator.num_layers)
+    found: SearchResult = METHODS[options.chosen](
+        evaluator, budget, first_layer=options.first_layer, **arguments
+    )
+    return found
+
+
+def _budget(options: SearchOptions, prepared: Prepared) -> Budget:
+    """The budget in numbers, the same one in a resumed search."""
+    assert options.budget is not None
+    value, unit = options.budget, options.unit
+
+    def count() -> _KeptBudget:
+        limits = limits_of(prepared.calibration, value, unit)
+        return _KeptBudget(limits.n_vision, limits.n_text, limits.latency, value, unit)
+
+    kept = prepared.folder.once("budget", _KeptBudget, count)
+    return kept.budget(prepared.opened.model.config, kept.value, kept.unit)
+
+
+def _along_frontier(
+    options: SearchOptions, prepared: Prepared
+) -> tuple[SearchResult, tuple[FrontierRow, ...]]:
+    """The result that the tolerance or the budget picks, and a row for each cost."""
+    evaluator = prepared.calibration
+    layers, n_vision = evaluator.num_layers, evaluator.num_vision_tokens
+    budgets = [KeepBudget(layers, n_vision, share) for share in SHARES]
+    found = frontier(evaluator, budgets, **_journal(options, prepared))
+    taken = _taken(options, found)
+    prompt = MedianPrompt.of(prepared.opened.model.config, evaluator.prompt_sizes)
+    rows = tuple(
+        FrontierRow(
+            point.schedule.keep_rates,
+            point.schedule.mean_keep_rate,
+            prompt.flops() / prompt.flops(point.schedule),
+            point.score,
+            point is taken,
+        )
+        for point in found.points
+    )
+    trials = tuple(trial for point in found.points for trial in point.trials)
+    forwards = math.fsum(point.full_forwards or 0.0 for point in found.points)
+    return replace(taken, trials=trials, method="frontier", full_forwards=forwards), rows
+
+
+def _taken(options: SearchOptions, found: Frontier) -> SearchResult:
+    """The frontier's point that the tolerance or the budget picks."""
+    if options.budget is not None:
+        return found.within(options.budget)
+    taken = found.at_drop(options.tolerance)
+    if taken is None:
+        raise BadInput(
+            f"no point of the frontier stays within a drop of {options.tolerance}: the best one loses "
+            f"{min(point.drop for point in found.points):.4f}; allow more with --max-drop"
+        )
+    return taken
+
+
+@dataclass(frozen=True)
+class Tested:
+    """One method on the test set."""
+
+    name: str
+    kind: str
+    reduction: Reduction
+    evaluation: Evaluation
+    note: str
+    doubt: str = ""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The results of all stages; the full model comes first in ``tested``, then the reduction found."""
+
+    search: SearchRecord
+    tested: tuple[Tested, ...]
+    measurement: Measurement
+    consistency: Consistency
+    pictures: tuple[Picture, ...]
+
+
+def report_of(options: SearchOptions, prepared: Prepared, findings: Findings) -> ReportData:
+    """Everything that the report shows.
+
+    Args:
+        options: what was asked for.
+        prepared: what it ran on.
+        findings: what came of it.
+    """
+    full, found = findings.tested[0], findings.tested[1]
+    rows = tuple(_row(prepared, method, full) for method in findings.tested)
+    return ReportData(
+        title=f"Fewer vision tokens for {options.model.model}",
+        model=replace(prepared.opened.info, num_vision_tokens=prepared.prompt.n_vision),
+        dataset=_dataset(options, prepared),
+        headline=_headline(rows[0], rows[1], findings.measurement, prepared.prompt.vision_flops()),
+        search=_search_info(options, findings.search, found.reduction),
+        keep_rates=found.reduction.schedule.keep_rates,
+        methods=rows,
+        per_task=task_rows(full.evaluation, found.evaluation, prepared.sets.test),
+        timing=timing_rows(findings.measurement),
+        trials=findings.search.trials,
+        frontier=findings.search.frontier,
+        consistency=findings.consistency,
+        pictures=findings.pictures,
+        environment=environment(prepared.opened),
+        commands=(options.command,) if options.command else (),
+        created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        doubts=_doubts(findings.search, full),
+    )
+
+
+def _doubts(search: SearchRecord, full: Tested) -> tuple[str, ...]:
+    """Of the calibration set and of the test set."""
+    sets = (("calibration", search.doubt), ("test", full.doubt))
+    return tuple(f"on the {name} set {doubt}" for name, doubt in sets if doubt)
+
+
+def measured_of(data: ReportData, measurement: Measurement) -> dict[str, Any]:
+    """What the saved reduction says it was measured to do, as JSON values.
+
+    Args:
+        data: the run's report.
+        measurement: full against reduced, on the clock.
+    """
+    headline, dataset = data.headline, data.dataset
+    assert headline is not None
+    assert dataset is not None
+    return {
+        "full_score": headline.full_score,
+        "score": headline.score,
+        "drop": headline.drop.mean,
+        "drop_interval_95": [headline.drop.low, headline.drop.high],
+        "metric": dataset.metric,
+        "test": {
+            "name": public_name(dataset.test_name),
+            "examples": dataset.test_size,
+            "hash": dataset.test_hash,
+        },
+        "mean_keep_rate": headline.mean_keep_rate,
+        "flops_ratio": headline.flops_ratio,
+        "kv_ratio": measurement.kv_ratio,
+        "latency": {
+            "prefill_ratio": measurement.timing(PREFILL).ratio,
+            "prefill_with_images_ratio": measurement.timing(PREFILL_WITH_IMAGES).ratio,
+            "answer_ratio": measurement.timing(ANSWER).ratio,
+            "new_tokens": measurement.new_tokens,
+            "batch_size": measurement.batch,
+            "device": measurement.device,
+            "dtype": measurement.dtype,
+            "cpu_threads": measurement.threads,
+        },
+    }
+
+
+def _row(prepared: Prepared, method: Tested, full: Tested) -> MethodRow:
+    examples = prepared.sets.test
+    drop = None if method.kind == "full" else drop_of(full.evaluation, method.evaluation, examples)
+    schedule = method.reduction.schedule
+    return method_row(
+        method.name, method.kind, schedule, method.evaluation, drop, prepared.prompt, method.note
+    )
+
+
+def _dataset(options: SearchOptions, prepared: Prepared) -> DatasetInfo:
+    sets = prepared.sets
+    return DatasetInfo(
+        test_name=sets.test_name,
+        test_size=len(sets.test),
+        calibration_name=sets.calibration_name,
+        calibration_size=len(sets.calibration),
+        metric=options.metric or metric_words(sets.test),
+        test_hash=content_hash(sets.test),
+        calibration_hash=content_hash(sets.calibration),
+    )
+
+
+def _search_info(options: SearchOptions, search: SearchRecord, reduction: Reduction) -> SearchInfo:
+    return SearchInfo(
+        method=options.title,
+        max_drop=options.tolerance if options.budget is None else None,
+        budget=_budget_words(options),
+        solver=options.solver_name if options.searches_layers else "",
+        ranker=ranker_words(reduction.ranker),
+        seed=options.seed,
+        evaluations=round(math.fsum(trial.share for trial in search.trials)),
+        full_forwards=search.full_forwards,
+        seconds=search.seconds,
+        calibration_full_score=search.full_score,
+        calibration_score=search.score,
+    )
+
+
+def _headline(
+    full: MethodRow, found: MethodRow, measurement: Measurement, vision_flops: float | None
+) -> Headline:
+    assert found.drop is not None
+    return Headline(
+        full_score=full.score,
+        score=found.score,
+        drop=found.drop,
+        mean_keep_rate=found.mean_keep_rate,
+        flops_ratio=found.flops_ratio,
+        kv_ratio=measurement.kv_ratio,
+        prefill_ratio=measurement.timing(PREFILL).ratio,
+        answer_ratio=measurement.timing(ANSWER).ratio,
+        flops_full=full.flops,
+        flops=found.flops,
+        vision_flops=vision_flops,
+    )
+
+
+def _budget_words(options: SearchOptions) -> str:
+    if options.budget is None:
+        return ""
+    if options.unit == "ms":
+        return f"{options.budget:g} ms of prefill"
+    if options.unit == "flops" and options.budget > 1:
+        return f"{options.budget:.4g} decoder FLOPs"
+    of = "of the decoder's FLOPs" if options.unit == "flops" else "mean keep rate"
+    return f"{100 * options.budget:g} % {of}"
+
 
 CONSISTENCY_EXAMPLES = 64
 

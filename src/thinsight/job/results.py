@@ -25,18 +25,6 @@ if TYPE_CHECKING:
     from ..evaluation.consistency import RankConsistency
     from ..timing import Measurement
 
-__all__ = [
-    "MedianPrompt",
-    "consistency_of",
-    "drop_of",
-    "method_row",
-    "metric_words",
-    "ranker_words",
-    "task_rows",
-    "timing_rows",
-    "trial_rows",
-]
-
 
 @dataclass(frozen=True)
 class MedianPrompt:

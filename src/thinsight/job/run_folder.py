@@ -16,8 +16,6 @@ from typing import Any, TypeVar
 from ..errors import BadInput, StorageError
 from ..records import decode, encode, probe, read_sealed, seal, sweep, user_path, write_atomically
 
-__all__ = ["RunFolder", "check_writable_file"]
-
 T = TypeVar("T")
 
 _RUN_FILE = "run.json"

@@ -28,10 +28,7 @@ from ..searches.search import (
     choose_method,
 )
 from ..searches.search import LEAST_TRIALS as LEAST_OF_METHODS
-from .prepared import RunOptions
-from .session import layers_of
-
-__all__ = ["LEAST_TRIALS", "TITLES", "SearchOptions"]
+from .opening import RunOptions, layers_of
 
 TITLES = {
     "gsearch": "G-Search",

@@ -28,24 +28,6 @@ from torch import Tensor
 
 from ..errors import BadInput
 
-__all__ = [
-    "STATES",
-    "TEXT_ATTENTION",
-    "VISION_ATTENTION",
-    "Context",
-    "Ranker",
-    "autocasts",
-    "best",
-    "choose",
-    "full_precision",
-    "get_ranker",
-    "list_rankers",
-    "mean_rows",
-    "register",
-    "row_weights",
-    "weighted_rows",
-]
-
 TEXT_ATTENTION = "text-attention"
 """A need: attention rows of the decoder layer just run (`Context.attention`, `Context.queries`)."""
 VISION_ATTENTION = "vision-attention"

@@ -13,8 +13,6 @@ from ..errors import BadInput
 from .base import STATES, Context, Ranker, register
 from .images import image_states, images, in_order, unit
 
-__all__ = ["CDPruner", "greedy_map"]
-
 _LEAST = 1e-6  # the relevance of the least relevant token, after scaling
 
 

@@ -15,8 +15,6 @@ from ..errors import BadInput
 from .base import STATES, Context, Ranker, register
 from .images import image_states, images, in_order, unit
 
-__all__ = ["Dart", "least_duplicated"]
-
 
 @register
 class Dart(Ranker):

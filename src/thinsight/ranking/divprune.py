@@ -12,8 +12,6 @@ from torch import Tensor
 from .base import STATES, Context, Ranker, register
 from .images import image_states, images, in_order, unit
 
-__all__ = ["DivPrune", "farthest_first"]
-
 
 @register
 class DivPrune(Ranker):

@@ -12,8 +12,6 @@ from .base import STATES, Context, register
 from .images import average_into, image_states, images
 from .uniform import Uniform, grid
 
-__all__ = ["Downsample", "nearest_kept"]
-
 
 @register
 class Downsample(Uniform):

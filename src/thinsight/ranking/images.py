@@ -18,8 +18,6 @@ from ..errors import BadInput
 from ..schedule import real
 from .base import Context
 
-__all__ = ["Image", "average_into", "count_of", "image_states", "images", "in_order", "share", "unit"]
-
 
 @dataclass(frozen=True)
 class Image:

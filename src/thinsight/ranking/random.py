@@ -14,8 +14,6 @@ from torch import Tensor
 from ..errors import BadInput
 from .base import Context, Ranker, register
 
-__all__ = ["Random"]
-
 _SEEDS = 2**31
 _SIZES = 2**32  # above any number of tokens
 

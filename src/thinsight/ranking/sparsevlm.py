@@ -11,8 +11,6 @@ from torch import Tensor
 from ..errors import BadInput
 from .base import STATES, TEXT_ATTENTION, Context, Ranker, mean_rows, register
 
-__all__ = ["SparseVLM", "raters"]
-
 _ROUNDING = 1e-5  # equal shares are no more than their mean
 
 

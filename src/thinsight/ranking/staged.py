@@ -13,8 +13,6 @@ from torch import Tensor
 from ..errors import BadInput
 from .base import TEXT_ATTENTION, Context, Ranker, get_ranker, register
 
-__all__ = ["Staged"]
-
 
 @register
 class Staged(Ranker):

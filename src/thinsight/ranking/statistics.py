@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ..errors import BadInput
 
-__all__ = ["STATISTICS", "concentration", "get_statistic", "mutual_information"]
-
 Statistic = Callable[[Tensor, Tensor, Tensor], Tensor]
 _SMALL = 1e-6  # AutoPrune's, inside its logarithm
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from ..errors import BadInput
 from .base import QUERIES, TEXT_ATTENTION, Context, Ranker, register
 
-__all__ = ["ROWS", "TextAttention"]
-
 ROWS = 16
 """Rows of attention that are averaged unless a setting says otherwise."""
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from .base import Context, Ranker, register
 
-__all__ = ["Uniform", "grid"]
-
 _SIGMA = 1.5  # in tokens, Ulichney's value
 _MIRROR = 0.4  # at 0 the border is taken too early, at 1 too late
 

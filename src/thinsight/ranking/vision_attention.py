@@ -10,8 +10,6 @@ from torch import Tensor
 from ..errors import BadInput
 from .base import VISION_ATTENTION, Context, Ranker, register
 
-__all__ = ["VisionAttention"]
-
 
 @register
 class VisionAttention(Ranker):

@@ -12,8 +12,6 @@ from ..errors import BadInput
 from .base import STATES, VISION_ATTENTION, Context, Ranker, register
 from .images import Image, average_into, count_of, image_states, images, in_order, share, unit
 
-__all__ = ["VisionZip"]
-
 CONTEXTUAL = 10 / 64  # the paper's 54 dominant and 10 contextual tokens
 
 

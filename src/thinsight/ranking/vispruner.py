@@ -12,8 +12,6 @@ from ..errors import BadInput
 from .base import STATES, VISION_ATTENTION, Context, Ranker, register
 from .images import count_of, image_states, images, in_order, share, unit
 
-__all__ = ["VisPruner", "distinct_last"]
-
 _AT_ONCE = 8  # tokens removed per round, as published
 
 

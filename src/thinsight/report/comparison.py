@@ -21,18 +21,6 @@ from ..evaluation.statistics import Interval, drop_interval
 from ..records import decode, write_atomically
 from . import words
 
-__all__ = [
-    "OURS",
-    "Comparison",
-    "MethodAtBudget",
-    "Run",
-    "draw",
-    "interval_text",
-    "markdown",
-    "table",
-    "to_csv",
-]
-
 OURS = "sensitivity"
 
 

@@ -19,21 +19,6 @@ from ..evaluation.statistics import Interval
 from ..records import Undefined, decode, encode
 from ..schedule import Schedule
 
-__all__ = [
-    "Consistency",
-    "DatasetInfo",
-    "Headline",
-    "Interval",
-    "MethodRow",
-    "ModelInfo",
-    "Picture",
-    "ReportData",
-    "SearchInfo",
-    "TaskRow",
-    "TimingRow",
-    "TrialRow",
-]
-
 SCHEMA_VERSION = 2
 METHOD_KINDS = ("full", "found", "baseline")
 

@@ -29,19 +29,6 @@ from ..errors import BadInput, Unsupported
 from ..schedule import Schedule
 from .layout import Columns
 
-__all__ = [
-    "CACHE",
-    "Kept",
-    "Thinned",
-    "append",
-    "cache_of",
-    "filled",
-    "is_paged",
-    "kept_before",
-    "thin",
-    "thinned",
-]
-
 _RENAMED = "past_key_values"  # by transformers 5.24, whose models take either name
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else _RENAMED
 """What the installed transformers calls a cache, as an argument of models and as a field of their outputs."""

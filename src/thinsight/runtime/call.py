@@ -22,8 +22,6 @@ from .encoding import received_of, vision_outputs
 from .families import MODALITIES, tiles_stand_apart, vision_placeholders
 from .layout import Layout, Vision, build_layout
 
-__all__ = ["Call", "Plan", "Said", "encode_pixels", "named_arguments", "read_call", "same_shape"]
-
 
 @dataclass(frozen=True)
 class Said:

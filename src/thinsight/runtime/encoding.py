@@ -24,16 +24,6 @@ from ..reduction import Reduction
 from .families import MODALITIES, base_model, unwrapped, vision_source
 from .scoring import Probe, VisionReceived
 
-__all__ = [
-    "EncodedImages",
-    "VisionTap",
-    "encode_images",
-    "encoder_inputs",
-    "has_pixels",
-    "received_of",
-    "vision_outputs",
-]
-
 _MARKERS = "visual_indicator_features"  # attribute of Ovis2's encoder output
 _RECEIVED = "thinsight_received"  # attribute of an encoder's output: attention received, per entry
 

@@ -25,32 +25,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from ..errors import BadInput, MissingPackage, Unsupported
 
-__all__ = [
-    "MODALITIES",
-    "SUPPORTED",
-    "VisionSource",
-    "attention_implementation",
-    "attention_of",
-    "base_model",
-    "check_attention",
-    "check_recomputation",
-    "check_replica",
-    "check_supported",
-    "check_version",
-    "decoder_layers",
-    "model_device",
-    "num_layers",
-    "reads_prompt_both_ways",
-    "refusal",
-    "sliding_layers",
-    "tiles_stand_apart",
-    "unwrapped",
-    "vision_placeholders",
-    "vision_source",
-    "vision_token_mask",
-    "writes_vision_after",
-]
-
 SUPPORTED = (
     "aya_vision",
     "cohere2_vision",

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Hook", "Hooks", "forget_compiled"]
-
 _compiling = torch.compiler.is_compiling  # a hook asks for every layer and token
 
 

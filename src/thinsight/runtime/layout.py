@@ -15,17 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Columns",
-    "Layout",
-    "Vision",
-    "build_layout",
-    "last_of_prompt",
-    "query_columns",
-    "shrink",
-    "text_marks",
-]
-
 
 @dataclass(frozen=True)
 class Columns:

@@ -13,8 +13,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from .layout import Columns
 
-__all__ = ["causal", "gather_tokens", "reduce_mask", "replace_tokens", "scatter_tokens"]
-
 
 def gather_tokens(states: Tensor, index: Tensor) -> Tensor:
     """Columns of (..., batch or 1, seq, dim) by index (batch, physical) -> (..., batch, physical, dim)."""

@@ -20,8 +20,6 @@ from .families import attention_of, check_supported, decoder_layers, model_devic
 from .layout import query_columns
 from .scoring import Probe, TextRows
 
-__all__ = ["LayerScores", "layer_scores"]
-
 
 @dataclass(frozen=True)
 class LayerScores:

@@ -23,8 +23,6 @@ from .families import decoder_layers, sliding_layers
 from .layout import Columns
 from .reducer import PassState
 
-__all__ = ["Snapshot", "can_share", "resuming", "snapshotting"]
-
 Mapped = Callable[[str, Tensor], Tensor]
 
 

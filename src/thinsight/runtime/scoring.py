@@ -25,8 +25,6 @@ from transformers import AttentionInterface
 from ..errors import Unsupported
 from ..ranking import full_precision, weighted_rows
 
-__all__ = ["Probe", "Request", "TextRows", "VisionReceived", "attention_rows"]
-
 _NAME = "thinsight_scoring"
 _ROWS_AT_ONCE = 128  # bounds the memory of whole-matrix requests
 _wanted = threading.local()  # .requests: {id(module): [Request]}, of this thread

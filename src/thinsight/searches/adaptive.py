@@ -26,8 +26,6 @@ from .sensitivity import SensitivitySearch, worth
 from .shapes import bend
 from .study import SearchEvaluator
 
-__all__ = ["adaptive_search"]
-
 STATISTIC = "concentration"
 LEVELS = 3  # schedules, each for as many calibration prompts as the others
 # how much more of the budget behind the decision the flattest third gets, and the most peaked third less

@@ -22,8 +22,6 @@ from .result import SearchResult, Trial
 from .shapes import first_layer_for
 from .study import SearchEvaluator, Study, share_prefix
 
-__all__ = ["BudgetedRun", "budget_of", "check_count", "earliest_layer", "first_layers", "merit"]
-
 
 def merit(trial: Trial) -> tuple[float, float]:
     """What decides between two trials on the same examples: the score, then the agreement with the full

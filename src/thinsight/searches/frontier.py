@@ -21,8 +21,6 @@ from .sensitivity import SensitivitySearch, exit_model
 from .shapes import first_layer_for
 from .study import SearchEvaluator, Study
 
-__all__ = ["SHARES", "Frontier", "frontier"]
-
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
 """Points of a frontier, as shares of the full cost; the full model itself is always one."""
 

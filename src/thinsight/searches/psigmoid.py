@@ -17,8 +17,6 @@ from .result import SearchResult, Trial
 from .shapes import first_layer_for, fit_sigmoid, propose, sigmoid
 from .study import SearchEvaluator
 
-__all__ = ["psigmoid"]
-
 # The paper's best steepness is .36 to .93 for 32 layers; wide around it, and per depth, as the shape is.
 _STEEPNESS = (0.03, 20.0)
 _REFERENCE_DEPTH = 32

@@ -19,8 +19,6 @@ from .result import SearchResult, Trial
 from .shapes import random_staircase
 from .study import SearchEvaluator, share_prefix
 
-__all__ = ["random_search"]
-
 
 def random_search(
     evaluator: SearchEvaluator,

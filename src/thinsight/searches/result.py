@@ -15,8 +15,6 @@ from ..reduction import Reduction, read_only
 from ..schedule import Schedule
 from ..texts import brief
 
-__all__ = ["SearchResult", "Trial"]
-
 
 @dataclass(frozen=True)
 class Trial:

@@ -36,8 +36,6 @@ from ..records import (
 from ..reduction import Reduction
 from ..schedule import Schedule
 
-__all__ = ["Record", "SearchEvaluator", "Study", "searchable_score", "share_prefix"]
-
 JOURNAL_VERSION = 2
 _VERSION_KEY = "thinsight_study"
 _BEGINNING = f'{{"{_VERSION_KEY}": '.encode()
