@@ -86,8 +86,8 @@ def _nothing_is_read(tmp_path: Path, small: SmallRun, monkeypatch: pytest.Monkey
     monkeypatch.setitem(loading.DEMOS, "demo", Path(small.model))
     monkeypatch.setattr(loading, "AutoModelForImageTextToText", None)
     for module in (
-        "session.load_examples",
-        "session.read_examples",
+        "opening.load_examples",
+        "opening.read_examples",
         "commands.load_examples",
         "commands.read_examples",
     ):

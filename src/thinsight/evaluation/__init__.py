@@ -40,7 +40,7 @@ _LAZY = {
     "EvaluatorPool": "pool",
     "Example": "examples",
     "RankConsistency": "consistency",
-    "attention_statistics": "attention",
+    "attention_statistics": "consistency",
     "get_metric": "metrics",
     "load_examples": "examples",
     "rank_consistency": "consistency",
