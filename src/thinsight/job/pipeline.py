@@ -1,7 +1,7 @@
 """The main job, end to end: search a reduction on calibration data, prove it on test data, write the report.
 
 Puts the stages in order and keeps the result of each, so that an interruption loses nothing. Knows nothing
-about terminals, nor about how one search works, and computes no number of a score itself.
+about terminals, nor about how one search works.
 """
 
 from __future__ import annotations
