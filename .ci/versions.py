@@ -44,9 +44,7 @@ def main() -> None:
     parser.add_argument("--newest", action="store_true", help="ask the index for a newer transformers")
     asked = parser.parse_args()
     installed = version("transformers")
-    print(
-        ", ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)])
-    )
+    print(", ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in PACKAGES)]))
     latest = newest("transformers") if asked.newest else installed
     if latest is None or latest == installed:
         return

@@ -36,15 +36,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
-from benchmarks.prefill import (
-    MEASURED,
-    SCHEDULES,
-    TEXT_TOKENS,
-    Runs,
-    Workload,
-    add_options,
-    compare,
-)
+from benchmarks.prefill import MEASURED, SCHEDULES, TEXT_TOKENS, Runs, Workload, add_options, compare
 from benchmarks.table import RESULTS, Columns, Results, Row, about, setting
 from thinsight import Reduction, apply
 from thinsight.cost import kv_bytes
@@ -272,8 +264,7 @@ def measure(work: Prompts, schedule: str, attention: str, mode: str, runs: Runs)
 def caches_right(work: Workload, reduction: Reduction, row: Row) -> bool:
     """Whether both sides cached what they should: a compiler might leave hooks out, or in."""
     full, reduced = (
-        work.batch
-        * kv_bytes(work.model.config, work.n_vision, work.n_text, schedule, work.model.dtype.itemsize)
+        work.batch * kv_bytes(work.model.config, work.n_vision, work.n_text, schedule, work.model.dtype.itemsize)
         for schedule in (None, reduction.schedule)
     )
     return (row["full_kv_bytes"], row["reduced_kv_bytes"]) == (full, reduced)

@@ -27,15 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.prefill import (
-    Workload,
-    add_options,
-    add_shape_options,
-    milliseconds,
-    prompt,
-    random_models,
-    workload,
-)
+from benchmarks.prefill import Workload, add_options, add_shape_options, milliseconds, prompt, random_models, workload
 from benchmarks.share import peak_of
 from benchmarks.table import MIB, RESULTS, Columns, Results, Row, about, number, setting
 from thinsight import apply
@@ -83,10 +75,7 @@ class FullMatrix:
         self._hooks = [
             self.layers[LAYER - 1].register_forward_pre_hook(self._show_causality, with_kwargs=True),
             self._attention.register_forward_hook(self._rank),
-            *(
-                layer.register_forward_pre_hook(self._continue, with_kwargs=True)
-                for layer in self.layers[LAYER:]
-            ),
+            *(layer.register_forward_pre_hook(self._continue, with_kwargs=True) for layer in self.layers[LAYER:]),
         ]
         return self
 

@@ -153,9 +153,7 @@ def workload(model: Any, inputs: Mapping[str, Any]) -> Workload:
         n_vision=n_vision,
         n_text=ids.shape[1] - n_vision,  # padding included: the model runs on it too
         prefill=lambda: model(**text, **vision, use_cache=True, logits_to_keep=1),
-        answer=lambda tokens: model.generate(
-            **batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
-        ),
+        answer=lambda tokens: model.generate(**batch, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False),
         under=lambda reduction: apply(model, reduction),
     )
 
@@ -205,8 +203,7 @@ def flops_ratios(work: Workload, schedule: Schedule) -> Row:
         for each in (None, schedule)
     )
     square, causal = (
-        tuple(part.total + part.lm_head - unseen * part.attention for part in (full, reduced))
-        for unseen in (0.0, 0.5)
+        tuple(part.total + part.lm_head - unseen * part.attention for part in (full, reduced)) for unseen in (0.0, 0.5)
     )
     return {"flops_ratio": square[0] / square[1], "flops_ratio_causal": causal[0] / causal[1]}
 
@@ -335,9 +332,7 @@ def random_models(arguments: argparse.Namespace) -> Iterator[tuple[Shape, Any]]:
         yield shape, model
 
 
-def run(
-    found: Iterable[tuple[str, Workload]], schedules: Iterable[str], runs: Runs, results: Results
-) -> None:
+def run(found: Iterable[tuple[str, Workload]], schedules: Iterable[str], runs: Runs, results: Results) -> None:
     """Measure the rows that are not there yet."""
     for name, work in found:
         for schedule in schedules:
@@ -358,9 +353,7 @@ def add_shape_options(parser: argparse.ArgumentParser, batch: list[int]) -> None
     """The options that say which random models are run."""
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument(
-        "--side", type=int, nargs="*", default=[24, 48], help="patches a side; N is its square"
-    )
+    parser.add_argument("--side", type=int, nargs="*", default=[24, 48], help="patches a side; N is its square")
     parser.add_argument("--batch", type=int, nargs="+", default=batch)
     parser.add_argument("--pack", action="store_true", help="weights in the order the CPU's kernels read")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -375,9 +368,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--answers", type=int, default=Runs.answers, help="timed answers of each side")
     parser.add_argument("--tokens", type=int, default=Runs.tokens, help="length of an answer")
     parser.add_argument("--shares", type=int, default=Runs.shares, help="passes whose shares are measured")
-    parser.add_argument(
-        "--demos", action=argparse.BooleanOptionalAction, default=True, help="demo models too"
-    )
+    parser.add_argument("--demos", action=argparse.BooleanOptionalAction, default=True, help="demo models too")
     arguments = parser.parse_args(argv)
     runs = Runs(arguments.runs, arguments.answers, arguments.tokens, arguments.shares)
     results = Results(arguments.out, about(torch.device(arguments.device)), COLUMNS, arguments.resume)

@@ -158,10 +158,7 @@ def comparison_budgets(comparison: Comparison) -> list[float]:
 
 def transfers(benches: dict[str, Bench], comparisons: dict[str, Comparison]) -> list[str]:
     """The paper's Table 4: a schedule found on the other model, resampled to this one's depth."""
-    lines = [
-        "| model | schedule | score | drop [95 %] | mean keep rate | FLOPs |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| model | schedule | score | drop [95 %] | mean keep rate | FLOPs |", "|---|---|---|---|---|---|"]
     for name, bench in benches.items():
         other = next(each for each in benches if each != name)
         found = {"own": bench.gsearch(), "other": benches[other].gsearch()}
@@ -180,20 +177,14 @@ def transfers(benches: dict[str, Bench], comparisons: dict[str, Comparison]) -> 
 
 def _best(comparison: Comparison) -> ts.Reduction:
     """Our search's first seed at the transfer budget."""
-    run = next(
-        run
-        for run in comparison.runs
-        if run.method == OURS and run.budget == TRANSFER_BUDGET and run.seed == 0
-    )
+    run = next(run for run in comparison.runs if run.method == OURS and run.budget == TRANSFER_BUDGET and run.seed == 0)
     return ts.Reduction(ts.Schedule(run.keep_rates), run.ranker)
 
 
 def _transfer(name: str, what: str, scored: Scored) -> str:
     drop = interval_text(Interval(scored.drop, scored.low, scored.high))
     kept = f"{100 * scored.mean_keep_rate:.1f} %"
-    return (
-        f"| {name} | {what} | {100 * scored.score:.1f} | {drop} | {kept} | {scored.flops_ratio:.2f}x fewer |"
-    )
+    return f"| {name} | {what} | {100 * scored.score:.1f} | {drop} | {kept} | {scored.flops_ratio:.2f}x fewer |"
 
 
 def claims(name: str, comparison: Comparison, gsearch: Scored) -> list[str]:
@@ -201,9 +192,7 @@ def claims(name: str, comparison: Comparison, gsearch: Scored) -> list[str]:
     lines = table(comparison)
     at = {(line.budget, line.method): line for line in lines if not line.refused}
     said = [_gsearch_claim(gsearch), _sigmoid_claim(at)]
-    said += [
-        _ours_claim(budget, [line for line in at.values() if line.budget == budget]) for budget in BUDGETS
-    ]
+    said += [_ours_claim(budget, [line for line in at.values() if line.budget == budget]) for budget in BUDGETS]
     said.append(_random_claim(at))
     return [f"- {each}" for each in said]
 
@@ -297,9 +286,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/results"))
     parser.add_argument("--only", choices=MODELS, help="run this model's comparison and write no page")
-    parser.add_argument(
-        "--budgets", type=float, nargs="+", help="of --only: a part of them, to run beside others"
-    )
+    parser.add_argument("--budgets", type=float, nargs="+", help="of --only: a part of them, to run beside others")
     arguments = parser.parse_args()
     if arguments.only:
         comparison_of(arguments.only, arguments.out, arguments.budgets or BUDGETS)

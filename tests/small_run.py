@@ -47,12 +47,7 @@ def _examples(folder: Path, name: str, images: int) -> list[dict[str, str]]:
     for i, image in enumerate(tiny_images(images, seed=len(name))):
         image.save(folder / f"{name}{i}.png")
         for task, question in QUESTIONS.items():
-            example = {
-                "id": f"{name}-{i}-{task}",
-                "image": f"{name}{i}.png",
-                "question": question,
-                "task": task,
-            }
+            example = {"id": f"{name}-{i}-{task}", "image": f"{name}{i}.png", "question": question, "task": task}
             examples.append(example)
     return examples
 

@@ -31,12 +31,7 @@ FAULTS = (
         r"test_replayed_answers_under_other_settings\[eager",
         "eager attention makes its mask from a number on the host, which cannot be recorded",
     ),
-    Fault(
-        (5, 20),
-        (5, 21),
-        r"[\[-]smolvlm\b",
-        "SmolVLM runs only where an image has a multiple of patch_size tokens",
-    ),
+    Fault((5, 20), (5, 21), r"[\[-]smolvlm\b", "SmolVLM runs only where an image has a multiple of patch_size tokens"),
     Fault(
         (5, 19),
         (5, 23),

@@ -75,9 +75,7 @@ def least_rate(name: str, layers: int, scale_layers: bool) -> float:
 @pytest.mark.parametrize("rate", [0.5, 0.25, 0.125, 0.0625])
 @pytest.mark.parametrize("scale_layers", [False, True])
 @pytest.mark.parametrize("name", BASELINES)
-def test_each_method_meets_a_budget_or_refuses_it(
-    name: str, scale_layers: bool, rate: float, layers: int
-) -> None:
+def test_each_method_meets_a_budget_or_refuses_it(name: str, scale_layers: bool, rate: float, layers: int) -> None:
     if name == "sparsevlm" and not scale_layers and layers < 16:
         pytest.skip("has no layer 15")
     budget = KeepBudget(layers, 64, rate)
@@ -96,10 +94,7 @@ def test_each_method_meets_a_budget_or_refuses_it(
 def test_each_method_meets_budgets_of_other_units(name: str) -> None:
     config = {**CONFIG, "num_hidden_layers": 32}
     latency = LatencyModel("cpu", "float32", 1, 0.01, (0.0, 50.0, 200.0), (0.001, 0.003, 0.02))
-    for budget in (
-        FlopsBudget.ratio(config, 2.0, n_vision=101, n_text=20),
-        TimeBudget(latency, 32, 101, 20, 150.0),
-    ):
+    for budget in (FlopsBudget.ratio(config, 2.0, n_vision=101, n_text=20), TimeBudget(latency, 32, 101, 20, 150.0)):
         assert_meets(budget, get_baseline(name).make(budget, statistics=statistics_of(32)))
 
 
@@ -229,9 +224,7 @@ def test_autoprune_gives_each_prompt_the_published_curve(layers: int) -> None:
     for summed in (-0.1, 0.0, 0.3, 1.0, 1.7, 2.5):  # bits over 32 heads
         schedule = family.schedules[family.level(summed / 32)]
         slope = round(min(0.4, max(0.4 - 0.2 * summed, 0)) / 0.05) * 0.05
-        curve = [
-            0.75 / (1 + math.exp(slope * (32 * i / layers - 14.9 - slope))) for i in range(1, layers - 1)
-        ]
+        curve = [0.75 / (1 + math.exp(slope * (32 * i / layers - 14.9 - slope))) for i in range(1, layers - 1)]
         head = [1.0, 2.5 * 0.25]
         low, high = 0.0, 20.0
         for _ in range(100):
@@ -290,10 +283,7 @@ def test_a_ranker_can_be_replaced() -> None:
         (lambda: FlopsBudget.ratio(CONFIG, 0.5, n_vision=10, n_text=3), "at least 1"),
         (lambda: baselines.random(), "either a schedule or budget="),
         (lambda: baselines.uniform(Schedule.full(L), budget=KeepBudget(L, 9, 0.5)), "either a schedule"),
-        (
-            lambda: baselines.fitprune([[1.0]] * 3, KeepBudget(L, 9, 0.5)),
-            "3 layers, the budget's model",
-        ),
+        (lambda: baselines.fitprune([[1.0]] * 3, KeepBudget(L, 9, 0.5)), "3 layers, the budget's model"),
         (lambda: baselines.fitprune([[0.0]] * L, KeepBudget(L, 9, 0.5)), r"statistics\[0\] is no attention"),
         (lambda: baselines.fitprune([[-1.0, 3]] * L, KeepBudget(L, 9, 0.5)), "no attention"),
         (lambda: baselines.fitprune([[math.nan, 3]] * L, KeepBudget(L, 9, 0.5)), "no attention"),

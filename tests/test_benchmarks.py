@@ -239,9 +239,7 @@ def test_gpu_rows_of_every_model(tmp_path: Path) -> None:
     assert page.read_text().count("captured (eager replay)") == len(expected)
 
 
-def test_gpu_rows_that_cannot_run_say_why_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_rows_that_cannot_run_say_why_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = gpu.compare
 
     def compare(work: Any, reduction: Any, runs: Any) -> Any:
@@ -313,9 +311,7 @@ def test_compiled_sides_do_not_serve_each_other(
     assert "forward" not in vars(work.model.get_decoder())
 
 
-def test_captured_sides_are_switched(
-    tiny: tuple[prefill.Workload, Reduction], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_captured_sides_are_switched(tiny: tuple[prefill.Workload, Reduction], monkeypatch: pytest.MonkeyPatch) -> None:
     replays = []
 
     class Counting(gpu.EagerReplay):

@@ -8,16 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from thinsight.budget import (
-    FlopsBudget,
-    KeepBudget,
-    LatencyModel,
-    TimeBudget,
-    fill,
-    fit,
-    fit_rate,
-    schedule_of,
-)
+from thinsight.budget import FlopsBudget, KeepBudget, LatencyModel, TimeBudget, fill, fit, fit_rate, schedule_of
 from thinsight.cost import DecoderShape
 from thinsight.errors import BadInput, ThinsightError
 from thinsight.schedule import Schedule
@@ -31,10 +22,7 @@ def budgets(share: float) -> list[Any]:
     """A budget of each unit, of about that share of what lies between nothing and everything."""
     full, none = Schedule.full(L), Schedule([0.0] * L)
     made: list[Any] = [KeepBudget(L, N, share)]
-    for build in (
-        lambda limit: FlopsBudget(SHAPE, N, 10, limit),
-        lambda limit: TimeBudget(LATENCY, L, N, 10, limit),
-    ):
+    for build in (lambda limit: FlopsBudget(SHAPE, N, 10, limit), lambda limit: TimeBudget(LATENCY, L, N, 10, limit)):
         low, high = build(1.0).spent(none), build(1.0).spent(full)
         made.append(build(low + share * (high - low)))
     return made
@@ -101,17 +89,9 @@ def test_a_latency_model_is_linear_between_its_points_and_beyond_them() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "seconds"),
-    [
-        ((20.0,), (0.1,)),
-        ((), ()),
-        ((20.0, 60.0), (0.1,)),
-        ((20.0, 20.0), (0.1, 0.1)),
-        ((60.0, 20.0), (0.1, 0.2)),
-    ],
+    [((20.0,), (0.1,)), ((), ()), ((20.0, 60.0), (0.1,)), ((20.0, 20.0), (0.1, 0.1)), ((60.0, 20.0), (0.1, 0.2))],
 )
-def test_a_latency_model_needs_two_rising_points(
-    tokens: tuple[float, ...], seconds: tuple[float, ...]
-) -> None:
+def test_a_latency_model_needs_two_rising_points(tokens: tuple[float, ...], seconds: tuple[float, ...]) -> None:
     with pytest.raises(BadInput, match="two or more of both, the counts rising"):
         LatencyModel("cpu", "float32", 1, 0.0, tokens, seconds)
 

@@ -52,16 +52,7 @@ def error_of(*arguments: object) -> str:
 
 
 def search(small: SmallRun, *more: object) -> Result:
-    options = [
-        "--model",
-        small.model,
-        "--data",
-        small.calibration,
-        "--test-data",
-        small.test,
-        "--device",
-        "cpu",
-    ]
+    options = ["--model", small.model, "--data", small.calibration, "--test-data", small.test, "--device", "cpu"]
     return run("search", *options, "--max-drop", 0.7, "--max-new-tokens", 2, *more)
 
 
@@ -107,9 +98,7 @@ def mislabeled(small: SmallRun, source: str) -> str:
         ("compare", "--budget", 0.6, "--methods", "fastv"),
     ],
 )
-def test_a_full_model_that_scores_nothing_is_not_searched(
-    small: SmallRun, command: tuple[object, ...]
-) -> None:
+def test_a_full_model_that_scores_nothing_is_not_searched(small: SmallRun, command: tuple[object, ...]) -> None:
     on_it = ("--model", small.model, "--device", "cpu", "--max-new-tokens", 2, "--out", "run")
     wrong, wrong_test = mislabeled(small, small.calibration), mislabeled(small, small.test)
     line = error_of(*command, *on_it, "--data", wrong, "--test-data", wrong_test)
@@ -124,9 +113,7 @@ def test_a_full_model_that_scores_nothing_is_not_searched(
 
 def test_a_score_of_nothing_is_still_a_result_of_evaluate(small: SmallRun) -> None:
     wrong = mislabeled(small, small.test)
-    result = run(
-        "evaluate", "--model", small.model, "--data", wrong, "--device", "cpu", "--max-new-tokens", 2
-    )
+    result = run("evaluate", "--model", small.model, "--data", wrong, "--device", "cpu", "--max-new-tokens", 2)
     assert result.exit_code == 0
     assert "0.0 %" in result.stdout
     assert "Warning: the full model scores 0.0 %" in result.stdout
@@ -197,9 +184,7 @@ def test_search_then_everything_else_on_its_folder(
 
 
 def test_analyze_writes_a_table_and_a_plot(small: SmallRun, tmp_path: Path) -> None:
-    result = run(
-        "analyze", "--model", small.model, "--data", small.test, "--out", "plots/tau.html", "--limit", 4
-    )
+    result = run("analyze", "--model", small.model, "--data", small.test, "--out", "plots/tau.html", "--limit", 4)
     assert result.exit_code == 0
     assert "tau" in result.stdout
     assert "<svg" in (tmp_path / "plots" / "tau.html").read_text()
@@ -208,16 +193,9 @@ def test_analyze_writes_a_table_and_a_plot(small: SmallRun, tmp_path: Path) -> N
 def test_show_draws_a_picture_and_prints_both_answers(small: SmallRun, tmp_path: Path) -> None:
     image = small.folder / "test0.png"
     model = ("--model", small.model, "--device", "cpu")
-    result = run(
-        "show", image, "what color is the circle ?", *model, "--out", "kept.png", "--max-new-tokens", 2
-    )
+    result = run("show", image, "what color is the circle ?", *model, "--out", "kept.png", "--max-new-tokens", 2)
     assert result.exit_code == 0
-    for words in (
-        "Question:      what color is the circle ?",
-        "Full model:",
-        "Reduced model:",
-        "FastV at 50 %",
-    ):
+    for words in ("Question:      what color is the circle ?", "Full model:", "Reduced model:", "FastV at 50 %"):
         assert words in result.stdout
     with Image.open(tmp_path / "kept.png") as picture:
         assert picture.width > 100
@@ -249,9 +227,7 @@ def test_the_default_folder_is_found_for_a_model_that_moved_and_not_for_its_name
     assert "reduction: FastV at 50 %" in run("bench", "--model", other, *common).stdout
 
 
-def test_every_command_runs_without_arguments(
-    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_runs_without_arguments(small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo itself is large; here a small one stands in its place."""
     demo = tmp_path / "demo"
     demo.mkdir()
@@ -283,12 +259,7 @@ def test_version_and_help() -> None:
 
 
 def test_unknown_commands_and_options_are_one_line() -> None:
-    for arguments in (
-        ["serch"],
-        ["search", "--max-dorp", "1"],
-        ["search", "--seed", "x"],
-        ["bench", "--runs", "0"],
-    ):
+    for arguments in (["serch"], ["search", "--max-dorp", "1"], ["search", "--seed", "x"], ["bench", "--runs", "0"]):
         result = run(*arguments)
         assert result.exit_code == 2
         assert result.stderr.count("\n") == 1
@@ -330,9 +301,7 @@ def test_unknown_commands_and_options_are_one_line() -> None:
         (("report", "nowhere"), "no report.json in nowhere"),
     ],
 )
-def test_bad_input(
-    arguments: tuple[str, ...], words: str, small: SmallRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_input(arguments: tuple[str, ...], words: str, small: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loading.DEMOS, "demo", Path(small.model))
     monkeypatch.setattr(loading, "AutoModelForImageTextToText", None)  # found before any weight is loaded
     assert words.lower() in error_of(*arguments).lower()
@@ -346,15 +315,9 @@ def test_bad_input(
         ("visionzip:keep=0.25", {"name": "visionzip", "keep": 0.25}),
         ("visionzip: keep = 2.5e-1 , contextual=0", {"name": "visionzip", "keep": 0.25, "contextual": 0}),
         ("cdpruner:invert=true", {"name": "cdpruner", "invert": True}),
-        (
-            "text-attention:rows=null,queries=last",
-            {"name": "text-attention", "rows": None, "queries": "last"},
-        ),
+        ("text-attention:rows=null,queries=last", {"name": "text-attention", "rows": None, "queries": "last"}),
         ('text-attention:queries="last",rows=8', {"name": "text-attention", "rows": 8, "queries": "last"}),
-        (
-            "staged:first=random,then=text-attention",
-            {"name": "staged", "first": "random", "then": "text-attention"},
-        ),
+        ("staged:first=random,then=text-attention", {"name": "staged", "first": "random", "then": "text-attention"}),
         (
             'staged:first={"name": "random", "seed": 1},then=uniform',
             {"name": "staged", "first": {"name": "random", "seed": 1}, "then": "uniform"},
@@ -376,9 +339,7 @@ def test_every_setting_of_every_ranker_can_be_said_and_is_named_when_it_is_wrong
                 for wrong in ("nonsense", "-1", "1.5", "NaN", "1e999", "[]", "", "9" * 5000):
                     line = error_of("search", "--ranker", f"{name}:{key}={wrong}")
                     assert line.startswith(f"error: ranker {name!r}: {key}"), line
-        assert f"ranker {name!r} has no setting 'colour'" in error_of(
-            "search", "--ranker", f"{name}:colour=1"
-        )
+        assert f"ranker {name!r} has no setting 'colour'" in error_of("search", "--ranker", f"{name}:colour=1")
 
 
 @pytest.mark.parametrize(
@@ -423,9 +384,7 @@ def test_unwritable_outputs(small: SmallRun, tmp_path: Path) -> None:
     assert "is a folder" in error_of("show", *model, "--out", tmp_path)
 
 
-def test_a_damaged_or_unfitting_reduction(
-    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_damaged_or_unfitting_reduction(small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "AutoModelForImageTextToText", None)  # found before any weight is loaded
     model = ("--model", small.model, "--data", small.test)
     Reduction(Schedule.full(9)).save_pretrained("nine")

@@ -133,10 +133,7 @@ def test_fixed_images_count_by_images_or_by_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
-    [
-        ("qwen2-vl", {}, "say n_vision"),
-        *((name, {"n_vision": 30}, words) for name, words in UNTOLD.items()),
-    ],
+    [("qwen2-vl", {}, "say n_vision"), *((name, {"n_vision": 30}, words) for name, words in UNTOLD.items())],
 )
 def test_what_cannot_be_told_is_refused(name: str, arguments: dict[str, int], words: str) -> None:
     with pytest.raises(ThinsightError, match=words):

@@ -93,9 +93,7 @@ def test_it_answers_and_needs_the_image(
     assert blind_accuracy(*demo, questions) < 0.3
 
 
-def test_less_arithmetic_gives_the_same_answers(
-    expected: Demo, demo: tuple[Any, Any], evaluator: ts.Evaluator
-) -> None:
+def test_less_arithmetic_gives_the_same_answers(expected: Demo, demo: tuple[Any, Any], evaluator: ts.Evaluator) -> None:
     schedule = ts.Schedule.stages(evaluator.num_layers, expected.stages)
     assert evaluator(schedule).drop <= 0.01
     size = {"n_vision": evaluator.num_vision_tokens, "n_text": 14}
@@ -121,7 +119,5 @@ def test_layers_after_the_first_rank_alike(demo: tuple[Any, Any], questions: lis
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(
-        ThinsightError, match="name is 'demo-qwen': the embedded models are demo, demo-internvl"
-    ):
+    with pytest.raises(ThinsightError, match="name is 'demo-qwen': the embedded models are demo, demo-internvl"):
         ts.load_demo(name="demo-qwen")

@@ -9,13 +9,7 @@ import thinsight
 from thinsight import errors
 
 SOURCE = Path(thinsight.__file__).parent
-KINDS = (
-    errors.BadInput,
-    errors.MissingPackage,
-    errors.StorageError,
-    errors.Unreachable,
-    errors.Unsupported,
-)
+KINDS = (errors.BadInput, errors.MissingPackage, errors.StorageError, errors.Unreachable, errors.Unsupported)
 
 
 @pytest.mark.parametrize("kind", [errors.ThinsightError, *KINDS])
@@ -40,9 +34,7 @@ def test_root_is_caught_only_where_every_error_is_treated_alike() -> None:
     places = [
         f"{path.relative_to(SOURCE).as_posix()}:{found}"
         for path in sorted(SOURCE.rglob("*.py"))
-        for found in re.findall(
-            r"except (ThinsightError.*(?:\n\s+raise\n)?)", path.read_text(encoding="utf-8")
-        )
+        for found in re.findall(r"except (ThinsightError.*(?:\n\s+raise\n)?)", path.read_text(encoding="utf-8"))
     ]
     assert [place for place in places if "raise" not in place] == ["cli.py:ThinsightError as error:"]
 

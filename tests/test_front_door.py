@@ -157,10 +157,7 @@ def test_objects_are_one_short_line(shown: dict[str, str]) -> None:
     for name, line in shown.items():
         assert len(line) < 300, (name, line)
         assert line.isprintable(), (name, line)
-        assert line.startswith(name.split()[0].removeprefix("empty")) or name in (
-            "Ranker",
-            "empty Frontier",
-        ), line
+        assert line.startswith(name.split()[0].removeprefix("empty")) or name in ("Ranker", "empty Frontier"), line
 
 
 def test_what_objects_say(shown: dict[str, str]) -> None:
@@ -173,16 +170,12 @@ def test_what_objects_say(shown: dict[str, str]) -> None:
     assert shown["SearchResult"] == (
         f"SearchResult(gsearch, max_drop 0.01: score 0.895 of 0.9 in 200 evaluations, {wanted})"
     )
-    assert shown["SearchResult under a budget"].startswith(
-        "SearchResult(gsearch, budget 0.5 keep: score 0.895"
-    )
+    assert shown["SearchResult under a budget"].startswith("SearchResult(gsearch, budget 0.5 keep: score 0.895")
     assert shown["Frontier"] == "Frontier(9 points, cost 0 to 0.8, 40 evaluations)"
     assert shown["Evaluator"].startswith(
         "Evaluator(LlavaForConditionalGeneration, 1 examples, 4 layers, 16 vision tokens, TextAttention("
     )
-    assert shown["Handle"].startswith(
-        "Handle(LlavaForConditionalGeneration, Schedule([1.0 x2, 0.5 x2]), Text"
-    )
+    assert shown["Handle"].startswith("Handle(LlavaForConditionalGeneration, Schedule([1.0 x2, 0.5 x2]), Text")
     example = ts.Example("1", (Image.new("RGB", (8, 8)),), "what ?", ("cat",))
     assert repr(example) == "Example('1', 1 image, 'what ?', answers=('cat',))"
 

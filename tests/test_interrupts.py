@@ -131,10 +131,7 @@ def test_a_signal_during_an_import_is_quiet(
 
 def test_little_is_loaded_before_signals_are_dealt_with(tmp_path: Path) -> None:
     """What is loaded before has Python's own answer to Ctrl-C, a traceback."""
-    code = (
-        "import sys; known = set(sys.modules); import thinsight.__main__\n"
-        "print(*sorted(set(sys.modules) - known))"
-    )
+    code = "import sys; known = set(sys.modules); import thinsight.__main__\nprint(*sorted(set(sys.modules) - known))"
     out = result(started("-S", "-c", code, folder=tmp_path))[1]
     ours = {"thinsight", "thinsight.__main__", "thinsight.interrupts", "thinsight.version"}
     assert set(out.split()) >= ours

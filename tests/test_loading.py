@@ -140,17 +140,13 @@ def _hub_error(kind: str) -> Exception:
         (lambda: _hub_error("HfHubHTTPError"), "the hub refused"),
     ],
 )
-def test_what_the_hub_may_answer(
-    monkeypatch: pytest.MonkeyPatch, make: Callable[[], Exception], words: str
-) -> None:
+def test_what_the_hub_may_answer(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Exception], words: str) -> None:
     _hub_answers(monkeypatch, make())
     assert words in load_error("someone/some-model-that-is-not-cached")
 
 
 def test_unsupported_family(tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
+    config = LlamaConfig(vocab_size=10, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     assert "cannot run under a reduction: model_type is 'llama', which transformers" in load_error(tmp_path)
 
@@ -186,10 +182,7 @@ def test_a_processor_that_needs_torchvision_says_so(folder: Path, monkeypatch: p
     monkeypatch.setattr(loading.torch, "__version__", "2.13.0")
     for package, error in (
         ("torchvision", ImportError("VideoProcessor requires the Torchvision library but it was not found.")),
-        (
-            "torchvision",
-            ValueError("./x requires `torchvision` to be installed. Please install\nand try again"),
-        ),
+        ("torchvision", ValueError("./x requires `torchvision` to be installed. Please install\nand try again")),
         ("num2words", ImportError("Package `num2words` is required to run SmolVLM processor.")),
     ):
         said.append(error)
@@ -199,9 +192,7 @@ def test_a_processor_that_needs_torchvision_says_so(folder: Path, monkeypatch: p
         assert "\n" not in message
     monkeypatch.setattr(loading.torch, "__version__", "2.13.0+cpu")
     said.append(ValueError("requires `torchvision`"))
-    assert load_error(folder).endswith(
-        "to keep torch 2.13.0+cpu, the torchvision from where that one came from"
-    )
+    assert load_error(folder).endswith("to keep torch 2.13.0+cpu, the torchvision from where that one came from")
     monkeypatch.setattr(loading, "find_spec", lambda _: object())  # it is there: something else is wrong
     assert "cannot load its processor" in load_error(folder)
 
@@ -370,9 +361,7 @@ def test_remote_code_needs_a_word(tmp_path: Path) -> None:
 # -- what a reduction says of it -----------------------------------------------------------------------------
 
 
-def test_a_local_folder_goes_by_its_own_name(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_local_folder_goes_by_its_own_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "models" / "my-llava"
     shutil.copytree(folder, place)
     monkeypatch.setenv("HOME", str(tmp_path))

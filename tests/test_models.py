@@ -86,9 +86,7 @@ def test_the_command_prints_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0
     for model in ts.models():
         first = re.escape(model.name.split()[0])  # a long name goes on in the next line
-        assert re.search(
-            rf"^ *{first}.* {model.model_class} +{', '.join(model.modalities)}", result.stdout, re.M
-        )
+        assert re.search(rf"^ *{first}.* {model.model_class} +{', '.join(model.modalities)}", result.stdout, re.M)
         assert not model.notes or f"{model.name}: {model.notes}" in result.stdout
 
 
@@ -109,10 +107,7 @@ def test_the_readme_lists_the_families_of_the_suite() -> None:
     ("model_type", "reason"),
     [
         ("glmga", "which runs as Glm46VForConditionalGeneration like 'glm46v', but has not been tried"),
-        (
-            "shieldgemma2",
-            "which runs as Gemma3ForConditionalGeneration like 'gemma3', but has not been tried",
-        ),
+        ("shieldgemma2", "which runs as Gemma3ForConditionalGeneration like 'gemma3', but has not been tried"),
         ("qwen3_5", r"whose decoder has layers \(linear_attention\) that are no plain self-attention"),
         ("aria", "which is not on the list yet: nobody has tried AriaForConditionalGeneration"),
         ("florence2", "'florence2' is an encoder-decoder"),

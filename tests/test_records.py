@@ -135,9 +135,7 @@ class Outer:
 
 
 def test_dataclasses_come_back() -> None:
-    outer = Outer(
-        False, None, (Inner("a"), Inner("é", (3, 1e300))), (0.5,), {"a": [1, {"b": None}], "c": 1.5}
-    )
+    outer = Outer(False, None, (Inner("a"), Inner("é", (3, 1e300))), (0.5,), {"a": [1, {"b": None}], "c": 1.5})
     stored = parse_json(json.dumps(encode(outer)))
     assert decode(Outer, stored, "here", "mend it") == outer
     undefined = decode(Outer, encode(Outer(True, None, maybe=(math.nan, 1.0))), "here", "mend it")
@@ -153,10 +151,7 @@ def test_dataclasses_come_back() -> None:
         ({"inner": {}}, "here.inner: key 'name' is missing; mend it"),
         ({"inner": {"name": "a", "nome": 1}}, "here.inner: unknown key 'nome'; mend it"),
         ({"inner": {"name": None}}, "here.inner.name: expected text, got None; mend it"),
-        (
-            {"inner": {"name": "a", "at": [1.5, 2]}},
-            "here.inner.at[0]: expected a whole number, got 1.5; mend it",
-        ),
+        ({"inner": {"name": "a", "at": [1.5, 2]}}, "here.inner.at[0]: expected a whole number, got 1.5; mend it"),
         ({"inner": {"name": "a", "at": [1]}}, "here.inner.at[1]: Field required, got [1]; mend it"),
         ({"inners": [{"name": "a"}, {"name": 2}]}, "here.inners[1].name: expected text, got 2; mend it"),
         ({"inners": {}}, "here.inners: expected a list, got {}; mend it"),
@@ -175,12 +170,7 @@ def test_dataclasses_are_read_strictly(change: dict[str, Any], says: str) -> Non
 
 
 def test_what_a_record_cannot_hold() -> None:
-    for bad, says in (
-        (math.inf, "infinite"),
-        (object(), "object"),
-        ({1}, "set"),
-        (Image.new("L", (1, 1)), "Image"),
-    ):
+    for bad, says in ((math.inf, "infinite"), (object(), "object"), ({1}, "set"), (Image.new("L", (1, 1)), "Image")):
         with pytest.raises(BadInput, match=says):
             encode({"a": [bad]})
 
@@ -190,9 +180,7 @@ def test_what_a_record_cannot_hold() -> None:
 
 @pytest.mark.parametrize("error", [full_disk(), KeyboardInterrupt()], ids=["full", "interrupted"])
 @pytest.mark.parametrize("before", [None, b"old"])
-def test_a_file_is_the_old_one_or_the_new_one(
-    tmp_path: Path, before: bytes | None, error: BaseException
-) -> None:
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path: Path, before: bytes | None, error: BaseException) -> None:
     for call in itertools.count():
         path = tmp_path / str(call) / "file"
         path.parent.mkdir()
@@ -231,16 +219,13 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     with (
         failing_writes(3, full_disk()),
         pytest.raises(
-            StorageError,
-            match=r"file cannot be written \(No space left on device\); free the disk, or choose",
+            StorageError, match=r"file cannot be written \(No space left on device\); free the disk, or choose"
         ),
     ):
         write_atomically(tmp_path / "file", "new")
 
 
-def test_every_file_is_waited_for_before_it_takes_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_file_is_waited_for_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: (order.append("wait"), fsync(file)))
@@ -290,9 +275,7 @@ def test_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert user_path("~/x", "out") == Path("/home/me/x")
     assert user_path(Path("a/~/b"), "out") == Path("a/~/b")
     for given in ("~nouser/x", "~nouser"):
-        with pytest.raises(
-            BadInput, match=f"out '{given}' begins with a user who has no home here: write the"
-        ):
+        with pytest.raises(BadInput, match=f"out '{given}' begins with a user who has no home here: write the"):
             user_path(given, "out")
     (tmp_path / "~nouser").write_text("a file of that name")
     assert user_path("~nouser", "data") == Path("~nouser")

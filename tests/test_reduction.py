@@ -235,9 +235,7 @@ def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
         Reduction.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "rate", ["1" + "0" * 400, "-1" + "0" * 400, "1e400", "1" * 5000, "NaN", "2", '"1"', "true"]
-)
+@pytest.mark.parametrize("rate", ["1" + "0" * 400, "-1" + "0" * 400, "1e400", "1" * 5000, "NaN", "2", '"1"', "true"])
 def test_a_keep_rate_that_is_none_is_refused(tmp_path: Path, rate: str) -> None:
     """A reduction has no checksum, for it is the user's to edit: its values are held to their range."""
     path = saved(tmp_path) / "reduction_config.json"
@@ -318,9 +316,7 @@ def test_push_to_hub_uploads_the_saved_folder(tmp_path: Path, monkeypatch: pytes
     Reduction(Schedule.full(7)).push_to_hub("mine")
     assert "7 layers" in uploaded["me/mine"]["README.md"]
     there.write_text(uploaded["me/mine"]["README.md"] + "My own notes.\n")
-    with pytest.warns(
-        UserWarning, match=r"README\.md of me/mine was not written by thinsight, or was changed"
-    ):
+    with pytest.warns(UserWarning, match=r"README\.md of me/mine was not written by thinsight, or was changed"):
         Reduction(Schedule.full(8)).push_to_hub("mine")
     assert [*uploaded["me/mine"]] == ["reduction_config.json"]
 
@@ -340,10 +336,7 @@ def test_half_of_a_surrogate_pair_comes_back(tmp_path: Path) -> None:
     """A path with an odd byte in it, say: a search that took hours must not fail to save what it found."""
     odd = "caf\udce9"
     reduction = Reduction(
-        SCHEDULE,
-        base_model_name_or_path=f"/models/{odd}",
-        search={odd: [odd]},
-        measured={"test": {"name": odd}},
+        SCHEDULE, base_model_name_or_path=f"/models/{odd}", search={odd: [odd]}, measured={"test": {"name": odd}}
     )
     reduction.save_pretrained(tmp_path)
     assert Reduction.from_pretrained(tmp_path) == reduction

@@ -139,9 +139,7 @@ def test_resample_keeps_the_mean(values: list[float], depth: int) -> None:
     assert other.num_layers == depth
     assert other.mean_keep_rate == pytest.approx(schedule.mean_keep_rate, abs=1e-12)
     assert schedule.resample(len(values)) == schedule
-    assert schedule.resample(len(values) * 3).resample(len(values)).keep_rates == pytest.approx(
-        values, abs=1e-12
-    )
+    assert schedule.resample(len(values) * 3).resample(len(values)).keep_rates == pytest.approx(values, abs=1e-12)
 
 
 def test_resample_example() -> None:

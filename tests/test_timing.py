@@ -17,16 +17,7 @@ from thinsight.evaluation.examples import Example
 from thinsight.evaluation.prompts import typical_batch
 from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
-from thinsight.timing import (
-    ANSWER,
-    PREFILL,
-    PREFILL_WITH_IMAGES,
-    Timing,
-    alternate,
-    cache_bytes,
-    measure,
-    profile,
-)
+from thinsight.timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Timing, alternate, cache_bytes, measure, profile
 
 
 def inputs(rows: int = 2) -> dict[str, torch.Tensor]:
@@ -74,9 +65,7 @@ def test_everything_is_measured_on_a_real_model() -> None:
     model = tiny_llava()
     steps: list[tuple[int, int]] = []
     schedule = Schedule([1.0, 1.0, 0.25, 0.0])
-    found = measure(
-        model, inputs(), schedule, runs=3, new_tokens=3, progress=lambda done, of: steps.append((done, of))
-    )
+    found = measure(model, inputs(), schedule, runs=3, new_tokens=3, progress=lambda done, of: steps.append((done, of)))
     assert [timing.what for timing in found.timings] == [PREFILL, PREFILL_WITH_IMAGES, ANSWER]
     assert all(len(t.full) == len(t.reduced) == 3 for t in found.timings)
     assert all(min(t.full + t.reduced) > 0 for t in found.timings)
@@ -119,16 +108,10 @@ def test_cache_bytes_counts_keys_and_values() -> None:
 
 def test_a_small_set_fills_the_batch_and_prefers_the_median_length() -> None:
     image = tiny_images(1)[0]
-    questions = [
-        "what",
-        "what color is the circle ?",
-        "what color is the red circle on the left of the square ?",
-    ]
+    questions = ["what", "what color is the circle ?", "what color is the red circle on the left of the square ?"]
     examples = [Example(str(i), (image,), question) for i, question in enumerate(questions)]
     batch = typical_batch(tiny_processor(), examples, 1)
-    alone = tiny_processor()(
-        text=[f"USER: <image>\n{questions[1]} ASSISTANT:"], images=[image], return_tensors="pt"
-    )
+    alone = tiny_processor()(text=[f"USER: <image>\n{questions[1]} ASSISTANT:"], images=[image], return_tensors="pt")
     assert torch.equal(batch["input_ids"], alone["input_ids"])
     assert typical_batch(tiny_processor(), examples[:1], 4)["input_ids"].shape[0] == 4
 

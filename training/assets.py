@@ -23,13 +23,7 @@ TRAINING_FONTS = (
     "SourceSerifPro-It", "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "STIXGeneral",
     "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmb10", "cmtt10",
 )  # fmt: skip
-HELD_OUT_FONTS = (
-    "SourceSansPro-Regular",
-    "SourceSansPro-Bold",
-    "DejaVuSansMono-Bold",
-    "DejaVuSerif-Bold",
-    "cmss10",
-)
+HELD_OUT_FONTS = ("SourceSansPro-Regular", "SourceSansPro-Bold", "DejaVuSansMono-Bold", "DejaVuSerif-Bold", "cmss10")
 
 TRAINING_PHOTOS = (
     "astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "brick.png", "grass.png", "gravel.png",

@@ -135,9 +135,7 @@ def blind_accuracy(model: PreTrainedModel, processor: Any, examples: list[ts.Exa
         inputs = processor.tokenizer(texts, return_tensors="pt", padding=True)
         inputs.pop("token_type_ids", None)
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        answers = processor.tokenizer.batch_decode(
-            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        answers = processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(answer.strip() == e.answers[0] for answer, e in zip(answers, batch, strict=True))
     return right / len(examples)
 
@@ -174,9 +172,7 @@ def history(recipe: dict[str, Any]) -> str:
 def card(findings: Findings, recipe: dict[str, Any], step: int) -> str:
     """The model card."""
     name, architecture = recipe["model"], ARCHITECTURES[recipe["model"]]
-    what = DESCRIPTIONS[name].format(
-        tower=VISION_LAYERS, layers=recipe["layers"], tokens=architecture.vision_tokens
-    )
+    what = DESCRIPTIONS[name].format(tower=VISION_LAYERS, layers=recipe["layers"], tokens=architecture.vision_tokens)
     about = (
         f"A small {what}, trained so that thinsight can be tried and tested without a download. It answers "
         "ten kinds of short questions about synthetic scenes, and nothing else. Weights are float16."

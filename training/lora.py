@@ -166,14 +166,10 @@ class Adapted:
         own = own_question(questions.segments)
         for i, weights in enumerate(self.weights):
             factors = tuple(lora[i * each : (i + 1) * each])
-            x = self.block(
-                x, cos[0], sin[0], self.causal, own, weights, factors, config.head_dim, config.rms_norm_eps
-            )
+            x = self.block(x, cos[0], sin[0], self.causal, own, weights, factors, config.head_dim, config.rms_norm_eps)
         return _norm(x[self.start :], self.language.norm.weight, config.rms_norm_eps)
 
-    def losses(
-        self, features: Tensor, questions: Questions, lora: list[Tensor]
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    def losses(self, features: Tensor, questions: Questions, lora: list[Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Every loss there is, in nats; and for each answer token, in reading order, whether it is right."""
         targets = questions.targets.flatten()
         asked = targets != IGNORED

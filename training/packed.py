@@ -40,9 +40,7 @@ class Batch:
     named: Tensor  # (B, Q, T, 6) int64: classes of the one thing that a word names, else -100
     compared: Tensor  # (B, Q, T, 6) int64: classes of the thing that a word's is compared with, else -100
     asked: Tensor  # (B, Q) int64: what is asked for
-    direction: (
-        Tensor  # (B, Q, T) int64: the answer, at the word by which two things can be compared, else -100
-    )
+    direction: Tensor  # (B, Q, T) int64: the answer, at the word by which two things can be compared, else -100
     tasks: Tensor  # (B, Q) int64: the question's task, as its place in TASKS
 
 
@@ -219,9 +217,7 @@ def _text_block(
 class Packed:
     """The packed forward pass of one model."""
 
-    def __init__(
-        self, model: PreTrainedModel, architecture: Architecture, head: AuxiliaryHead, compiled: bool
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, architecture: Architecture, head: AuxiliaryHead, compiled: bool) -> None:
         self.model, self.architecture, self.head = model, architecture, head
         wrap = functools.partial(torch.compile, dynamic=False) if compiled else (lambda f: f)
         self.tower, block = TOWERS[architecture.name]
@@ -251,8 +247,7 @@ class Packed:
         patch = self.head.patch_loss(features, cls, batch.patch_labels)
         hidden, inner, seen = self.decode(features, batch.tokens, grounded)
         halfway, above = (
-            F.layer_norm(x[:, self.start :].float(), x.shape[-1:]).view(*batch.tokens.shape, -1)
-            for x in inner
+            F.layer_norm(x[:, self.start :].float(), x.shape[-1:]).view(*batch.tokens.shape, -1) for x in inner
         )
         logits = self.model.lm_head(hidden[:, self.start :]).float()
         answer = F.cross_entropy(logits.flatten(0, 1), batch.targets.reshape(-1), ignore_index=-100)

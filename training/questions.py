@@ -66,9 +66,7 @@ def color(rng: np.random.Generator, scene: Scene) -> Question | None:
     i = _pick(rng, _unique(scene, lambda i: scene.things[i].kind))
     if i is None:
         return None
-    return Question(
-        "color", f"what color is the {scene.things[i].kind} ?", scene.things[i].color, (i,), ((4, (i,)),)
-    )
+    return Question("color", f"what color is the {scene.things[i].kind} ?", scene.things[i].color, (i,), ((4, (i,)),))
 
 
 def shape(rng: np.random.Generator, scene: Scene) -> Question | None:
@@ -87,12 +85,7 @@ def position(rng: np.random.Generator, scene: Scene) -> Question | None:
     axis = str(rng.choice(("row", "column")))
     place = scene.things[i].row if axis == "row" else scene.things[i].column
     return Question(
-        "position",
-        f"which {axis} is the {_name(scene, i)} in ?",
-        NUMBERS[place + 1],
-        (i,),
-        ((5, (i,)),),
-        asked=axis,
+        "position", f"which {axis} is the {_name(scene, i)} in ?", NUMBERS[place + 1], (i,), ((5, (i,)),), asked=axis
     )
 
 
@@ -115,11 +108,7 @@ def count(rng: np.random.Generator, scene: Scene) -> Question | None:
     n = _draw(rng, sorted({len(m) for m in members.values()} & set(range(len(NUMBERS)))))
     what = _draw(rng, [name for name, m in members.items() if len(m) == n])
     return Question(
-        "count",
-        f"how many {what}shapes are there ?",
-        NUMBERS[n],
-        members[what],
-        ((3 if what else 2, members[what]),),
+        "count", f"how many {what}shapes are there ?", NUMBERS[n], members[what], ((3 if what else 2, members[what]),)
     )
 
 
@@ -169,9 +158,7 @@ def extreme(rng: np.random.Generator, scene: Scene) -> Question | None:
         return None
     word, best = ("tallest", max) if rng.random() < 0.5 else ("shortest", min)
     i = best(bars, key=lambda i: scene.things[i].height)
-    return Question(
-        "extreme bar", f"which bar is the {word} ?", scene.things[i].color, tuple(bars), asked=word
-    )
+    return Question("extreme bar", f"which bar is the {word} ?", scene.things[i].color, tuple(bars), asked=word)
 
 
 def height(rng: np.random.Generator, scene: Scene) -> Question | None:

@@ -127,20 +127,14 @@ class _Painter:
         return best.reshape(PATCHES, PATCHES)
 
     def _background(self, photographic: bool) -> np.ndarray:
-        base = (
-            self.rng.uniform(25, 205, 3) if self.rng.random() < 0.5 else np.full(3, self.rng.uniform(20, 215))
-        )
+        base = self.rng.uniform(25, 205, 3) if self.rng.random() < 0.5 else np.full(3, self.rng.uniform(20, 215))
         plain = np.broadcast_to(base, (SIZE, SIZE, 3)).astype(np.float32)
         if not photographic:
-            return plain + self.rng.uniform(0, 6) * self.rng.standard_normal(
-                (SIZE, SIZE, 1), dtype=np.float32
-            )
+            return plain + self.rng.uniform(0, 6) * self.rng.standard_normal((SIZE, SIZE, 1), dtype=np.float32)
         photo = self.assets.photos[self.rng.integers(len(self.assets.photos))]
         side = int(self.rng.integers(100, min(400, *photo.shape[:2]) + 1))
         y, x = (int(self.rng.integers(0, length - side + 1)) for length in photo.shape[:2])
-        crop = Image.fromarray(photo[y : y + side, x : x + side]).resize(
-            (SIZE, SIZE), Image.Resampling.BILINEAR
-        )
+        crop = Image.fromarray(photo[y : y + side, x : x + side]).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
         strength = self.rng.uniform(0.35, 0.8)
         return strength * np.asarray(crop, dtype=np.float32) + (1 - strength) * plain
 
@@ -255,9 +249,7 @@ class _Painter:
         for i, (color, height) in enumerate(zip(colors, heights, strict=True)):
             thing = self._add(Thing("bar", "bar", str(color), height=int(height)))
             left, top = x + 6 + i * pitch, y + base - int(height) * unit
-            self._blend(
-                top, left, np.ones((int(height) * unit, width), np.float32), self._paint(str(color)), thing
-            )
+            self._blend(top, left, np.ones((int(height) * unit, width), np.float32), self._paint(str(color)), thing)
 
 
 @cache

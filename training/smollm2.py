@@ -189,13 +189,9 @@ class Trainer:
         share = {"A": self.recipe.rate_a, "B": 1.0}
         groups: dict[float, list[Tensor]] = defaultdict(list)
         for name in self.trained:
-            groups[share.get(name.rpartition(".")[2], self.recipe.rate_projector)].append(
-                self.parameters[name]
-            )
+            groups[share.get(name.rpartition(".")[2], self.recipe.rate_projector)].append(self.parameters[name])
         described = [{"params": params, "share": 1.0 if self.naming else s} for s, params in groups.items()]
-        return torch.optim.AdamW(
-            described, lr=0.0, betas=(0.9, self.recipe.beta2), weight_decay=0.0, fused=True
-        )
+        return torch.optim.AdamW(described, lr=0.0, betas=(0.9, self.recipe.beta2), weight_decay=0.0, fused=True)
 
     def rate(self) -> float:
         """The rate of this step: warm-up, then constant; in a stage's end it falls to 0."""
@@ -290,9 +286,7 @@ class Trainer:
 
         return accuracies([one for answers in self.pool.map(answer, range(images)) for one in answers])
 
-    def run(
-        self, steps: int | None, log_every: int, probe_every: int, probe_images: int, save_s: float
-    ) -> None:
+    def run(self, steps: int | None, log_every: int, probe_every: int, probe_images: int, save_s: float) -> None:
         """Until ``steps`` of the second stage, the end of the decay, or `stop`."""
         end = self.recipe.naming_steps + steps if steps is not None else None
         saved = begun = time.monotonic()
@@ -345,9 +339,7 @@ class Trainer:
         self.decay = [self.step, steps]
 
     def _log(self, values: dict[str, Any]) -> None:
-        line = json.dumps(
-            {"step": self.step - self.recipe.naming_steps, "time": round(time.time()), **values}
-        )
+        line = json.dumps({"step": self.step - self.recipe.naming_steps, "time": round(time.time()), **values})
         with (self.out / "log.jsonl").open("a") as log:
             log.write(line + "\n")
         print(line, flush=True)
@@ -429,9 +421,7 @@ def load_smollm2() -> tuple[nn.Module, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads, an image each")
     parser.add_argument("--no-compile", action="store_true")
@@ -458,9 +448,7 @@ def main() -> None:
         signal.signal(number, trainer.stop)
     if given["decay"]:
         trainer.begin_decay(given["decay"])
-    trainer.run(
-        given["steps"], given["log_every"], given["probe_every"], given["probe_images"], given["save_seconds"]
-    )
+    trainer.run(given["steps"], given["log_every"], given["probe_every"], given["probe_images"], given["save_seconds"])
 
 
 if __name__ == "__main__":

@@ -74,9 +74,7 @@ def pack(questions: list[Question], tokenizer: Encoder, chunks: int = CHUNKS, le
     return Asked(Questions(*arrays), tuple(tasks))
 
 
-def draw_questions(
-    rng: np.random.Generator, scene: Scene, weights: dict[str, float], tokenizer: Encoder
-) -> Asked:
+def draw_questions(rng: np.random.Generator, scene: Scene, weights: dict[str, float], tokenizer: Encoder) -> Asked:
     return pack(ask(rng, scene, DRAWN, weights), tokenizer)
 
 

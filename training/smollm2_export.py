@@ -104,11 +104,7 @@ def merge(
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(pretrained.model.state_dict())
     model.model.multi_modal_projector.load_state_dict(
-        {
-            name.removeprefix("projector."): x.float()
-            for name, x in adapter.items()
-            if name.startswith("projector.")
-        }
+        {name.removeprefix("projector."): x.float() for name, x in adapter.items() if name.startswith("projector.")}
     )
     model.tie_weights()
     model.generation_config.do_sample = False
@@ -146,9 +142,7 @@ def write_model(adapter: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--adapter", type=Path, required=True, help="folder for what was trained")
     parser.add_argument("--model", type=Path, help="folder for the whole model")

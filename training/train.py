@@ -112,9 +112,7 @@ class Trainer:
         for module in (self.model, self.head):
             for name, parameter in module.named_parameters():
                 in_layer = ".layers." in name or ".layer." in name
-                groups.setdefault((parameter.ndim == 2 and in_layer, "vision_tower" in name), []).append(
-                    parameter
-                )
+                groups.setdefault((parameter.ndim == 2 and in_layer, "vision_tower" in name), []).append(parameter)
         muon = [{"params": p, "vision": vision} for (matrix, vision), p in groups.items() if matrix]
         adam = [{"params": p, "vision": vision} for (matrix, vision), p in groups.items() if not matrix]
         return [
@@ -169,9 +167,7 @@ class Trainer:
             self._transplant()
         self._set_rates()
         losses = self._losses()
-        torch.stack(
-            [weights[name] * loss for name, loss in losses.items() if name in weights]
-        ).sum().backward()
+        torch.stack([weights[name] * loss for name, loss in losses.items() if name in weights]).sum().backward()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         values = torch.stack([losses[name].detach() for name in sorted(losses)])
         flat = torch.cat((parameters_to_vector(gradients), values))

@@ -110,9 +110,7 @@ def _copy_embeddings(ours: nn.Module, theirs: nn.Module, pixels: np.ndarray, int
     ours.patch_embeddings.projection.bias.copy_(shift)
     ours.position_embeddings[0, 1:] = means[1] - means[0] @ solution
     ours.position_embeddings[0, 0] = 0
-    ours.cls_token.copy_(
-        theirs.pre_layrnorm(theirs.embeddings.class_embedding + places[0]).view_as(ours.cls_token)
-    )
+    ours.cls_token.copy_(theirs.pre_layrnorm(theirs.embeddings.class_embedding + places[0]).view_as(ours.cls_token))
     left = normed - means[1] - (patches - means[0]) @ solution
     return 1 - float(left.var((0, 1)).sum() / (normed - means[1]).var((0, 1)).sum())
 
@@ -124,9 +122,7 @@ def _scenes(assets: Assets) -> np.ndarray:
 
 
 @torch.no_grad()
-def align(
-    model: PreTrainedModel, architecture: Architecture, donor: PreTrainedModel, assets: Assets
-) -> float:
+def align(model: PreTrainedModel, architecture: Architecture, donor: PreTrainedModel, assets: Assets) -> float:
     """Turn the projector's last layer, in place, by the linear map that brings its features closest (least
     squares) to the donor's, averaged over the patches of a token; returns the share of variance explained.
     """

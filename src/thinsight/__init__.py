@@ -64,14 +64,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
 _MODULES = ("baselines", "budget", "cost", "errors", "timing")
 _NAMES = {
     "adaptive": ("Adaptive",),
-    "errors": (
-        "BadInput",
-        "MissingPackage",
-        "StorageError",
-        "ThinsightError",
-        "Unreachable",
-        "Unsupported",
-    ),
+    "errors": ("BadInput", "MissingPackage", "StorageError", "ThinsightError", "Unreachable", "Unsupported"),
     "evaluation": (
         "Evaluation",
         "Evaluator",

@@ -68,9 +68,7 @@ class Adaptive:
         ):
             raise BadInput(f"adaptive.shares is {self.shares!r}; they must be from 0 to 1 and sum to 1")
         if len({schedule.keep_rates[: self.layer] for schedule in self.schedules}) != 1:
-            raise BadInput(
-                f"adaptive.schedules differ before layer {self.layer}, where the statistic is not known"
-            )
+            raise BadInput(f"adaptive.schedules differ before layer {self.layer}, where the statistic is not known")
 
     def __repr__(self) -> str:
         means = ", ".join(f"{schedule.mean_keep_rate:.4g}" for schedule in self.schedules)
@@ -93,9 +91,7 @@ class Adaptive:
         rates = [self.average(lambda schedule, at=i: schedule.keep_rates[at]) for i in range(self.num_layers)]
         # where all agree, rounding may not make a difference; nor may it make a rate rise
         head = self.schedules[0].keep_rates[: self.layer]
-        return Schedule(
-            list(itertools.accumulate([*head, *(min(1.0, rate) for rate in rates[self.layer :])], min))
-        )
+        return Schedule(list(itertools.accumulate([*head, *(min(1.0, rate) for rate in rates[self.layer :])], min)))
 
     def average(self, of: Callable[..., float]) -> float:
         """The mean over calibration prompts of a function of their schedule, such as its cost."""

@@ -77,14 +77,10 @@ def fastv(
     layer = _scaled(layer, depth) if scale_layers else layer
     if budget is not None:
         rate = _step_rate(budget, layer, f"FastV (one step at layer {layer})")
-    return Reduction(
-        Schedule.step(depth, layer, rate), ranker or {"name": "text-attention", "queries": "last"}
-    )
+    return Reduction(Schedule.step(depth, layer, rate), ranker or {"name": "text-attention", "queries": "last"})
 
 
-def vtw(
-    num_layers: int | None = None, *, layer: int | None = None, budget: Budget | None = None
-) -> Reduction:
+def vtw(num_layers: int | None = None, *, layer: int | None = None, budget: Budget | None = None) -> Reduction:
     """VTW, visual tokens withdrawal (Lin et al., AAAI 2025, arXiv 2405.05803): every vision token leaves at
     one layer.
 
@@ -125,16 +121,12 @@ def pyramiddrop(
         return Schedule.stages(depth, {start: r ** (i + 1) for i, start in enumerate(steps)})
 
     schedule = (
-        staircase(ratio)
-        if budget is None
-        else fit(budget, staircase, 0.0, 1.0, f"PyramidDrop (steps at {steps})")
+        staircase(ratio) if budget is None else fit(budget, staircase, 0.0, 1.0, f"PyramidDrop (steps at {steps})")
     )
     return Reduction(schedule, ranker or {"name": "text-attention", "queries": "last"})
 
 
-def sparsevlm(
-    num_layers: int | None = None, *, budget: Budget | None = None, scale_layers: bool = True
-) -> Reduction:
+def sparsevlm(num_layers: int | None = None, *, budget: Budget | None = None, scale_layers: bool = True) -> Reduction:
     """SparseVLM (Zhang et al., ICML 2025, arXiv 2410.04417): a staircase, ranked by selected text tokens.
 
     Its constants: steps at layers 2, 6 and 15 of 32, to 300, 200 and 110 of 576 tokens (the setting of 192
@@ -151,9 +143,7 @@ def sparsevlm(
 
     highest = 1 / min(_SPARSEVLM.values())
     name = f"SparseVLM (steps at {tuple(steps)})"
-    return Reduction(
-        staircase(1.0) if budget is None else fit(budget, staircase, 0.0, highest, name), "sparsevlm"
-    )
+    return Reduction(staircase(1.0) if budget is None else fit(budget, staircase, 0.0, highest, name), "sparsevlm")
 
 
 def fitprune(statistics: Iterable[Iterable[float]], budget: Budget) -> Reduction:
@@ -327,9 +317,7 @@ class Baseline:
         """
         if self.needs_statistics:
             if statistics is None:
-                raise BadInput(
-                    f"{self.title} needs statistics=: attention_statistics(model, processor, examples)"
-                )
+                raise BadInput(f"{self.title} needs statistics=: attention_statistics(model, processor, examples)")
             options["statistics"] = statistics
         if self.has_layers and scale_layers is not None:
             options["scale_layers"] = scale_layers
@@ -342,12 +330,8 @@ BASELINES: dict[str, Baseline] = {
         Baseline("fastv", "FastV", "Chen et al., ECCV 2024", "2403.06764", fastv, has_layers=True),
         Baseline("vtw", "VTW", "Lin et al., AAAI 2025", "2405.05803", vtw),
         Baseline("pyramiddrop", "PyramidDrop", "Xing et al., CVPR 2025", "2410.17247", pyramiddrop),
-        Baseline(
-            "sparsevlm", "SparseVLM", "Zhang et al., ICML 2025", "2410.04417", sparsevlm, has_layers=True
-        ),
-        Baseline(
-            "fitprune", "FitPrune", "Ye et al., AAAI 2025", "2409.10197", fitprune, needs_statistics=True
-        ),
+        Baseline("sparsevlm", "SparseVLM", "Zhang et al., ICML 2025", "2410.04417", sparsevlm, has_layers=True),
+        Baseline("fitprune", "FitPrune", "Ye et al., AAAI 2025", "2409.10197", fitprune, needs_statistics=True),
         Baseline("visionzip", "VisionZip", "Yang et al., CVPR 2025", "2412.04467", visionzip),
         Baseline("fastervlm", "FasterVLM", "Zhang et al., 2024", "2412.01818", fastervlm),
         Baseline("vispruner", "VisPruner", "Zhang et al., ICCV 2025", "2412.01818", vispruner),
@@ -428,9 +412,7 @@ def _profiles(statistics: Iterable[Iterable[float]], depth: int) -> list[list[fl
     for number, layer in enumerate(layers):
         # NaN fails both comparisons
         if not (layer and all(0 <= value < math.inf for value in layer) and sum(layer) > 0):
-            raise BadInput(
-                f"statistics[{number}] is no attention: give at least one value, none below 0, not all 0"
-            )
+            raise BadInput(f"statistics[{number}] is no attention: give at least one value, none below 0, not all 0")
     return [[value / sum(layer) for value in itertools.accumulate(layer, initial=0.0)] for layer in layers]
 
 

@@ -275,13 +275,7 @@ class TimeBudget(_Limited):
 
 
 def make_budget(
-    value: float,
-    unit: str = "keep",
-    *,
-    config: Any,
-    n_vision: int,
-    n_text: int,
-    latency: LatencyModel | None = None,
+    value: float, unit: str = "keep", *, config: Any, n_vision: int, n_text: int, latency: LatencyModel | None = None
 ) -> Budget:
     """A budget for prompts of ``n_vision`` and ``n_text`` tokens of the model with this config.
 

@@ -41,9 +41,7 @@ _DEFAULT_OUT = "thinsight-out"
 class _Group(TyperGroup):
     """Turns what may end a command early into one line and an exit code."""
 
-    def main(
-        self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **extra: Any
-    ) -> Any:
+    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, *rest: Any, **extra: Any) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         extra |= {"standalone_mode": False, "obj": given}
         try:
@@ -61,9 +59,7 @@ class _Group(TyperGroup):
         except ImportError as error:
             code = _fail(f"a package cannot be loaded ({error}): see `thinsight doctor`")
         except Exception as error:
-            if not hasattr(
-                error, "format_message"
-            ):  # a usage error of typer's, whichever package it lives in
+            if not hasattr(error, "format_message"):  # a usage error of typer's, whichever package it lives in
                 raise
             code = _fail(f"{error.format_message()} See `thinsight --help`.")
         leave_on_interrupt()
@@ -124,34 +120,25 @@ def main() -> None:
 Model = Annotated[str, typer.Option("--model", help="demo, a local folder, or a hub id.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Attn = Annotated[
-    str, typer.Option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2 ...")
-]
+Attn = Annotated[str, typer.Option("--attn", help="Attention implementation: sdpa, eager, flash_attention_2 ...")]
 Trust = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Let the checkpoint run its own code. Never unless you say so."),
+    bool, typer.Option("--trust-remote-code", help="Let the checkpoint run its own code. Never unless you say so.")
 ]
 Data = Annotated[str | None, typer.Option("--data", help="JSON-lines file, demo:calibration or demo:test.")]
 Calibration = Annotated[
-    str | None,
-    typer.Option("--data", help="Calibration examples: JSON-lines file. Default: demo:calibration."),
+    str | None, typer.Option("--data", help="Calibration examples: JSON-lines file. Default: demo:calibration.")
 ]
 Test = Annotated[
     str | None,
-    typer.Option(
-        "--test-data", help="Test examples. Default: the demo's, or half of --data, split by image."
-    ),
+    typer.Option("--test-data", help="Test examples. Default: the demo's, or half of --data, split by image."),
 ]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Use only so many examples of each set.")]
-Metric = Annotated[
-    str | None, typer.Option("--metric", help="One metric for all examples, such as agreement.")
-]
+Metric = Annotated[str | None, typer.Option("--metric", help="One metric for all examples, such as agreement.")]
 BatchSize = Annotated[
     str, typer.Option("--batch-size", help="Prompts per forward pass, or auto: the fastest, measured first.")
 ]
 CacheGib = Annotated[
-    float,
-    typer.Option("--cache-gib", help="Vision features kept in memory, in GiB; more go into temporary files."),
+    float, typer.Option("--cache-gib", help="Vision features kept in memory, in GiB; more go into temporary files.")
 ]
 CacheDir = Annotated[
     Path | None,
@@ -160,24 +147,18 @@ CacheDir = Annotated[
         help="Folder that keeps vision features and the full model's answers for later runs. Default: none.",
     ),
 ]
-MaxNewTokens = Annotated[
-    int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")
-]
+MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")]
 BudgetUnit = Annotated[
     str | None,
     typer.Option(
         "--budget-unit",
-        help="Of --budget: keep (mean keep rate, the default), flops (up to 1 a fraction of the full "
-        "decoder's) or ms.",
+        help="Of --budget: keep (mean keep rate, the default), flops (up to 1 a fraction of the full decoder's) or ms.",
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what was begun in --out.")]
 ReductionSource = Annotated[
     str | None,
-    typer.Option(
-        "--reduction",
-        help=f"Folder or hub id of a reduction. Default: {_DEFAULT_OUT}, else FastV at 50 %.",
-    ),
+    typer.Option("--reduction", help=f"Folder or hub id of a reduction. Default: {_DEFAULT_OUT}, else FastV at 50 %."),
 ]
 
 
@@ -206,24 +187,18 @@ def search(
     max_drop: Annotated[
         float | None,
         typer.Option(
-            "--max-drop",
-            help="Largest drop of the calibration score; 0.01, one point, if no budget is given.",
+            "--max-drop", help="Largest drop of the calibration score; 0.01, one point, if no budget is given."
         ),
     ] = None,
     budget: Annotated[
-        float | None,
-        typer.Option("--budget", help="What a prefill may cost, in place of --max-drop; 0.25 keeps 25 %."),
+        float | None, typer.Option("--budget", help="What a prefill may cost, in place of --max-drop; 0.25 keeps 25 %.")
     ] = None,
     budget_unit: BudgetUnit = None,
     method: Annotated[
         str | None,
-        typer.Option(
-            "--method", help="gsearch; for a budget sensitivity (the default), adaptive, psigmoid or random."
-        ),
+        typer.Option("--method", help="gsearch; for a budget sensitivity (the default), adaptive, psigmoid or random."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the reduction and the report.")] = Path(
-        _DEFAULT_OUT
-    ),
+    out: Annotated[Path, typer.Option("--out", help="Folder for the reduction and the report.")] = Path(_DEFAULT_OUT),
     resume: Resume = False,
     ranker: Annotated[
         str | None,
@@ -239,32 +214,24 @@ def search(
     frontier: Annotated[
         bool,
         typer.Option(
-            "--frontier",
-            help="Find a schedule for every cost from 5 to 80 % in one run; --max-drop or --budget picks.",
+            "--frontier", help="Find a schedule for every cost from 5 to 80 % in one run; --max-drop or --budget picks."
         ),
     ] = False,
     start: Annotated[
         str | None,
-        typer.Option(
-            "--start", help="A reduction (folder or Hub id), such as G-Search's, tried first under a budget."
-        ),
+        typer.Option("--start", help="A reduction (folder or Hub id), such as G-Search's, tried first under a budget."),
     ] = None,
     first_layer: Annotated[
-        int | None,
-        typer.Option("--first-layer", min=0, help="The first layer that may see fewer tokens, from 0."),
+        int | None, typer.Option("--first-layer", min=0, help="The first layer that may see fewer tokens, from 0.")
     ] = None,
-    step: Annotated[
-        int | None, typer.Option("--step", min=1, help="bisect: counts are multiples of this (1).")
-    ] = None,
+    step: Annotated[int | None, typer.Option("--step", min=1, help="bisect: counts are multiples of this (1).")] = None,
     trade_off: Annotated[
         float | None, typer.Option("--trade-off", help="bayes: weight of the cost, lambda (0.1).")
     ] = None,
     n_trials: Annotated[
         int | None,
         typer.Option(
-            "--n-trials",
-            min=1,
-            help="Evaluations under a budget (16); bayes: per layer (8); frontier: per cost (4).",
+            "--n-trials", min=1, help="Evaluations under a budget (16); bayes: per layer (8); frontier: per cost (4)."
         ),
     ] = None,
     confidence: Annotated[
@@ -345,9 +312,7 @@ def evaluate(
     from .job.opening import ScoringOptions
     from .report import print_report
 
-    options = commands.JobOptions(
-        _model_options(model, dtype, device, attn, trust_remote_code), data, limit, reduction
-    )
+    options = commands.JobOptions(_model_options(model, dtype, device, attn, trust_remote_code), data, limit, reduction)
     scoring = ScoringOptions(
         metric=metric,
         max_new_tokens=max_new_tokens,
@@ -362,8 +327,7 @@ def evaluate(
 @app.command(cls=_Command)
 def compare(
     budget: Annotated[
-        list[float] | None,
-        typer.Option("--budget", help="May be repeated. Default: 0.5 0.25 0.125 0.0625."),
+        list[float] | None, typer.Option("--budget", help="May be repeated. Default: 0.5 0.25 0.125 0.0625.")
     ] = None,
     budget_unit: BudgetUnit = None,
     methods: Annotated[
@@ -372,20 +336,13 @@ def compare(
     model: Model = "demo",
     data: Calibration = None,
     test_data: Test = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder for tables and figure.")] = Path(
-        "thinsight-compare"
-    ),
+    out: Annotated[Path, typer.Option("--out", help="Folder for tables and figure.")] = Path("thinsight-compare"),
     resume: Resume = False,
     ranker: Annotated[
-        str | None,
-        typer.Option("--ranker", help="Of the searches that do not choose it. Default: text-attention."),
+        str | None, typer.Option("--ranker", help="Of the searches that do not choose it. Default: text-attention.")
     ] = None,
-    n_trials: Annotated[
-        int | None, typer.Option("--n-trials", min=1, help="Evaluations of each search (16).")
-    ] = None,
-    seeds: Annotated[
-        int, typer.Option("--seeds", min=1, max=1000, help="Runs of what is random, seeds from 0.")
-    ] = 1,
+    n_trials: Annotated[int | None, typer.Option("--n-trials", min=1, help="Evaluations of each search (16).")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, max=1000, help="Runs of what is random, seeds from 0.")] = 1,
     limit: Limit = None,
     metric: Metric = None,
     max_new_tokens: MaxNewTokens = None,
@@ -457,9 +414,7 @@ def bench(
     model: Model = "demo",
     data: Data = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Choose prompts among so many examples.")] = 64,
-    batch_size: Annotated[
-        int, typer.Option("--batch-size", min=1, help="Prompts that are timed together.")
-    ] = 8,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts that are timed together.")] = 8,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Measured runs of each side.")] = 7,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Length of the whole answer.")] = 16,
     packed: Annotated[
@@ -474,17 +429,10 @@ def bench(
     from .job import commands
     from .report import print_report
 
-    options = commands.JobOptions(
-        _model_options(model, dtype, device, attn, trust_remote_code), data, limit, reduction
-    )
+    options = commands.JobOptions(_model_options(model, dtype, device, attn, trust_remote_code), data, limit, reduction)
     result = _watched(
         lambda watcher: commands.bench(
-            options,
-            batch_size=batch_size,
-            runs=runs,
-            new_tokens=new_tokens,
-            packed=packed,
-            watcher=watcher,
+            options, batch_size=batch_size, runs=runs, new_tokens=new_tokens, packed=packed, watcher=watcher
         )
     )
     print_report(result.data, Console())
@@ -498,9 +446,7 @@ def show(
     reduction: ReductionSource = None,
     model: Model = "demo",
     out: Annotated[Path, typer.Option("--out", help="The picture to write.")] = Path("thinsight-kept.png"),
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")
-    ] = 32,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer in tokens.")] = 32,
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn: Attn = "sdpa",
@@ -513,13 +459,9 @@ def show(
 
     check_writable_file(out)
     check_picture_name(out)
-    options = commands.JobOptions(
-        _model_options(model, dtype, device, attn, trust_remote_code), reduction=reduction
-    )
+    options = commands.JobOptions(_model_options(model, dtype, device, attn, trust_remote_code), reduction=reduction)
     result = _watched(
-        lambda watcher: commands.show(
-            options, image, question, max_new_tokens=max_new_tokens, watcher=watcher
-        )
+        lambda watcher: commands.show(options, image, question, max_new_tokens=max_new_tokens, watcher=watcher)
     )
     _print(
         f"Question:      {result.picture.question}",
@@ -533,9 +475,7 @@ def show(
 
 @app.command(cls=_Command)
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder that `thinsight search` wrote.")] = Path(
-        _DEFAULT_OUT
-    ),
+    folder: Annotated[Path, typer.Argument(help="A folder that `thinsight search` wrote.")] = Path(_DEFAULT_OUT),
 ) -> None:
     """Write the HTML report of a finished search anew, and print its tables."""
     from .report import load_report_data, print_report, write_report
@@ -565,9 +505,7 @@ def list_models() -> None:
     """List the families of models that run under a reduction."""
     from .supported import models
 
-    table = Table(
-        title="Models that run under a reduction", title_justify="left", box=SIMPLE_HEAD, pad_edge=False
-    )
+    table = Table(title="Models that run under a reduction", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("model", "transformers class", "takes"):
         table.add_column(column, no_wrap=column != "model")
     for each in models():

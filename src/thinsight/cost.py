@@ -161,9 +161,7 @@ def breakdown(config: Any, *, n_vision: int, n_text: int, schedule: Schedule | N
     )
 
 
-def kv_bytes(
-    config: Any, n_vision: int, n_text: int, schedule: Schedule | None = None, dtype_bytes: float = 2
-) -> int:
+def kv_bytes(config: Any, n_vision: int, n_text: int, schedule: Schedule | None = None, dtype_bytes: float = 2) -> int:
     """Bytes of keys and values that one prompt leaves in the cache after prefill.
 
     ``dtype_bytes`` is the size of one cached number: 2 for float16 and bfloat16, 4 for float32.
@@ -269,18 +267,9 @@ def _size(config: Any, name: str) -> int:
 
 _CLASS_TOKEN = frozenset({"clip_vision_model", "internvl_vision"})
 _FIXED = frozenset(
-    {
-        "clip_vision_model",
-        "siglip_vision_model",
-        "internvl_vision",
-        "idefics3_vision",
-        "smolvlm_vision",
-        "ovis2_vision",
-    }
+    {"clip_vision_model", "siglip_vision_model", "internvl_vision", "idefics3_vision", "smolvlm_vision", "ovis2_vision"}
 )
-_GATED = frozenset(
-    {"pixtral", "qwen2_5_vl_vision", "qwen2_5_vl", "glm4v_vision", "glm4v_moe_vision", "ovis2_vision"}
-)
+_GATED = frozenset({"pixtral", "qwen2_5_vl_vision", "qwen2_5_vl", "glm4v_vision", "glm4v_moe_vision", "ovis2_vision"})
 _ANY_RESOLUTION = frozenset({"llava_next", "llava_next_video", "llava_onevision"})
 
 
@@ -341,9 +330,7 @@ class _Tower:
 
 def _tower(vision: Any) -> _Tower:
     kind = _field(vision, "model_type")
-    width = (
-        _first_size(vision, "embed_dim", "hidden_size") if kind in _QWEN2 else _size(vision, "hidden_size")
-    )
+    width = _first_size(vision, "embed_dim", "hidden_size") if kind in _QWEN2 else _size(vision, "hidden_size")
     heads = _first_size(vision, "num_heads", "num_attention_heads")
     patch = _side(vision, "patch_size")
     channels = _field(vision, "num_channels") or _field(vision, "in_channels") or 3
@@ -463,16 +450,7 @@ def _ovis2(config: Any, vision: Any) -> int:
 
 _PROJECTORS: dict[Any, Callable[[Any, Any], int]] = {
     **dict.fromkeys(
-        [
-            None,
-            "deepseek_vl",
-            "llava",
-            "llava_next",
-            "llava_next_video",
-            "llava_onevision",
-            "video_llava",
-            "vipllava",
-        ],
+        [None, "deepseek_vl", "llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava", "vipllava"],
         _two_layers,
     ),
     **dict.fromkeys(["gemma3", "paligemma", "idefics3", "smolvlm"], _one_matrix),

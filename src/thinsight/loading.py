@@ -201,9 +201,7 @@ def load_config(name: str | Path, trust_remote_code: bool = False) -> Any:
         return load_config(base, trust_remote_code)
     source, local = locate_model(name)
     with _one_line(name, "its config"):
-        config = AutoConfig.from_pretrained(
-            source, local_files_only=local, trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=trust_remote_code)
     _check_family(config, name)
     return config
 
@@ -219,8 +217,7 @@ def check_options(dtype: str, device: str, attn: str) -> torch.device:
         raise BadInput(f"attn is {attn!r}: choose one of {', '.join(ATTENTION)}")
     if attn in _FLASH and not _FLASH[attn]():
         raise BadInput(
-            f"attn is {attn!r}, whose package is not installed or finds no GPU: "
-            "install it, or use --attn sdpa"
+            f"attn is {attn!r}, whose package is not installed or finds no GPU: install it, or use --attn sdpa"
         )
     return _resolve_device(device)
 
@@ -234,16 +231,13 @@ def locate_model(name: str | Path) -> tuple[str, bool]:
     if (embedded := DEMOS.get(str(name))) is not None:
         if not (embedded / "config.json").is_file():
             raise BadInput(
-                f"the demo model {str(name)!r} is not part of this installation: "
-                "reinstall thinsight, or give --model"
+                f"the demo model {str(name)!r} is not part of this installation: reinstall thinsight, or give --model"
             )
         return str(embedded), True
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BadInput(
-                f"model {str(name)!r} has no config.json: give a folder written by save_pretrained"
-            )
+            raise BadInput(f"model {str(name)!r} has no config.json: give a folder written by save_pretrained")
         return str(path), True
     if path.exists():
         raise BadInput(f"model {str(name)!r} is a file: give the folder that holds its config.json")
@@ -308,12 +302,7 @@ def _folder(name: str | Path) -> Path | None:
 def _check_hub_id(name: str) -> None:
     """Ask the hub once, with a short timeout, unless the config is already in the local cache."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
@@ -329,18 +318,14 @@ def _check_hub_id(name: str) -> None:
     try:
         found = HfApi().model_info(name, timeout=_HUB_TIMEOUT)
     except GatedRepoError:
-        raise StorageError(
-            f"model {name!r} is gated: accept its terms on the hub and run `hf auth login`"
-        ) from None
+        raise StorageError(f"model {name!r} is gated: accept its terms on the hub and run `hf auth login`") from None
     except RepositoryNotFoundError:
         raise BadInput(
             f"model {name!r} is neither a folder here nor a public model on the hub: check the spelling, "
             "or run `hf auth login` if it is private"
         ) from None
     except HfHubHTTPError as error:
-        raise StorageError(
-            f"the hub refused model {name!r} ({_first_line(error)}): try again later"
-        ) from None
+        raise StorageError(f"the hub refused model {name!r} ({_first_line(error)}): try again later") from None
     except Exception as error:  # every transport has its own kinds: httpx, requests, OSError ...
         raise StorageError(
             f"model {name!r} is not a local folder and the hub cannot be reached ({_first_line(error)}): "
@@ -349,8 +334,7 @@ def _check_hub_id(name: str) -> None:
     files = {file.rfilename for file in found.siblings or ()}
     if _ADAPTER in files and "config.json" not in files:
         raise BadInput(
-            f"model {name!r} is an adapter: download it (hf download {name} --local-dir adapter) and give "
-            "its folder"
+            f"model {name!r} is an adapter: download it (hf download {name} --local-dir adapter) and give its folder"
         )
 
 

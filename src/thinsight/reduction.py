@@ -216,9 +216,7 @@ def read_only(value: Any, levels: int = MAX_DEPTH) -> Any:
     if not isinstance(value, (Mapping, list, tuple)):
         return value
     if levels == 0:
-        raise BadInput(
-            f"a record nested more than {MAX_DEPTH} levels deep cannot be saved as JSON; make it flatter"
-        )
+        raise BadInput(f"a record nested more than {MAX_DEPTH} levels deep cannot be saved as JSON; make it flatter")
     if isinstance(value, Mapping):
         return ReadOnlyDict({key: read_only(item, levels - 1) for key, item in value.items()})
     return ReadOnlyList([read_only(item, levels - 1) for item in value])
@@ -353,9 +351,7 @@ class Reduction:
         elif is_hub_id(name):
             path = _download(name, revision, token)
         else:
-            raise BadInput(
-                f"there is no folder {folder}; pass a folder with {CONFIG_NAME} or a Hub id owner/name"
-            )
+            raise BadInput(f"there is no folder {folder}; pass a folder with {CONFIG_NAME} or a Hub id owner/name")
         return cls.from_dict(read_object(path, "search again or restore the file"), str(path))
 
     def push_to_hub(
@@ -523,9 +519,7 @@ def _schedule(keep_rates: Any, num_layers: Any) -> Schedule:
     if not isinstance(keep_rates, list):
         raise BadInput(f"keep_rates is {keep_rates!r}; it must be a list of numbers in [0, 1]")
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers != len(keep_rates):
-        raise BadInput(
-            f"num_layers is {num_layers!r} but there are {len(keep_rates)} keep_rates; they must agree"
-        )
+        raise BadInput(f"num_layers is {num_layers!r} but there are {len(keep_rates)} keep_rates; they must agree")
     return Schedule(keep_rates)
 
 

@@ -79,6 +79,5 @@ class SupportedModel:
 def models() -> tuple[SupportedModel, ...]:
     """All families of models that run under a reduction, by model_type."""
     return tuple(
-        SupportedModel(kind, CLASSES.get(kind, ""), *_ABOUT[kind], needs=_NEEDS.get(kind, ()))
-        for kind in SUPPORTED
+        SupportedModel(kind, CLASSES.get(kind, ""), *_ABOUT[kind], needs=_NEEDS.get(kind, ())) for kind in SUPPORTED
     )

@@ -145,11 +145,7 @@ def measure(
     timings = []
     for what, job in jobs.items():
         full, reduced = alternate(
-            functools.partial(_clock, model, job),
-            lambda: apply(model, reduction),
-            runs=runs,
-            warmup=warmup,
-            tick=tick,
+            functools.partial(_clock, model, job), lambda: apply(model, reduction), runs=runs, warmup=warmup, tick=tick
         )
         timings.append(Timing(what, full, reduced, size))
     kv_full = cache_bytes(jobs[PREFILL]()[CACHE])
@@ -274,9 +270,7 @@ def cache_bytes(cache: Any) -> int:
     return total
 
 
-def _jobs(
-    model: Any, batch: dict[str, Any], reduction: Reduction, new_tokens: int
-) -> dict[str, Callable[[], Any]]:
+def _jobs(model: Any, batch: dict[str, Any], reduction: Reduction, new_tokens: int) -> dict[str, Callable[[], Any]]:
     """What is timed, by name."""
     text = {name: value for name, value in batch.items() if not name.startswith("pixel_")}
     vision = encode_images(model, batch, reduction).model_inputs()

@@ -29,9 +29,7 @@ def for_each(families: Iterable[Family] | None = None) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("family", params)
 
 
-def behaviour(
-    name: str, families: Iterable[Family] | None = None, *, refused: bool = False
-) -> Callable[[Test], Test]:
+def behaviour(name: str, families: Iterable[Family] | None = None, *, refused: bool = False) -> Callable[[Test], Test]:
     """Run a test for each family as `family`; where the family refuses the behaviour, expect its message.
 
     Args:

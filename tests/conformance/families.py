@@ -140,10 +140,7 @@ def any_resolution(size: int, base: int, grid: int) -> Vision:
         return vision(
             [tokens],
             [tokens],
-            {
-                "pixel_values": draw.pixels(1, 1 + count, 3, size, size),
-                "image_sizes": torch.tensor([[height, width]]),
-            },
+            {"pixel_values": draw.pixels(1, 1 + count, 3, size, size), "image_sizes": torch.tensor([[height, width]])},
         )
 
     return make
@@ -236,21 +233,9 @@ PATCH_TOWER = {
     "num_heads": 2,
     "patch_size": 4,
 }
-QWEN2_TOWER = {
-    "depth": 3,
-    "embed_dim": 32,
-    "hidden_size": 32,
-    "num_heads": 2,
-    "mlp_ratio": 2,
-    "patch_size": 4,
-}
+QWEN2_TOWER = {"depth": 3, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4}
 QWEN25_TOWER = {**PATCH_TOWER, "window_size": 16, "fullatt_block_indexes": [1]}
-QWEN3_TOWER = {
-    **PATCH_TOWER,
-    "depth": 4,
-    "num_position_embeddings": 64,
-    "deepstack_visual_indexes": [0, 1, 2],
-}
+QWEN3_TOWER = {**PATCH_TOWER, "depth": 4, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
 GLM_TOWER = {**PATCH_TOWER, "image_size": 32}
 PERCEIVER = {
     "hidden_size": 32,
@@ -264,10 +249,7 @@ INTERNVL_TOWER = tower("internvl_vision", 42, 7)
 IDEFICS_TOWER = tower("idefics3_vision", 42, 7)
 PIXTRAL_TOWER = tower("pixtral", 64, 4)
 GEMMA3_TEXT = text(
-    "gemma3_text",
-    query_pre_attn_scalar=8,
-    sliding_window=10,
-    layer_types=["sliding_attention", "full_attention"] * 2,
+    "gemma3_text", query_pre_attn_scalar=8, sliding_window=10, layer_types=["sliding_attention", "full_attention"] * 2
 )
 COHERE2_TEXT = text(
     "cohere2",
@@ -421,12 +403,7 @@ TABLE = [
         name="glm4v-moe",
         model_class="Glm4vMoeForConditionalGeneration",
         config=config(
-            mrope(
-                "glm4v_moe_text",
-                head_dim=16,
-                rope={"partial_rotary_factor": 0.5},
-                **GLM_EXPERTS,
-            ),
+            mrope("glm4v_moe_text", head_dim=16, rope={"partial_rotary_factor": 0.5}, **GLM_EXPERTS),
             GLM_TOWER,
             **GLM_MARKS,
         ),
@@ -512,9 +489,7 @@ TABLE = [
     Family(
         name="cohere2-vision",
         model_class="Cohere2VisionForConditionalGeneration",
-        config=config(
-            COHERE2_TEXT, {**SIGLIP, "image_size": 42}, downsample_factor=2, alignment_intermediate_size=64
-        ),
+        config=config(COHERE2_TEXT, {**SIGLIP, "image_size": 42}, downsample_factor=2, alignment_intermediate_size=64),
         image=tiles(42, 9, mark=False),
         refuses=WINDOWS,
     ),

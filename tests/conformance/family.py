@@ -17,22 +17,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .inputs import (
-    BOS,
-    EOS,
-    FIRST_WORD,
-    PAD,
-    Batch,
-    Collate,
-    Draw,
-    Part,
-    Row,
-    Spec,
-    TokenTypes,
-    collate,
-    flat,
-    text,
-)
+from .inputs import BOS, EOS, FIRST_WORD, PAD, Batch, Collate, Draw, Part, Row, Spec, TokenTypes, collate, flat, text
 
 IMAGES: tuple[Spec, ...] = ([3, 5], [2, 3, 9], [4, 0, 2, 2], [7], [1, 1])
 """One image, two, three of which two stand side by side, text only, short: rows that every family runs."""
@@ -137,11 +122,7 @@ class Family:
             return {**inputs, **pixels}
         features = model.base_model.get_image_features(**pixels, return_dict=True)
         # positions count every image from the start
-        return {
-            **inputs,
-            "image_grid_thw": whole["image_grid_thw"],
-            "mm_encoder_outputs": {"image": features},
-        }
+        return {**inputs, "image_grid_thw": whole["image_grid_thw"], "mm_encoder_outputs": {"image": features}}
 
     def _row(self, spec: Spec, draw: Draw, seen: dict[str, int], start: list[int]) -> Row:
         parts = [text(start)] if start else []

@@ -157,9 +157,7 @@ def per_row(rows: list[Row]) -> dict[str, Tensor]:
     return {name: torch.cat(_same_shape(lines)) for name, lines in collected.items()}
 
 
-def collate(
-    rows: list[Row], tensors: Collate = flat, types: TokenTypes | None = None, padding: str = "left"
-) -> Batch:
+def collate(rows: list[Row], tensors: Collate = flat, types: TokenTypes | None = None, padding: str = "left") -> Batch:
     """Put rows into one batch.
 
     Returns:

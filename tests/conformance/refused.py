@@ -91,9 +91,6 @@ def llama() -> PreTrainedModel:
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "mllama": (mllama, "'mllama' reads images by cross-attention"),
     "florence2": (florence2, "'florence2' is an encoder-decoder"),
-    "lfm2-vl": (
-        lfm2,
-        r"model_type is 'lfm2_vl', whose decoder has layers \(conv\) that are no plain self-attention",
-    ),
+    "lfm2-vl": (lfm2, r"model_type is 'lfm2_vl', whose decoder has layers \(conv\) that are no plain self-attention"),
     "llama": (llama, "model_type is 'llama', which transformers .* does not load as a model that answers"),
 }

@@ -100,9 +100,7 @@ def test_a_compiled_prefill_is_the_eager_one(family: Family) -> None:
     ("schedule", "most"), [([1, 0.8, 0.5, 0.1], 14), ([1, 0.5, 0.5, 0.5], 11)], ids=["three", "one"]
 )
 @behaviour("compiled", [FAMILIES["llava"]])
-def test_a_planned_prefill_compiles_to_few_graphs_once(
-    family: Family, schedule: list[float], most: int
-) -> None:
+def test_a_planned_prefill_compiles_to_few_graphs_once(family: Family, schedule: list[float], most: int) -> None:
     """Of four layers; the second pass compiles nothing."""
     model, inputs, graphs = family.build(), family.inputs(SINGLE, seed=21), []
 

@@ -159,12 +159,7 @@ def test_prompt_lookup_equals_the_reference(family: Family) -> None:
         greedy = generate(model, inputs, steps, logits_processor=processors)
         with Passes(model) as passes:
             out = generate(
-                model,
-                inputs,
-                steps,
-                logits_processor=processors,
-                prompt_lookup_num_tokens=4,
-                max_matching_ngram_size=2,
+                model, inputs, steps, logits_processor=processors, prompt_lookup_num_tokens=4, max_matching_ngram_size=2
             )
     assert passes.tokens[0] > len(row.ids)
     assert len(passes.tokens) < steps
@@ -448,9 +443,7 @@ def test_a_cropped_cache_continues_like_a_new_one(family: Family) -> None:
             reference = CASE.reference(family, whole)
             reference.read(whole)
             reference.row = kept
-            reference.hidden = [
-                {place for place in layer if place < len(kept.ids)} for layer in reference.hidden
-            ]
+            reference.hidden = [{place for place in layer if place < len(kept.ids)} for layer in reference.hidden]
             wanted = reference.read(other)[-1]
             close(out.logits[0][0], wanted)
             close(out.logits[1][0], reference.answer(int(out.sequences[0, -2])))
@@ -523,9 +516,7 @@ def test_a_static_cache_equals_the_reference_and_is_smaller(family: Family) -> N
             for counts in kept
         ]
         per_column = stock[CACHE].layers[0].keys[:, :, :1].nbytes * 2
-        saved = [
-            full - reduced for full, reduced in zip(kv_bytes(stock[CACHE]), kv_bytes(out[CACHE]), strict=True)
-        ]
+        saved = [full - reduced for full, reduced in zip(kv_bytes(stock[CACHE]), kv_bytes(out[CACHE]), strict=True)]
         assert saved == [per_column * (width - length) for length in lengths]
 
 

@@ -339,9 +339,7 @@ def test_a_reduction_on_top_of_a_projector_that_cuts(family: Family) -> None:
     patches: list[int] = []
     base = model.base_model
     tower = getattr(base, "vision_tower", None) or base.vision_model
-    hook = tower.register_forward_hook(
-        lambda m, a, out: patches.append(out.last_hidden_state[..., 0].numel())
-    )
+    hook = tower.register_forward_hook(lambda m, a, out: patches.append(out.last_hidden_state[..., 0].numel()))
     with Case(half).apply(model) as handle:
         generate(model, batch.inputs, 1)
         kept = len(handle.kept(3)[0])

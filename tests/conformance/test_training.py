@@ -92,9 +92,7 @@ def decoder_gradients(model: PreTrainedModel, found: dict[str, Tensor]) -> dict[
     """The norm of each decoder layer's gradients."""
     names: Any = {id(p): name for name, p in model.named_parameters()}
     return {
-        number: torch.stack(
-            [found[names[id(p)]].norm() for p in layer.parameters() if names[id(p)] in found]
-        ).norm()
+        number: torch.stack([found[names[id(p)]].norm() for p in layer.parameters() if names[id(p)] in found]).norm()
         for number, layer in enumerate(model.get_decoder().layers)
     }
 

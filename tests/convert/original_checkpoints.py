@@ -81,11 +81,7 @@ _PHI3 = {
     "max_position_embeddings": 512,
     "original_max_position_embeddings": 16,
     "sliding_window": 1024,
-    "rope_scaling": {
-        "type": "su",
-        "short_factor": [1.0, 1.1, 1.3, 1.4],
-        "long_factor": [1.2, 2.0, 4.0, 9.0],
-    },
+    "rope_scaling": {"type": "su", "short_factor": [1.0, 1.1, 1.3, 1.4], "long_factor": [1.2, 2.0, 4.0, 9.0]},
 }
 _LLAMA = {**_TEXT, "architectures": ["LlamaForCausalLM"], "num_key_value_heads": 1, "rope_theta": 5000000.0}
 
@@ -366,21 +362,8 @@ def _write_internlm2_tokenizer(folder: Path) -> int:
     """Six reserved pieces inside the vocabulary are renamed, the vision tokens come after it."""
     reserved = tuple(f"[UNUSED_TOKEN_{n}]" for n in range(141, 147))
     (folder / "tokenizer.model").write_bytes(sentencepiece_model(dummy_prefix=False, extra=reserved))
-    chat = (
-        "<|plugin|>",
-        "<|interpreter|>",
-        "<|action_end|>",
-        "<|action_start|>",
-        "<|im_end|>",
-        "<|im_start|>",
-    )
-    added = {
-        0: "<unk>",
-        1: "<s>",
-        2: "</s>",
-        **dict(enumerate(chat, 3)),
-        **dict(enumerate(VISION_ROLES, 420)),
-    }
+    chat = ("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>")
+    added = {0: "<unk>", 1: "<s>", 2: "</s>", **dict(enumerate(chat, 3)), **dict(enumerate(VISION_ROLES, 420))}
     settings = {
         "added_tokens_decoder": {str(number): _token(text) for number, text in added.items()},
         "additional_special_tokens": [*chat, *VISION_ROLES],
@@ -394,9 +377,7 @@ def _write_internlm2_tokenizer(folder: Path) -> int:
         "tokenizer_class": "InternLM2Tokenizer",
     }
     write_json(folder / "tokenizer_config.json", settings)
-    write_json(
-        folder / "added_tokens.json", {text: number for number, text in added.items() if number >= 420}
-    )
+    write_json(folder / "added_tokens.json", {text: number for number, text in added.items() if number >= 420})
     return 420 + len(VISION_ROLES)
 
 

@@ -83,9 +83,7 @@ def _vision_layer(weights: Weights, config: dict[str, Any], at: str, x: Tensor) 
         eps = config["layer_norm_eps"]
         if config["norm_type"] == "rms_norm":
             return _rms(y, weights[at + name + ".weight"], eps)
-        return F.layer_norm(
-            y, y.shape[-1:], weights[at + name + ".weight"], weights[at + name + ".bias"], eps
-        )
+        return F.layer_norm(y, y.shape[-1:], weights[at + name + ".weight"], weights[at + name + ".bias"], eps)
 
     x = x + _vision_attention(weights, config, at + "attn.", norm("norm1", x)) * weights[at + "ls1"]
     hidden = F.gelu(_linear(weights, at + "mlp.fc1", norm("norm2", x)))
@@ -179,12 +177,8 @@ def _internlm2(weights: Weights, config: dict[str, Any], x: Tensor) -> Tensor:
         x = x + _linear(weights, at + "attention.wo", mixed)
         normed = _rms(x, weights[at + "ffn_norm.weight"], eps)
         gate = F.silu(_linear(weights, at + "feed_forward.w1", normed))
-        x = x + _linear(
-            weights, at + "feed_forward.w2", gate * _linear(weights, at + "feed_forward.w3", normed)
-        )
-    return _linear(
-        weights, "language_model.output", _rms(x, weights["language_model.model.norm.weight"], eps)
-    )
+        x = x + _linear(weights, at + "feed_forward.w2", gate * _linear(weights, at + "feed_forward.w3", normed))
+    return _linear(weights, "language_model.output", _rms(x, weights["language_model.model.norm.weight"], eps))
 
 
 def _phi3(weights: Weights, config: dict[str, Any], x: Tensor) -> Tensor:
@@ -192,18 +186,14 @@ def _phi3(weights: Weights, config: dict[str, Any], x: Tensor) -> Tensor:
     eps, keys = config["rms_norm_eps"], config["num_key_value_heads"] * head_dim
     for layer in range(config["num_hidden_layers"]):
         at = f"language_model.model.layers.{layer}."
-        packed = _linear(
-            weights, at + "self_attn.qkv_proj", _rms(x, weights[at + "input_layernorm.weight"], eps)
-        )
+        packed = _linear(weights, at + "self_attn.qkv_proj", _rms(x, weights[at + "input_layernorm.weight"], eps))
         parts = packed.split([config["num_attention_heads"] * head_dim, keys, keys], dim=-1)
         mixed = _attend(*(_heads(part, head_dim) for part in parts), config)
         x = x + _linear(weights, at + "self_attn.o_proj", mixed)
         normed = _rms(x, weights[at + "post_attention_layernorm.weight"], eps)
         gate, up = _linear(weights, at + "mlp.gate_up_proj", normed).chunk(2, dim=-1)
         x = x + _linear(weights, at + "mlp.down_proj", F.silu(gate) * up)
-    return _linear(
-        weights, "language_model.lm_head", _rms(x, weights["language_model.model.norm.weight"], eps)
-    )
+    return _linear(weights, "language_model.lm_head", _rms(x, weights["language_model.model.norm.weight"], eps))
 
 
 def _llama(weights: Weights, config: dict[str, Any], x: Tensor) -> Tensor:

@@ -316,9 +316,7 @@ def test_a_value_that_cannot_be_right_is_one_line(field: str, value: Any, tmp_pa
         {"model_max_length": []},
     ],
 )
-def test_a_tokenizer_whose_settings_cannot_be_right_is_one_line(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_tokenizer_whose_settings_cannot_be_right_is_one_line(settings: dict[str, Any], tmp_path: Path) -> None:
     """Likewise."""
     write_checkpoint(tmp_path / "original", "InternVL2-2B")
     path = tmp_path / "original" / "tokenizer_config.json"
@@ -336,14 +334,8 @@ def test_refuses_a_norm_that_transformers_fixes(tmp_path: Path) -> None:
 
 WRONG = "language_model.model.layers.1.attention.wqkv.weight"
 WEIGHTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
-    "missing": (
-        lambda w: w.pop(WRONG),
-        "missing tensors that the model needs: model.language_model.layers.1",
-    ),
-    "unknown": (
-        lambda w: w.update({"mlp1.5.weight": torch.ones(2)}),
-        "unknown tensors that no rule knows: mlp1.5",
-    ),
+    "missing": (lambda w: w.pop(WRONG), "missing tensors that the model needs: model.language_model.layers.1"),
+    "unknown": (lambda w: w.update({"mlp1.5.weight": torch.ones(2)}), "unknown tensors that no rule knows: mlp1.5"),
     "misshapen": (lambda w: w.update({WRONG: w[WRONG][:-8]}), f"{WRONG} has shape (56, 32)"),
     "not divisible": (lambda w: w.update({WRONG: w[WRONG][:-1]}), "does not divide into the heads"),
     "transposed": (

@@ -35,9 +35,7 @@ def prompt(model: Any, n_text: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def assert_same_logits(
-    model: Any, config: dict[str, Any], weights: dict[str, torch.Tensor], n_text: int = 30
-) -> None:
+def assert_same_logits(model: Any, config: dict[str, Any], weights: dict[str, torch.Tensor], n_text: int = 30) -> None:
     """With and without images; the shorter prompt first, since dynamic rope remembers the longest one."""
     ids, pixels = prompt(model, n_text)
     image_id = model.config.image_token_id

@@ -19,20 +19,19 @@ from transformers.utils import is_torchvision_available
 from thinsight import load_model
 from thinsight.convert import convert
 
-SYSTEM_2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: E501, RUF001
-SYSTEM_2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: E501, RUF001
+SYSTEM_2 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"  # noqa: E501, RUF001
+)
+SYSTEM_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"  # noqa: E501, RUF001
+)
 ONE_PER_TEMPLATE = ["InternVL2-1B", "InternVL2-2B", "InternVL2-4B", "InternVL3-8B"]
 
 
 def original_prompt(template: str, turns: list[tuple[str, str | None]], system: str | None = None) -> str:
     """conversation.py's get_prompt for the separator style MPT; a last answer of None is left open."""
     opening, roles, separator, message = {
-        "Hermes-2": (
-            "<|im_start|>system\n",
-            ("<|im_start|>user\n", "<|im_start|>assistant\n"),
-            "<|im_end|>",
-            SYSTEM_2,
-        ),
+        "Hermes-2": ("<|im_start|>system\n", ("<|im_start|>user\n", "<|im_start|>assistant\n"), "<|im_end|>", SYSTEM_2),
         "internlm2-chat": (
             "<|im_start|>system\n",
             ("<|im_start|>user\n", "<|im_start|>assistant\n"),
@@ -58,13 +57,7 @@ def original_tiles(image: Image.Image, size: int, most: int) -> list[Image.Image
     """The model card's dynamic_preprocess with use_thumbnail: the grid nearest in shape, and the whole."""
     width, height = image.size
     grids = sorted(
-        {
-            (i, j)
-            for n in range(1, most + 1)
-            for i in range(1, n + 1)
-            for j in range(1, n + 1)
-            if i * j <= most
-        },
+        {(i, j) for n in range(1, most + 1) for i in range(1, n + 1) for j in range(1, n + 1) if i * j <= most},
         key=lambda grid: grid[0] * grid[1],
     )
     best, smallest = (1, 1), float("inf")
@@ -75,9 +68,7 @@ def original_tiles(image: Image.Image, size: int, most: int) -> list[Image.Image
             best, smallest = (columns, rows), difference
     columns, rows = best
     whole = image.resize((columns * size, rows * size), Image.Resampling.BICUBIC)
-    boxes = [
-        (x * size, y * size, (x + 1) * size, (y + 1) * size) for y in range(rows) for x in range(columns)
-    ]
+    boxes = [(x * size, y * size, (x + 1) * size, (y + 1) * size) for y in range(rows) for x in range(columns)]
     tiles = [whole.crop(box) for box in boxes]
     return [*tiles, image.resize((size, size), Image.Resampling.BICUBIC)] if len(tiles) > 1 else tiles
 
@@ -129,9 +120,7 @@ def test_prompt(size: str, tmp_path: Path) -> None:
 
 def test_own_system_message(tmp_path: Path) -> None:
     out = make(tmp_path, "InternVL3-8B", top={"system_message": 'Say "no".'})
-    prompt = AutoTokenizer.from_pretrained(out).apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False
-    )
+    prompt = AutoTokenizer.from_pretrained(out).apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
     assert prompt.startswith('<|im_start|>system\nSay "no".<|im_end|>\n<|im_start|>user\nHi')
 
 

@@ -40,8 +40,7 @@ def slow_ids(folder: Path, text: str) -> list[int]:
     """What transformers' slow tokenizers do: added tokens are cut out, SentencePiece encodes the rest."""
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     added = {
-        token["content"]: (int(n), token["rstrip"])
-        for n, token in settings.get("added_tokens_decoder", {}).items()
+        token["content"]: (int(n), token["rstrip"]) for n, token in settings.get("added_tokens_decoder", {}).items()
     }
     if (folder / "added_tokens.json").exists():
         more = json.loads((folder / "added_tokens.json").read_text())
@@ -192,9 +191,7 @@ def test_refuses_broken_files(tmp_path: Path) -> None:
     assert "tokenizer_config.json is not valid JSON" in error_of(tmp_path, vocabulary)
 
 
-def test_says_which_extra_a_sentencepiece_model_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_says_which_extra_a_sentencepiece_model_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = write_tokenizer(tmp_path, "InternVL2-2B")
     monkeypatch.setitem(sys.modules, "sentencepiece.sentencepiece_model_pb2", None)
     assert "pip install 'thinsight[convert]'" in error_of(tmp_path, vocabulary)

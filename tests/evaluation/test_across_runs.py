@@ -36,10 +36,7 @@ QUESTIONS = ("what color is the circle ?", "how many ?")
 def make_examples(count: int = 6) -> list[Example]:
     """Two questions about each of half as many images."""
     images = tiny_images(count // 2)
-    return [
-        Example(f"e{i}", (images[i // 2],), QUESTIONS[i % 2] + " red" * (i % 3), ("red",))
-        for i in range(count)
-    ]
+    return [Example(f"e{i}", (images[i // 2],), QUESTIONS[i % 2] + " red" * (i % 3), ("red",)) for i in range(count)]
 
 
 def evaluator_of(cache_dir: Path | None, model: Any = None, **options: Any) -> Evaluator:

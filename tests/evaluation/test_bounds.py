@@ -46,8 +46,7 @@ def test_what_is_allowed_fails_no_more_often_than_promised(name, confidence, tot
     """The losses are exactly what is allowed: the hardest case. A look after every part."""
     losses = losses_of(total)
     failed = [
-        seen_until_failed(losses, WEIGHTS[name], total + 1e-9, confidence, seed) is not None
-        for seed in range(400)
+        seen_until_failed(losses, WEIGHTS[name], total + 1e-9, confidence, seed) is not None for seed in range(400)
     ]
     assert np.mean(failed) <= 1 - confidence
 
@@ -55,18 +54,14 @@ def test_what_is_allowed_fails_no_more_often_than_promised(name, confidence, tot
 def test_the_promise_is_made_use_of():
     """A test that never failed would keep every promise."""
     losses = losses_of(100)
-    failed = [
-        seen_until_failed(losses, WEIGHTS["even"], 100 + 1e-9, 0.8, seed) is not None for seed in range(400)
-    ]
+    failed = [seen_until_failed(losses, WEIGHTS["even"], 100 + 1e-9, 0.8, seed) is not None for seed in range(400)]
     assert np.mean(failed) > 0.02
 
 
 def test_too_much_is_found_sooner_than_by_waiting_for_certainty():
     losses, weights = losses_of(200), WEIGHTS["even"]
     seen = {
-        confidence: np.mean(
-            [seen_until_failed(losses, weights, 100, confidence, seed) for seed in range(200)]
-        )
+        confidence: np.mean([seen_until_failed(losses, weights, 100, confidence, seed) for seed in range(200)])
         for confidence in (0.8, 0.95, 0.99, 1 - 1e-15)  # the last is certainty but for rounding
     }
     assert list(seen.values()) == sorted(seen.values())

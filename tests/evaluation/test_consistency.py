@@ -36,11 +36,7 @@ def test_tau_is_scipys(levels, chunk, monkeypatch):
 
 
 def test_tau_of_a_constant_row_is_zero():
-    assert kendall_tau_b(np.array([[1.0, 1, 1], [1, 2, 3], [3, 2, 1]])).tolist() == [
-        [0, 0, 0],
-        [0, 1, -1],
-        [0, -1, 1],
-    ]
+    assert kendall_tau_b(np.array([[1.0, 1, 1], [1, 2, 3], [3, 2, 1]])).tolist() == [[0, 0, 0], [0, 1, -1], [0, -1, 1]]
 
 
 def test_top_k_overlap():
@@ -131,9 +127,7 @@ def test_ties_are_mentioned():
 
 def test_progress_is_reported():
     seen = []
-    rank_consistency(
-        tiny_llava(), tiny_processor(), make_examples(3), batch_size=2, progress=lambda *a: seen.append(a)
-    )
+    rank_consistency(tiny_llava(), tiny_processor(), make_examples(3), batch_size=2, progress=lambda *a: seen.append(a))
     images = [("images", n, 3) for n in (1, 2, 3)]
     assert seen == [*images, ("rank consistency", 2, 3), ("rank consistency", 3, 3)]
 
@@ -146,8 +140,5 @@ def test_bad_input_is_one_line():
         rank_consistency(model, processor, make_examples(1), batch_size=0)
     with pytest.raises(ThinsightError, match="one decoder layer"):
         rank_consistency(tiny_llava(layers=1), processor, make_examples(1))
-    with (
-        apply(model, Schedule.step(4, 2, 0.5)),
-        pytest.raises(ThinsightError, match="a reduction on already"),
-    ):
+    with apply(model, Schedule.step(4, 2, 0.5)), pytest.raises(ThinsightError, match="a reduction on already"):
         rank_consistency(model, processor, make_examples(1))

@@ -66,12 +66,8 @@ def test_what_was_kept_comes_back_to_the_bit(tmp_path: Path) -> None:
         lambda data: b"[" * 100_000,
         lambda data: b"\xff" * 4096,
         lambda data: b"[]",
-        lambda data: (
-            data.replace(b"0.3000", b"0.4000") if data[:1] == b"{" else data[:-9] + b"\1" + data[-8:]
-        ),
-        lambda data: (
-            data.replace(b"[1, 2]", b"[2, 1]") if data[:1] != b"{" else data.replace(b"3.14", b"2.14")
-        ),
+        lambda data: data.replace(b"0.3000", b"0.4000") if data[:1] == b"{" else data[:-9] + b"\1" + data[-8:],
+        lambda data: data.replace(b"[1, 2]", b"[2, 1]") if data[:1] != b"{" else data.replace(b"3.14", b"2.14"),
     ],
 )
 def test_a_damaged_file_is_passed_over_with_one_line(file: str, damage: Any, tmp_path: Path) -> None:

@@ -55,9 +55,7 @@ def make_examples(count=11, answers=("red",), **fields):
 def prompt_inputs(examples, batch):
     processor = tiny_processor()
     texts = [f"USER: <image>\n{examples[i].question} ASSISTANT:" for i in batch]
-    return processor(
-        text=texts, images=[examples[i].images[0] for i in batch], return_tensors="pt", padding=True
-    )
+    return processor(text=texts, images=[examples[i].images[0] for i in batch], return_tensors="pt", padding=True)
 
 
 def reference(model, examples, reduction, batch_size):
@@ -70,9 +68,7 @@ def reference(model, examples, reduction, batch_size):
             inputs = prompt_inputs(examples, batch)
             output = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
             for row in output[:, inputs["input_ids"].shape[1] :].tolist():
-                stop = next(
-                    (k + 1 for k, t in enumerate(row) if t in model.generation_config.eos_token_id), len(row)
-                )
+                stop = next((k + 1 for k, t in enumerate(row) if t in model.generation_config.eos_token_id), len(row))
                 text = processor.tokenizer.decode(row[:stop], skip_special_tokens=True).strip()
                 found.append((tuple(row[:stop]), text))
     return found
@@ -121,9 +117,7 @@ def test_scores_and_predictions_are_those_of_generate(labeled, attn, batch_size,
     )
     expected = reference(model, labeled, reduction, 5)
     full = reference(model, labeled, Schedule.full(LAYERS), 5)
-    scores = [
-        get_metric("exact_match")(text, e.answers) for (_, text), e in zip(expected, labeled, strict=True)
-    ]
+    scores = [get_metric("exact_match")(text, e.answers) for (_, text), e in zip(expected, labeled, strict=True)]
 
     result = evaluator(reduction)
     assert result.complete
@@ -166,9 +160,7 @@ def test_an_image_token_inside_an_answer_is_no_image(labeled):
         weight[[common, 4]] = weight[[4, common]]
     full = reference(model, labeled, Schedule.full(LAYERS), 4)
     assert any(4 in answer[:-1] for answer, _ in full)
-    evaluator = Evaluator(
-        model, tiny_processor(), labeled, "agreement", batch_size=4, max_new_tokens=NEW_TOKENS
-    )
+    evaluator = Evaluator(model, tiny_processor(), labeled, "agreement", batch_size=4, max_new_tokens=NEW_TOKENS)
     expected = reference(model, labeled, SCHEDULES["mild"], 4)
     same = [float(a == b) for (a, _), (b, _) in zip(expected, full, strict=True)]
     assert evaluator(SCHEDULES["mild"]).per_example.tolist() == same
@@ -226,9 +218,7 @@ def test_the_vision_tower_runs_once_per_image():
 
 def test_agreement_takes_one_forward_pass_per_batch_and_nothing_twice():
     model = make_model()
-    evaluator = Evaluator(
-        model, tiny_processor(), make_examples(11), "agreement", batch_size=4, max_new_tokens=6
-    )
+    evaluator = Evaluator(model, tiny_processor(), make_examples(11), "agreement", batch_size=4, max_new_tokens=6)
     assert evaluator.full_score == 1
     forward = Counter(model)
     first = evaluator(SCHEDULES["stairs"])
@@ -260,9 +250,7 @@ def test_a_right_answer_takes_the_full_model_no_step(labeled):
     blind = [dataclasses.replace(example, answers=()) for example in labeled]
     untold = Evaluator(model, tiny_processor(), blind, batch_size=4, max_new_tokens=NEW_TOKENS)
     assert told.full_answers == untold.full_answers
-    assert [a.log_likelihood for a in told._full] == pytest.approx(
-        [a.log_likelihood for a in untold._full], abs=1e-4
-    )
+    assert [a.log_likelihood for a in told._full] == pytest.approx([a.log_likelihood for a in untold._full], abs=1e-4)
     right = [dataclasses.replace(labeled[0], answers=(told.full_answers[0].text,))]
     stop = told.full_answers[0].tokens[-1]
     model.generation_config.eos_token_id = stop
@@ -294,12 +282,8 @@ def test_cost_is_the_flops_of_prompts_and_drafts(labeled):
 
 @pytest.mark.parametrize("metric", ["agreement", "exact_match"])
 def test_at_least_decides_as_the_full_score_does(labeled, metric):
-    exact = Evaluator(
-        make_model(), tiny_processor(), labeled, metric, batch_size=2, max_new_tokens=NEW_TOKENS
-    )
-    early = Evaluator(
-        make_model(), tiny_processor(), labeled, metric, batch_size=2, max_new_tokens=NEW_TOKENS
-    )
+    exact = Evaluator(make_model(), tiny_processor(), labeled, metric, batch_size=2, max_new_tokens=NEW_TOKENS)
+    early = Evaluator(make_model(), tiny_processor(), labeled, metric, batch_size=2, max_new_tokens=NEW_TOKENS)
     stopped = 0
     for floor in (0.0, 0.3, 0.5, 0.9, 1.0):
         for schedule in SCHEDULES.values():
@@ -320,9 +304,7 @@ def test_at_least_decides_as_the_full_score_does(labeled, metric):
 
 
 def test_at_least_runs_the_hardest_batches_first(labeled):
-    evaluator = Evaluator(
-        make_model(), tiny_processor(), labeled, "agreement", batch_size=2, max_new_tokens=6
-    )
+    evaluator = Evaluator(make_model(), tiny_processor(), labeled, "agreement", batch_size=2, max_new_tokens=6)
     lost = evaluator(SCHEDULES["stairs"]).per_example
     assert 0 < lost.sum() < len(lost)
     order = evaluator._hardest_first
@@ -335,12 +317,9 @@ def test_at_least_runs_the_hardest_batches_first(labeled):
 
 def test_the_same_calls_give_the_same_results(labeled):
     def run():
-        evaluator = Evaluator(
-            make_model(), tiny_processor(), labeled, batch_size=2, max_new_tokens=NEW_TOKENS
-        )
+        evaluator = Evaluator(make_model(), tiny_processor(), labeled, batch_size=2, max_new_tokens=NEW_TOKENS)
         results = [
-            evaluator.at_least(s, 0.6)
-            for s in (SCHEDULES["stairs"], SCHEDULES["mild"], SCHEDULES["to nothing"])
+            evaluator.at_least(s, 0.6) for s in (SCHEDULES["stairs"], SCHEDULES["mild"], SCHEDULES["to nothing"])
         ]
         return [(r.score, r.complete, r.per_example.tobytes()) for r in results]
 
@@ -385,12 +364,7 @@ def test_fingerprint_names_model_data_metric_and_ranker(labeled):
 def test_fingerprint_names_every_generation_rule(labeled, field):
     evaluator = Evaluator(make_model(), tiny_processor(), labeled)
     before, value = evaluator.fingerprint, getattr(evaluator.rules, field)
-    other = {
-        int: lambda: value + 1,
-        float: lambda: value * 1.3,
-        frozenset: lambda: value | {1},
-        tuple: lambda: (5,),
-    }
+    other = {int: lambda: value + 1, float: lambda: value * 1.3, frozenset: lambda: value | {1}, tuple: lambda: (5,)}
     evaluator.rules = dataclasses.replace(evaluator.rules, **{field: other[type(value)]()})
     del evaluator.fingerprint
     assert evaluator.fingerprint != before
@@ -405,10 +379,7 @@ def test_fingerprint_names_all_that_a_score_depends_on(labeled):
     def setting(name, value):
         return lambda model, processor: setattr(model.generation_config, name, value)
 
-    asked = [
-        dataclasses.replace(labeled[0], question=labeled[0].question + "\nA. red\nB. blue"),
-        *labeled[1:],
-    ]
+    asked = [dataclasses.replace(labeled[0], question=labeled[0].question + "\nA. red\nB. blue"), *labeled[1:]]
     others = [
         fingerprint(setting("repetition_penalty", 1.3)),
         fingerprint(setting("suppress_tokens", [7])),
@@ -417,9 +388,7 @@ def test_fingerprint_names_all_that_a_score_depends_on(labeled):
         fingerprint(lambda model, processor: model.bfloat16()),
         fingerprint(lambda model, processor: model.lm_head.bfloat16()),
         fingerprint(lambda model, processor: setattr(processor.image_processor, "image_mean", [0.5] * 3)),
-        fingerprint(
-            lambda model, processor: setattr(processor.tokenizer, "clean_up_tokenization_spaces", True)
-        ),
+        fingerprint(lambda model, processor: setattr(processor.tokenizer, "clean_up_tokenization_spaces", True)),
         fingerprint(lambda model, processor: processor.tokenizer.add_tokens("purple")),
         fingerprint(attn="eager"),
         fingerprint(examples=asked),
@@ -578,11 +547,7 @@ def test_default_answer_length_covers_the_longest_answer():
 def test_progress_is_reported():
     seen = []
     evaluator = Evaluator(
-        make_model(),
-        tiny_processor(),
-        make_examples(5),
-        batch_size=2,
-        progress=lambda *args: seen.append(args),
+        make_model(), tiny_processor(), make_examples(5), batch_size=2, progress=lambda *args: seen.append(args)
     )
     evaluator(SCHEDULES["mild"])
     full = [("full model", n, 5) for n in (2, 3, 5)]  # three images, then two questions about one
@@ -643,9 +608,7 @@ def test_bad_data_is_refused_before_anything_runs():
 
 def test_a_prompt_without_image_token_is_refused():
     processor = tiny_processor()
-    processor.chat_template = (
-        "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
-    )
+    processor.chat_template = "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"
     with pytest.raises(ThinsightError, match=r"prompt of example 'e0' (does not fit|has no image token)"):
         Evaluator(make_model(), processor, make_examples(1))
 

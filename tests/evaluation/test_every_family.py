@@ -125,9 +125,7 @@ def test_a_draft_that_is_wrong_on_the_way_changes_nothing(name, reduced):
     vision = VisionCache(model, processor).inputs(processor.examples)
     rules = DecodingRules.of(model.generation_config, NEW_TOKENS)
     with apply(model, schedule) as handle:
-        answers = decode(
-            model, pad_batch(prompts, 0), vision, rules, drafts=drafts, prompt_scope=handle.prompt
-        )
+        answers = decode(model, pad_batch(prompts, 0), vision, rules, drafts=drafts, prompt_scope=handle.prompt)
     assert [answer.tokens for answer in answers] == expected
 
 

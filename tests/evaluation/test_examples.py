@@ -86,10 +86,7 @@ def test_limit_takes_the_first_or_a_seeded_draw(folder):
         ([record(image=".")], "does not exist"),
         ([record(image="x" * 5000)], "example '1': image .* cannot be read"),
         (["[" * 100_000], "line 1 is not JSON"),
-        (
-            ['{"id": "1", "image": ' + "[" * 980 + "]" * 980 + "}"],
-            "line 1 (is not JSON|: field 'image' holds)",
-        ),
+        (['{"id": "1", "image": ' + "[" * 980 + "]" * 980 + "}"], "line 1 (is not JSON|: field 'image' holds)"),
         (['{"id": "1", "metric": ' + "[" * 980 + "]" * 980 + "}"], "line 1 (is not JSON|has no field)"),
         ([record(question="half \ud800")], "example '1': .* half of a surrogate pair"),
         ([record(answer="half \ud800")], "example '1': .* half of a surrogate pair"),
@@ -102,10 +99,7 @@ def test_limit_takes_the_first_or_a_seeded_draw(folder):
         ([record(image="half \ud800.png")], r"'half \\ud800.png' holds half of a surrogate pair"),
         ([record(task=["a"])], "example '1': task is a list: write a text"),
         ([record(task=float("nan"))], "example '1': task is nan: write a text, or null"),
-        (
-            [record(answer=float("nan"))],
-            "line 1: field 'answer' holds nan: .*null means that there is no label",
-        ),
+        ([record(answer=float("nan"))], "line 1: field 'answer' holds nan: .*null means that there is no label"),
         ([record(answer=float("inf"))], "line 1: field 'answer' holds inf: "),
         ([record(answer=None, answers=["red", float("nan")])], "line 1: field 'answers' holds nan: "),
         ([record(answer="")], "line 1: field 'answer' holds an empty text: .*null, where there is no label"),
@@ -141,8 +135,7 @@ def test_a_truncated_image_is_named(folder, format_):
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
-    [("demo:train", "use demo:calibration or demo:test"), ("nowhere.jsonl", "does not exist")],
+    ("source", "message"), [("demo:train", "use demo:calibration or demo:test"), ("nowhere.jsonl", "does not exist")]
 )
 def test_unknown_source(source, message):
     with pytest.raises(ThinsightError, match=message):
@@ -162,20 +155,14 @@ def test_bad_limit(folder, limit):
 
 def test_examples_from_images_in_memory():
     one, other = tiny_images(2)
-    examples = [
-        Example("1", (one,), "what ?"),
-        Example("2", (one.copy(),), "how ?"),
-        Example("3", (other,), "how ?"),
-    ]
+    examples = [Example("1", (one,), "what ?"), Example("2", (one.copy(),), "how ?"), Example("3", (other,), "how ?")]
     validate_examples(examples)
     assert examples[0].group == examples[1].group != examples[2].group
     assert examples[0].image_keys == examples[1].image_keys != examples[2].image_keys
 
 
 def test_no_label_is_written_as_null(folder):
-    path = write(
-        folder, record(answer=None), record(id="2", answer=None, answers=None), record(id="3", answer=0)
-    )
+    path = write(folder, record(answer=None), record(id="2", answer=None, answers=None), record(id="3", answer=0))
     assert [example.answers for example in load_examples(path)] == [(), (), ("0",)]
 
 

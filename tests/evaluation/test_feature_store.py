@@ -54,9 +54,7 @@ def tensors(entry: EncodedImages) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("received", [False, True])
-def test_an_entry_from_a_file_is_the_one_that_was_put(
-    received: bool, dtype: torch.dtype, folder: Path
-) -> None:
+def test_an_entry_from_a_file_is_the_one_that_was_put(received: bool, dtype: torch.dtype, folder: Path) -> None:
     store, entry = FeatureStore(0), an_entry(received=received, dtype=dtype)
     store.put("a", entry)
     found = store.get("a")
@@ -124,9 +122,7 @@ def test_no_score_depends_on_the_bound(family: Family, folder: Path) -> None:
     model, processor = family.model(), RowProcessor(family, ([3, 5], [2, 3, 9], [1, 1]))
     results = []
     for bound in (4.0, 0):
-        evaluator = Evaluator(
-            model, processor, processor.examples, batch_size=2, max_new_tokens=3, cache_gib=bound
-        )
+        evaluator = Evaluator(model, processor, processor.examples, batch_size=2, max_new_tokens=3, cache_gib=bound)
         found = [evaluator(schedule) for schedule in SCHEDULES]
         answers = [answer.tokens for answer in evaluator.full_answers]
         texts = evaluator.predictions(SCHEDULES[0])

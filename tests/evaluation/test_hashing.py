@@ -62,9 +62,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     [({}, ()), ({"modules_to_save": ["lm_head"]}, ("both",))],  # which of two heads would it be
     ids=["layers", "with a head"],
 )
-def test_every_state_of_the_adapters_has_a_hash_of_its_own(
-    settings: dict[str, Any], left_out: tuple[str, ...]
-) -> None:
+def test_every_state_of_the_adapters_has_a_hash_of_its_own(settings: dict[str, Any], left_out: tuple[str, ...]) -> None:
     found = {}
     changes = {name: change for name, change in CHANGES.items() if name not in left_out}
     for name, change in changes.items():
@@ -106,9 +104,7 @@ def test_what_a_hash_leaves_out_takes_its_adapters_along() -> None:
 @pytest.mark.parametrize("where", ["language_model", "vision_tower"])
 def test_a_cache_folder_gives_each_adapter_its_own_answers(where: str, tmp_path: Path) -> None:
     """Without one, each gives what it gives; with one, that stays so, first and later."""
-    states: dict[str, Callable[[Any], Any]] = {
-        name: CHANGES[name] for name in ("as it was", "the other one", "none")
-    }
+    states: dict[str, Callable[[Any], Any]] = {name: CHANGES[name] for name in ("as it was", "the other one", "none")}
 
     def answers(cache_dir: Path | None) -> dict[str, Any]:
         found, wrapper = {}, two_adapters(where)
@@ -159,9 +155,7 @@ def test_weights_that_wait_on_a_disk_are_hashed_as_they_are(tmp_path: Path) -> N
     model = tiny_llava()
     plain = hash_of(model)
     places = {"model.vision_tower": "cpu", "model.multi_modal_projector": "cpu", "lm_head": "cpu"}
-    spread = dispatch_model(
-        model, {**places, "model.language_model": "disk"}, main_device="cpu", offload_dir=tmp_path
-    )
+    spread = dispatch_model(model, {**places, "model.language_model": "disk"}, main_device="cpu", offload_dir=tmp_path)
     assert spread.get_decoder().layers[0].self_attn.q_proj.weight.is_meta
     assert hash_of(spread) == plain
     assert spread.get_decoder().layers[0].self_attn.q_proj.weight.is_meta

@@ -112,8 +112,7 @@ def stored(folder: Path, mode: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "mode",
-    ["1", "L", "LA", "RGB", "RGBA", "P", "P with transparency", "gif", "animated", "CMYK", "YCbCr"],
+    "mode", ["1", "L", "LA", "RGB", "RGBA", "P", "P with transparency", "gif", "animated", "CMYK", "YCbCr"]
 )
 def test_every_mode_comes_out_as_transformers_loads_it(mode: str, tmp_path: Path) -> None:
     path = stored(tmp_path, mode)
@@ -211,9 +210,7 @@ def test_a_strip_of_200_to_1_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("side", [9500, 20000])  # PIL warns of the one and refuses the other
-def test_too_many_pixels_are_refused_by_the_header(
-    side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_many_pixels_are_refused_by_the_header(side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "large.png"
     Image.new("1", (side, side)).save(path)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))

@@ -9,14 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinsight.errors import ThinsightError
-from thinsight.evaluation.metrics import (
-    METRICS,
-    edit_distance,
-    get_metric,
-    normalize_vqa,
-    option_letter,
-    options_of,
-)
+from thinsight.evaluation.metrics import METRICS, edit_distance, get_metric, normalize_vqa, option_letter, options_of
 
 
 @pytest.mark.parametrize(
@@ -98,8 +91,7 @@ def test_anls(prediction, answers, score):
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "distance"),
-    [("kitten", "sitting", 3), ("", "abc", 3), ("flaw", "lawn", 2), ("same", "same", 0)],
+    ("a", "b", "distance"), [("kitten", "sitting", 3), ("", "abc", 3), ("flaw", "lawn", 2), ("same", "same", 0)]
 )
 def test_edit_distance(a, b, distance):
     assert edit_distance(a, b) == distance
@@ -209,10 +201,7 @@ ASKED = "Which animal?\nA. cat\nB. a dog\nC. both of them\nAnswer with the optio
         (ASKED, {"A": "cat", "B": "a dog", "C": "both of them"}),
         ("Which? (A) red (B) blue, (C) dark green", {"A": "red", "B": "blue", "C": "dark green"}),
         ("Which?\nA: red\nB: blue", {"A": "red", "B": "blue"}),
-        (
-            "Is (A) or (B) taller?\nA) the left one\nB) the right one",
-            {"A": "the left one", "B": "the right one"},
-        ),
+        ("Is (A) or (B) taller?\nA) the left one\nB) the right one", {"A": "the left one", "B": "the right one"}),
         ("\uff08A\uff09red\n\uff08B\uff09blue", {"A": "red", "B": "blue"}),
         ("what color is it ?", {}),
         ("What is A. Smith's name?", {}),
@@ -270,9 +259,7 @@ def test_every_score_is_a_share_that_an_answer_may_reach(name, text, answers, qu
 
 
 @pytest.mark.parametrize("name", ["exact_match", "vqa_accuracy", "anls", "agreement"])
-@given(
-    one=st.text("aB .\u0301\u00e9\u00df5%", max_size=6), other=st.text("aB .\u0301\u00e9\u00df5%", max_size=6)
-)
+@given(one=st.text("aB .\u0301\u00e9\u00df5%", max_size=6), other=st.text("aB .\u0301\u00e9\u00df5%", max_size=6))
 def test_equality_is_symmetric(name, one, other):
     assert METRICS[name](one, [other]) == METRICS[name](other, [one])
 
@@ -346,9 +333,7 @@ def scoring(draw):
     text = unicodedata.normalize(draw(st.sampled_from(WAYS)), draw(st.sampled_from(answers)))
     text = draw(st.sampled_from([str, str.upper, str.lower, str.casefold]))(text)
     gaps = draw(st.sampled_from(["", " ", "  ", "\n"]))
-    return gaps + text.replace(" ", " " + gaps) + draw(
-        st.sampled_from(["", ".", " .", "\u3002", " \u3002 "])
-    ), answers
+    return gaps + text.replace(" ", " " + gaps) + draw(st.sampled_from(["", ".", " .", "\u3002", " \u3002 "])), answers
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -386,13 +371,7 @@ def test_decoding_goes_on_where_white_space_may_go_again():
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "answer" + " \t" * 20_000,
-        "\n" * 40_000,
-        "(" * 20_000,
-        "so A or B, " * 3000,
-        "the answer is A or B " * 2000,
-    ],
+    ["answer" + " \t" * 20_000, "\n" * 40_000, "(" * 20_000, "so A or B, " * 3000, "the answer is A or B " * 2000],
 )
 def test_a_long_answer_is_read_like_a_short_one(text):
     """None of them names an option; quadratic rules would take minutes."""

@@ -67,9 +67,7 @@ def test_a_search_finds_what_a_single_evaluator_finds(
         exact = single(trial.schedule)
         assert trial.score == exact.score if trial.complete else trial.score >= exact.score
     assert found.full_forwards == pytest.approx((found.cost or 0) / single.full_cost)
-    resumed = gsearch(
-        evaluator(), max_drop, step=step, study=tmp_path / "s", resume=True
-    )  # one goes on alone
+    resumed = gsearch(evaluator(), max_drop, step=step, study=tmp_path / "s", resume=True)  # one goes on alone
     assert resumed.schedule == found.schedule
 
 
@@ -185,9 +183,7 @@ def test_the_front_door_has_it() -> None:
 # -- what cannot be a pool -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "settings", [{"seed": 1}, {"of": examples(11)}, {"ranker": "uniform"}, {"max_new_tokens": 4}]
-)
+@pytest.mark.parametrize("settings", [{"seed": 1}, {"of": examples(11)}, {"ranker": "uniform"}, {"max_new_tokens": 4}])
 def test_evaluators_that_differ_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ThinsightError) as caught:
         EvaluatorPool([evaluator(), evaluator(), evaluator(**settings)])
@@ -215,9 +211,7 @@ def test_one_that_had_to_halve_its_batches_is_told(monkeypatch: pytest.MonkeyPat
     members = [evaluator(), evaluator()]
     full = members[1]._full_model
     monkeypatch.setattr(full, "answers", lambda _: full.fix_batch_size(1) or members[0]._full)
-    with pytest.raises(
-        ThinsightError, match=r"evaluators\[1\]\.batch_size is 1, that of evaluators\[0\] is 2"
-    ):
+    with pytest.raises(ThinsightError, match=r"evaluators\[1\]\.batch_size is 1, that of evaluators\[0\] is 2"):
         _ = EvaluatorPool(members).full_score
 
 

@@ -44,9 +44,7 @@ def evaluator_of(
     model: Any, answers: Sequence[str] = ("blue", "3", "seven", "red", "two"), **settings: Any
 ) -> Evaluator:
     images = tiny_images(5)
-    examples = [
-        Example(f"e{i}", (images[i % 5],), QUESTIONS[i % 4], (answers[i % len(answers)],)) for i in range(16)
-    ]
+    examples = [Example(f"e{i}", (images[i % 5],), QUESTIONS[i % 4], (answers[i % len(answers)],)) for i in range(16)]
     settings = {"batch_size": 4, "max_new_tokens": NEW_TOKENS, "metric": "anls", **settings}
     return Evaluator(model, tiny_processor(), examples, **settings)
 
@@ -263,10 +261,7 @@ def test_a_forward_of_the_layers_own_comes_back(model: Any) -> None:
             with resuming(handle, taken[0]):
                 assert torch.equal(model(**inputs).logits, wanted)
             assert layer.forward is own
-            with (
-                pytest.raises(ThinsightError, match="layer is 0; it must be from 1 to 5"),
-                snapshotting(handle, 0),
-            ):
+            with pytest.raises(ThinsightError, match="layer is 0; it must be from 1 to 5"), snapshotting(handle, 0):
                 pass
     finally:
         del layer.__dict__["forward"]

@@ -69,8 +69,7 @@ def asked(question: str, images: int = 2) -> Example:
     ],
 )
 @pytest.mark.parametrize(
-    "question",
-    ["is <image> or <image> red ?", "is <image 1> or <image 2> red ?", "is <image1> or <image_2> red ?"],
+    "question", ["is <image> or <image> red ?", "is <image 1> or <image 2> red ?", "is <image1> or <image_2> red ?"]
 )
 def test_placeholders_stand_for_the_models_own_image(
     template: str | None, written: str, front: str, question: str
@@ -82,8 +81,7 @@ def test_placeholders_stand_for_the_models_own_image(
 
 @pytest.mark.parametrize("template", [None, IN_ORDER, IMAGES_FIRST, TEXT_FIRST, COLON])
 @pytest.mark.parametrize(
-    "question",
-    ["<image>\n<image>\nwhat color ?", " <image 1> <image 2>what color ?", "<image1><image2>\nwhat color ?"],
+    "question", ["<image>\n<image>\nwhat color ?", " <image 1> <image 2>what color ?", "<image1><image2>\nwhat color ?"]
 )
 def test_placeholders_in_front_change_nothing(template: str | None, question: str) -> None:
     """As LLaVA's data has them: images come first anyway, in whatever way the template writes them."""
@@ -154,18 +152,13 @@ def test_the_demos_read_placeholders(name: str) -> None:
 )
 def test_a_template_that_fails_is_one_line(template: str, reason: str) -> None:
     processor = processor_with(template, "<image>")
-    with pytest.raises(
-        ThinsightError, match=f"chat template fails on the prompt of example 'e7' .*{reason}"
-    ) as caught:
+    with pytest.raises(ThinsightError, match=f"chat template fails on the prompt of example 'e7' .*{reason}") as caught:
         Evaluator(tiny_llava(), processor, [asked("what ?", 1)])
     assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_without_a_pad_token_will_do() -> None:
-    examples = [
-        asked("what ?", 1),
-        Example("e8", tuple(tiny_images(1)), "what color is the circle ?", ("red",)),
-    ]
+    examples = [asked("what ?", 1), Example("e8", tuple(tiny_images(1)), "what color is the circle ?", ("red",))]
     expected = Evaluator(tiny_llava(), tiny_processor(), examples, batch_size=2)
     batch = process(tiny_processor(), examples)
     processor = tiny_processor()
@@ -212,10 +205,7 @@ def test_images_processed_alone_are_those_of_a_batch(name: str) -> None:
     processor = getattr(transformers, name)()
     draw = np.random.default_rng(0)
     sizes = [[(30, 200)], [(64, 50), (33, 33)], [(150, 90)]]
-    images = [
-        [Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in each]
-        for each in sizes
-    ]
+    images = [[Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in each] for each in sizes]
     nested = name in NESTED
     alone = [processor([each] if nested else each, return_tensors="pt") for each in images]
     whole = processor(images if nested else [image for each in images for image in each], return_tensors="pt")
@@ -227,9 +217,7 @@ def test_images_processed_alone_are_those_of_a_batch(name: str) -> None:
 
 # -- lengths -------------------------------------------------------------------------------------------------
 
-LONG = Example(
-    "long", tuple(tiny_images(1)), "red " * 600 + "?", ("red",)
-)  # the tiny model has 512 positions
+LONG = Example("long", tuple(tiny_images(1)), "red " * 600 + "?", ("red",))  # the tiny model has 512 positions
 SHORT = Example("short", tuple(tiny_images(1)), "what ?", ("red",))
 
 
@@ -304,9 +292,7 @@ def files(folder: Path, count: int) -> list[Path]:
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": "auto"}, {"cache_gib": 0}, {"reuse": False}])
-def test_an_evaluator_reads_each_set_of_images_once(
-    options: dict[str, Any], counts: Counts, tmp_path: Path
-) -> None:
+def test_an_evaluator_reads_each_set_of_images_once(options: dict[str, Any], counts: Counts, tmp_path: Path) -> None:
     one, two, three = files(tmp_path, 3)
     sets = [(one,), (two,), (one, two), (two, one), (three,)]
     examples = [Example(f"{i}{q}", each, q) for i, each in enumerate(sets) for q in ("what ?", "how many ?")]
@@ -319,9 +305,7 @@ def test_an_evaluator_reads_each_set_of_images_once(
 def test_features_on_disk_need_no_pixels_but_for_the_prompt(counts: Counts, tmp_path: Path) -> None:
     examples = [Example(path.stem, (path,), "what ?") for path in files(tmp_path, 3)]
     for run in (1, 2):
-        evaluator = Evaluator(
-            tiny_llava(), tiny_processor(), examples, max_new_tokens=2, cache_dir=tmp_path / "kept"
-        )
+        evaluator = Evaluator(tiny_llava(), tiny_processor(), examples, max_new_tokens=2, cache_dir=tmp_path / "kept")
         evaluator(Schedule.step(4, 1, 0.5))
         assert counts.processed == 3 * run
 
@@ -368,7 +352,5 @@ def test_a_resize_beyond_memory_is_refused() -> None:
     processor = tiny_processor()
     processor.image_processor.size = {"shortest_edge": 1024}
     strip = Example("strip", (Image.new("RGB", (190, 1)),), "what ?")
-    with pytest.raises(
-        ThinsightError, match="example 'strip': image has 190 x 1 pixels, which the processor would"
-    ):
+    with pytest.raises(ThinsightError, match="example 'strip': image has 190 x 1 pixels, which the processor would"):
         Evaluator(tiny_llava(), processor, [strip])

@@ -32,9 +32,7 @@ def with_siblings(family: Any) -> RowProcessor:
         row, other = processor.rows[number], processor.rows[donor]
         processor.rows.append(Row([*row.parts[:-1], other.parts[-1]]))
         name = len(processor.rows) - 1
-        processor.examples.append(
-            Example(f"e{name}", processor.examples[number].images, f"row {name}", ("1 2",))
-        )
+        processor.examples.append(Example(f"e{name}", processor.examples[number].images, f"row {name}", ("1 2",)))
     return processor
 
 
@@ -71,9 +69,7 @@ def test_answers_are_those_of_generate(family: Any) -> None:
     model.generation_config.eos_token_id = STOP
     processor = with_siblings(family)
     shared, alone = (
-        Evaluator(
-            model, processor, processor.examples, batch_size=size, max_new_tokens=NEW_TOKENS, reuse=reuse
-        )
+        Evaluator(model, processor, processor.examples, batch_size=size, max_new_tokens=NEW_TOKENS, reuse=reuse)
         for size, reuse in ((2, True), (5, False))
     )
     tokens = [answer.tokens for answer in shared.full_answers]
@@ -97,9 +93,7 @@ def test_images_are_read_once_for_all_questions() -> None:
     examples.append(Example("alone", (other,), questions[0], ("red",)))
 
     def evaluate(reuse: bool) -> Evaluator:
-        return Evaluator(
-            model, tiny_processor(), examples, batch_size=3, max_new_tokens=1, metric="anls", reuse=reuse
-        )
+        return Evaluator(model, tiny_processor(), examples, batch_size=3, max_new_tokens=1, metric="anls", reuse=reuse)
 
     shared, alone = evaluate(True), evaluate(False)
     fewer = read_tokens(model, lambda: shared.full)

@@ -63,9 +63,7 @@ def test_a_sample_costs_what_it_runs_and_is_not_run_twice(evaluator: Evaluator) 
     again = evaluator.sample(STAIRS, 0.5)
     assert again.cost == 0
     assert again.score == more.score
-    fresh = Evaluator(
-        evaluator.model, tiny_processor(), evaluator.examples, batch_size=2, max_new_tokens=NEW_TOKENS
-    )
+    fresh = Evaluator(evaluator.model, tiny_processor(), evaluator.examples, batch_size=2, max_new_tokens=NEW_TOKENS)
     assert fresh(STAIRS).cost == pytest.approx(few.cost + more.cost + whole.cost)
 
 
@@ -95,9 +93,7 @@ def probability(evaluator: Evaluator, index: int, schedule: Schedule) -> float:
 
 
 @pytest.mark.parametrize("schedule", [Schedule.full(LAYERS), STAIRS], ids=["full", "stairs"])
-def test_agreement_is_the_probability_of_the_full_models_answers(
-    evaluator: Evaluator, schedule: Schedule
-) -> None:
+def test_agreement_is_the_probability_of_the_full_models_answers(evaluator: Evaluator, schedule: Schedule) -> None:
     expected = np.mean([probability(evaluator, index, schedule) for index in range(22)])
     assert evaluator(schedule).agreement == pytest.approx(expected, rel=1e-3)
     assert evaluator.sample(schedule, 1.0).agreement == pytest.approx(expected, rel=1e-3)
@@ -131,9 +127,7 @@ def test_statistics_are_of_each_example_in_order(model: Any, evaluator: Evaluato
 
 def test_an_adaptive_reduction_scores_each_prompt_under_its_own_schedule(evaluator: Evaluator) -> None:
     many, few = Schedule([1, 1, 0.9, 0.8]), Schedule([1, 1, 0.3, 0.1])
-    values = evaluator.statistics(
-        Reduction(STAIRS, adaptive=Adaptive("concentration", 2, (), (STAIRS,), (1.0,)))
-    )
+    values = evaluator.statistics(Reduction(STAIRS, adaptive=Adaptive("concentration", 2, (), (STAIRS,), (1.0,))))
     edge = float(np.median(values))
     family = Adaptive("concentration", 2, (edge,), (many, few), (0.5, 0.5))
     found = evaluator(Reduction(family.mean(), adaptive=family))

@@ -115,9 +115,7 @@ def test_bad_arguments(arguments: dict[str, Any], named: str) -> None:
         (0, 0, 64, 0.95, -3.8415 / 67.8415, 3.8415 / 67.8415),
     ],
 )
-def test_tango_of_published_tables(
-    losses: int, wins: int, count: int, level: float, low: float, high: float
-) -> None:
+def test_tango_of_published_tables(losses: int, wins: int, count: int, level: float, low: float, high: float) -> None:
     found = tango_interval(losses, wins, count, level=level)
     assert found.mean == pytest.approx((losses - wins) / count)
     assert (found.low, found.high) == (pytest.approx(low, abs=6e-5), pytest.approx(high, abs=6e-5))
@@ -185,10 +183,7 @@ def test_the_interval_grows_with_the_design_effect() -> None:
     together = drop_interval(drops, np.zeros(300), groups=images)
     fewer = tango_interval(10, 0, 100)  # an image counts as the one question that it is worth
     assert together.high - together.low > 1.6 * (alone.high - alone.low)
-    assert (together.low, together.high) == (
-        pytest.approx(fewer.low, abs=2e-3),
-        pytest.approx(fewer.high, abs=2e-3),
-    )
+    assert (together.low, together.high) == (pytest.approx(fewer.low, abs=2e-3), pytest.approx(fewer.high, abs=2e-3))
     spread = drop_interval(drops, np.zeros(300), groups=[place % 100 for place in range(300)])
     assert spread == alone  # questions that do not go together: no narrower either
 
@@ -224,10 +219,7 @@ def test_scores_between_are_no_narrower_than_the_bootstrap() -> None:
     assert half.high >= tango_interval(0.5, 0, 50).high > 0.02
 
 
-@given(
-    st.lists(st.tuples(*[st.sampled_from([0.0, 0.3, 0.6, 1.0])] * 2), min_size=1, max_size=12),
-    st.integers(1, 4),
-)
+@given(st.lists(st.tuples(*[st.sampled_from([0.0, 0.3, 0.6, 1.0])] * 2), min_size=1, max_size=12), st.integers(1, 4))
 def test_every_interval_is_one(pairs: list[tuple[float, float]], images: int) -> None:
     full, reduced = zip(*pairs, strict=True)
     found = drop_interval(full, reduced, groups=[place % images for place in range(len(pairs))], resamples=20)

@@ -97,14 +97,7 @@ def test_keep_rates(rates: list[Any]) -> None:
 
 # -- data ----------------------------------------------------------------------------------------------------
 
-LINE = {
-    "id": "1",
-    "image": "a.png",
-    "question": "what ?",
-    "answers": ["cat"],
-    "metric": "exact_match",
-    "task": "t",
-}
+LINE = {"id": "1", "image": "a.png", "question": "what ?", "answers": ["cat"], "metric": "exact_match", "task": "t"}
 
 
 @cache

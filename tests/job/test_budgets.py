@@ -53,9 +53,7 @@ def options_for(small: SmallRun, out: Path, **changes: Any) -> SearchOptions:
         ("random", "Random search"),
     ],
 )
-def test_a_budget_is_held_saved_and_reported(
-    small: SmallRun, tmp_path: Path, method: str | None, title: str
-) -> None:
+def test_a_budget_is_held_saved_and_reported(small: SmallRun, tmp_path: Path, method: str | None, title: str) -> None:
     options = options_for(small, tmp_path / "run", budget=0.6, method=method, n_trials=12)
     outcome = search_and_report(options)
     saved = Reduction.from_pretrained(outcome.folder)
@@ -105,9 +103,7 @@ def test_the_search_chooses_the_ranker(ranker: str | None, small: SmallRun, tmp_
 def test_a_named_ranker_and_searches_that_do_not_choose(
     changes: dict[str, Any], small: SmallRun, tmp_path: Path
 ) -> None:
-    options = options_for(
-        small, tmp_path / "run", **{"budget": None if "max_drop" in changes else 0.6, **changes}
-    )
+    options = options_for(small, tmp_path / "run", **{"budget": None if "max_drop" in changes else 0.6, **changes})
     assert not options.chooses_ranker
     name = options.first_ranker if isinstance(options.first_ranker, str) else options.first_ranker["name"]
     assert name == ("text-attention" if "max_drop" in changes else "uniform")

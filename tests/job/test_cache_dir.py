@@ -52,9 +52,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Any:
     return forbid
 
 
-def test_a_second_comparison_reads_what_the_first_one_kept(
-    small: SmallRun, tmp_path: Path, refuse: Any
-) -> None:
+def test_a_second_comparison_reads_what_the_first_one_kept(small: SmallRun, tmp_path: Path, refuse: Any) -> None:
     def runs(name: str, *more: object) -> list[dict[str, Any]]:
         result = run("compare", small, tmp_path / name, *more)
         assert result.exit_code == 0, result.output

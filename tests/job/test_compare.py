@@ -78,15 +78,7 @@ def test_every_method_holds_the_budget_or_says_why_not(outcome: CompareOutcome) 
         more = sum(min(16, count + 1) for count in counts)
         assert more / (16 * len(counts)) > run.budget  # within one token per layer
     reached = {run.method for run in runs if not run.refused and run.budget == 0.2}
-    assert {
-        "sensitivity",
-        "adaptive",
-        "psigmoid",
-        "search-random",
-        "divprune",
-        "visionzip",
-        "random",
-    } <= reached
+    assert {"sensitivity", "adaptive", "psigmoid", "search-random", "divprune", "visionzip", "random"} <= reached
 
 
 def test_scores_are_those_of_the_evaluator_on_the_test_set(outcome: CompareOutcome, small: SmallRun) -> None:
@@ -106,9 +98,7 @@ def found_by(small: SmallRun, out: Path) -> list[Any]:
     return [(run.method, run.keep_rates, run.ranker, run.calibration_score) for run in runs]
 
 
-def test_choosing_never_touches_the_test_set(
-    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_choosing_never_touches_the_test_set(small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other test questions the same schedules are found; and nothing of the test set is run before."""
     other = tmp_path / "other.jsonl"
     lines = [json.loads(line) for line in Path(small.test).read_text().splitlines()][:6]
@@ -143,9 +133,7 @@ def test_choosing_never_touches_the_test_set(
     assert order.index("test") > len(order) - 1 - order[::-1].index("calibration")
 
 
-def test_an_interruption_loses_nothing(
-    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interruption_loses_nothing(small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = {"methods": ("search-psigmoid", "fastv", "random"), "budgets": (0.6,)}
     straight = compare(options_for(small, tmp_path / "straight", **chosen))
     calls: list[int] = []
@@ -265,9 +253,7 @@ def test_files_hold_what_was_found(outcome: CompareOutcome) -> None:
     assert outcome.files[3].read_bytes().startswith(b"%PDF")
 
 
-def test_a_comparison_that_cannot_be_written_leaves_the_old_files(
-    outcome: CompareOutcome, small: SmallRun
-) -> None:
+def test_a_comparison_that_cannot_be_written_leaves_the_old_files(outcome: CompareOutcome, small: SmallRun) -> None:
     """Written by the run that is done, all of whose stages are there."""
     folder = outcome.files[0].parent
     before = {path.name: path.read_bytes() for path in outcome.files}
@@ -277,26 +263,12 @@ def test_a_comparison_that_cannot_be_written_leaves_the_old_files(
         assert failed
         assert not list(folder.rglob("*.part"))
         kinds = ("comparison.json", "comparison.csv", "comparison.md")
-        assert {name: (folder / name).read_bytes() for name in kinds} == {
-            name: before[name] for name in kinds
-        }
+        assert {name: (folder / name).read_bytes() for name in kinds} == {name: before[name] for name in kinds}
 
 
 def run_of(method: str, per_example: tuple[float, ...], seed: int | None = None, refused: str = "") -> Run:
     score = float(np.mean(per_example)) if per_example else 0.0
-    return Run(
-        0.5,
-        method,
-        method.title(),
-        seed,
-        (1.0, 0.0),
-        "uniform",
-        0.5,
-        2.0,
-        score,
-        per_example,
-        refused=refused,
-    )
+    return Run(0.5, method, method.title(), seed, (1.0, 0.0), "uniform", 0.5, 2.0, score, per_example, refused=refused)
 
 
 def test_the_table_averages_seeds_and_pairs_examples() -> None:
@@ -348,10 +320,7 @@ def test_a_hostile_title_stays_in_its_cell() -> None:
             "ranker is 'uniform', which only search-psigmoid takes",
         ),
         ({"seeds": (0, 1), "methods": ("fastv",), "n_trials": None}, "seeds are .* nothing random"),
-        (
-            {"budget_unit": "ms", "budgets": BUDGETS_OF_COMMAND},
-            "budget_unit is 'ms', and the default budgets",
-        ),
+        ({"budget_unit": "ms", "budgets": BUDGETS_OF_COMMAND}, "budget_unit is 'ms', and the default budgets"),
         ({"data": None}, "--test-data needs --data"),
         ({"ranker": "oracle"}, "ranker is 'oracle'"),
         ({"batch_size": 0}, "batch_size is 0: it must be a whole number of at least 1, or 'auto'"),

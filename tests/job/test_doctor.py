@@ -80,11 +80,7 @@ def test_nothing_is_wrong(installed: dict[str, str]) -> None:
     found = diagnose()
     assert (found.problems, found.missing) == ((), ())
     names = [package.name for package in found.packages]
-    assert names == [
-        "torch",
-        "transformers",
-        "torchvision",
-    ]  # what is for work on thinsight itself is not shown
+    assert names == ["torch", "transformers", "torchvision"]  # what is for work on thinsight itself is not shown
     installed["peft"] = "0.21.0"
     assert diagnose().packages[-1] == Package("peft", "0.21.0", extra=None)
 
@@ -92,18 +88,10 @@ def test_nothing_is_wrong(installed: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("name", "version", "words"),
     [
-        (
-            "transformers",
-            "5.25.0",
-            "transformers is 5.25.0, thinsight was tested with <5.25,>=5.18: pip install",
-        ),
+        ("transformers", "5.25.0", "transformers is 5.25.0, thinsight was tested with <5.25,>=5.18: pip install"),
         ("transformers", "5.26.0.dev0", "transformers is 5.26.0.dev0, thinsight was tested with"),
         ("transformers", "5.9.1", "transformers is 5.9.1, thinsight was tested with"),
-        (
-            "torch",
-            "2.3.1+cpu",
-            "torch is 2.3.1+cpu, thinsight was tested with >=2.4: pip install 'torch>=2.4'",
-        ),
+        ("torch", "2.3.1+cpu", "torch is 2.3.1+cpu, thinsight was tested with >=2.4: pip install 'torch>=2.4'"),
         ("torchvision", "0.15.2", "torchvision is 0.15.2, thinsight was tested with >=0.19"),
     ],
 )
@@ -185,9 +173,7 @@ def test_devices_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = SimpleNamespace(
         get_num_threads=lambda: 3,
         version=SimpleNamespace(cuda="13.0"),
-        cuda=SimpleNamespace(
-            is_available=lambda: True, device_count=lambda: 2, get_device_properties=lambda _: gpu
-        ),
+        cuda=SimpleNamespace(is_available=lambda: True, device_count=lambda: 2, get_device_properties=lambda _: gpu),
         backends=SimpleNamespace(mps=SimpleNamespace(is_available=lambda: True)),
     )
     monkeypatch.setattr(loading, "computes_bfloat16", lambda: False)

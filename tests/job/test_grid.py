@@ -96,8 +96,7 @@ def test_pixel_shuffle_keeps_the_reading_order(rows: list[int]) -> None:
     top, left = 14 * rows[0], 14 * rows[1]
     changed[:, :, top : top + 14, left : left + 14] = 1
     before, after = (
-        model.model.get_image_features(pixel_values=p, return_dict=True).pooler_output[0]
-        for p in (pixels, changed)
+        model.model.get_image_features(pixel_values=p, return_dict=True).pooler_output[0] for p in (pixels, changed)
     )
     differing = (before - after).abs().amax(-1).nonzero().flatten().tolist()
     assert differing == [3 * rows[0] + rows[1]]

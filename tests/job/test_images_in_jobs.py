@@ -70,9 +70,7 @@ def written(folder: Path, name: str, images: range, turn: bool) -> str:
             exif[ORIENTATION] = QUARTER
         stored = pictures[number].transpose(Image.Transpose.ROTATE_90) if turn else pictures[number]
         stored.save(folder / f"{number}.png", exif=exif)
-        lines += [
-            {"id": f"{number} {q}", "image": f"{number}.png", "question": q, "task": q[:8]} for q in QUESTIONS
-        ]
+        lines += [{"id": f"{number} {q}", "image": f"{number}.png", "question": q, "task": q[:8]} for q in QUESTIONS]
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
@@ -145,9 +143,7 @@ def test_a_picture_stored_lying_down_is_the_one_stored_upright(
     results, pixels = [], []
     for turn in (False, True):
         folder = tmp_path / str(turn)
-        first, second = (
-            written(folder, name, images, turn) for name, images in (("a", range(4)), ("b", range(4, 7)))
-        )
+        first, second = (written(folder, name, images, turn) for name, images in (("a", range(4)), ("b", range(4, 7))))
         seen.pixels.clear()
         results.append(command(small, first, second, folder / "out"))
         pixels.append(list(seen.pixels))
@@ -159,8 +155,7 @@ def test_a_picture_stored_lying_down_is_the_one_stored_upright(
 
 
 @pytest.mark.parametrize(
-    ("command", "images"),
-    [(searched, 7), (compared, 7), (evaluated, 3), (analyzed, 3), (benched, 3), (shown, 2)],
+    ("command", "images"), [(searched, 7), (compared, 7), (evaluated, 3), (analyzed, 3), (benched, 3), (shown, 2)]
 )
 def test_each_image_is_opened_and_processed_once_per_job(
     command: Callable[..., Any], images: int, small: SmallRun, seen: Seen, tmp_path: Path

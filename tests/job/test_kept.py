@@ -38,9 +38,7 @@ def test_answers_are_those_of_generate() -> None:
     inputs = typical_batch(processor, [EXAMPLE], 1)
 
     def answer() -> str:
-        tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)[
-            0, inputs["input_ids"].shape[1] :
-        ]
+        tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         return processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     assert picture.answer_full == answer()
@@ -52,11 +50,7 @@ def test_answers_are_those_of_generate() -> None:
 def test_the_image_is_the_one_the_model_saw() -> None:
     wide = tiny_images(1, size=56)[0].resize((112, 56))
     picture = picture_of(
-        tiny_llava(),
-        tiny_processor(),
-        Example("a", (wide,), "what ?"),
-        Reduction(Schedule.full(4)),
-        max_new_tokens=1,
+        tiny_llava(), tiny_processor(), Example("a", (wide,), "what ?"), Reduction(Schedule.full(4)), max_new_tokens=1
     )
     middle = wide.resize((56, 28), resample=3).crop((14, 0, 42, 28))  # bicubic, then the center
     assert picture.image.size == (28, 28)
@@ -65,9 +59,7 @@ def test_the_image_is_the_one_the_model_saw() -> None:
 
 
 def test_a_full_schedule_keeps_everything() -> None:
-    picture = picture_of(
-        tiny_llava(), tiny_processor(), EXAMPLE, Reduction(Schedule.full(4)), max_new_tokens=1
-    )
+    picture = picture_of(tiny_llava(), tiny_processor(), EXAMPLE, Reduction(Schedule.full(4)), max_new_tokens=1)
     assert picture.layers == (3,)
     assert picture.kept == (tuple(range(16)),)
 

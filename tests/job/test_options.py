@@ -152,15 +152,12 @@ def test_an_option_is_taken_or_refused_by_name(search: str, option: str, small: 
         with pytest.raises(BadInput, match=option):
             options.check()
         flags = [
-            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-            for name, value in given.items()
+            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in given.items()
         ]
         assert option in error_of("search", *flags)
 
 
-@pytest.mark.parametrize(
-    "search", ["adaptive", "frontier", "psigmoid", "random", "sensitivity", "gsearch, bayes"]
-)
+@pytest.mark.parametrize("search", ["adaptive", "frontier", "psigmoid", "random", "sensitivity", "gsearch, bayes"])
 def test_too_few_trials_are_refused_at_once(search: str, small: SmallRun) -> None:
     least = LEAST_TRIALS[search.split(",")[0]]
     options = SearchOptions(model=ModelOptions(small.model, device="cpu"), **SEARCHES[search])
@@ -180,10 +177,7 @@ def test_the_fewest_trials_are_those_that_the_search_itself_asks_for(name: str) 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (
-            ("--max-drop", 5),
-            "max_drop is 5.0, but scores lie between 0 and 1: give points as hundredths, 0.05",
-        ),
+        (("--max-drop", 5), "max_drop is 5.0, but scores lie between 0 and 1: give points as hundredths, 0.05"),
         (("--budget-unit", "furlongs"), "budget_unit is 'furlongs' without a budget"),
         (("--budget", 0.5, "--budget-unit", "furlongs"), "budget_unit is 'furlongs'; choose one of"),
         (("--trade-off", "nan"), "trade_off is nan, which solver 'bisect' does not take"),

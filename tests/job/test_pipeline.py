@@ -55,9 +55,7 @@ def options_for(small: SmallRun, out: Path, **changes: Any) -> SearchOptions:
 
 @pytest.fixture(scope="module")
 def outcome(small: SmallRun, tmp_path_factory: pytest.TempPathFactory) -> SearchOutcome:
-    return search_and_report(
-        options_for(small, tmp_path_factory.mktemp("out") / "run", command="the command")
-    )
+    return search_and_report(options_for(small, tmp_path_factory.mktemp("out") / "run", command="the command"))
 
 
 def test_the_folder_is_a_reduction_and_a_report(outcome: SearchOutcome, small: SmallRun) -> None:
@@ -105,9 +103,7 @@ def test_scores_are_those_of_the_evaluator_on_the_test_set(outcome: SearchOutcom
     assert headline is not None
     assert headline.score == found.score
     assert headline.full_score == evaluator.full_score
-    drop = drop_interval(
-        evaluator.full.per_example, found.per_example, groups=[example.group for example in examples]
-    )
+    drop = drop_interval(evaluator.full.per_example, found.per_example, groups=[example.group for example in examples])
     assert headline.drop == drop
 
 
@@ -176,9 +172,7 @@ def test_an_interrupted_run_continues_to_the_same_result(
     assert resumed.data.consistency == outcome.data.consistency
 
 
-def test_resuming_runs_no_stage_again(
-    outcome: SearchOutcome, small: SmallRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resuming_runs_no_stage_again(outcome: SearchOutcome, small: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("this stage was done already")
 
@@ -191,14 +185,7 @@ def test_resuming_runs_no_stage_again(
     assert replace(again.data, created="", pictures=()) == replace(outcome.data, created="", pictures=())
 
 
-RESUMED = [
-    "run",
-    "stages/search",
-    "stages/test-found",
-    "stages/test-fastv",
-    "stages/timing",
-    "stages/consistency",
-]
+RESUMED = ["run", "stages/search", "stages/test-found", "stages/test-fastv", "stages/timing", "stages/consistency"]
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -209,9 +196,8 @@ def test_a_changed_digit_of_a_run_is_an_error_that_names_the_file(
     path = tmp_path / "run" / f"{name}.json"
     path.write_bytes(next(changes(path.read_bytes(), 1)))
     remedy = "restore it, or give another --out" if name == "run" else "remove it, then resume"
-    assert (
-        f"{name}.json is damaged (its checksum differs: it was changed after it was written); {remedy}"
-        in (error_of(options_for(small, tmp_path / "run", resume=True, command="the command")))
+    assert f"{name}.json is damaged (its checksum differs: it was changed after it was written); {remedy}" in (
+        error_of(options_for(small, tmp_path / "run", resume=True, command="the command"))
     )
 
 
@@ -338,9 +324,7 @@ def test_one_file_is_split_by_image(small: SmallRun, tmp_path: Path) -> None:
         def on_note(self, text: str) -> None:
             notes.append(text)
 
-    outcome = search_and_report(
-        options_for(small, tmp_path / "run", data=small.both, test_data=None), Notes()
-    )
+    outcome = search_and_report(options_for(small, tmp_path / "run", data=small.both, test_data=None), Notes())
     dataset = outcome.data.dataset
     assert dataset is not None
     assert dataset.calibration_size == dataset.test_size == 14
@@ -352,9 +336,7 @@ def test_a_rank_free_search_may_begin_at_layer_0(small: SmallRun, tmp_path: Path
     options = options_for(small, tmp_path / "run", ranker="uniform", first_layer=0, max_drop=1.0)
     outcome = search_and_report(options)
     assert outcome.reduction.schedule.keep_rates == (0.0,) * 4
-    assert (
-        outcome.data.methods[2].name == "FastV-like (one step at layer 0)"
-    )  # a step at 2 cannot be as cheap
+    assert outcome.data.methods[2].name == "FastV-like (one step at layer 0)"  # a step at 2 cannot be as cheap
 
 
 @pytest.mark.parametrize(
@@ -376,10 +358,7 @@ def test_a_rank_free_search_may_begin_at_layer_0(small: SmallRun, tmp_path: Path
             "confidence is 0.9, which Sensitivity search does not take, but G-Search: leave it out",
         ),
         ({"confidence": 0.9, "frontier": True}, "confidence is 0.9, which Frontier does not take"),
-        (
-            {"max_drop": 5.0},
-            "max_drop is 5.0, but scores lie between 0 and 1: give points as hundredths, 0.05",
-        ),
+        ({"max_drop": 5.0}, "max_drop is 5.0, but scores lie between 0 and 1: give points as hundredths, 0.05"),
         ({"max_drop": math.inf}, "max_drop is inf"),
         ({"seed": 2**31}, "seed is 2147483648"),
         ({"max_drop": None, "budget": 0.5, "ranker": "oracle"}, "ranker is 'oracle'"),

@@ -50,9 +50,7 @@ def test_a_copy_under_another_name_is_the_same_image(paths: list[Path], tmp_path
         copy.write_bytes(path.read_bytes())
     calibration, test = split_by_image(examples_of(paths, 1) + examples_of(copies, 1))
     of = {example.id for example in calibration}
-    assert all(
-        (path.stem in {i[:-2] for i in of}) == (f"copy-{path.stem}" in {i[:-2] for i in of}) for path in paths
-    )
+    assert all((path.stem in {i[:-2] for i in of}) == (f"copy-{path.stem}" in {i[:-2] for i in of}) for path in paths)
     check_disjoint(calibration, test)
     with pytest.raises(ThinsightError, match="1 test examples show an image of the calibration set"):
         check_disjoint(examples_of(paths[:1], 1), examples_of([copies[0], paths[5]], 1))

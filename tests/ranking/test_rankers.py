@@ -146,9 +146,7 @@ def test_what_dropped_tokens_hold_is_not_looked_at(ranker: Ranker) -> None:
 def test_rows_do_not_depend_on_their_place(ranker: Ranker) -> None:
     given = context()
     order = torch.tensor([2, 0, 3, 1])
-    turned = Context(
-        **{name: v[order] if isinstance(v, torch.Tensor) else v for name, v in vars(given).items()}
-    )
+    turned = Context(**{name: v[order] if isinstance(v, torch.Tensor) else v for name, v in vars(given).items()})
     valid = turned.valid
     torch.testing.assert_close(ranker.score(turned)[valid], ranker.score(given)[order][valid])
     whole, part = (ranker.merge(each, kept(ranker, each, 0.4)) for each in (turned, given))
@@ -284,10 +282,7 @@ def test_groups_compete_apart() -> None:
         ({"name": "random", "seed": -1}, "seed is -1"),
         ({"name": "random", "seed": 1.5}, "seed is 1.5"),
         ({"name": "text-attention", "queries": "first"}, "choose one of last, instruction"),
-        (
-            {"name": "text-attention", "rows": 0},
-            "rows is 0; it must be a whole number of at least 1, or null",
-        ),
+        ({"name": "text-attention", "rows": 0}, "rows is 0; it must be a whole number of at least 1, or null"),
         ({"name": "dart", "vision_pivots": -1}, "vision_pivots is -1"),
         ({"name": "dart", "vision_pivots": 0, "text_pivots": 0}, "there must be a pivot"),
         ({"name": "vispruner", "keep": 1.5}, "keep is 1.5"),

@@ -34,10 +34,7 @@ def test_scores_are_the_mean_over_the_raters(seed: int) -> None:
         chosen = published(tokens, given.text_states[row, real].double().numpy())
         rows = [real[i] for i in chosen] or real
         assert (
-            raters(given.states, given.valid, given.text_states, given.queries)[row]
-            .nonzero()
-            .flatten()
-            .tolist()
+            raters(given.states, given.valid, given.text_states, given.queries)[row].nonzero().flatten().tolist()
             == rows
         )
         for token in range(sum(sizes)):

@@ -34,22 +34,11 @@ def _picture(place: int, rates: tuple[float, ...], layers: tuple[int, ...], side
     distance = np.hypot(rows - center[0], columns - center[1]) + rng.normal(0, 1.6, side * side)
     order = np.argsort(distance)
     kept = [order[: math.ceil(rates[layer] * side * side)] for layer in layers]
-    questions = (
-        "What color is the square?",
-        "How many shapes are there?",
-        "Is the circle left of the square?",
-    )
+    questions = ("What color is the square?", "How many shapes are there?", "Is the circle left of the square?")
     answers = ("red", "4", "yes")
     reduced = "no" if place == 2 else answers[place % 3]
     return d.Picture(
-        _scene(place),
-        (side, side),
-        kept,
-        layers,
-        questions[place % 3],
-        answers[place % 3],
-        reduced,
-        answers[place % 3],
+        _scene(place), (side, side), kept, layers, questions[place % 3], answers[place % 3], reduced, answers[place % 3]
     )
 
 
@@ -78,15 +67,7 @@ def make_report(layers: int = 16, side: int = 16, pictures: int = 3) -> d.Report
         method("uniform", rates, 0.0630, note="the same schedule, evenly spread tokens"),
         method("downsampling", (), 0.0890, note="a smaller image, all layers"),
     )
-    tasks = (
-        "color of a shape",
-        "position",
-        "counting",
-        "relation",
-        "reading a number",
-        "handwriting",
-        "bar chart",
-    )
+    tasks = ("color of a shape", "position", "counting", "relation", "reading a number", "handwriting", "bar chart")
     full = (0.995, 0.98, 0.93, 0.951, 0.902, 0.881, 0.948)
     trials = []
     for layer in range(2, layers):
@@ -95,26 +76,20 @@ def make_report(layers: int = 16, side: int = 16, pictures: int = 3) -> d.Report
             count = math.ceil(keep * side**2)
             score = 0.9375 if ok else 0.9245
             trials.append(d.TrialRow(layer, keep, count, score, ok, ok, 1.7 + 0.01 * layer))
-    tau = tuple(
-        np.clip(0.78 + 0.06 * np.sin(i[1:]) - 0.55 * (i[1:] == 1) + rng.normal(0, 0.01, layers - 1), -1, 1)
-    )
+    tau = tuple(np.clip(0.78 + 0.06 * np.sin(i[1:]) - 0.55 * (i[1:] == 1) + rng.normal(0, 0.01, layers - 1), -1, 1))
     far = np.abs(i[:, None] - i[None, :])
     matrix = np.clip(0.95 ** (2.4 * far) - 0.5 * ((i[:, None] == 0) ^ (i[None, :] == 0)), -1, 1)
     shown = tuple(sorted({2, layers // 4, layers // 3, layers // 2, layers - 1}))
     return d.ReportData(
         title="G-Search on the demo model",
-        model=d.ModelInfo(
-            "thinsight demo", "llava", "float32", "cpu (2 threads)", "sdpa", 14_200_000, layers, side**2
-        ),
+        model=d.ModelInfo("thinsight demo", "llava", "float32", "cpu (2 threads)", "sdpa", 14_200_000, layers, side**2),
         dataset=d.DatasetInfo(
             "demo:test", 1024, "demo:calibration", 384, "exact match", "sha256:7f3a9c", "sha256:12be44"
         ),
         headline=d.Headline(
             0.941, 0.9376, drop, mean, 2.634, 2.91, 1.912, 1.214, flops_full, flops_full / 2.634, 6.7e9
         ),
-        search=d.SearchInfo(
-            "G-Search", 0.01, "bisect", "text-attention (instruction)", 0, 96, 148.0, 0.944, 0.9375
-        ),
+        search=d.SearchInfo("G-Search", 0.01, "bisect", "text-attention (instruction)", 0, 96, 148.0, 0.944, 0.9375),
         keep_rates=rates,
         methods=methods,
         per_task=tuple(
@@ -127,19 +102,10 @@ def make_report(layers: int = 16, side: int = 16, pictures: int = 3) -> d.Report
         ),
         trials=tuple(trials),
         consistency=d.Consistency(
-            tau,
-            matrix,
-            np.clip(np.array(tau) + 0.08, 0, 1),
-            np.full(layers, 0.013),
-            "Neighboring layers rank alike.",
+            tau, matrix, np.clip(np.array(tau) + 0.08, 0, 1), np.full(layers, 0.013), "Neighboring layers rank alike."
         ),
         pictures=tuple(_picture(place, rates, shown, side) for place in range(pictures)),
-        environment={
-            "thinsight": "0.1.0",
-            "torch": "2.13.0",
-            "transformers": "5.23.0",
-            "processor": "2 cores",
-        },
+        environment={"thinsight": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "processor": "2 cores"},
         commands=("thinsight search --max-drop 0.01 --out runs/demo", "thinsight report runs/demo"),
         created="2026-01-31 12:00 UTC",
     )

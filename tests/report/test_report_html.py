@@ -109,9 +109,7 @@ def test_style_serves_phone_dark_and_print(html, page):
 
 
 def test_wide_tables_scroll_in_their_own_box(page):
-    boxes = [
-        place for place, (_, attributes) in enumerate(page.elements) if attributes.get("class") == "scroll"
-    ]
+    boxes = [place for place, (_, attributes) in enumerate(page.elements) if attributes.get("class") == "scroll"]
     assert len(boxes) == len(page.all("table")) == 6
     for place in boxes:
         assert page.elements[place + 1][0] == "table"
@@ -144,10 +142,7 @@ def test_plots_stay_inside_their_box(html):
 
 
 def test_headline_is_said_in_words(page, report):
-    assert (
-        "2.63\N{MULTIPLICATION SIGN} fewer decoder FLOPs, drop 0.3 points [\N{MINUS SIGN}0.5, 1.1]"
-        in page.text
-    )
+    assert "2.63\N{MULTIPLICATION SIGN} fewer decoder FLOPs, drop 0.3 points [\N{MINUS SIGN}0.5, 1.1]" in page.text
     assert (
         words.headline(report.headline)
         == "2.63\N{MULTIPLICATION SIGN} fewer decoder FLOPs, drop 0.3 points [\N{MINUS SIGN}0.5, 1.1]"
@@ -164,22 +159,13 @@ def test_every_number_appears(page, report):
     for value in (head.flops_full, head.flops, head.vision_flops):
         assert words.flops(value) in text
     for row in report.methods:
-        shown = [
-            row.name,
-            row.note,
-            words.percent(row.score),
-            words.flops(row.flops),
-            words.ratio(row.flops_ratio),
-        ]
+        shown = [row.name, row.note, words.percent(row.score), words.flops(row.flops), words.ratio(row.flops_ratio)]
         shown += [words.ends(row.drop)] if row.drop else []
         assert all(one in text for one in shown), row.name
     for row in report.per_task:
         assert f"{row.task}{row.n}{words.percent(row.full)}{words.percent(row.reduced)}" in text
     for row in report.timing:
-        assert (
-            f"{words.milliseconds(row.full_ms)}{words.milliseconds(row.reduced_ms)}{words.ratio(row.ratio)}"
-            in text
-        )
+        assert f"{words.milliseconds(row.full_ms)}{words.milliseconds(row.reduced_ms)}{words.ratio(row.ratio)}" in text
     for value in (*report.consistency.tau, *report.keep_rates):
         assert words.plain(value) in text or words.percent(value) in text
     for row in report.trials:

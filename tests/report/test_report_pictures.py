@@ -9,14 +9,7 @@ from PIL import Image
 
 from thinsight.errors import BadInput, StorageError, ThinsightError
 from thinsight.report.data import Picture
-from thinsight.report.pictures import (
-    OUTLINE,
-    contact_strip,
-    data_uri,
-    draw_kept,
-    kept_mask,
-    save_contact_strip,
-)
+from thinsight.report.pictures import OUTLINE, contact_strip, data_uri, draw_kept, kept_mask, save_contact_strip
 
 RED = Image.new("RGB", (64, 64), (220, 30, 40))
 
@@ -44,9 +37,7 @@ def test_dropped_patches_are_gray_and_dim_and_kept_ones_untouched():
             assert red < 110
 
 
-@pytest.mark.parametrize(
-    ("grid", "size"), [((16, 16), (336, 336)), ((24, 24), (336, 336)), ((2, 4), (336, 168))]
-)
+@pytest.mark.parametrize(("grid", "size"), [((16, 16), (336, 336)), ((24, 24), (336, 336)), ((2, 4), (336, 168))])
 def test_size_is_whole_patches(grid, size):
     drawn = draw_kept(RED, grid, [0])
     assert drawn.size == size

@@ -76,9 +76,7 @@ def test_timing_says_where_the_gain_is(report):
 
 
 def test_tasks_and_consistency(report):
-    text = _printed(terminal.tasks_table(report.per_task)) + _printed(
-        terminal.consistency_table(report.consistency)
-    )
+    text = _printed(terminal.tasks_table(report.per_task)) + _printed(terminal.consistency_table(report.consistency))
     for row in report.per_task:
         assert row.task in text
     for tau in report.consistency.tau:

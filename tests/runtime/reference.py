@@ -99,9 +99,7 @@ class Reference:
             seen = torch.ones(length, length, dtype=torch.bool).tril()
             for column in self.hidden[number]:
                 seen[:, column] = False
-                seen[column, column] = (
-                    True  # a hidden token still sees itself, so that its softmax is defined
-                )
+                seen[column, column] = True  # a hidden token still sees itself, so that its softmax is defined
             mask = torch.zeros(1, 1, length, length, dtype=states.dtype)
             mask.masked_fill_(~seen, torch.finfo(states.dtype).min)
             _, attention = layer.self_attn(

@@ -254,9 +254,7 @@ def test_teacher_forcing_ranks_by_the_prompt_alone(queries: str) -> None:
         with handle.prompt(prompt):
             logits = model(**forced).logits
         assert [row.tolist() for row in handle.kept(3)] == [row.tolist() for row in kept]
-        torch.testing.assert_close(
-            logits[:, width - 1 : -1], torch.stack(out.logits, 1), atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(logits[:, width - 1 : -1], torch.stack(out.logits, 1), atol=1e-4, rtol=1e-4)
         loose = model(**forced).logits
         assert not torch.allclose(loose[:, width - 1 : -1], torch.stack(out.logits, 1), atol=1e-4, rtol=1e-4)
         with pytest.raises(ThinsightError, match="prompt mask has shape"), handle.prompt(prompt[:, 1:]):
@@ -329,10 +327,7 @@ def test_vision_features_without_attention_are_refused_by_name() -> None:
     model = tiny_llava()
     batch = tiny_inputs([[3, 5]])
     encoded = encode_images(model, batch)
-    with (
-        apply(model, SCHEDULE, ranker="vision-attention"),
-        pytest.raises(ThinsightError, match="encode_images"),
-    ):
+    with apply(model, SCHEDULE, ranker="vision-attention"), pytest.raises(ThinsightError, match="encode_images"):
         model(input_ids=batch["input_ids"], **encoded.model_inputs())
 
 

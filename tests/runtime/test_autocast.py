@@ -60,9 +60,7 @@ def test_the_demo_keeps_the_tokens_that_it_keeps_without(dtype: torch.dtype, ran
 
 
 @contextmanager
-def seen_by_attention(
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[list[tuple[Tensor, Tensor, float]]]:
+def seen_by_attention(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor, float]]]:
     """Queries, keys and scalings that an armed module computes with."""
     calls: list[tuple[Tensor, Tensor, float]] = []
     real = scoring._real_attention

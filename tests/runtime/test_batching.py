@@ -111,9 +111,7 @@ def test_cache_rows_can_be_selected_and_repeated() -> None:
         round_ = model(input_ids=token[around], attention_mask=mask[around], **{CACHE: turned}).logits
         some = model(input_ids=token[order], attention_mask=mask[order], **{CACHE: picked}).logits
         twice = model(
-            input_ids=token.repeat_interleave(2, 0),
-            attention_mask=mask.repeat_interleave(2, 0),
-            **{CACHE: doubled},
+            input_ids=token.repeat_interleave(2, 0), attention_mask=mask.repeat_interleave(2, 0), **{CACHE: doubled}
         ).logits
     torch.testing.assert_close(round_, plain[around])
     torch.testing.assert_close(some, plain[order])

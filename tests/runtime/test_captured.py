@@ -266,10 +266,7 @@ def test_a_ranker_that_waits_is_refused_and_the_model_goes_on() -> None:
 @for_each(REFUSED)
 def test_families_that_cannot_be_recorded_say_so(family: Family) -> None:
     model = family.build()
-    with (
-        apply(model, Schedule.full(4)) as handle,
-        pytest.raises(ThinsightError, match="cannot be recorded"),
-    ):
+    with apply(model, Schedule.full(4)) as handle, pytest.raises(ThinsightError, match="cannot be recorded"):
         CapturedPrefill(model, handle, recorder=EagerReplay())
     assert "forward" not in vars(model.get_decoder())
 

@@ -14,9 +14,7 @@ from thinsight.schedule import Schedule
 ROWS = [[3, 5], [2, 3, 9], [7]]
 
 
-@pytest.mark.parametrize(
-    "reduction", [None, "vision-attention", Reduction(Schedule.full(4), "vision-attention")]
-)
+@pytest.mark.parametrize("reduction", [None, "vision-attention", Reduction(Schedule.full(4), "vision-attention")])
 def test_features_give_the_logits_that_pixels_give(reduction) -> None:
     model = tiny_llava()
     batch = tiny_inputs(ROWS, seed=41)

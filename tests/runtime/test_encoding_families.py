@@ -126,8 +126,7 @@ def test_received_attention_fits_the_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [("llava-next", "line ends"), ("llava-onevision", "line ends"), ("qwen2-vl", "one sequence")],
+    ("name", "words"), [("llava-next", "line ends"), ("llava-onevision", "line ends"), ("qwen2-vl", "one sequence")]
 )
 def test_received_attention_that_cannot_be_told_apart_is_refused(name: str, words: str) -> None:
     with pytest.raises(ThinsightError, match=words):

@@ -17,12 +17,7 @@ NEARLY = Schedule([1, 0.99, 0.97, 0.95])
 
 
 def run(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = {
-        "max_new_tokens": 5,
-        "do_sample": False,
-        "output_logits": True,
-        "return_dict_in_generate": True,
-    }
+    options = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with torch.no_grad():
         logits = model(**batch).logits
     out = model.generate(**batch, **options)

@@ -67,9 +67,7 @@ def test_batch_equals_one_by_one(new: int) -> None:
         for row in range(len(ROWS)):
             ids, pixels = unpadded(batch, row)
             given = {} if pixels is None else {"pixel_values": pixels}
-            alone = model.generate(
-                input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], **given, **options
-            )
+            alone = model.generate(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], **given, **options)
             assert together[row].tolist() == alone[0, len(ids) :].tolist()
             if pixels is not None:
                 assert handle.statistic()[0] == pytest.approx(values[row], abs=1e-5)

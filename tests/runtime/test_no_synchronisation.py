@@ -22,13 +22,7 @@ from thinsight.schedule import Schedule
 
 SCHEDULE = Schedule([1, 0.7, 0.4, 0.2])
 # what makes the host wait for the device: a number read, or a shape that depends on numbers
-WAITING = {
-    "aten::_local_scalar_dense",
-    "aten::nonzero",
-    "aten::masked_select",
-    "aten::unique_dim",
-    "aten::_unique2",
-}
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2"}
 
 
 class Watching(TorchDispatchMode):

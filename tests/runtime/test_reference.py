@@ -139,13 +139,9 @@ def test_second_turn_on_the_same_cache(attn: str, second: list[int]) -> None:
     later = tiny_inputs([second, second], seed=6)
     model, slow = tiny_llava(attn), tiny_llava("eager")
     with apply(model, schedule):
-        one = model.generate(
-            **first, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True
-        )
+        one = model.generate(**first, max_new_tokens=3, min_new_tokens=3, do_sample=False, return_dict_in_generate=True)
         ids = torch.cat([one.sequences, later["input_ids"]], dim=1)
-        mask = torch.cat(
-            [first["attention_mask"], torch.ones(2, 3 + later["input_ids"].shape[1]).long()], dim=1
-        )
+        mask = torch.cat([first["attention_mask"], torch.ones(2, 3 + later["input_ids"].shape[1]).long()], dim=1)
         pixels = {"pixel_values": later["pixel_values"]} if "pixel_values" in later else {}
         two = model.generate(
             input_ids=ids,

@@ -76,11 +76,7 @@ def test_a_batch_ranks_as_its_rows_alone(rates: Any, rerank: Any, per: str) -> N
     together = kept_by(model, batch, Schedule(rates), rerank=rerank, per=per)
     for row in (0, 1, 3):
         ids, pixels = unpadded(batch, row)
-        single = {
-            "input_ids": ids[None],
-            "attention_mask": torch.ones_like(ids)[None],
-            "pixel_values": pixels,
-        }
+        single = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None], "pixel_values": pixels}
         alone = kept_by(model, single, Schedule(rates), rerank=rerank, per=per)
         assert [layer[row] for layer in together] == [layer[0] for layer in alone]
 

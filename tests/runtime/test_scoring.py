@@ -22,9 +22,7 @@ ROWS = [[3, 5], [2, 3, 9], [7], [1, 2]]
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 def test_layer_scores_equal_eager_attentions(attn: str, queries: str, kv_heads: int) -> None:
     batch = tiny_inputs(ROWS, seed=21)
-    scores = layer_scores(
-        tiny_llava(attn, kv_heads=kv_heads), batch, {"name": "text-attention", "queries": queries}
-    )
+    scores = layer_scores(tiny_llava(attn, kv_heads=kv_heads), batch, {"name": "text-attention", "queries": queries})
     with torch.no_grad():
         attentions = tiny_llava("eager", kv_heads=kv_heads)(**batch, output_attentions=True).attentions
     for row, ids in enumerate(batch["input_ids"]):
@@ -112,9 +110,7 @@ def test_without_a_class_token_the_average_row_speaks(monkeypatch: pytest.Monkey
     )
     encoded = encode_images(tiny_llava("sdpa"), batch, "vision-attention")
     with torch.no_grad():
-        attentions = (
-            tiny_llava("eager").model.vision_tower(batch["pixel_values"], output_attentions=True).attentions
-        )
+        attentions = tiny_llava("eager").model.vision_tower(batch["pixel_values"], output_attentions=True).attentions
     assert encoded.received is not None
     torch.testing.assert_close(torch.stack(encoded.received), attentions[1].mean(dim=(1, 2))[:, 1:])
 

@@ -54,10 +54,7 @@ def test_a_cache_is_found_by_every_name_that_the_model_takes(name: str) -> None:
         torch.testing.assert_close(model(input_ids=TOKEN, **{name: cache}).logits[:, -1], once)
         turn = model.generate(**batch, max_new_tokens=3, do_sample=False)
         again = model.generate(
-            **batch,
-            max_new_tokens=3,
-            do_sample=False,
-            **{name: DynamicCache(config=model.config.get_text_config())},
+            **batch, max_new_tokens=3, do_sample=False, **{name: DynamicCache(config=model.config.get_text_config())}
         )
     assert torch.equal(turn, again)
 
@@ -146,14 +143,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]
 
 
 @pytest.mark.parametrize("version", ["4.57.1", "5.6.0", "5.18.0", "5.18.0.dev0"])
-def test_a_transformers_that_is_too_old_is_refused_at_use(
-    installed: Callable[[str], None], version: str
-) -> None:
+def test_a_transformers_that_is_too_old_is_refused_at_use(installed: Callable[[str], None], version: str) -> None:
     model = tiny_llava()
     installed(version)
-    message = (
-        f"transformers {re.escape(version)} is installed, and thinsight needs 5.19 or later: pip install"
-    )
+    message = f"transformers {re.escape(version)} is installed, and thinsight needs 5.19 or later: pip install"
     with pytest.raises(MissingPackage, match=message):
         apply(model, SCHEDULE)
     with pytest.raises(MissingPackage, match=message):
@@ -170,9 +163,7 @@ def test_a_transformers_that_is_tested_is_taken_in_silence(
 
 
 @pytest.mark.parametrize("version", ["5.25.0", "5.25.0.dev0", "6.0.0"])
-def test_a_transformers_that_nobody_tested_is_said_once(
-    installed: Callable[[str], None], version: str
-) -> None:
+def test_a_transformers_that_nobody_tested_is_said_once(installed: Callable[[str], None], version: str) -> None:
     installed(version)
     with pytest.warns(UserWarning, match=r"not tested from 5\.25 on") as said:
         load_config("demo")

@@ -37,9 +37,7 @@ class NeedOracle:
 
     def __call__(self, schedule: Schedule) -> Evaluation:
         self.calls.append(schedule)
-        return Evaluation(
-            score=self.score(schedule.counts(self.num_vision_tokens)), cost=schedule.mean_keep_rate
-        )
+        return Evaluation(score=self.score(schedule.counts(self.num_vision_tokens)), cost=schedule.mean_keep_rate)
 
 
 class TokenOracle(NeedOracle):
@@ -51,11 +49,7 @@ class TokenOracle(NeedOracle):
     """
 
     def __init__(
-        self,
-        n: int,
-        rankings: Sequence[Sequence[int]],
-        essential: Sequence[Sequence[frozenset[int]]],
-        lost: int = 0,
+        self, n: int, rankings: Sequence[Sequence[int]], essential: Sequence[Sequence[frozenset[int]]], lost: int = 0
     ) -> None:
         super().__init__(n, [[0] * len(sets) for sets in essential], lost)
         self.rankings = rankings
@@ -195,9 +189,7 @@ class DrawingOracle(NeedOracle):
 
     run = 0
 
-    def at_least(
-        self, schedule: Schedule, floor: float, confidence: float | None = None, seed: int = 0
-    ) -> Evaluation:
+    def at_least(self, schedule: Schedule, floor: float, confidence: float | None = None, seed: int = 0) -> Evaluation:
         self.calls.append(schedule)
         counts = schedule.counts(self.num_vision_tokens)
         total = len(self.needs)

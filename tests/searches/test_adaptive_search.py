@@ -50,10 +50,7 @@ class PromptOracle(SmoothOracle):
             lost.append(float(lacking[:6].mean()) / 4)
         probability = np.exp(-np.array(lost))
         return Evaluation(
-            score=float((probability > 0.5).mean()),
-            agreement=float(probability.mean()),
-            share=share,
-            cost=share,
+            score=float((probability > 0.5).mean()), agreement=float(probability.mean()), share=share, cost=share
         )
 
 

@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import (
-    DrawingOracle,
-    InterruptedOracle,
-    NeedOracle,
-    StoppingOracle,
-    TokenOracle,
-    all_counts,
-)
+from oracles import DrawingOracle, InterruptedOracle, NeedOracle, StoppingOracle, TokenOracle, all_counts
 
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.result import Evaluation
@@ -25,13 +18,7 @@ from thinsight.schedule import Schedule
 from thinsight.searches import Progress, SearchPlan, SearchResult, Silent, Trial, gsearch
 
 many = settings(max_examples=200, deadline=None, derandomize=True)
-needs_of_five = [
-    [11, 9, 9, 6, 2, 0],
-    [12, 12, 5, 4, 4, 1],
-    [7, 7, 7, 7, 1, 1],
-    [16, 3, 3, 0, 0, 0],
-    [9, 9, 9, 2, 2, 2],
-]
+needs_of_five = [[11, 9, 9, 6, 2, 0], [12, 12, 5, 4, 4, 1], [7, 7, 7, 7, 1, 1], [16, 3, 3, 0, 0, 0], [9, 9, 9, 2, 2, 2]]
 
 
 @st.composite
@@ -319,12 +306,7 @@ def test_a_confident_search_resumes_to_the_same_result(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         gsearch(Stops(32, unforeseen()), study=tmp_path / "s", **options)
     with pytest.raises(ThinsightError, match=r"made with confidence 0.9, this search has None"):
-        gsearch(
-            DrawingOracle(32, unforeseen()),
-            study=tmp_path / "s",
-            resume=True,
-            **{**options, "confidence": None},
-        )
+        gsearch(DrawingOracle(32, unforeseen()), study=tmp_path / "s", resume=True, **{**options, "confidence": None})
     again = DrawingOracle(32, unforeseen())
     assert gsearch(again, study=tmp_path / "s", resume=True, **options).trials == straight.trials
     assert len(again.calls) == straight.evaluations - 5

@@ -10,25 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import (
-    DrawingOracle,
-    InterruptedOracle,
-    NeedOracle,
-    SeveralOracle,
-    StoppingOracle,
-    all_counts,
-)
+from oracles import DrawingOracle, InterruptedOracle, NeedOracle, SeveralOracle, StoppingOracle, all_counts
 
 from thinsight.searches import Bisect, Progress, SearchPlan, Silent, Trial, gsearch
 
 AT_ONCE = (2, 3, 7)
-NEEDS = [
-    [11, 9, 9, 6, 2, 0],
-    [12, 12, 5, 4, 4, 1],
-    [7, 7, 7, 7, 1, 1],
-    [16, 3, 3, 0, 0, 0],
-    [9, 9, 9, 2, 2, 2],
-]
+NEEDS = [[11, 9, 9, 6, 2, 0], [12, 12, 5, 4, 4, 1], [7, 7, 7, 7, 1, 1], [16, 3, 3, 0, 0, 0], [9, 9, 9, 2, 2, 2]]
 many = settings(max_examples=100, deadline=None, derandomize=True)
 
 
@@ -56,9 +43,7 @@ def test_the_schedule_is_the_one_of_a_single_device(
 
 @many
 @given(needs(), st.sampled_from(AT_ONCE), st.integers(0, 2))
-def test_it_is_the_least_in_reading_order(
-    problem: tuple[int, list[list[int]]], at_once: int, given_up: int
-) -> None:
+def test_it_is_the_least_in_reading_order(problem: tuple[int, list[list[int]]], at_once: int, given_up: int) -> None:
     n, rows = problem
     oracle = NeedOracle(n, rows)
     floor = 1 - given_up / len(rows) - 1e-9

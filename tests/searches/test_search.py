@@ -89,9 +89,7 @@ def test_one_call_searches_a_model(tmp_path: Path) -> None:
 def test_one_call_refuses_labels_that_no_answer_meets(tmp_path: Path) -> None:
     wrong = [replace(each, answers=("zzz",), metric=None) for each in examples(tmp_path)]
     for options in ({"max_drop": 0.1}, {"budget": 0.5, "n_trials": 8}):
-        with pytest.raises(
-            BadInput, match=r"scores 0.0 % .*it says '.*', the label is 'zzz' \(exact_match\)"
-        ):
+        with pytest.raises(BadInput, match=r"scores 0.0 % .*it says '.*', the label is 'zzz' \(exact_match\)"):
             ts.search(tiny_llava(), tiny_processor(), wrong, max_new_tokens=3, **options)
 
 

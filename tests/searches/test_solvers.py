@@ -106,9 +106,7 @@ def test_the_most_evaluations_never_fall_with_the_count(upper: int, at_once: int
 
 @settings(deadline=None, derandomize=True)
 @given(st.integers(1, 100), st.integers(1, 9), st.sets(st.integers(0, 99)))
-def test_where_nothing_is_monotone_what_is_found_was_accepted(
-    upper: int, at_once: int, passing: set[int]
-) -> None:
+def test_where_nothing_is_monotone_what_is_found_was_accepted(upper: int, at_once: int, passing: set[int]) -> None:
     tried: list[int] = []
 
     def probe(count: int, *, exact: bool = False) -> Trial:
@@ -154,9 +152,7 @@ def test_bayes_is_decided_by_its_seed() -> None:
     def run(seed: int) -> list[int]:
         return [
             trial.count
-            for trial in gsearch(
-                NeedOracle(64, [[64, 64, 40, 9]]), 0.0, solver=Bayes(n_trials=3), seed=seed
-            ).trials
+            for trial in gsearch(NeedOracle(64, [[64, 64, 40, 9]]), 0.0, solver=Bayes(n_trials=3), seed=seed).trials
         ]
 
     assert run(1) == run(1)
@@ -175,9 +171,7 @@ def test_bayes_is_decided_by_its_seed() -> None:
         ("", {}, "solver is ''; choose"),
     ],
 )
-def test_settings_that_a_solver_does_not_take_are_refused(
-    solver: Any, options: dict[str, Any], words: str
-) -> None:
+def test_settings_that_a_solver_does_not_take_are_refused(solver: Any, options: dict[str, Any], words: str) -> None:
     oracle = NeedOracle(8, [[8, 8, 4]])
     with pytest.raises(ThinsightError, match=words):
         gsearch(oracle, 0.0, solver=solver, **options)

@@ -20,15 +20,7 @@ from thinsight.errors import BadInput, StorageError, ThinsightError
 from thinsight.evaluation.result import Evaluation
 from thinsight.records import seal, unseal
 from thinsight.schedule import Schedule
-from thinsight.searches import (
-    Study,
-    adaptive_search,
-    frontier,
-    gsearch,
-    psigmoid,
-    random_search,
-    sensitivity_search,
-)
+from thinsight.searches import Study, adaptive_search, frontier, gsearch, psigmoid, random_search, sensitivity_search
 
 NEEDS = [[8, 8, 5, 3, 0], [8, 7, 7, 2, 1]]
 
@@ -175,9 +167,7 @@ def test_damage_is_named(journal: Path, number: int, line: str, named: str) -> N
         ({"adaptive": {}}, "adaptive is {}"),
     ],
 )
-def test_a_line_that_was_written_anew_is_read_strictly(
-    journal: Path, change: dict[str, Any], named: str
-) -> None:
+def test_a_line_that_was_written_anew_is_read_strictly(journal: Path, change: dict[str, Any], named: str) -> None:
     """With a checksum that fits."""
     lines = journal.read_text().splitlines()
     lines[2] = json.dumps(seal({**unseal(json.loads(lines[2])), **change}))
@@ -235,9 +225,7 @@ def test_a_file_of_another_kind_is_left_alone(tmp_path: Path, content: bytes, re
 
 
 @pytest.mark.parametrize("error", [full_disk(), KeyboardInterrupt()], ids=["full", "interrupted"])
-def test_a_journal_that_cannot_be_written_goes_on_where_it_stopped(
-    tmp_path: Path, error: BaseException
-) -> None:
+def test_a_journal_that_cannot_be_written_goes_on_where_it_stopped(tmp_path: Path, error: BaseException) -> None:
     straight = gsearch(NeedOracle(8, NEEDS), 0.0)
     for call in itertools.count():
         path = tmp_path / str(call) / "study.jsonl"

@@ -10,16 +10,7 @@ import torch
 
 from training.assets import load_assets
 from training.model import ARCHITECTURES, Architecture
-from training.packed import (
-    LENGTH,
-    QUESTIONS,
-    AuxiliaryHead,
-    Batch,
-    Packed,
-    grounding_loss,
-    make_batch,
-    naming_loss,
-)
+from training.packed import LENGTH, QUESTIONS, AuxiliaryHead, Batch, Packed, grounding_loss, make_batch, naming_loss
 from training.questions import FIRST_WEIGHTS
 from training.scenes import PATCHES
 
@@ -72,17 +63,13 @@ def test_packed_equals_stock(packed: Packed, batch: Batch, architecture: Archite
 
 
 @torch.no_grad()
-def test_attention_rows_are_those_of_eager_attention(
-    packed: Packed, batch: Batch, architecture: Architecture
-) -> None:
+def test_attention_rows_are_those_of_eager_attention(packed: Packed, batch: Batch, architecture: Architecture) -> None:
     features, _ = packed.vision(batch.pixels)
     _, _, (rows,) = packed.decode(features, batch.tokens, [1])
     packed.model.set_attn_implementation({"text_config": "eager"})
     try:
         ids = whole_prompt(architecture, batch.tokens[0, 1])
-        attentions = packed.model(
-            input_ids=ids, pixel_values=batch.pixels[:1], output_attentions=True
-        ).attentions[1]
+        attentions = packed.model(input_ids=ids, pixel_values=batch.pixels[:1], output_attentions=True).attentions[1]
     finally:
         packed.model.set_attn_implementation({"text_config": "sdpa"})
     vision = ids[0] == architecture.vocabulary[architecture.image_token]
@@ -101,9 +88,7 @@ def test_a_vision_token_is_of_the_patches_that_it_covers(architecture: Architect
         assert tokens[token].tolist() == square.reshape(-1).tolist()
 
 
-def test_grounding_is_least_where_attention_is_on_the_target(
-    batch: Batch, architecture: Architecture
-) -> None:
+def test_grounding_is_least_where_attention_is_on_the_target(batch: Batch, architecture: Architecture) -> None:
     vision = architecture.vision_tokens
     about = batch.about.float()
     aimed = about / about.sum(-1, keepdim=True).clamp(min=1) + 1e-12
@@ -116,9 +101,7 @@ def test_grounding_is_least_where_attention_is_on_the_target(
     assert float(naming_loss(everywhere[1], batch)) == pytest.approx(math.log(vision), abs=1e-4)
 
 
-def test_losses_are_finite_and_train_every_weight(
-    packed: Packed, batch: Batch, architecture: Architecture
-) -> None:
+def test_losses_are_finite_and_train_every_weight(packed: Packed, batch: Batch, architecture: Architecture) -> None:
     losses = packed.losses(batch, [1])
     sum(loss for name, loss in losses.items() if name != "exact").backward()
     assert all(math.isfinite(float(loss)) for loss in losses.values())

@@ -71,9 +71,7 @@ def test_answers_are_those_of_the_scene(asked: list[tuple[Scene, Question]]) -> 
             assert sum(scene.things[i].kind == words[4] for i in scene.of("shape")) == 1
         elif question.task == "count":
             of = words[2] if words[2] != "shapes" else None
-            counted = [
-                t for t in scene.things if t.group == "shape" and (of is None or of in (t.color, t.kind))
-            ]
+            counted = [t for t in scene.things if t.group == "shape" and (of is None or of in (t.color, t.kind))]
             assert question.answer == NUMBERS[len(counted)]
             assert about == counted
         elif question.task == "relation":

@@ -18,15 +18,7 @@ from training.lora import IGNORED
 from training.questions import TASKS, ask
 from training.scenes import draw_scene
 from training.smollm2 import Projector, Trainer, accuracies, standardising
-from training.smollm2_data import (
-    CHUNKS,
-    LENGTH,
-    draw_questions,
-    encode_question,
-    names_of,
-    pack,
-    right_answers,
-)
+from training.smollm2_data import CHUNKS, LENGTH, draw_questions, encode_question, names_of, pack, right_answers
 
 ALIKE = dict.fromkeys(TASKS, 1.0)
 
@@ -57,9 +49,7 @@ def test_a_resumed_run_is_the_run_that_went_on(tmp_path: Path, broken_off: int) 
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path: Path) -> None:
-    assert_same(
-        finish(tiny_trainer(tmp_path / "1", workers=1), 2), finish(tiny_trainer(tmp_path / "3", workers=3), 2)
-    )
+    assert_same(finish(tiny_trainer(tmp_path / "1", workers=1), 2), finish(tiny_trainer(tmp_path / "3", workers=3), 2))
 
 
 def test_a_signal_ends_the_run_after_its_step_and_saves_it(tmp_path: Path) -> None:

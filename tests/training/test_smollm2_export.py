@@ -19,14 +19,7 @@ from training.packed import normalise
 from training.questions import TASKS
 from training.scenes import Scene, draw_scene
 from training.smollm2_data import BEFORE, VISION_TOKENS, draw_questions
-from training.smollm2_export import (
-    ADAPTER,
-    SPARE_TOKEN,
-    build_processor,
-    export,
-    merge,
-    pretrained_file,
-)
+from training.smollm2_export import ADAPTER, SPARE_TOKEN, build_processor, export, merge, pretrained_file
 
 
 @pytest.fixture(scope="module")

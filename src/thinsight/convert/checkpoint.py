@@ -57,11 +57,7 @@ class _Plan:
 
 
 def convert(
-    source: str | Path,
-    out: str | Path,
-    *,
-    max_shard_bytes: int = _MAX_SHARD_BYTES,
-    watcher: Watcher | None = None,
+    source: str | Path, out: str | Path, *, max_shard_bytes: int = _MAX_SHARD_BYTES, watcher: Watcher | None = None
 ) -> Path:
     """Convert an original InternVL checkpoint into one of `InternVLForConditionalGeneration`.
 
@@ -91,9 +87,7 @@ def convert(
     with _appearing(target) as folder:
         watcher.on_stage("Converting the weights")
         write_shards(_converted(plan, watcher), plan.specs, folder, max_shard_bytes)
-        write_processor(
-            folder, plan.source.config, plan.conversation, plan.tokenizer, plan.config.image_seq_length
-        )
+        write_processor(folder, plan.source.config, plan.conversation, plan.tokenizer, plan.config.image_seq_length)
         write_generation_config(folder, plan.stop_token_id, plan.tokenizer)
         plan.config.save_pretrained(folder)
     return target
@@ -185,8 +179,7 @@ def _expected_shapes(config: InternVLConfig) -> dict[str, tuple[int, ...]]:
             model = InternVLForConditionalGeneration(config)
     except Exception as error:  # torch and transformers have several kinds for sizes that do not fit
         raise BadInput(
-            f"config.json does not make a model ({error or type(error).__name__}): "
-            "download the checkpoint anew"
+            f"config.json does not make a model ({error or type(error).__name__}): download the checkpoint anew"
         ) from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
@@ -201,9 +194,7 @@ def _check_shapes(
     specs: dict[str, TensorSpec] = {}
     for name, conversion in conversions.items():
         stored = source.tensors[name].spec
-        for target, shape in zip(
-            conversion.targets, _shapes_after(name, stored.shape, conversion), strict=True
-        ):
+        for target, shape in zip(conversion.targets, _shapes_after(name, stored.shape, conversion), strict=True):
             if target not in expected:
                 raise BadInput(_about(source, [name], "that the model has no place for", "unknown"))
             if shape != expected[target]:
@@ -255,9 +246,7 @@ def _check_out(out: Path) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(
-            f"out {out} cannot be made ({error.strerror}): give a folder you may write"
-        ) from error
+        raise StorageError(f"out {out} cannot be made ({error.strerror}): give a folder you may write") from error
     if not os.access(out.parent, os.W_OK):
         raise StorageError(f"out {out} cannot be made: its parent folder may not be written")
     return out

@@ -17,14 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import (
-    GenerationConfig,
-    InternVLConfig,
-    LlamaConfig,
-    Phi3Config,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from transformers import GenerationConfig, InternVLConfig, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config
 
 from ..errors import BadInput, ThinsightError, Unsupported
 
@@ -107,9 +100,7 @@ def check_original(config: Mapping[str, Any], name: str) -> None:
             raise Unsupported(f"model {name!r} is quantized: convert the original checkpoint instead")
     for lora in ("use_backbone_lora", "use_llm_lora"):
         if config.get(lora):
-            raise BadInput(
-                f"model {name!r} has {lora} {config[lora]!r}: merge its LoRA weights before converting it"
-            )
+            raise BadInput(f"model {name!r} has {lora} {config[lora]!r}: merge its LoRA weights before converting it")
     if config.get("ps_version", "v1") != "v2":
         raise BadInput(
             f"model {name!r} has ps_version {config.get('ps_version', 'v1')!r}: InternVL 2 and later have "
@@ -139,8 +130,7 @@ def architecture_of(config: Mapping[str, Any]) -> str:
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     if name not in _TEXT_CONFIGS:
         raise Unsupported(
-            f"llm_config.architectures is {architectures!r} in config.json; supported: "
-            f"{', '.join(_TEXT_CONFIGS)}"
+            f"llm_config.architectures is {architectures!r} in config.json; supported: {', '.join(_TEXT_CONFIGS)}"
         )
     return str(name)
 
@@ -168,9 +158,7 @@ def vision_depths(config: Mapping[str, Any]) -> tuple[int, int]:
     return needed, stored
 
 
-def convert_config(
-    config: Mapping[str, Any], *, tied: bool, image_token_id: int, dtype: str
-) -> InternVLConfig:
+def convert_config(config: Mapping[str, Any], *, tied: bool, image_token_id: int, dtype: str) -> InternVLConfig:
     """The stock config.
 
     Args:
@@ -344,9 +332,7 @@ def find_conversation(config: dict[str, Any]) -> Conversation:
     conversation = _CONVERSATIONS[name]
     own = config.get("system_message")
     if isinstance(own, str):
-        return Conversation(
-            own, conversation.system, conversation.user, conversation.assistant, conversation.end
-        )
+        return Conversation(own, conversation.system, conversation.user, conversation.assistant, conversation.end)
     return conversation
 
 
@@ -358,8 +344,7 @@ def chat_template(conversation: Conversation) -> str:
     replaces the default one.
     """
     system, user, assistant, end = (
-        _literal(part)
-        for part in (conversation.system, conversation.user, conversation.assistant, conversation.end)
+        _literal(part) for part in (conversation.system, conversation.user, conversation.assistant, conversation.end)
     )
     return "".join(
         (

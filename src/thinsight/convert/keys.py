@@ -97,9 +97,7 @@ def vision_rules(depth: int, stored_depth: int) -> list[Rule]:
     return [
         *([Rule(_OLD_TOWER + rf"encoder\.layers\.(?:{unneeded})\..+", ())] if unneeded else []),
         Rule(_OLD_TOWER + r"embeddings\.class_embedding", (_NEW_TOWER + "embeddings.cls_token",)),
-        Rule(
-            _OLD_TOWER + r"embeddings\.position_embedding", (_NEW_TOWER + "embeddings.position_embeddings",)
-        ),
+        Rule(_OLD_TOWER + r"embeddings\.position_embedding", (_NEW_TOWER + "embeddings.position_embeddings",)),
         Rule(
             _OLD_TOWER + r"embeddings\.patch_embedding" + _END,
             (_NEW_TOWER + r"embeddings.patch_embeddings.projection.\1",),
@@ -111,10 +109,7 @@ def vision_rules(depth: int, stored_depth: int) -> list[Rule]:
         ),
         Rule(_OLD_LAYER + r"ls([12])", (_NEW_LAYER + r"lambda_\2",)),
         *(Rule(_OLD_LAYER + old + _END, (_NEW_LAYER + new + r".\2",)) for old, new in _LAYER_NAMES.items()),
-        *(
-            Rule(_OLD_PROJECTOR + old + _END, (_NEW_PROJECTOR + new + r".\1",))
-            for old, new in _PROJECTOR_NAMES.items()
-        ),
+        *(Rule(_OLD_PROJECTOR + old + _END, (_NEW_PROJECTOR + new + r".\1",)) for old, new in _PROJECTOR_NAMES.items()),
     ]
 
 

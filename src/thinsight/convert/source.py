@@ -215,9 +215,7 @@ def _shard_files(folder: Path, name: str) -> list[str]:
             if Path(file).name != file:
                 raise BadInput(f"{_INDEX} names {file!r}, which is not a file of the checkpoint's folder")
             if not (folder / file).is_file():
-                raise BadInput(
-                    f"model {name!r} lacks {file}, which {_INDEX} names: download the checkpoint anew"
-                )
+                raise BadInput(f"model {name!r} lacks {file}, which {_INDEX} names: download the checkpoint anew")
         return files
     if (folder / _SINGLE).is_file():
         return [_SINGLE]

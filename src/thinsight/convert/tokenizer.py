@@ -168,9 +168,7 @@ def _user_defined(model: SentencePieceModel, renamed: dict[int, str], prefix: st
     not do.
     """
     found = [
-        piece.text
-        for number, piece in enumerate(model.pieces)
-        if piece.kind == _USER_DEFINED and number not in renamed
+        piece.text for number, piece in enumerate(model.pieces) if piece.kind == _USER_DEFINED and number not in renamed
     ]
     if (prefix == "always" and found) or (prefix == "first" and any(_SPACE in text for text in found)):
         raise BadInput(
@@ -241,9 +239,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     special_map = _read_optional(folder / "special_tokens_map.json")
     settings = {**_DEFAULTS.get(kind, {}), **special_map, **own, "tokenizer_class": kind}
     special = {_content(token) for token in settings.get("additional_special_tokens") or ()}
-    added = {
-        int(number): _added_token(token) for number, token in own.get("added_tokens_decoder", {}).items()
-    }
+    added = {int(number): _added_token(token) for number, token in own.get("added_tokens_decoder", {}).items()}
     for text, number in _read_optional(folder / "added_tokens.json").items():
         added.setdefault(int(number), AddedToken(text, normalized=False, special=text in special))
     return {**settings, "added": dict(sorted(added.items()))}

@@ -44,11 +44,7 @@ def kendall_tau_b(scores: Array) -> Array:
         last = min(tokens - 1, first + max(1, _CHUNK // tokens))
         # the order of every pair (i, j > i) with i in the chunk, per row: (rankings, pairs) in {-1, 0, 1}
         signs = np.concatenate(
-            [
-                np.sign(scores[:, i : i + 1] - scores[:, i + 1 :]).astype(np.float32)
-                for i in range(first, last)
-            ],
-            axis=1,
+            [np.sign(scores[:, i : i + 1] - scores[:, i + 1 :]).astype(np.float32) for i in range(first, last)], axis=1
         )
         concordance += (signs @ signs.T).astype(np.float64)
         first = last
@@ -106,9 +102,7 @@ def attention_statistics(
     Raises:
         ThinsightError: bad examples, scores below 0, or a model that is not supported.
     """
-    found = prompt_scores(
-        model, processor, examples, ranker, batch_size, progress, "attention", reader=reader
-    )
+    found = prompt_scores(model, processor, examples, ranker, batch_size, progress, "attention", reader=reader)
     scores = list(found)
     if min(float(each.min()) for each in scores) < 0:
         raise BadInput(f"ranker {ranker!r} gives scores below 0, which are no attention")
@@ -253,9 +247,7 @@ class RankConsistency:
                 "be no better than random on this model: compare with the random ranker before trusting it."
             )
         if self.typical_tau < FAIR_TAU:
-            return (
-                "The layers agree moderately on which vision tokens matter; ranking by attention should help."
-            )
+            return "The layers agree moderately on which vision tokens matter; ranking by attention should help."
         return "The layers agree on which vision tokens matter: what an early layer ranks low stays low."
 
 
@@ -289,19 +281,9 @@ def rank_consistency(
     """
     model = check_supported(model)
     if num_layers(model) < 2:
-        raise BadInput(
-            "the model has one decoder layer: rank consistency compares layers, use a deeper model"
-        )
+        raise BadInput("the model has one decoder layer: rank consistency compares layers, use a deeper model")
     found = prompt_scores(
-        model,
-        processor,
-        examples,
-        ranker,
-        batch_size,
-        progress,
-        "rank consistency",
-        least_tokens=2,
-        reader=reader,
+        model, processor, examples, ranker, batch_size, progress, "rank consistency", least_tokens=2, reader=reader
     )
     statistics = [_statistics(scores) for scores in found]
     tau, overlap, ties = (np.mean(values, axis=0) for values in zip(*statistics, strict=True))

@@ -88,9 +88,7 @@ class DecodingRules:
             pad = min(stop_tokens, default=0)  # padding is masked, so any token will do
         penalty = getattr(generation_config, "repetition_penalty", None)
         suppressed = tuple(getattr(generation_config, "suppress_tokens", None) or ())
-        return cls(
-            max_new_tokens, stop_tokens, int(pad), 1.0 if penalty is None else float(penalty), suppressed
-        )
+        return cls(max_new_tokens, stop_tokens, int(pad), 1.0 if penalty is None else float(penalty), suppressed)
 
     def to_dict(self) -> dict[str, Any]:
         """All of them as JSON values: answers under other rules may differ."""
@@ -205,9 +203,7 @@ class _Columns:
     def behind(self, count: int) -> _Columns:
         """Without the first ones, which may still be attended to."""
         types = {name: types[:, count:] for name, types in self.types.items()}
-        return _Columns(
-            self.ids[:, count:], self.mask, self.positions[..., count:], types, self.is_prompt[:, count:]
-        )
+        return _Columns(self.ids[:, count:], self.mask, self.positions[..., count:], types, self.is_prompt[:, count:])
 
     def without_gaps(self) -> _Columns:
         """The same tokens with all that is not attended to on the left, and no more of it than needed."""
@@ -229,9 +225,7 @@ class _Columns:
 class _Run:
     """The state of one batch while it is decoded; columns are prompt, draft, then one per step."""
 
-    def __init__(
-        self, model: Any, batch: PromptBatch, rules: DecodingRules, beginning: Beginning | None
-    ) -> None:
+    def __init__(self, model: Any, batch: PromptBatch, rules: DecodingRules, beginning: Beginning | None) -> None:
         device = model.device
         self.model = model
         self.beginning = beginning
@@ -293,19 +287,11 @@ class _Run:
             exact = replace(columns, mask=self.mask).without_gaps()
             self.reread = partial(self._reread, exact, vision, prompt_scope)
 
-    def _read(
-        self, columns: _Columns, vision: dict[str, Any], prompt_scope: PromptScope | None, **more: Any
-    ) -> Any:
+    def _read(self, columns: _Columns, vision: dict[str, Any], prompt_scope: PromptScope | None, **more: Any) -> Any:
         """A first forward pass."""
         with prompt_scope(columns.is_prompt) if prompt_scope is not None else nullcontext():
             inputs = pass_inputs(
-                self.model,
-                columns.ids,
-                columns.mask,
-                columns.positions,
-                token_types=columns.types,
-                **vision,
-                **more,
+                self.model, columns.ids, columns.mask, columns.positions, token_types=columns.types, **vision, **more
             )
             return self.model(**inputs)
 
@@ -327,10 +313,7 @@ class _Run:
         self.mask = columns.mask
 
     def open_rows(
-        self,
-        drafts: Sequence[tuple[int, ...]],
-        wanted: Sequence[bool],
-        lost: Callable[[int, Sequence[int]], bool],
+        self, drafts: Sequence[tuple[int, ...]], wanted: Sequence[bool], lost: Callable[[int, Sequence[int]], bool]
     ) -> list[int]:
         """Rows whose answer is not over and is wanted whole, or has not left its draft yet."""
         rows = []

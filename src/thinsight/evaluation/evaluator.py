@@ -124,9 +124,7 @@ class Evaluator:
         check_batch_size(batch_size)
         model = check_supported(model)
         if model.training:
-            raise BadInput(
-                "the model is in training mode, where answers may be random: call model.eval() first"
-            )
+            raise BadInput("the model is in training mode, where answers may be random: call model.eval() first")
         if not callable(processor):
             raise BadInput(f"processor is {processor!r}: pass the model's own processor")
         disk = None if cache_dir is None else DiskStore(cache_dir)
@@ -250,11 +248,7 @@ class Evaluator:
         score = float(np.mean(scores))
         spent = self._flops(range(len(self.examples)), None, drafted=False)
         return Evaluation(
-            score=score,
-            per_example=np.array(scores),
-            full_score=score,
-            cost=spent,
-            agreement=_agreement(self._full),
+            score=score, per_example=np.array(scores), full_score=score, cost=spent, agreement=_agreement(self._full)
         )
 
     @cached_property
@@ -302,11 +296,7 @@ class Evaluator:
         return self._evaluate(self._bind(schedule), floor=None)
 
     def at_least(
-        self,
-        schedule: Schedule | Reduction,
-        floor: float,
-        confidence: float | None = None,
-        seed: int = 0,
+        self, schedule: Schedule | Reduction, floor: float, confidence: float | None = None, seed: int = 0
     ) -> Evaluation:
         """Like a call, but gives up as soon as the score cannot reach ``floor`` any more.
 
@@ -399,10 +389,7 @@ class Evaluator:
     def reduction(self, schedule: Schedule) -> Reduction:
         """The schedule bound to this evaluator's ranker and model."""
         return Reduction(
-            schedule,
-            self.ranker,
-            base_model_name_or_path=self._base_name,
-            model_type=self.model.config.model_type,
+            schedule, self.ranker, base_model_name_or_path=self._base_name, model_type=self.model.config.model_type
         )
 
     @cached_property
@@ -547,11 +534,7 @@ class Evaluator:
         return self._metrics[index].lost(self._text(tokens), self.examples[index].answers)
 
     def _decode(
-        self,
-        batch: Sequence[int],
-        handle: Handle,
-        reduction: Reduction,
-        whole: bool = False,
+        self, batch: Sequence[int], handle: Handle, reduction: Reduction, whole: bool = False
     ) -> list[GreedyAnswer]:
         """Answers under a reduction: whole ones, or as much of them as their scores take."""
         prompts = pad_batch([self._prompts[index] for index in batch], self.rules.pad_token)
@@ -606,10 +589,7 @@ class Evaluator:
     def _ceilings(self) -> NDArray[np.float64]:
         """The highest score that any answer to each example can get."""
         return np.array(
-            [
-                metric.ceiling(example.answers)
-                for metric, example in zip(self._metrics, self.examples, strict=True)
-            ]
+            [metric.ceiling(example.answers) for metric, example in zip(self._metrics, self.examples, strict=True)]
         )
 
     def _upper_bound(self, scores: NDArray[np.float64]) -> float:
@@ -683,8 +663,7 @@ def _metric_of(example: Example, metric: str | None) -> Metric:
     chosen = get_metric(name)
     if name != "agreement" and not example.answers:
         raise BadInput(
-            f"example {example.id!r} has no answer, which metric {name!r} needs: "
-            "add one, or use metric='agreement'"
+            f"example {example.id!r} has no answer, which metric {name!r} needs: add one, or use metric='agreement'"
         )
     return chosen
 

@@ -66,9 +66,7 @@ class Example:
             self, "images", tuple(Path(image) if isinstance(image, str) else image for image in self.images)
         )
         if isinstance(self.answers, str):
-            raise BadInput(
-                f"example {self.id!r}: answers is a text; pass a tuple of texts, ({self.answers!r},)"
-            )
+            raise BadInput(f"example {self.id!r}: answers is a text; pass a tuple of texts, ({self.answers!r},)")
         object.__setattr__(self, "answers", tuple(self.answers or ()))
         for name, texts in (("question", (self.question,)), ("answers", self.answers)):
             wrong = [text for text in texts if not isinstance(text, str)]
@@ -76,8 +74,7 @@ class Example:
                 raise BadInput(f"example {self.id!r}: {name} holds {wrong[0]!r}; it must be a text")
         if not self.group:
             names = (
-                image.as_posix() if isinstance(image, Path) else image_key(image, self._where)
-                for image in self.images
+                image.as_posix() if isinstance(image, Path) else image_key(image, self._where) for image in self.images
             )
             object.__setattr__(self, "group", "+".join(names))
 
@@ -114,10 +111,7 @@ class Example:
 
 
 def load_examples(
-    source: str | Path,
-    limit: int | None = None,
-    seed: int | None = None,
-    progress: Progress | None = None,
+    source: str | Path, limit: int | None = None, seed: int | None = None, progress: Progress | None = None
 ) -> list[Example]:
     """Read and check a set of examples; of the images, those that are taken are decoded.
 
@@ -137,9 +131,7 @@ def load_examples(
         raise BadInput(f"limit is {limit!r}: it must be a whole number of at least 1")
     examples = read_examples(source)
     if limit is not None and limit < len(examples):
-        chosen = (
-            range(limit) if seed is None else sorted(random.Random(seed).sample(range(len(examples)), limit))
-        )
+        chosen = range(limit) if seed is None else sorted(random.Random(seed).sample(range(len(examples)), limit))
         examples = [examples[index] for index in chosen]
     validate_examples(examples, str(source), progress)
     return examples
@@ -175,9 +167,7 @@ def check_examples(examples: Sequence[Example], source: str = "the examples") ->
             is missing, an unknown metric, or a metric that needs answers without any.
     """
     if isinstance(examples, str) or not isinstance(examples, Sequence):
-        raise BadInput(
-            f"examples is {examples!r}; pass a list of Example, such as load_examples(...) returns"
-        )
+        raise BadInput(f"examples is {examples!r}; pass a list of Example, such as load_examples(...) returns")
     if len(examples) == 0:
         raise BadInput(f"{source} has no examples: give at least one")
     seen: set[str] = set()
@@ -196,9 +186,7 @@ def check_examples(examples: Sequence[Example], source: str = "the examples") ->
                 found.add(image)
 
 
-def check_images(
-    examples: Sequence[Example], source: str = "the examples", progress: Progress | None = None
-) -> None:
+def check_images(examples: Sequence[Example], source: str = "the examples", progress: Progress | None = None) -> None:
     """Decode every image file of a set once; what has room in memory waits there for its processor.
 
     Args:
@@ -233,13 +221,9 @@ def _locate(source: str | Path) -> Path:
         return _DEMO_FOLDER / f"{name}.jsonl"
     path = Path(os.path.expanduser(source))
     if path.is_dir():
-        raise BadInput(
-            f"data {str(source)!r} is a folder: give the JSON-lines file in it, each line {_FORMAT}"
-        )
+        raise BadInput(f"data {str(source)!r} is a folder: give the JSON-lines file in it, each line {_FORMAT}")
     if not path.is_file():
-        raise BadInput(
-            f"data {str(source)!r} does not exist: give a JSON-lines file, demo:calibration or demo:test"
-        )
+        raise BadInput(f"data {str(source)!r} does not exist: give a JSON-lines file, demo:calibration or demo:test")
     return path
 
 
@@ -248,9 +232,7 @@ def _parse_file(path: Path) -> list[Example]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would break at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path} as UTF-8 text: {error}") from error
-    numbered = [
-        (f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()
-    ]
+    numbered = [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
     return [_parse_line(line, path, where) for where, line in numbered]
 
 
@@ -379,6 +361,4 @@ def _check_unicode(text: str, where: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadInput(
-            f"{where}: {text!r} holds half of a surrogate pair: write the character itself"
-        ) from None
+        raise BadInput(f"{where}: {text!r} holds half of a surrogate pair: write the character itself") from None

@@ -242,9 +242,7 @@ class VisionCache:
         """
         ranked = ranker is not None and VISION_ATTENTION in get_ranker(ranker).needs
         self.arrange(examples)
-        missing = [
-            key for key in (tuple(example.image_keys) for example in examples) if not self._has(key, ranked)
-        ]
+        missing = [key for key in (tuple(example.image_keys) for example in examples) if not self._has(key, ranked)]
         for number in dict.fromkeys(self._group_of[key] for key in missing):
             self._fill(self._groups[number], ranker if ranked else None)
         wanted = [self._entry(example) for example in examples]

@@ -138,10 +138,7 @@ def _beside(heads: Sequence[Prompt], tails: Sequence[Prompt], width: int, pad_to
     return PromptBatch(
         torch.cat([widened(left.input_ids, pad_token), right.input_ids], 1),
         torch.cat([widened(left.attention_mask, 0), right.attention_mask], 1),
-        {
-            name: torch.cat([widened(types, 0), right.per_token[name]], 1)
-            for name, types in left.per_token.items()
-        },
+        {name: torch.cat([widened(types, 0), right.per_token[name]], 1) for name, types in left.per_token.items()},
         left.per_image,
     )
 
@@ -283,17 +280,11 @@ class FullModel:
                 yield batch, self._answer(batch, prompts, {}, beginning)
 
     def _answer(
-        self,
-        batch: Sequence[int],
-        prompts: PromptBatch,
-        vision: dict[str, Any],
-        beginning: Beginning | None = None,
+        self, batch: Sequence[int], prompts: PromptBatch, vision: dict[str, Any], beginning: Beginning | None = None
     ) -> list[GreedyAnswer]:
         """The model's answers, on the guess that they are right: what is guessed needs no steps."""
         guesses = [self._right[index] for index in batch]
-        return decode(
-            self._model, prompts, vision, self._rules, drafts=guesses, guessed=True, beginning=beginning
-        )
+        return decode(self._model, prompts, vision, self._rules, drafts=guesses, guessed=True, beginning=beginning)
 
     @cached_property
     def _right(self) -> list[tuple[int, ...]]:
@@ -302,9 +293,7 @@ class FullModel:
         texts = [example.answers[0] if example.answers else "" for example in self._examples]
         found = tokenizer(texts, add_special_tokens=False)["input_ids"]
         stop = getattr(tokenizer, "eos_token_id", None)
-        return [
-            self._rules.cut(tokens, stop) if text else () for text, tokens in zip(texts, found, strict=True)
-        ]
+        return [self._rules.cut(tokens, stop) if text else () for text, tokens in zip(texts, found, strict=True)]
 
     def _images(self, batch: Sequence[int]) -> dict[str, Any]:
         return self.vision.inputs([self._examples[index] for index in batch])

@@ -59,9 +59,7 @@ class Metric:
 
     def __call__(self, prediction: str, answers: Sequence[str], question: str = "") -> float:
         if not answers:
-            raise BadInput(
-                f"metric {self.name!r} needs at least one answer, got none: add 'answer' or 'answers'"
-            )
+            raise BadInput(f"metric {self.name!r} needs at least one answer, got none: add 'answer' or 'answers'")
         if self.reads_options:
             return self.rule(prediction, answers, options_of(question))
         return self.rule(prediction, answers)
@@ -134,9 +132,7 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return float(any(_relaxed_equal(_composed(prediction), _composed(answer)) for answer in answers))
 
 
-def multiple_choice(
-    prediction: str, answers: Sequence[str], options: Mapping[str, str] | None = None
-) -> float:
+def multiple_choice(prediction: str, answers: Sequence[str], options: Mapping[str, str] | None = None) -> float:
     """1 if the option that the prediction names is the answer's, else 0.
 
     Options are found by fixed rules (see `option_letter`) in the manner of MMBench (arXiv 2307.06281) and
@@ -338,10 +334,7 @@ _LEADING = (
     re.compile(r"\s*([A-Z])[^\S\n]*(?:\n|\s(?:because|since)\b)"),  # "B" and a line of reasons
 )
 _MENTION = re.compile(rf"(?<!\w)[(\[]\s*([A-Z])\s*[)\]]{_RIGHT}")  # "it shows (B)"
-_BOXES = (
-    re.compile(r"(?is).*<answer>(.*?)</answer>"),
-    re.compile(r"(?s).*\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"),
-)
+_BOXES = (re.compile(r"(?is).*<answer>(.*?)</answer>"), re.compile(r"(?s).*\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}"))
 _THOUGHT = re.compile(r"(?is).*</think>")
 _MARKUP = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\b|__|[*`${}]")
 _LISTED = re.compile(r"(?:(?<=[\s,;])|^)(?:[(\[]([A-Z])[)\]]|([A-Z])[.):])\s*(?=\S)", re.MULTILINE)

@@ -281,9 +281,7 @@ def _full_score(member: Any) -> float:
     return float(member.full_score)
 
 
-def _score(
-    member: Any, schedule: Schedule | Reduction, floor: float | None, early: dict[str, Any]
-) -> Evaluation:
+def _score(member: Any, schedule: Schedule | Reduction, floor: float | None, early: dict[str, Any]) -> Evaluation:
     cut = floor is not None and hasattr(member, "at_least")
     evaluation: Evaluation = member.at_least(schedule, floor, **early) if cut else member(schedule)
     return evaluation
@@ -320,8 +318,7 @@ def _apart(place: int, each: Any, earlier: int, other: Any) -> None:
 def _same(place: int, name: str, found: Any, expected: Any, remedy: str) -> None:
     if found != expected:
         raise BadInput(
-            f"evaluators[{place}].{name} is {_short(found)}, that of evaluators[0] is {_short(expected)}: "
-            f"{remedy}"
+            f"evaluators[{place}].{name} is {_short(found)}, that of evaluators[0] is {_short(expected)}: {remedy}"
         )
 
 

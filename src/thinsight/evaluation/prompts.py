@@ -41,9 +41,7 @@ def prompt_positions(model: Any, batch: PromptBatch) -> torch.Tensor:
         return (mask.cumsum(-1) - 1).clamp(min=0)
     given = {**batch.per_token, **batch.per_image, "input_ids": batch.input_ids}
     moved = {name: tensor.to(model.device) for name, tensor in given.items()}
-    positions: torch.Tensor = getattr(model, _POSITIONS)(
-        moved["input_ids"], {**moved, "attention_mask": mask}
-    )
+    positions: torch.Tensor = getattr(model, _POSITIONS)(moved["input_ids"], {**moved, "attention_mask": mask})
     return positions
 
 
@@ -133,9 +131,7 @@ def image_token(processor: Any) -> str:
         token = getattr(owner, "image_token", None)
         if token is not None:
             return str(token)
-    raise BadInput(
-        f"the processor {type(processor).__name__} has no image token: pass the model's own processor"
-    )
+    raise BadInput(f"the processor {type(processor).__name__} has no image token: pass the model's own processor")
 
 
 def prompt_text(processor: Any, example: Example) -> str:
@@ -259,8 +255,7 @@ def _process(processor: Any, example: Example, images: Sequence[Image.Image]) ->
         ) from error
     except MemoryError:
         raise BadInput(
-            f"the images of example {example.id!r} do not fit into memory with their processor: "
-            "make them smaller"
+            f"the images of example {example.id!r} do not fit into memory with their processor: make them smaller"
         ) from None
 
 
@@ -299,17 +294,13 @@ def _prompt_of(model: Any, example: Example, inputs: Mapping[str, Any]) -> Promp
             "pass the processor that belongs to the model"
         )
     taken = {**inspect.signature(base_model(model).forward).parameters}
-    rest = {
-        name: value for name, value in inputs.items() if name in taken and isinstance(value, torch.Tensor)
-    }
+    rest = {name: value for name, value in inputs.items() if name in taken and isinstance(value, torch.Tensor)}
     return Prompt(
         input_ids=input_ids[0],
         n_vision=n_vision,
         per_token={name: rest[name][0] for name in _TOKEN_TYPES if name in rest},
         per_image={
-            name: value
-            for name, value in rest.items()
-            if name not in _PER_TOKEN and not name.startswith("pixel_")
+            name: value for name, value in rest.items() if name not in _PER_TOKEN and not name.startswith("pixel_")
         },
     )
 
@@ -442,9 +433,7 @@ class PromptReader:
 
     def _check_resized(self, example: Example, images: Sequence[Image.Image]) -> None:
         size = getattr(getattr(self._processor, "image_processor", None), "size", None)
-        if (
-            not size or "shortest_edge" not in size or "longest_edge" in size
-        ):  # with both, they bound the pixels
+        if not size or "shortest_edge" not in size or "longest_edge" in size:  # with both, they bound the pixels
             return
         for image in images:
             check_size(image.size, f"example {example.id!r}: image", int(size["shortest_edge"]))

@@ -104,9 +104,7 @@ def drop_interval(
     losses, wins = (float(np.clip(side, 0.0, None).sum()) / effect for side in (drops, -drops))
     found = [tango_interval(losses, wins, count, level=level)]
     if not np.isin(sides, (0.0, 1.0)).all():
-        found.append(
-            paired_bootstrap(full, reduced, groups=groups, resamples=resamples, level=level, seed=seed)
-        )
+        found.append(paired_bootstrap(full, reduced, groups=groups, resamples=resamples, level=level, seed=seed))
     least = math.ceil(10 * math.log(2 / (1 - level))) / (10 * count)
     return Interval(
         mean=mean,

@@ -47,8 +47,7 @@ class DiskStore:
             probe(self._folder)
         except OSError as error:
             raise StorageError(
-                f"cache_dir {self._folder} cannot be written ({error.strerror or error}): "
-                "give a folder you may write"
+                f"cache_dir {self._folder} cannot be written ({error.strerror or error}): give a folder you may write"
             ) from None
 
     def tensors(self, name: str) -> tuple[dict[str, Tensor], Any] | None:

@@ -99,10 +99,7 @@ class ShowResult:
 
 
 def evaluate(
-    options: JobOptions,
-    *,
-    scoring: ScoringOptions | None = None,
-    watcher: Watcher | None = None,
+    options: JobOptions, *, scoring: ScoringOptions | None = None, watcher: Watcher | None = None
 ) -> ReportData:
     """Full against reduced on a set of examples, with the drop's interval.
 
@@ -169,9 +166,7 @@ def analyze(options: JobOptions, *, watcher: Watcher | None = None) -> ReportDat
     opened = _opened(options, watcher)
     watcher.on_stage("Measuring rank consistency")
     reader = PromptReader(opened.model, opened.processor)
-    found = rank_consistency(
-        opened.model, opened.processor, examples, progress=watcher.on_progress, reader=reader
-    )
+    found = rank_consistency(opened.model, opened.processor, examples, progress=watcher.on_progress, reader=reader)
     report = _about(f"Rank consistency of {options.model.model}", opened, _median(opened, reader, examples))
     return replace(report, dataset=_dataset(options, examples), consistency=consistency_of(found))
 
@@ -254,9 +249,7 @@ def show(
     validate_examples(examples, source)
     opened = _opened(options, watcher)
     watcher.on_stage("Looking at kept tokens")
-    picture = picture_of(
-        opened.model, opened.processor, examples[0], fitted.reduction, max_new_tokens=max_new_tokens
-    )
+    picture = picture_of(opened.model, opened.processor, examples[0], fitted.reduction, max_new_tokens=max_new_tokens)
     return ShowResult(picture, fitted)
 
 
@@ -266,9 +259,7 @@ def _asked(image: str, question: str | None) -> Example:
     return Example(id="question", images=(path,), question=question or "")
 
 
-def _open(
-    options: JobOptions, watcher: Watcher, metric: str | None = None
-) -> tuple[list[Example], Opened, Sourced]:
+def _open(options: JobOptions, watcher: Watcher, metric: str | None = None) -> tuple[list[Example], Opened, Sourced]:
     """Everything a job runs on, checked cheapest first."""
     fitted = _fitted(options)
     examples = _examples(options, watcher)

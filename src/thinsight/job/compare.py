@@ -89,18 +89,12 @@ class CompareOptions(RunOptions):
         """Some of the methods take every option that was given."""
         if self.budget_unit == "ms" and self.budgets == BUDGETS:
             raise BadInput("budget_unit is 'ms', and the default budgets are shares: give budgets in ms too")
-        searches = [
-            name.removeprefix(SEARCH_PREFIX) for name in self.chosen if name.startswith(SEARCH_PREFIX)
-        ]
+        searches = [name.removeprefix(SEARCH_PREFIX) for name in self.chosen if name.startswith(SEARCH_PREFIX)]
         if self.n_trials is not None and not searches:
-            raise BadInput(
-                f"n_trials is {self.n_trials}, which only searches take: leave it out, or compare one"
-            )
+            raise BadInput(f"n_trials is {self.n_trials}, which only searches take: leave it out, or compare one")
         for name in searches:
             if self.trials < LEAST_TRIALS[name]:
-                raise BadInput(
-                    f"n_trials is {self.trials}: {TITLES[name]} needs at least {LEAST_TRIALS[name]}"
-                )
+                raise BadInput(f"n_trials is {self.trials}: {TITLES[name]} needs at least {LEAST_TRIALS[name]}")
         if self.ranker is not None and not set(searches) - set(CHOOSE_RANKER):
             takers = [SEARCH_PREFIX + name for name in METHODS if name not in CHOOSE_RANKER]
             raise BadInput(

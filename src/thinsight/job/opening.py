@@ -23,14 +23,7 @@ from ..budget import Budget, LatencyModel, TimeBudget, make_budget
 from ..errors import BadInput, StorageError
 from ..evaluation.batch_size import AUTO, check_batch_size
 from ..evaluation.evaluator import Evaluator, check_metric
-from ..evaluation.examples import (
-    Example,
-    Progress,
-    check_examples,
-    load_examples,
-    read_examples,
-    validate_examples,
-)
+from ..evaluation.examples import Example, Progress, check_examples, load_examples, read_examples, validate_examples
 from ..evaluation.metrics import get_metric
 from ..evaluation.result import Evaluation
 from ..evaluation.store import DEFAULT_CACHE_GIB, DiskStore, FeatureStore
@@ -202,9 +195,7 @@ def open_model(options: ModelOptions) -> Opened:
 
     Raises ThinsightError as `thinsight.loading.load_model` does.
     """
-    model, processor = load_model(
-        options.model, options.dtype, options.device, options.attn, options.trust_remote_code
-    )
+    model, processor = load_model(options.model, options.dtype, options.device, options.attn, options.trust_remote_code)
     info = ModelInfo(
         name=options.model,
         model_type=model.config.model_type,
@@ -217,9 +208,7 @@ def open_model(options: ModelOptions) -> Opened:
     return Opened(model, processor, info)
 
 
-def load_sets(
-    data: str | None, test_data: str | None, limit: int | None, progress: Progress | None = None
-) -> Sets:
+def load_sets(data: str | None, test_data: str | None, limit: int | None, progress: Progress | None = None) -> Sets:
     """Calibration and test examples that share no image.
 
     Both given: as they are. Only ``data``: it is split by image, half and half; the demo's calibration set
@@ -431,14 +420,7 @@ class Limits:
         Raises:
             ThinsightError: an unknown unit, or a value out of range.
         """
-        return make_budget(
-            value,
-            unit,
-            config=config,
-            n_vision=self.n_vision,
-            n_text=self.n_text,
-            latency=self.latency,
-        )
+        return make_budget(value, unit, config=config, n_vision=self.n_vision, n_text=self.n_text, latency=self.latency)
 
 
 def limits_of(evaluator: Evaluator, value: float, unit: str) -> Limits:

@@ -100,9 +100,7 @@ def _tile(model: Any, processor: Any, images: int, inputs: Mapping[str, Any], n_
     tokens, rest = divmod(n_vision, len(tiles))
     block = math.isqrt(rows * columns // tokens) if tokens else 0
     if rest or not block or tokens * block**2 != rows * columns or rows % block or columns % block:
-        raise _no_grid(
-            f"{n_vision} vision tokens of {len(tiles)} images or tiles of {rows} x {columns} patches"
-        )
+        raise _no_grid(f"{n_vision} vision tokens of {len(tiles)} images or tiles of {rows} x {columns} patches")
     if len(tiles) == images or (images == 1 and family in _OVERVIEW_FIRST):
         shown = 0
     elif images == 1 and family in _OVERVIEW_LAST:

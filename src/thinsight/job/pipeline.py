@@ -166,9 +166,7 @@ def _under_budget(options: SearchOptions, prepared: Prepared) -> SearchResult:
         arguments["rankers"] = rankers_for(evaluator)
     if options.start is not None:
         arguments["warm_start"] = options.start_schedule(evaluator.num_layers)
-    found: SearchResult = METHODS[options.chosen](
-        evaluator, budget, first_layer=options.first_layer, **arguments
-    )
+    found: SearchResult = METHODS[options.chosen](evaluator, budget, first_layer=options.first_layer, **arguments)
     return found
 
 
@@ -185,9 +183,7 @@ def _budget(options: SearchOptions, prepared: Prepared) -> Budget:
     return kept.budget(prepared.opened.model.config, kept.value, kept.unit)
 
 
-def _along_frontier(
-    options: SearchOptions, prepared: Prepared
-) -> tuple[SearchResult, tuple[FrontierRow, ...]]:
+def _along_frontier(options: SearchOptions, prepared: Prepared) -> tuple[SearchResult, tuple[FrontierRow, ...]]:
     """The result that the tolerance or the budget picks, and a row for each cost."""
     evaluator = prepared.calibration
     layers, n_vision = evaluator.num_layers, evaluator.num_vision_tokens
@@ -299,11 +295,7 @@ def measured_of(data: ReportData, measurement: Measurement) -> dict[str, Any]:
         "drop": headline.drop.mean,
         "drop_interval_95": [headline.drop.low, headline.drop.high],
         "metric": dataset.metric,
-        "test": {
-            "name": public_name(dataset.test_name),
-            "examples": dataset.test_size,
-            "hash": dataset.test_hash,
-        },
+        "test": {"name": public_name(dataset.test_name), "examples": dataset.test_size, "hash": dataset.test_hash},
         "mean_keep_rate": headline.mean_keep_rate,
         "flops_ratio": headline.flops_ratio,
         "kv_ratio": measurement.kv_ratio,
@@ -324,9 +316,7 @@ def _row(prepared: Prepared, method: Tested, full: Tested) -> MethodRow:
     examples = prepared.sets.test
     drop = None if method.kind == "full" else drop_of(full.evaluation, method.evaluation, examples)
     schedule = method.reduction.schedule
-    return method_row(
-        method.name, method.kind, schedule, method.evaluation, drop, prepared.prompt, method.note
-    )
+    return method_row(method.name, method.kind, schedule, method.evaluation, drop, prepared.prompt, method.note)
 
 
 def _dataset(options: SearchOptions, prepared: Prepared) -> DatasetInfo:
@@ -358,9 +348,7 @@ def _search_info(options: SearchOptions, search: SearchRecord, reduction: Reduct
     )
 
 
-def _headline(
-    full: MethodRow, found: MethodRow, measurement: Measurement, vision_flops: float | None
-) -> Headline:
+def _headline(full: MethodRow, found: MethodRow, measurement: Measurement, vision_flops: float | None) -> Headline:
     assert found.drop is not None
     return Headline(
         full_score=full.score,
@@ -481,12 +469,7 @@ class _Run:
         return [
             ("fastv", f"FastV-like (one step at layer {layer})", fastv, "the found ranker, one step"),
             ("uniform", "Uniform", baselines.uniform(schedule), "the found schedule, tokens evenly spread"),
-            (
-                "random",
-                "Random",
-                baselines.random(schedule, seed=seed),
-                "the found schedule, tokens at random",
-            ),
+            ("random", "Random", baselines.random(schedule, seed=seed), "the found schedule, tokens at random"),
         ]
 
     def _measure(self, reduction: Reduction) -> Measurement:
@@ -496,9 +479,7 @@ class _Run:
             batch_size = prepared.fix_batch_size("test")
             return measure(
                 prepared.opened.model,
-                typical_batch(
-                    prepared.opened.processor, prepared.sets.test, batch_size, prepared.test.reader
-                ),
+                typical_batch(prepared.opened.processor, prepared.sets.test, batch_size, prepared.test.reader),
                 reduction,
                 runs=self.options.timing_runs,
                 warmup=1,

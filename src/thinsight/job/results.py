@@ -121,9 +121,7 @@ def timing_rows(measurement: Measurement) -> tuple[TimingRow, ...]:
     """Medians and their ratio for everything that was timed."""
     return tuple(
         TimingRow(
-            what=f"{timing.what} ({measurement.new_tokens} tokens)"
-            if timing.what == "whole answer"
-            else timing.what,
+            what=f"{timing.what} ({measurement.new_tokens} tokens)" if timing.what == "whole answer" else timing.what,
             full_ms=timing.full_ms,
             reduced_ms=timing.reduced_ms,
             ratio=timing.ratio,

@@ -58,9 +58,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise BadInput(f"out {self.path} is a file: give a folder")
         if (self.path / _RUN_FILE).exists() and not resume:
-            raise BadInput(
-                f"out {self.path} holds a search already: continue it with --resume, or give another --out"
-            )
+            raise BadInput(f"out {self.path} holds a search already: continue it with --resume, or give another --out")
         self._check_writable()
         sweep(self.path)
 

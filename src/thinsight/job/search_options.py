@@ -93,27 +93,19 @@ class SearchOptions(RunOptions):
         if self.start is not None:
             self.start_schedule(layers_of(self.model.check()))
         if self.first_layer is not None or self.searches_layers:
-            _check_first_layer(
-                self.gsearch_layer, get_ranker(self.first_ranker), layers_of(self.model.check())
-            )
+            _check_first_layer(self.gsearch_layer, get_ranker(self.first_ranker), layers_of(self.model.check()))
 
     def _check_method(self) -> None:
         """The search that is chosen can do what it is asked."""
         choose_method(self.method, self.max_drop, self.budget)
         if self.budget_unit is not None and self.budget is None:
-            raise BadInput(
-                f"budget_unit is {self.budget_unit!r} without a budget: leave it out, or give budget too"
-            )
+            raise BadInput(f"budget_unit is {self.budget_unit!r} without a budget: leave it out, or give budget too")
         if self.frontier and (self.method is not None or self.unit != "keep"):
-            raise BadInput(
-                "frontier has its own search and counts mean keep rates: leave out method and budget_unit"
-            )
+            raise BadInput("frontier has its own search and counts mean keep rates: leave out method and budget_unit")
         if self.frontier and self.chooses_ranker:
             raise BadInput("ranker 'auto' is chosen for one budget: name a ranker for a frontier")
         if self.chooses_ranker and self.chosen not in CHOOSE_RANKER:
-            raise BadInput(
-                f"ranker 'auto' needs a budget and a search that chooses it: {' or '.join(CHOOSE_RANKER)}"
-            )
+            raise BadInput(f"ranker 'auto' needs a budget and a search that chooses it: {' or '.join(CHOOSE_RANKER)}")
         if self.chooses_ranker and isinstance(self.ranker, dict) and len(self.ranker) > 1:
             raise BadInput(f"ranker is {self.ranker!r}, but 'auto' has no settings: leave them out")
         get_ranker(self.first_ranker)
@@ -133,18 +125,14 @@ class SearchOptions(RunOptions):
         if self.budget is not None:
             check_budget_value(self.budget, self.unit)
             if self.frontier and self.budget < SHARES[0]:
-                raise BadInput(
-                    f"budget is {self.budget}: a frontier begins at a mean keep rate of {SHARES[0]}"
-                )
+                raise BadInput(f"budget is {self.budget}: a frontier begins at a mean keep rate of {SHARES[0]}")
         check_score_drop(self.tolerance)
         fewest = LEAST_TRIALS[self.search]
         if self.n_trials is not None and self.n_trials < fewest:
             raise BadInput(f"n_trials is {self.n_trials}: {self.title} needs at least {fewest}")
         for name, low in {"timing_runs": 1, "new_tokens": 1, "pictures": 0}.items():
             if getattr(self, name) < low:
-                raise BadInput(
-                    f"{name} is {getattr(self, name)}: it must be a whole number of at least {low}"
-                )
+                raise BadInput(f"{name} is {getattr(self, name)}: it must be a whole number of at least {low}")
         get_ranker({"name": "random", "seed": self.seed})  # the yardstick of the report, which has bounds
 
     def start_schedule(self, num_layers: int | None) -> Schedule | None:
@@ -246,9 +234,7 @@ def _parameters(search: str) -> Collection[str]:
 def _check_first_layer(first_layer: int, ranker: Ranker, layers: int) -> None:
     """Refuse, before weights are loaded, a first layer that is not there or that the ranker cannot rank."""
     if first_layer >= layers:
-        raise BadInput(
-            f"first_layer is {first_layer} but the model has layers 0 to {layers - 1}: choose one of them"
-        )
+        raise BadInput(f"first_layer is {first_layer} but the model has layers 0 to {layers - 1}: choose one of them")
     if first_layer == 0 and not ranker.ranks_at_layer_0:
         raise BadInput(
             f"first_layer is 0, but ranker {ranker.name!r} reads the layer before, which layer 0 has not: "

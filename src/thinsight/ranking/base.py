@@ -202,9 +202,7 @@ def get_ranker(spec: str | Mapping[str, Any] | Ranker) -> Ranker:
     allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     unknown = sorted(set(settings) - set(allowed))
     if unknown:
-        raise BadInput(
-            f"ranker {name!r} has no setting {unknown[0]!r}; it has {', '.join(allowed) or 'none'}"
-        )
+        raise BadInput(f"ranker {name!r} has no setting {unknown[0]!r}; it has {', '.join(allowed) or 'none'}")
     try:
         return ranker(**settings)
     except BadInput as error:

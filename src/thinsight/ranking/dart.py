@@ -47,9 +47,7 @@ class Dart(Ranker):
             raise BadInput("dart needs hidden states of the text; supply Context.text_states")
         orders = []
         for image in images(context):
-            text = context.text_states[
-                image.row, context.queries[image.row].to(states.device)
-            ]  # (queries, hidden)
+            text = context.text_states[image.row, context.queries[image.row].to(states.device)]  # (queries, hidden)
             tokens = image.pick(states)  # (n, hidden)
             own = _largest(tokens, self.vision_pivots)
             asked = text[_largest(text, self.text_pivots)].to(tokens.device)

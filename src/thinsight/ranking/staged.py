@@ -25,9 +25,7 @@ class Staged(Ranker):
     name = "staged"
 
     def __init__(
-        self,
-        first: str | Mapping[str, Any] = "vision-attention",
-        then: str | Mapping[str, Any] = "text-attention",
+        self, first: str | Mapping[str, Any] = "vision-attention", then: str | Mapping[str, Any] = "text-attention"
     ) -> None:
         self.first, self.then = _part(first, "first"), _part(then, "then")
         if TEXT_ATTENTION in self.first.needs:

@@ -52,10 +52,7 @@ def mutual_information(attention: Tensor, queries: Tensor, valid: Tensor) -> Ten
     return (joint * ratio.clamp(min=_SMALL).log2()).sum((2, 3)).mean(1)
 
 
-STATISTICS: dict[str, Statistic] = {
-    "concentration": concentration,
-    "mutual-information": mutual_information,
-}
+STATISTICS: dict[str, Statistic] = {"concentration": concentration, "mutual-information": mutual_information}
 """Statistics by name, as an adaptive reduction stores them."""
 
 

@@ -112,9 +112,7 @@ def _mean(runs: Sequence[Run]) -> np.ndarray | None:
 def _line(comparison: Comparison, runs: Sequence[Run], ours: np.ndarray | None) -> MethodAtBudget:
     first, done = runs[0], [run for run in runs if not run.refused]
     if not done:
-        return MethodAtBudget(
-            first.budget, first.method, first.title, 0, 0, 0, 0, 0, None, None, 0, first.refused
-        )
+        return MethodAtBudget(first.budget, first.method, first.title, 0, 0, 0, 0, 0, None, None, 0, first.refused)
     scores = _mean(done)
     assert scores is not None
     return MethodAtBudget(
@@ -127,9 +125,7 @@ def _line(comparison: Comparison, runs: Sequence[Run], ours: np.ndarray | None) 
         score=float(scores.mean()),
         spread=float(np.std([run.score for run in done])),
         drop=drop_interval(comparison.full_per_example, scores, groups=comparison.groups),
-        behind=None
-        if ours is None or first.method == OURS
-        else drop_interval(ours, scores, groups=comparison.groups),
+        behind=None if ours is None or first.method == OURS else drop_interval(ours, scores, groups=comparison.groups),
         evaluations=float(np.mean([run.evaluations for run in done])),
         refused="",
     )

@@ -247,9 +247,7 @@ class Picture:
         for layer, indices in zip(self.layers, kept, strict=True):
             if indices and not 0 <= indices[0] <= indices[-1] < rows * columns:
                 worst = indices[0] if indices[0] < 0 else indices[-1]
-                raise BadInput(
-                    f"picture, layer {layer}: token {worst} is outside the {rows} x {columns} grid"
-                )
+                raise BadInput(f"picture, layer {layer}: token {worst} is outside the {rows} x {columns} grid")
 
     @property
     def num_tokens(self) -> int:
@@ -303,11 +301,7 @@ class ReportData:
 
     @classmethod
     def from_dict(
-        cls,
-        value: dict[str, Any],
-        load_image: Callable[[Any], Image.Image],
-        where: str,
-        remedy: str,
+        cls, value: dict[str, Any], load_image: Callable[[Any], Image.Image], where: str, remedy: str
     ) -> ReportData:
         """The report in a JSON object.
 
@@ -323,8 +317,7 @@ class ReportData:
         version = value.get("schema_version")
         if version != SCHEMA_VERSION:
             raise BadInput(
-                f"{where}: schema_version {version!r} is unknown, this thinsight reads {SCHEMA_VERSION}; "
-                f"{remedy}"
+                f"{where}: schema_version {version!r} is unknown, this thinsight reads {SCHEMA_VERSION}; {remedy}"
             )
         rest = {key: item for key, item in value.items() if key != "schema_version"}
         report: ReportData = decode(cls, rest, where, remedy, context=load_image)

@@ -22,13 +22,9 @@ from .markup import Markup, join, tag
 from .pictures import data_uri, draw_kept, even_columns
 
 
-def figure(
-    caption: str | None, draw: Callable[[int, str], Markup | None], ident: str, wide: int
-) -> Markup | None:
+def figure(caption: str | None, draw: Callable[[int, str], Markup | None], ident: str, wide: int) -> Markup | None:
     """A plot drawn twice, for wide and for narrow windows; the style sheet shows one of the two."""
-    drawings = [
-        (class_, draw(width, f"{ident}-{class_}")) for class_, width in (("wide", wide), ("narrow", 340))
-    ]
+    drawings = [(class_, draw(width, f"{ident}-{class_}")) for class_, width in (("wide", wide), ("narrow", 340))]
     if any(svg is None for _, svg in drawings):
         return None
     return tag(
@@ -48,18 +44,11 @@ def table_box(
 
     The first cell of a row heads it.
     """
-    head = tag(
-        "tr", *(tag("th", text, scope="col", class_="n" if number else None) for text, number in headers)
-    )
+    head = tag("tr", *(tag("th", text, scope="col", class_="n" if number else None) for text, number in headers))
     body = []
     for row, class_ in zip(rows, row_classes or [None] * len(rows), strict=True):
         cells = [
-            tag(
-                "td" if place else "th",
-                cell,
-                scope=None if place else "row",
-                class_="n" if number else None,
-            )
+            tag("td" if place else "th", cell, scope=None if place else "row", class_="n" if number else None)
             for place, (cell, (_, number)) in enumerate(zip(row, headers, strict=True))
         ]
         body.append(tag("tr", *cells, class_=class_))
@@ -124,9 +113,7 @@ def _schedule_table(data: ReportData) -> Markup:
         headers.append((f"Tokens of {total}", True))
         for row, kept in zip(rows, Schedule(data.keep_rates).counts(total), strict=True):
             row.append(words.count(kept))
-    return tag(
-        "details", tag("summary", "The schedule in numbers"), table_box(headers, rows, "Keep rate by layer")
-    )
+    return tag("details", tag("summary", "The schedule in numbers"), table_box(headers, rows, "Keep rate by layer"))
 
 
 def _pictures(data: ReportData) -> Markup | None:
@@ -144,11 +131,7 @@ def _pictures(data: ReportData) -> Markup | None:
 
 
 def _picture(picture: Picture, place: int) -> Markup:
-    answers = (
-        ("Full model:", picture.answer_full),
-        ("Reduced:", picture.answer_reduced),
-        ("Expected:", picture.truth),
-    )
+    answers = (("Full model:", picture.answer_full), ("Reduced:", picture.answer_reduced), ("Expected:", picture.truth))
     entries = [tag("div", tag("dt", name), tag("dd", text)) for name, text in answers if text]
     everything = range(picture.num_tokens)
     thumbs = [
@@ -164,8 +147,7 @@ def _picture(picture: Picture, place: int) -> Markup:
         thumbs.append(
             _thumb(
                 draw_kept(picture.image, picture.grid, kept),
-                f"Question {place + 1}, layer {layer}: "
-                f"{len(kept)} of {picture.num_tokens} vision tokens kept",
+                f"Question {place + 1}, layer {layer}: {len(kept)} of {picture.num_tokens} vision tokens kept",
                 f"layer {layer}",
                 f"{words.tokens(len(kept))}, {share}",
             )
@@ -233,9 +215,7 @@ def _methods_table(methods: Sequence[MethodRow]) -> Markup:
     ]
     rows: list[list[object]] = []
     for row, series in zip(methods, plots.series_of(methods), strict=True):
-        name = join(
-            plots.marker_sample(series), row.name, tag("span", row.note, class_="sub") if row.note else None
-        )
+        name = join(plots.marker_sample(series), row.name, tag("span", row.note, class_="sub") if row.note else None)
         drop = row.drop
         rows.append(
             [
@@ -255,13 +235,7 @@ def _methods_table(methods: Sequence[MethodRow]) -> Markup:
 def _tasks(data: ReportData) -> Markup | None:
     if not data.per_task:
         return None
-    headers = [
-        ("Task", False),
-        ("Questions", True),
-        ("Full", True),
-        ("Reduced", True),
-        ("Drop in points", True),
-    ]
+    headers = [("Task", False), ("Questions", True), ("Full", True), ("Reduced", True), ("Drop in points", True)]
     headers.append(("Reduced (bar), full (mark)", False))
     rows = [
         [
@@ -308,8 +282,7 @@ def _timing(data: ReportData) -> Markup | None:
         )
     elif data.headline is not None:
         note += (
-            " The vision encoder is not reduced, and its FLOPs are not counted: the FLOPs above are the "
-            "decoder's only."
+            " The vision encoder is not reduced, and its FLOPs are not counted: the FLOPs above are the decoder's only."
         )
     return join(
         tag(
@@ -319,12 +292,7 @@ def _timing(data: ReportData) -> Markup | None:
             "token and gains little; the longer the answer, the closer its total time comes to the full "
             "model's.",
         ),
-        figure(
-            None,
-            lambda width, ident: plots.timing_plot(data.timing, width=width, ident=ident),
-            "timing-plot",
-            860,
-        ),
+        figure(None, lambda width, ident: plots.timing_plot(data.timing, width=width, ident=ident), "timing-plot", 860),
         line_legend([("full model", "step thick gray"), ("reduced", "step thick s0")]),
         table_box(headers, rows, "Measured time"),
         tag("p", note, class_="note"),
@@ -349,11 +317,7 @@ def _consistency(data: ReportData) -> Markup | None:
             "matrix-plot",
             420,
         )
-    legend = (
-        [("Kendall's tau", "step s0"), ("overlap of the top tokens", "trend s2")]
-        if found.topk_overlap
-        else []
-    )
+    legend = [("Kendall's tau", "step s0"), ("overlap of the top tokens", "trend s2")] if found.topk_overlap else []
     headers = [("Layer", False), ("Tau with the layer before", True)]
     headers += [("Top-token overlap", True)] if found.topk_overlap else []
     headers += [("Tied pairs", True)] if found.tied_share else []
@@ -406,11 +370,7 @@ def _search(data: ReportData) -> Markup | None:
             ("Calibration score, full", _known(found.calibration_full_score)),
             ("Calibration score, reduced", _known(found.calibration_score)),
         ]
-    return join(
-        fact_list(facts),
-        _frontier(data) if data.frontier else None,
-        _trials(data) if data.trials else None,
-    )
+    return join(fact_list(facts), _frontier(data) if data.frontier else None, _trials(data) if data.trials else None)
 
 
 def _known(value: float | None) -> str:
@@ -476,9 +436,7 @@ def _measured(data: ReportData) -> Markup | None:
             ("Metric", dataset.metric),
         ]
     facts += list(data.environment.items())
-    commands = (
-        [tag("h3", "Commands"), tag("pre", "\n".join(data.commands), tabindex="0")] if data.commands else []
-    )
+    commands = [tag("h3", "Commands"), tag("pre", "\n".join(data.commands), tabindex="0")] if data.commands else []
     return join(
         tag(
             "p",
@@ -534,10 +492,7 @@ def render(data: ReportData) -> str:
             tag(
                 "div",
                 _header(data, [(ident, name) for ident, name, _ in present]),
-                tag(
-                    "main",
-                    *(tag("section", tag("h2", name), part, id=ident) for ident, name, part in present),
-                ),
+                tag("main", *(tag("section", tag("h2", name), part, id=ident) for ident, name, part in present)),
                 _footer(data),
                 class_="wrap",
             ),
@@ -599,16 +554,8 @@ def _cards(headline: Headline) -> Markup:
         cost = f"{words.flops(headline.flops_full)} → {words.flops(headline.flops)}"
     cards: list[tuple[str, str, str] | None] = [
         ("Decoder FLOPs", words.ratio(headline.flops_ratio), cost),
-        (
-            "Drop in points",
-            words.points(headline.drop.mean),
-            f"95 % interval {words.ends(headline.drop)}",
-        ),
-        (
-            "Score",
-            words.percent(headline.score),
-            f"full model {words.percent(headline.full_score)}",
-        ),
+        ("Drop in points", words.points(headline.drop.mean), f"95 % interval {words.ends(headline.drop)}"),
+        ("Score", words.percent(headline.score), f"full model {words.percent(headline.full_score)}"),
         ("Mean keep rate", words.percent(headline.mean_keep_rate), "of the vision tokens, over all layers"),
         _ratio_card("Prefill time", headline.prefill_ratio, "measured, full / reduced"),
         _ratio_card("Whole answer", headline.answer_ratio, "measured, full / reduced"),
@@ -636,6 +583,4 @@ def _ratio_card(name: str, value: float | None, under: str) -> tuple[str, str, s
 
 def _footer(data: ReportData) -> Markup:
     version = data.environment.get("thinsight", "")
-    return tag(
-        "footer", f"Made by thinsight {version}".strip() + ". This page loads nothing and runs no script."
-    )
+    return tag("footer", f"Made by thinsight {version}".strip() + ". This page loads nothing and runs no script.")

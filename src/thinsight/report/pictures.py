@@ -43,9 +43,7 @@ def kept_mask(grid: tuple[int, int], kept: Iterable[int]) -> NDArray[np.bool_]:
     return mask.reshape(rows, columns)
 
 
-def draw_kept(
-    image: Image.Image, grid: tuple[int, int], kept: Iterable[int], *, side: int = 336
-) -> Image.Image:
+def draw_kept(image: Image.Image, grid: tuple[int, int], kept: Iterable[int], *, side: int = 336) -> Image.Image:
     """The image with its dropped patches gray and dim and its kept ones outlined, as RGB.
 
     Args:
@@ -57,9 +55,7 @@ def draw_kept(
     mask = kept_mask(grid, kept)
     cell = max(4, round(side / max(grid)))
     size = (grid[1] * cell, grid[0] * cell)
-    pixels = np.asarray(
-        image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32
-    )  # (h, w, 3)
+    pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32)  # (h, w, 3)
     gray = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # (h, w)
     faded = (1 - FADE_SHARE) * gray[..., None] + FADE_SHARE * np.array(FADE, dtype=np.float32)
     shown = np.repeat(np.repeat(mask, cell, axis=0), cell, axis=1)  # (h, w)
@@ -126,9 +122,7 @@ def contact_strip(picture: Picture, *, side: int = 240, columns: int | None = No
     step = max(wide, round(max(font.getlength(text) for text in captions)))
     width = max(2 * pad + columns * step + (columns - 1) * gap, 420)
     heading = [(line, bold, _INK) for line in _wrapped(picture.question, bold, width - 2 * pad)]
-    heading += [
-        (line, font, _MUTED) for text in _answers(picture) for line in _wrapped(text, font, width - 2 * pad)
-    ]
+    heading += [(line, font, _MUTED) for text in _answers(picture) for line in _wrapped(text, font, width - 2 * pad)]
     top = pad + 24 * len(heading) + (12 if heading else 0)
     lines = -(-len(drawings) // columns)
     sheet = Image.new("RGB", (width, top + lines * (tall + under) + (lines - 1) * gap + pad - 8), _PAPER)
@@ -144,11 +138,7 @@ def contact_strip(picture: Picture, *, side: int = 240, columns: int | None = No
 
 
 def _answers(picture: Picture) -> list[str]:
-    named = (
-        ("full model", picture.answer_full),
-        ("reduced", picture.answer_reduced),
-        ("expected", picture.truth),
-    )
+    named = (("full model", picture.answer_full), ("reduced", picture.answer_reduced), ("expected", picture.truth))
     line = " · ".join(f"{name}: {text}" for name, text in named if text)
     return [line] if line else []
 

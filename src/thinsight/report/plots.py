@@ -115,9 +115,7 @@ def marker_sample(series: int) -> Markup:
 def series_of(methods: Sequence[MethodRow]) -> list[int]:
     """The color and marker number of each method: 0 the search's, 1 the full model, 2 to 7 the baselines."""
     baselines = itertools.cycle(range(2, 8))
-    return [
-        {"found": 0, "full": 1}[row.kind] if row.kind != "baseline" else next(baselines) for row in methods
-    ]
+    return [{"found": 0, "full": 1}[row.kind] if row.kind != "baseline" else next(baselines) for row in methods]
 
 
 def _step_path(rates: Sequence[float], x: _Axis, y: _Axis) -> str:
@@ -131,11 +129,7 @@ def _step_path(rates: Sequence[float], x: _Axis, y: _Axis) -> str:
 
 
 def schedule_plot(
-    keep_rates: Sequence[float],
-    others: Sequence[tuple[str, Sequence[float], int]] = (),
-    *,
-    width: int,
-    ident: str,
+    keep_rates: Sequence[float], others: Sequence[tuple[str, Sequence[float], int]] = (), *, width: int, ident: str
 ) -> Markup:
     """Keep rate by layer as a filled step line, other schedules faintly behind it.
 
@@ -247,8 +241,7 @@ def accuracy_plot(methods: Sequence[MethodRow], *, width: int, ident: str) -> Ma
         width,
         height,
         "Score against decoder FLOPs",
-        "; ".join(f"{row.name}: {words.percent(row.score)} at {words.flops(row.flops)}" for row in methods)
-        + ".",
+        "; ".join(f"{row.name}: {words.percent(row.score)} at {words.flops(row.flops)}" for row in methods) + ".",
         ident,
     )
     for tick, label in ticks.items():
@@ -280,18 +273,14 @@ def _draw_points(
     y: _Axis,
 ) -> None:
     shifts = _spread(costs, _SAME_COST * (x.high - x.low))
-    for series, (low, score, high), cost, shift in zip(
-        series_of(methods), ranges, costs, shifts, strict=True
-    ):
+    for series, (low, score, high), cost, shift in zip(series_of(methods), ranges, costs, shifts, strict=True):
         at = x(cost) + shift
         if high > low:
             canvas.line(at, y(low), at, y(high), f"whisker s{series}")
         _marker(canvas, series, at, y(score), f"dot s{series}")
 
 
-def drop_plot(
-    methods: Sequence[MethodRow], max_drop: float | None = None, *, width: int, ident: str
-) -> Markup | None:
+def drop_plot(methods: Sequence[MethodRow], max_drop: float | None = None, *, width: int, ident: str) -> Markup | None:
     """The drop of every reduced method with its interval, in points; None when no method has one."""
     rows = [
         (row, series, row.drop)
@@ -355,9 +344,7 @@ def task_bar(full: float, reduced: float, *, ident: str, task: str) -> Markup:
         ident,
     )
     canvas.add("rect", x=0.0, y=4.0, width=width, height=6.0, rx=3.0, class_="rail")
-    canvas.add(
-        "rect", x=0.0, y=4.0, width=width * min(max(reduced, 0), 1), height=6.0, rx=3.0, class_="fill s0"
-    )
+    canvas.add("rect", x=0.0, y=4.0, width=width * min(max(reduced, 0), 1), height=6.0, rx=3.0, class_="fill s0")
     at = min(max(full, 0), 1) * (width - 2) + 1
     canvas.line(at, 0, at, height, "tick")
     return canvas.close("task-bar")
@@ -388,13 +375,7 @@ def timing_plot(timing: Sequence[TimingRow], *, width: int, ident: str) -> Marku
         canvas.text(width, top + 12, words.ratio(row.ratio), "t strong", "end")
         for offset, value, class_ in ((20, row.full_ms, "bar full"), (41, row.reduced_ms, "bar s0")):
             canvas.add(
-                "rect",
-                x=0.0,
-                y=float(top + offset),
-                width=max(x(value), 1.0),
-                height=17.0,
-                rx=3.0,
-                class_=class_,
+                "rect", x=0.0, y=float(top + offset), width=max(x(value), 1.0), height=17.0, rx=3.0, class_=class_
             )
             canvas.text(x(value) + 7, top + offset + 13, words.milliseconds(value), "t muted")
     return canvas.close()
@@ -420,9 +401,7 @@ def tau_plot(consistency: Consistency, *, width: int, ident: str) -> Markup:
         canvas.text(x.start - 8, y(tick) + 4, words.plain(tick, 1), "t muted", "end")
     for layer in _layer_ticks(1, layers - 1, x.end - x.start):
         canvas.text(x(layer), y.start + 18, str(layer), "t muted", "middle")
-    canvas.text(
-        (x.start + x.end) / 2, height - 6, "decoder layer, compared with the one before", "t muted", "middle"
-    )
+    canvas.text((x.start + x.end) / 2, height - 6, "decoder layer, compared with the one before", "t muted", "middle")
     half = min(0.36 * (x.end - x.start) / max(1, layers - 1), 16.0)
     for i, value in enumerate(tau):
         if not math.isnan(value):

@@ -139,9 +139,7 @@ def tasks_table(per_task: Sequence[TaskRow]) -> Table:
 
 def timing_table(timing: Sequence[TimingRow]) -> Table:
     """Measured times; says that the gain is in prefill."""
-    table = _table(
-        "Measured time (the gain is in prefill)", ("", "batch", "runs", "full", "reduced", "full / reduced")
-    )
+    table = _table("Measured time (the gain is in prefill)", ("", "batch", "runs", "full", "reduced", "full / reduced"))
     for row in timing:
         times = (words.milliseconds(row.full_ms), words.milliseconds(row.reduced_ms), words.ratio(row.ratio))
         _add(table, row.what, words.count(row.batch), words.count(row.runs), *times)
@@ -151,9 +149,7 @@ def timing_table(timing: Sequence[TimingRow]) -> Table:
 def bars(values: Sequence[float]) -> str:
     """One block character per value of 0 to 1; a dot is 0, and only 0."""
     top = len(_LEVELS) - 1
-    return "".join(
-        _LEVELS[max(1 if v > 0 else 0, min(top, round(v * top)))] if v == v else "?" for v in values
-    )
+    return "".join(_LEVELS[max(1 if v > 0 else 0, min(top, round(v * top)))] if v == v else "?" for v in values)
 
 
 def schedule_text(keep_rates: Sequence[float]) -> Text:
@@ -168,9 +164,7 @@ def schedule_text(keep_rates: Sequence[float]) -> Text:
 
 def consistency_table(consistency: Consistency) -> Table:
     """Kendall's tau of each layer with the one before, with bars."""
-    table = _table(
-        "Rank consistency with the layer before", ("layer", "tau", "", "top overlap", "ties"), (0, 2)
-    )
+    table = _table("Rank consistency with the layer before", ("layer", "tau", "", "top overlap", "ties"), (0, 2))
     for layer in range(len(consistency.tau) + 1):
         tau = consistency.tau[layer - 1] if layer else float("nan")
         overlap = consistency.topk_overlap[layer - 1] if layer and consistency.topk_overlap else None

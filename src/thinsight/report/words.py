@@ -191,10 +191,7 @@ def ranking(methods: tuple[MethodRow, ...]) -> str:
     gap = best.score - second.score
     if points(gap) == points(0.0):
         return f"{best.name} and {second.name} score highest, level at {percent(best.score)}."
-    return (
-        f"{best.name} scores highest, {percent(best.score)}; "
-        f"{second.name} follows {points(gap)} points behind."
-    )
+    return f"{best.name} scores highest, {percent(best.score)}; {second.name} follows {points(gap)} points behind."
 
 
 def same_cost(methods: tuple[MethodRow, ...], tolerance: float = 0.02) -> bool:

@@ -22,14 +22,7 @@ from ..reduction import Reduction, check_rerank
 from ..schedule import Schedule
 from ..texts import brief
 from .call import Plan, encode_pixels
-from .families import (
-    attention_implementation,
-    base_model,
-    check_supported,
-    decoder_layers,
-    sliding_layers,
-    unwrapped,
-)
+from .families import attention_implementation, base_model, check_supported, decoder_layers, sliding_layers, unwrapped
 from .reducer import Pass, PassState, Quotas, Reducer, ThreadState
 
 if TYPE_CHECKING:
@@ -388,9 +381,7 @@ def _schedule_and_ranker(model: Any, reduction: Any, ranker: Any) -> tuple[Sched
     if not isinstance(reduction, Reduction):
         raise BadInput(f"reduction is a {type(reduction).__name__}; pass a Reduction or a Schedule")
     if ranker is not None:
-        raise BadInput(
-            "ranker is given twice; a Reduction brings its own, pass reduction.schedule to change it"
-        )
+        raise BadInput("ranker is given twice; a Reduction brings its own, pass reduction.schedule to change it")
     family = reduction.model_type
     if family is not None and family != model.config.model_type:
         raise BadInput(

@@ -182,9 +182,7 @@ class ThinnedLayer(Thinned, DynamicLayer):
     keys: Tensor
     values: Tensor
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._claim()
         return super().update(key_states, value_states, *args, **kwargs)
 
@@ -258,9 +256,7 @@ class ThinnedSlidingLayer(ThinnedLayer, DynamicSlidingWindowLayer):
     def get_seq_length(self) -> int:
         return int(self.cumulative_length)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._claim()
         return DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
 
@@ -318,9 +314,7 @@ class ThinnedSlidingLayer(ThinnedLayer, DynamicSlidingWindowLayer):
         super()._repeat(repeats)
         if self.held is not None and self.kept is None:
             index = self.held.index
-            self.held = self.held.select(
-                torch.arange(index.shape[0], device=index.device).repeat_interleave(repeats)
-            )
+            self.held = self.held.select(torch.arange(index.shape[0], device=index.device).repeat_interleave(repeats))
 
 
 class ThinnedStaticLayer(Thinned, StaticLayer):
@@ -362,9 +356,7 @@ class ThinnedStaticLayer(Thinned, StaticLayer):
         # columns that are not filled yet have no query that sees them
         self.fixed = kept.until(kept.covered + self.max_cache_len - kept.columns.length)
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._claim()
         return super().update(key_states, value_states, *args, **kwargs)
 

@@ -91,9 +91,7 @@ class Plan:
         layout = self.call.layout
         names = ("real", "column", "valid", "image", "index", "size")
         layout = replace(layout, **{name: change(getattr(layout, name)) for name in names})
-        call = replace(
-            self.call, layout=layout, prompt=change(self.call.prompt), received=optional(self.call.received)
-        )
+        call = replace(self.call, layout=layout, prompt=change(self.call.prompt), received=optional(self.call.received))
         queries = None if self.queries is None else (change(self.queries[0]), change(self.queries[1]))
         return Plan(call, queries, optional(self.last), self.ends, optional(self.quota))
 
@@ -248,9 +246,7 @@ def _rows(mask: Tensor, real: Tensor, name: str) -> Tensor:
     """A mask over prompts as a mask over rows: the beams of a prompt follow each other."""
     copies = real.shape[0] // max(1, mask.shape[0])
     if mask.ndim != 2 or (mask.shape[0] * copies, mask.shape[1]) != tuple(real.shape):
-        raise BadInput(
-            f"{name} mask has shape {tuple(mask.shape)}; make it {tuple(real.shape)} like the inputs"
-        )
+        raise BadInput(f"{name} mask has shape {tuple(mask.shape)}; make it {tuple(real.shape)} like the inputs")
     return mask.to(real.device).repeat_interleave(copies, dim=0)
 
 

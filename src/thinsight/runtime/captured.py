@@ -188,9 +188,7 @@ class CapturedPrefill:
         self._decoder.forward = self._pass
 
     def __repr__(self) -> str:
-        return (
-            f"CapturedPrefill({type(self._model).__name__}, {self.recorded} shapes, {self.replayed} replayed)"
-        )
+        return f"CapturedPrefill({type(self._model).__name__}, {self.recorded} shapes, {self.replayed} replayed)"
 
     @property
     def recorded(self) -> int:
@@ -333,9 +331,7 @@ class CapturedPrefill:
                 if self.handle is not None and plan is not None:
                     # a plan of its own: what it derives from its tensors belongs to one run
                     stack.enter_context(self.handle.running(plan.mapped(lambda tensor: tensor)))
-                output = self._forward(
-                    **inputs.tensors, **{**inputs.constants, "use_cache": True, CACHE: cache}
-                )
+                output = self._forward(**inputs.tensors, **{**inputs.constants, "use_cache": True, CACHE: cache})
                 state = None if self.handle is None else self.handle.state()
             return output, () if state is None else state.trace
 

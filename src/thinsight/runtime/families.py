@@ -176,9 +176,7 @@ def attention_of(layer: nn.Module) -> nn.Module:
         module = getattr(layer, name, None)
         if isinstance(module, nn.Module):
             return module
-    raise Unsupported(
-        f"layer {type(layer).__name__} has no self-attention that thinsight knows; use another model"
-    )
+    raise Unsupported(f"layer {type(layer).__name__} has no self-attention that thinsight knows; use another model")
 
 
 def attention_implementation(model: PreTrainedModel) -> str:
@@ -254,9 +252,7 @@ def vision_source(model: PreTrainedModel) -> VisionSource:
     selected = getattr(config, "vision_feature_layer", -1)
     deepest = max(i % (depth + 1) for i in (selected if isinstance(selected, (list, tuple)) else [selected]))
     if deepest == 0:
-        raise Unsupported(
-            "vision_feature_layer is the tower's input, which has no attention; rank by text-attention"
-        )
+        raise Unsupported("vision_feature_layer is the tower's input, which has no attention; rank by text-attention")
     class_token = any(hasattr(m, "class_embedding") or hasattr(m, "cls_token") for m in tower.modules())
     strategy = getattr(config, "vision_feature_select_strategy", "default" if class_token else "full")
     return VisionSource(
@@ -324,9 +320,7 @@ def check_supported(model: Any) -> PreTrainedModel:
     if reason is not None:
         raise Unsupported(f"{type(model).__name__}: {reason}")
     if not hasattr(model, "get_image_features") and not hasattr(base_model(model), "get_image_features"):
-        raise Unsupported(
-            f"{type(model).__name__} has no vision encoder; pass the whole model, not its text part"
-        )
+        raise Unsupported(f"{type(model).__name__} has no vision encoder; pass the whole model, not its text part")
     check_attention(model)
     return model
 

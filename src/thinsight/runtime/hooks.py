@@ -68,9 +68,7 @@ class Hooks:
     def __init__(self) -> None:
         self._handles: list[Any] = []
 
-    def before(
-        self, module: nn.Module, function: Callable[..., Any], *leading: Any, decode: Any = None
-    ) -> None:
+    def before(self, module: nn.Module, function: Callable[..., Any], *leading: Any, decode: Any = None) -> None:
         """Call ``function(*leading, module, args, kwargs)`` before the module."""
         hook = Hook(function, leading, decode)
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))

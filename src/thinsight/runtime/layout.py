@@ -168,9 +168,7 @@ def _runs(columns: np.ndarray) -> list[int]:
     return np.diff(np.array([0, *ends, len(columns)])).tolist()
 
 
-def query_columns(
-    layout: Layout, prompt: Tensor, queries: str, most: int | None = None
-) -> tuple[Tensor, Tensor]:
+def query_columns(layout: Layout, prompt: Tensor, queries: str, most: int | None = None) -> tuple[Tensor, Tensor]:
     """The prompt's text tokens whose attention ranks.
 
     Args:

@@ -78,9 +78,7 @@ def reduce_mask(mask: Any, keys: Columns, queries: Columns | None, offset: int =
     return taken.masked_fill(~seen.to(mask.device).view(rows, *middle, -1), lowest)
 
 
-def _reduce_blocks(
-    mask: BlockMask, place: Tensor, valid: Tensor | None, queries: Columns | None
-) -> BlockMask:
+def _reduce_blocks(mask: BlockMask, place: Tensor, valid: Tensor | None, queries: Columns | None) -> BlockMask:
     """The same for flex attention, whose masks are functions of row, head, query and key."""
     length = mask.seq_lengths[1]
     seen = (place >= 0) & (place < length)
@@ -94,11 +92,5 @@ def _reduce_blocks(
 
     count = mask.seq_lengths[0] if asks is None else asks.shape[1]
     return create_block_mask(
-        physical,
-        place.shape[0],
-        None,
-        count,
-        place.shape[1],
-        device=str(place.device),
-        BLOCK_SIZE=mask.BLOCK_SIZE,
+        physical, place.shape[0], None, count, place.shape[1], device=str(place.device), BLOCK_SIZE=mask.BLOCK_SIZE
     )

@@ -53,9 +53,7 @@ def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-atte
     tap = VisionTap(model) if VISION_ATTENTION in chosen.needs else None
     try:
         device = model_device(model)
-        moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()
-        }
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         arguments = encode_pixels(model, moved)
     finally:
         if tap is not None:

@@ -86,10 +86,7 @@ class Snapshot:
                 for number, held in enumerate(cache)
             )
         return replace(
-            self,
-            states=function("states", self.states),
-            state=_mapped_state(self.state, function),
-            cache=cache,
+            self, states=function("states", self.states), state=_mapped_state(self.state, function), cache=cache
         )
 
 

@@ -129,10 +129,7 @@ class Quotas:
         rows = [(self.groups(sizes), level) for sizes, level in zip(layout.sizes, levels, strict=True)]
         most = max(1, *(len(groups) for groups, _ in rows))
         counts = [
-            [
-                [self.count(n, layer, level) for n in groups] + [0] * (most - len(groups))
-                for groups, level in rows
-            ]
+            [[self.count(n, layer, level) for n in groups] + [0] * (most - len(groups)) for groups, level in rows]
             for layer in self.starts
         ]
         return torch.tensor(counts, device=layout.image.device)
@@ -399,13 +396,7 @@ class LayerArguments:
         return made[key][0]
 
     def _reduced_mask(
-        self,
-        mask: Any,
-        held: Thinned | None,
-        columns: Columns | None,
-        seq: int,
-        total: int,
-        device: torch.device,
+        self, mask: Any, held: Thinned | None, columns: Columns | None, seq: int, total: int, device: torch.device
     ) -> Any:
         keys = columns if held is None else held.columns()
         assert keys is not None

@@ -76,12 +76,7 @@ def attention_rows(
 
 
 def _added(
-    mask: Tensor | BlockMask | None,
-    query: Tensor,
-    key: Tensor,
-    rows: Tensor,
-    is_causal: bool,
-    cached: int | None,
+    mask: Tensor | BlockMask | None, query: Tensor, key: Tensor, rows: Tensor, is_causal: bool, cached: int | None
 ) -> Tensor | None:
     """What the mask adds to the logits of some query rows, (batch, heads or 1, rows, keys) float32; None
     where it hides nothing.
@@ -143,12 +138,7 @@ class TextRows(Request):
     ``weights``, its mean over heads and weighted rows (batch, columns)."""
 
     def __init__(
-        self,
-        rows: Tensor,
-        columns: Tensor,
-        valid: Tensor,
-        filled: int | None = None,
-        weights: Tensor | None = None,
+        self, rows: Tensor, columns: Tensor, valid: Tensor, filled: int | None = None, weights: Tensor | None = None
     ) -> None:
         self.rows = rows  # (batch, rows) physical columns of this pass
         self.weights = weights  # (batch, rows) float32, see `row_weights`

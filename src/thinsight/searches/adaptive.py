@@ -78,15 +78,9 @@ def adaptive_search(
         "start": None if warm_start is None else list(warm_start.keep_rates),
         "statistic": STATISTIC,
     }
-    run = BudgetedRun(
-        evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer
-    )
+    run = BudgetedRun(evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer)
     search = SensitivitySearch(
-        run,
-        first,
-        warm_start,
-        rankers=choices if rankers else (),
-        n_trials=n_trials - _ADAPTING,
+        run, first, warm_start, rankers=choices if rankers else (), n_trials=n_trials - _ADAPTING
     )
     best = search.best()
     found = _adapted(run, best)
@@ -103,9 +97,7 @@ def _adapted(run: BudgetedRun, best: Trial) -> Trial | None:
     tried = []
     for family, spread in _families(run.budget, best.schedule, layer, values):
         why = f"spread {spread:+g}"
-        tried.append(
-            (run.measure(family.mean(), why, share=_SHARE, ranker=best.ranker, adaptive=family), why)
-        )
+        tried.append((run.measure(family.mean(), why, share=_SHARE, ranker=best.ranker, adaptive=family), why))
     plain = run.run(best.schedule, "no spread", share=_SHARE, ranker=best.ranker)
     if not tried:
         return None
@@ -120,9 +112,7 @@ def _statistics(run: BudgetedRun, best: Trial, layer: int) -> NDArray[np.float64
     family = Adaptive(STATISTIC, layer, (), (best.schedule,), (1.0,))
     evaluator: Any = run.evaluator  # one that has statistics
     bound: Reduction = evaluator.reduction(best.schedule)
-    reduction = Reduction(
-        best.schedule, best.ranker or bound.ranker, model_type=bound.model_type, adaptive=family
-    )
+    reduction = Reduction(best.schedule, best.ranker or bound.ranker, model_type=bound.model_type, adaptive=family)
     values: NDArray[np.float64] = evaluator.statistics(reduction)
     run.count(best, "statistics")
     return values

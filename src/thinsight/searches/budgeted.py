@@ -35,10 +35,7 @@ def earliest_layer(evaluator: SearchEvaluator) -> int:
 
 
 def first_layers(
-    evaluator: SearchEvaluator,
-    budget: Budget,
-    rankers: Sequence[dict[str, Any]],
-    first_layer: int | None = None,
+    evaluator: SearchEvaluator, budget: Budget, rankers: Sequence[dict[str, Any]], first_layer: int | None = None
 ) -> list[tuple[dict[str, Any] | None, int]]:
     """The rankers that can reach the budget, each with the first layer that is to get fewer tokens.
 

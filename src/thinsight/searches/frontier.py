@@ -122,9 +122,7 @@ def frontier(
     return Frontier(tuple(points), journal.full_score, sum(point.evaluations for point in points))
 
 
-def _wanted(
-    evaluator: SearchEvaluator, budgets: Sequence[Budget | float] | Budget | float, unit: str
-) -> list[Budget]:
+def _wanted(evaluator: SearchEvaluator, budgets: Sequence[Budget | float] | Budget | float, unit: str) -> list[Budget]:
     """All of them as budgets for the evaluator."""
     single = isinstance(budgets, (Budget, Real, str))
     given: list[Any] = [budgets] if single else list(budgets) if isinstance(budgets, Iterable) else []

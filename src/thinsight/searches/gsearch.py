@@ -255,9 +255,7 @@ def _propose(seen: list[tuple[int, float]], upper: int, seed: int) -> int:
         study = optuna.create_study(direction="maximize", sampler=sampler)
         space = {"count": optuna.distributions.IntDistribution(0, upper)}
         for count, value in seen:
-            study.add_trial(
-                optuna.trial.create_trial(params={"count": count}, distributions=dict(space), value=value)
-            )
+            study.add_trial(optuna.trial.create_trial(params={"count": count}, distributions=dict(space), value=value))
         return int(study.ask(dict(space)).params["count"])
 
 
@@ -454,9 +452,7 @@ class _Run:
         return self.schedule.with_tail(layer, count / self.n)
 
     def _layer_seed(self, layer: int) -> int:
-        return (
-            int(self.settings["seed"]) * self.num_layers + layer
-        ) * 10_007  # far more than trials in a layer
+        return (int(self.settings["seed"]) * self.num_layers + layer) * 10_007  # far more than trials in a layer
 
     def _plan(self, first: int) -> SearchPlan:
         return SearchPlan(

@@ -78,9 +78,7 @@ def psigmoid(
         "space": {name: list(limits) for name, limits in space.items()},
         "start": start,
     }
-    run = BudgetedRun(
-        evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer
-    )
+    run = BudgetedRun(evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer)
     seen: list[tuple[dict[str, float], float]] = []
     tried: list[Trial] = []
     for number in range(n_trials):

@@ -51,9 +51,7 @@ def random_search(
         "first_layer": min(first for _, first in choices),
         "rankers": [dict(ranker) for ranker in rankers],
     }
-    run = BudgetedRun(
-        evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer
-    )
+    run = BudgetedRun(evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer)
     rng = np.random.default_rng(seed)
     best: Trial | None = None
     for number in range(n_trials):

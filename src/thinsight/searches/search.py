@@ -58,10 +58,7 @@ METHODS: dict[str, Any] = {
 }
 """Searches under a budget by name; "gsearch" is the one under a tolerance."""
 
-LEAST_TRIALS = dict.fromkeys(METHODS, 1) | {
-    "adaptive": LEAST_OF_ADAPTIVE,
-    "sensitivity": LEAST_OF_SENSITIVITY,
-}
+LEAST_TRIALS = dict.fromkeys(METHODS, 1) | {"adaptive": LEAST_OF_ADAPTIVE, "sensitivity": LEAST_OF_SENSITIVITY}
 """The fewest evaluations that each can work with."""
 
 CHOOSE_RANKER = ("adaptive", "random", "sensitivity")

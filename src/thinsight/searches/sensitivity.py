@@ -62,9 +62,7 @@ class ExitModel:
         steps = np.maximum.accumulate(steps[::-1], axis=0)[::-1]  # earlier, more loss
         exits = np.arange(self.first_layer, self.num_layers + 1)
         known = [*self.layers, self.num_layers]
-        everywhere = np.stack(
-            [np.interp(exits, known, [*column, 0.0]) for column in steps.T]
-        )  # (rates, exits)
+        everywhere = np.stack([np.interp(exits, known, [*column, 0.0]) for column in steps.T])  # (rates, exits)
         bands = np.diff(everywhere, axis=0, prepend=0.0)
         return np.maximum.accumulate(np.clip(bands, 0.0, None)[:, ::-1], axis=1)[:, ::-1]
 
@@ -187,9 +185,7 @@ def sensitivity_search(
         "rankers": [dict(ranker) for ranker in rankers],
         "start": None if warm_start is None else list(warm_start.keep_rates),
     }
-    run = BudgetedRun(
-        evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer
-    )
+    run = BudgetedRun(evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer)
     return SensitivitySearch(run, first, warm_start, rankers=choices if rankers else ()).search()
 
 

@@ -42,14 +42,11 @@ def propose(
         sampler = optuna.samplers.GPSampler(seed=(seed * _SEEDS + number) % 2**32, n_startup_trials=_STARTUP)
         study = optuna.create_study(direction="maximize", sampler=sampler)
         distributions = {
-            name: optuna.distributions.FloatDistribution(low, high, log=log)
-            for name, (low, high, log) in space.items()
+            name: optuna.distributions.FloatDistribution(low, high, log=log) for name, (low, high, log) in space.items()
         }
         for parameters, value in seen:
             study.add_trial(
-                optuna.trial.create_trial(
-                    params=dict(parameters), distributions=dict(distributions), value=value
-                )
+                optuna.trial.create_trial(params=dict(parameters), distributions=dict(distributions), value=value)
             )
         asked = study.ask(dict(distributions)).params
         return {name: float(asked[name]) for name in space}
@@ -86,9 +83,7 @@ def first_layer_for(budget: Budget, earliest: int, wanted: int | None = None) ->
     last = budget.num_layers - 1
     if wanted is not None:
         if not earliest <= wanted <= last:
-            raise BadInput(
-                f"first_layer is {wanted}: it must be from {earliest}, where the ranker can rank, to {last}"
-            )
+            raise BadInput(f"first_layer is {wanted}: it must be from {earliest}, where the ranker can rank, to {last}")
         chosen = wanted
     else:
         chosen = max(earliest, min(2, last))
@@ -107,9 +102,7 @@ def _head(budget: Budget, first_layer: int) -> Schedule:
     return Schedule.step(budget.num_layers, first_layer, 0.0)
 
 
-def sigmoid(
-    budget: Budget, k: float, *, amplitude: float = 1.0, floor: float = 0.0, first_layer: int = 0
-) -> Schedule:
+def sigmoid(budget: Budget, k: float, *, amplitude: float = 1.0, floor: float = 0.0, first_layer: int = 0) -> Schedule:
     """P-Sigmoid's schedule (arXiv 2412.00556): ``floor + (amplitude - floor) / (1 + exp(k (i - alpha)))``.
 
     Layers before ``first_layer`` keep all. ``alpha`` is solved so that the budget is spent, never more; where
@@ -150,9 +143,7 @@ def fit_sigmoid(schedule: Schedule, first_layer: int = 0) -> dict[str, float]:
 
     def values(x: Sequence[float]) -> np.ndarray:
         k, alpha, amplitude, floor = x
-        return floor + (amplitude - floor) / (
-            1 + np.exp(np.clip(k * (layers - alpha), -_FURTHEST, _FURTHEST))
-        )
+        return floor + (amplitude - floor) / (1 + np.exp(np.clip(k * (layers - alpha), -_FURTHEST, _FURTHEST)))
 
     middle = float(layers[np.argmin(np.abs(rates - (rates.max() + rates.min()) / 2))])
     start = [4.0 / max(1, len(layers)), middle, max(rates.max(), 1e-3), min(rates.min(), 0.99)]
@@ -185,9 +176,7 @@ def random_staircase(budget: Budget, rng: np.random.Generator, first_layer: int 
     return fill(budget, fit(budget, curve, 0.0, 1.0, "a random staircase"), first_layer)
 
 
-def from_scores(
-    budget: Budget, logits: Sequence[float] | NDArray[np.float64], first_layer: int = 0
-) -> Schedule:
+def from_scores(budget: Budget, logits: Sequence[float] | NDArray[np.float64], first_layer: int = 0) -> Schedule:
     """The schedule whose rates have these logits per layer (of layers from ``first_layer`` on), all moved by
     one number so that the budget is spent to the last token. Logits that rise are made level.
     """

@@ -22,17 +22,7 @@ from typing import Any, Protocol
 from ..adaptive import Adaptive
 from ..errors import BadInput, StorageError
 from ..evaluation.result import Evaluation
-from ..records import (
-    append_line,
-    decode,
-    encode,
-    parse_json,
-    probe,
-    seal,
-    unseal,
-    user_path,
-    write_atomically,
-)
+from ..records import append_line, decode, encode, parse_json, probe, seal, unseal, user_path, write_atomically
 from ..reduction import Reduction
 from ..schedule import Schedule
 
@@ -316,11 +306,7 @@ def _takes(function: Callable[..., Any] | None, *names: str) -> bool:
 
 
 def _header(evaluator: SearchEvaluator, settings: dict[str, Any]) -> dict[str, Any]:
-    return {
-        _VERSION_KEY: JOURNAL_VERSION,
-        "settings": settings,
-        "evaluator": _evaluator_facts(evaluator),
-    }
+    return {_VERSION_KEY: JOURNAL_VERSION, "settings": settings, "evaluator": _evaluator_facts(evaluator)}
 
 
 def _evaluator_facts(evaluator: SearchEvaluator) -> dict[str, Any]:
@@ -349,12 +335,7 @@ def searchable_score(evaluator: SearchEvaluator) -> float:
 
 def _record(evaluation: Evaluation, seconds: float) -> Record:
     return Record(
-        evaluation.score,
-        evaluation.complete,
-        evaluation.cost,
-        seconds,
-        evaluation.agreement,
-        evaluation.share,
+        evaluation.score, evaluation.complete, evaluation.cost, seconds, evaluation.agreement, evaluation.share
     )
 
 
