@@ -546,10 +546,7 @@ class Reducer:
         arguments = encode_pixels(self.model, named_arguments(module, args, kwargs))
         candidates, local.candidates = local.candidates, 0
         made = local.plan
-        if made is None:
-            plan = self.read(arguments, candidates)
-        else:
-            plan = made if same_shape(made, arguments) else None
+        plan = self.read(arguments, candidates) if made is None else made if same_shape(made, arguments) else None
         if plan is not None:
             # generate_batch() changes the implementation on its way, or passes a cache of its own
             check_attention(self.model, paged=is_paged(arguments))
