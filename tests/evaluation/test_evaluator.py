@@ -579,7 +579,7 @@ def test_the_model_is_as_before_afterwards(labeled, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"metric": "bleu"}, "unknown metric 'bleu'"),
+        ({"metric": "bleu"}, "metric is 'bleu'"),
         ({"ranker": "oracle"}, "oracle"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),

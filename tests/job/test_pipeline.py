@@ -363,7 +363,7 @@ def test_a_rank_free_search_may_begin_at_layer_0(small: SmallRun, tmp_path: Path
         ({"seed": 2**31}, "seed is 2147483648"),
         ({"max_drop": None, "budget": 0.5, "ranker": "oracle"}, "ranker is 'oracle'"),
         ({"confidence": 0.9, "solver": "bayes"}, "confidence is 0.9, but solver 'bayes'"),
-        ({"metric": "vibes"}, "unknown metric 'vibes'"),
+        ({"metric": "vibes"}, "metric is 'vibes'"),
         ({"metric": "exact_match"}, "has no answer"),
         ({"data": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),
         ({"data": None}, "--test-data needs --data"),

@@ -167,7 +167,7 @@ def test_a_prompts_statistic_is_computed_without_autocast(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, asked = STATISTICS[name], []
-    monkeypatch.setitem(STATISTICS, name, lambda *given: asked.append(given) or plain(*given))
+    monkeypatch.setitem(STATISTICS._items, name, lambda *given: asked.append(given) or plain(*given))
     model, batch = tiny_llava(), tiny_inputs(UNEQUAL, seed=8)
     adaptive = Adaptive(name, 1, (), (SCHEDULE,), (1.0,))
     with apply(model, Reduction(SCHEDULE, adaptive=adaptive)) as handle, autocast(dtype), torch.no_grad():

@@ -39,7 +39,7 @@ from .decoding import DecodingRules, GreedyAnswer, PromptScope, decode
 from .examples import Example, Progress, check_examples
 from .features import hash_image, hash_json, hash_model, hash_processor, hash_reading
 from .full_model import FullModel
-from .metrics import Metric, get_metric
+from .metrics import Metric, metric_for
 from .prefix_cache import PrefixCache
 from .prompts import Prompt, PromptReader, pad_batch
 from .result import Evaluation
@@ -82,9 +82,9 @@ class Evaluator:
             nothing of it is changed between calls, nor are its adapters or autocast.
         processor: the model's own processor.
         examples: what ``load_examples`` returns, or any list of ``Example``.
-        metric: one metric for all; None takes each example's own, else "exact_match" where it has answers and
-            "agreement" where it has none. "agreement" is 1 where the reduced model's answer has the very
-            tokens of the full model's.
+        metric: one metric for all, a name or a `Metric`; None takes each example's own, else "exact_match" where it
+            has answers and "agreement" where it has none. "agreement" is 1 where the reduced model's answer has the
+            very tokens of the full model's.
         batch_size: prompts per forward pass. "auto": the fastest power of two, measured once on the longest
             prompts before the first pass. Where the full model's first pass runs out of the device's memory,
             it is halved, with a warning.
@@ -112,7 +112,7 @@ class Evaluator:
         model: Any,
         processor: Any,
         examples: Sequence[Example],
-        metric: str | None = None,
+        metric: str | Metric | None = None,
         batch_size: int | str = 8,
         ranker: Any = "text-attention",
         max_new_tokens: int | None = None,
@@ -527,11 +527,11 @@ class Evaluator:
         """Whether an example's score, or the whole answer, is known."""
         if answer is None or answer.finished:
             return answer is not None
-        return not whole and (self._metrics[index].name == "agreement" or self._lost(index, answer.tokens))
+        return not whole and (self._metrics[index].by_tokens or self._lost(index, answer.tokens))
 
     def _lost(self, index: int, tokens: Sequence[int]) -> bool:
         """Whether an answer that begins so scores nothing however it goes on."""
-        return self._metrics[index].lost(self._text(tokens), self.examples[index].answers)
+        return self._metrics[index].lost(self._text(tokens), self._right[index])
 
     def _decode(
         self, batch: Sequence[int], handle: Handle, reduction: Reduction, whole: bool = False
@@ -540,7 +540,7 @@ class Evaluator:
         prompts = pad_batch([self._prompts[index] for index in batch], self.rules.pad_token)
         vision = self._full_model.vision.inputs([self.examples[index] for index in batch], reduction.ranker)
         drafts = [self._full[index].tokens for index in batch]
-        finish = [whole or self._metrics[index].name != "agreement" for index in batch]
+        finish = [whole or not self._metrics[index].by_tokens for index in batch]
         with self._first_pass(handle, reduction, batch, any(finish)) as scope:
             return decode(
                 self.model,
@@ -576,10 +576,15 @@ class Evaluator:
 
     def _score(self, index: int, answer: GreedyAnswer) -> float:
         metric = self._metrics[index]
-        if metric.name == "agreement":
+        if metric.by_tokens:
             return float(answer.tokens == self._full[index].tokens)
-        example = self.examples[index]
-        return metric(self._text(answer.tokens), example.answers, example.question)
+        return metric(self._text(answer.tokens), self._right[index], self.examples[index].question)
+
+    @cached_property
+    def _right(self) -> list[Sequence[str]]:
+        """The answers that count as right, by example: its labels, or the full model's own."""
+        asked = zip(self.examples, self._metrics, self._full, strict=True)
+        return [each.answers if metric.needs_answers else [self._text(full.tokens)] for each, metric, full in asked]
 
     def _text(self, tokens: Sequence[int]) -> str:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
@@ -588,9 +593,7 @@ class Evaluator:
     @cached_property
     def _ceilings(self) -> NDArray[np.float64]:
         """The highest score that any answer to each example can get."""
-        return np.array(
-            [metric.ceiling(example.answers) for metric, example in zip(self._metrics, self.examples, strict=True)]
-        )
+        return np.array([metric.ceiling(right) for metric, right in zip(self._metrics, self._right, strict=True)])
 
     def _upper_bound(self, scores: NDArray[np.float64]) -> float:
         return float(np.mean(np.where(np.isnan(scores), self._ceilings, scores)))
@@ -648,7 +651,7 @@ def _agreement(answers: Sequence[GreedyAnswer]) -> float:
     return float(np.mean(np.exp([answer.log_likelihood for answer in answers])))
 
 
-def check_metric(examples: Sequence[Example], metric: str | None) -> None:
+def check_metric(examples: Sequence[Example], metric: str | Metric | None) -> None:
     """Check that ``metric`` (None: each example's own) can score the examples; needs no model.
 
     Raises:
@@ -658,14 +661,8 @@ def check_metric(examples: Sequence[Example], metric: str | None) -> None:
         _metric_of(example, metric)
 
 
-def _metric_of(example: Example, metric: str | None) -> Metric:
-    name = metric or example.metric or ("exact_match" if example.answers else "agreement")
-    chosen = get_metric(name)
-    if name != "agreement" and not example.answers:
-        raise BadInput(
-            f"example {example.id!r} has no answer, which metric {name!r} needs: add one, or use metric='agreement'"
-        )
-    return chosen
+def _metric_of(example: Example, metric: str | Metric | None) -> Metric:
+    return metric_for(example.answers, example.metric if metric is None else metric, f"example {example.id!r}")
 
 
 def _max_new_tokens(given: int | None, processor: Any, examples: Sequence[Example]) -> int:

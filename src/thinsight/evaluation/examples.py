@@ -22,7 +22,7 @@ from PIL import Image
 from ..errors import BadInput
 from ..texts import brief
 from .images import ImageSource, OpenedImages, check_exists, image_key
-from .metrics import get_metric
+from .metrics import get_metric, metric_for
 
 DEMO_PREFIX = "demo:"
 _DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
@@ -343,10 +343,7 @@ def _check_fields(example: Example, where: str) -> None:
             _check_unicode(text, where)
     if not example.images:
         raise BadInput(f"{where} has no image: vision tokens cannot be reduced without one; give it an image")
-    if example.metric is not None:
-        get_metric(example.metric)
-        if example.metric != "agreement" and not example.answers:
-            raise BadInput(f"{where} has no answer, which metric {example.metric!r} needs: add 'answer'")
+    metric_for(example.answers, example.metric, where)
 
 
 def _check_task(task: Any, where: str) -> None:

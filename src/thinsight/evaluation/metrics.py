@@ -10,26 +10,18 @@ a benchmark has published, so that text in NFC, as nearly all is, scores as ther
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from operator import attrgetter
 
 from ..errors import BadInput
+from ..registry import Registry
 
 ANLS_THRESHOLD = 0.5
 RELATIVE_TOLERANCE = 0.05
-
-
-def _one(answers: Sequence[str]) -> float:
-    return 1.0
-
-
-def _never(beginning: str, answers: Sequence[str]) -> bool:
-    return False
 
 
 @dataclass(frozen=True)
@@ -38,6 +30,7 @@ class Metric:
 
     ``answers`` holds at least one text; with several, the prediction is compared with each as the rule says.
     Of the question only the options that it lists are read, and only where ``reads_options``.
+    `thinsight.testing.MetricContract` holds a metric to all this.
 
     Attributes:
         name: what data files and options call it.
@@ -47,15 +40,22 @@ class Metric:
         lost: ``lost(beginning, answers)``, whether it is certain that no prediction that begins so scores
             anything. The beginning's last characters may be those of a character that is not whole yet
             (U+FFFD).
-        labelled: whether it compares with labels, and not with the full model's own answers.
+        needs_answers: whether it compares with labels; if not, ``answers`` is the full model's own answer.
+        by_tokens: whether the answers' tokens must be the full model's: the rule is not asked, and decoding
+            stops where they part.
     """
 
     name: str
     rule: Callable[..., float]
     reads_options: bool = False
-    ceiling: Callable[[Sequence[str]], float] = _one
-    lost: Callable[[str, Sequence[str]], bool] = _never
-    labelled: bool = True
+    ceiling: Callable[[Sequence[str]], float] = lambda answers: 1.0
+    lost: Callable[[str, Sequence[str]], bool] = lambda beginning, answers: False
+    needs_answers: bool = True
+    by_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        if self.by_tokens and self.needs_answers:
+            raise BadInput(f"metric {self.name!r} goes by_tokens of the full model's answer: set needs_answers=False")
 
     def __call__(self, prediction: str, answers: Sequence[str], question: str = "") -> float:
         if not answers:
@@ -70,7 +70,7 @@ class Metric:
         1 / n where all of them are among the n options that the question lists, 1/2 for yes or no and true or
         false, else 0.
         """
-        if not self.labelled or not answers:
+        if not self.needs_answers or not answers:
             return 0.0
         options = options_of(question)
         if options and all(_label_letter(answer, options) for answer in answers):
@@ -191,32 +191,37 @@ def _cannot_match(beginning: str, answers: Sequence[str]) -> bool:
     return not any((answer + stop).startswith(said) for answer in right for stop in _FULL_STOPS)
 
 
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {
-        metric.name: metric
-        for metric in (
-            Metric("exact_match", exact_match, lost=_cannot_match),
-            Metric("vqa_accuracy", vqa_accuracy, ceiling=_best_of_its_own),
-            Metric("anls", anls),
-            Metric("relaxed_accuracy", relaxed_accuracy),
-            Metric("multiple_choice", multiple_choice, reads_options=True),
-            Metric("agreement", agreement, labelled=False),
-        )
-    }
-)
+METRICS: Registry[Metric] = Registry("metric", "thinsight.metrics", code=attrgetter("rule"))
+for _metric in (
+    Metric("exact_match", exact_match, lost=_cannot_match),
+    Metric("vqa_accuracy", vqa_accuracy, ceiling=_best_of_its_own),
+    Metric("anls", anls),
+    Metric("relaxed_accuracy", relaxed_accuracy),
+    Metric("multiple_choice", multiple_choice, reads_options=True),
+    Metric("agreement", agreement, needs_answers=False, by_tokens=True),
+):
+    METRICS.register(_metric)
 
 
-def get_metric(name: str) -> Metric:
-    """The metric of that name.
+def get_metric(metric: str | Metric) -> Metric:
+    """The metric of that name, or itself.
 
     Raises:
-        ThinsightError: there is none; the message lists the names.
+        BadInput: there is none; the message lists the names.
     """
-    if isinstance(name, str) and name in METRICS:
-        return METRICS[name]
-    close = difflib.get_close_matches(str(name), METRICS, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise BadInput(f"unknown metric {name!r}: {hint}choose one of {', '.join(METRICS)}")
+    return metric if isinstance(metric, Metric) else METRICS[metric]
+
+
+def metric_for(answers: Sequence[str], metric: str | Metric | None, where: str) -> Metric:
+    """The metric asked for; None: exact_match where there are answers, else agreement with the full model.
+
+    Raises:
+        BadInput: there is no such metric, or it needs answers and ``where`` has none.
+    """
+    chosen = get_metric(("exact_match" if answers else "agreement") if metric is None else metric)
+    if chosen.needs_answers and not answers:
+        raise BadInput(f"{where} has no answer, which metric {chosen.name!r} needs: add one, or use metric='agreement'")
+    return chosen
 
 
 # -- VQA normalization ---------------------------------------------------------------------------------------

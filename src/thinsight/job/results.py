@@ -15,6 +15,7 @@ from .. import cost
 from ..budget import FlopsBudget
 from ..errors import Unsupported
 from ..evaluation.examples import Example
+from ..evaluation.metrics import metric_for
 from ..evaluation.result import Evaluation
 from ..evaluation.statistics import Interval, drop_interval
 from ..report.data import Consistency, MethodRow, TaskRow, TimingRow, TrialRow
@@ -61,7 +62,7 @@ class MedianPrompt:
 
 def metric_words(examples: Sequence[Example]) -> str:
     """The metrics that the examples are scored with when none is asked for."""
-    names = {example.metric or ("exact_match" if example.answers else "agreement") for example in examples}
+    names = {metric_for(example.answers, example.metric, f"example {example.id!r}").name for example in examples}
     return ", ".join(sorted(names))
 
 

@@ -1,15 +1,15 @@
-"""The contract of a ranker, and the registry of rankers by name.
+"""The contract of a ranker, and the rankers by name.
 
-Knows nothing about models, hooks or schedules: a ranker is given tensors about the vision tokens that are
-still there and returns a score for each. How many are kept, and how they are taken out, is decided elsewhere.
+Knows nothing about models, hooks or schedules: a ranker is given tensors about the vision tokens that are still
+there and returns a score for each. How many are kept, and how they are taken out, is decided elsewhere.
 
 To add a ranker:
-1. write one small file with a subclass of `Ranker`: a `name`, what it `needs`, its settings as keywords of
-   `__init__`;
+1. write one small file with a subclass of `Ranker`: a `name`, what it `needs`, its settings as keywords of `__init__`;
 2. put `@register` on the class;
-3. import the file in `ranking/__init__.py` (or, outside this package, anywhere before its name is used).
-The only hard contract: `score` returns a finite (batch, tokens) tensor, and depends on nothing but the
-context and the settings, so that a prompt is ranked alike whether alone or in a batch.
+3. import it in `ranking/__init__.py`, or, outside of this package, name it as an entry point of `thinsight.rankers`.
+The only hard contract (`thinsight.testing.RankerContract` holds a ranker to it): `score` returns a finite (batch,
+tokens) tensor, and depends on nothing but the context and the settings, so that a prompt is ranked alike whether
+alone or in a batch.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import BadInput
+from ..registry import Registry
 
 TEXT_ATTENTION = "text-attention"
 """A need: attention rows of the decoder layer just run (`Context.attention`, `Context.queries`)."""
@@ -162,42 +163,31 @@ class Ranker(ABC):
         return hash(json.dumps(self.to_dict(), sort_keys=True, default=repr))
 
 
-_REGISTRY: dict[str, type[Ranker]] = {}
-R = TypeVar("R", bound=type[Ranker])
-
-
-def register(ranker: R) -> R:
-    """Class decorator: makes a ranker known by its `name`."""
-    known = _REGISTRY.get(ranker.name)
-    if known is not None and known.__qualname__ != ranker.__qualname__:
-        raise BadInput(f"ranker name {ranker.name!r} is taken by {known.__name__}; choose another name")
-    _REGISTRY[ranker.name] = ranker
-    return ranker
+RANKERS: Registry[type[Ranker]] = Registry("ranker", "thinsight.rankers")
+register = RANKERS.register
+"""Class decorator: makes a ranker known by its `name`."""
 
 
 def list_rankers() -> list[str]:
     """The names of all known rankers, sorted."""
-    return sorted(_REGISTRY)
+    return sorted(RANKERS)
 
 
 def get_ranker(spec: str | Mapping[str, Any] | Ranker) -> Ranker:
     """A ranker from its name, from ``{"name": ..., **settings}``, or itself.
 
     Raises:
-        ThinsightError: unknown name, missing name, or a setting that the ranker does not have.
+        BadInput: unknown name, missing name, or a setting that the ranker does not have.
     """
     if isinstance(spec, Ranker):
         return spec
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
-        known = ", ".join(list_rankers())
-        raise BadInput(f"ranker is {spec!r}; give a name ({known}) or a dict with 'name'")
+        raise BadInput(f"ranker is {spec!r}; give a name ({', '.join(RANKERS)}) or a dict with 'name'")
     settings = dict(spec)
     name = settings.pop("name")
-    ranker = _REGISTRY.get(name)
-    if ranker is None:
-        raise BadInput(f"ranker is {name!r}; choose one of {', '.join(list_rankers())}")
+    ranker = RANKERS[name]
     parameters = inspect.signature(ranker).parameters.values()
     allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
     unknown = sorted(set(settings) - set(allowed))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
+from ..registry import Registry
 
 Statistic = Callable[[Tensor, Tensor, Tensor], Tensor]
 _SMALL = 1e-6  # AutoPrune's, inside its logarithm
@@ -52,17 +52,8 @@ def mutual_information(attention: Tensor, queries: Tensor, valid: Tensor) -> Ten
     return (joint * ratio.clamp(min=_SMALL).log2()).sum((2, 3)).mean(1)
 
 
-STATISTICS: dict[str, Statistic] = {"concentration": concentration, "mutual-information": mutual_information}
+STATISTICS: Registry[Statistic] = Registry("statistic")
 """Statistics by name, as an adaptive reduction stores them."""
-
-
-def get_statistic(name: str) -> Statistic:
-    """A statistic by its name.
-
-    Raises:
-        ThinsightError: there is no such statistic.
-    """
-    try:
-        return STATISTICS[name]
-    except (KeyError, TypeError):
-        raise BadInput(f"statistic is {name!r}; choose one of {', '.join(STATISTICS)}") from None
+STATISTICS.register(concentration, "concentration")
+STATISTICS.register(mutual_information, "mutual-information")
+get_statistic = STATISTICS.__getitem__

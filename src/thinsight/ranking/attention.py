@@ -1,6 +1,6 @@
-"""Ranker: the attention that a vision token receives from the prompt's text at the decoder layer just run.
+"""Rankers: the attention that a vision token receives, from the prompt's text or inside the vision tower.
 
-Knows nothing about how those attention rows are obtained.
+Know nothing about how attention is read.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import BadInput
-from .base import QUERIES, TEXT_ATTENTION, Context, Ranker, register
+from .base import QUERIES, TEXT_ATTENTION, VISION_ATTENTION, Context, Ranker, register
 
 ROWS = 16
 """Rows of attention that are averaged unless a setting says otherwise."""
@@ -42,3 +42,24 @@ class TextAttention(Ranker):
         if received is None:
             raise BadInput("text-attention needs attention rows of the layer before; supply them")
         return received
+
+
+@register
+class VisionAttention(Ranker):
+    """Attention inside the vision tower: from the CLS token where the tower has one, otherwise from the average token.
+
+    Mean over heads, taken at the tower's layer whose output the projector reads, as VisionZip (arXiv
+    2412.04467) and FasterVLM (arXiv 2412.01818) do. Works at any decoder layer, layer 0 included; an
+    image is ranked alike whatever is asked about it.
+    """
+
+    name = "vision-attention"
+    needs = frozenset({VISION_ATTENTION})
+
+    def score(self, context: Context) -> Tensor:
+        if context.vision_attention is None:
+            raise BadInput(
+                "vision-attention needs attention of the vision tower; "
+                "pass pixel_values, or features from encode_images(model, inputs, reduction)"
+            )
+        return context.vision_attention
