@@ -14,12 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from thinsight import cost
 from thinsight.errors import ThinsightError
+from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply, encode_images, vision_token_mask
-from thinsight.runtime.families import SUPPORTED
 from thinsight.schedule import Schedule
 
-HELD = [family for family in FAMILIES.values() if family.model_type in SUPPORTED]
+HELD = [family for family in FAMILIES.values() if family.model_type in ROWS]
 TEXT = {
     "num_hidden_layers": 4,
     "hidden_size": 8,

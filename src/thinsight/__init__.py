@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .evaluation import load_examples as load_examples
     from .evaluation import paired_bootstrap as paired_bootstrap
     from .evaluation import rank_consistency as rank_consistency
+    from .families import SupportedModel as SupportedModel
+    from .families import models as models
     from .loading import load_demo as load_demo
     from .loading import load_model as load_model
     from .packing import PackedModel as PackedModel
@@ -58,8 +60,6 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .searches.result import SearchResult as SearchResult
     from .searches.search import search as search
     from .searches.sensitivity import sensitivity_search as sensitivity_search
-    from .supported import SupportedModel as SupportedModel
-    from .supported import models as models
 
 _MODULES = ("baselines", "budget", "cost", "errors", "timing")
 _NAMES = {
@@ -93,7 +93,7 @@ _NAMES = {
         "search",
         "sensitivity_search",
     ),
-    "supported": ("SupportedModel", "models"),
+    "families": ("SupportedModel", "models"),
 }
 """The public names, by the module that each comes from."""
 

@@ -503,7 +503,7 @@ def convert(
 @app.command("models", cls=_Command)
 def list_models() -> None:
     """List the families of models that run under a reduction."""
-    from .supported import models
+    from .families import models
 
     table = Table(title="Models that run under a reduction", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("model", "transformers class", "takes"):

@@ -32,11 +32,12 @@ so tokens do not tell how much the tower saw: refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BadInput, Unsupported
+from .families import NOT_KNOWN, Tower, family_of, field_of, patches_of, size_of, text_config, tower_of
 from .schedule import Schedule
 
 __all__ = [
@@ -187,42 +188,36 @@ def layer_tokens(num_layers: int, n_vision: int, n_text: int, schedule: Schedule
     return tuple(n_text + count for count in schedule.counts(n_vision))
 
 
-def text_config(config: Any) -> Any:
-    """The decoder's part of a model config: its ``text_config``, or the config itself."""
-    inner = _field(config, "text_config")
-    return config if inner is None else inner
-
-
 def decoder_shape(config: Any) -> DecoderShape:
     """The decoder's sizes out of a model config or a text config (object or dict).
 
     Raises ThinsightError when a size is missing, or for a mixture of experts whose sizes are not told.
     """
     text = text_config(config)
-    layers = _size(text, "num_hidden_layers")
-    hidden = _size(text, "hidden_size")
-    heads = _size(text, "num_attention_heads")
+    layers = size_of(text, "num_hidden_layers")
+    hidden = size_of(text, "hidden_size")
+    heads = size_of(text, "num_attention_heads")
     return DecoderShape(
         num_layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=_field(text, "num_key_value_heads") or heads,
-        head_dim=_field(text, "head_dim") or hidden // heads,
-        intermediate=_size(text, "intermediate_size"),
-        vocab=_size(text, "vocab_size"),
-        gated=_field(text, "model_type") not in _UNGATED,
-        windows=_windows(text, layers),
+        kv_heads=field_of(text, "num_key_value_heads") or heads,
+        head_dim=field_of(text, "head_dim") or hidden // heads,
+        intermediate=size_of(text, "intermediate_size"),
+        vocab=size_of(text, "vocab_size"),
+        gated=field_of(text, "model_type") not in _UNGATED,
+        windows=windows_of(text, layers),
         experts=_experts(text, layers),
     )
 
 
-def _windows(text: Any, layers: int) -> dict[int, int]:
-    """The window of each layer that has a sliding one."""
-    window = _field(text, "sliding_window")
-    if not window or _field(text, "use_sliding_window") is False:
+def windows_of(text: Any, layers: int) -> dict[int, int]:
+    """The window of each decoder layer that has a sliding one, from a text config, object or dict."""
+    window = field_of(text, "sliding_window")
+    if not window or field_of(text, "use_sliding_window") is False:
         return {}
-    types = _field(text, "layer_types")
-    pattern = _field(text, "sliding_window_pattern")  # every so many layers one sees everything
+    types = field_of(text, "layer_types")
+    pattern = field_of(text, "sliding_window_pattern")  # every so many layers one sees everything
     if types is not None:
         return {layer: window for layer, kind in enumerate(types[:layers]) if "sliding" in kind}
     return {layer: window for layer in range(layers) if not pattern or (layer + 1) % pattern}
@@ -230,47 +225,26 @@ def _windows(text: Any, layers: int) -> dict[int, int]:
 
 def _experts(text: Any, layers: int) -> Experts | None:
     """The mixture of experts; None when every MLP is dense."""
-    name = next((name for name in _EXPERT_FIELDS if _field(text, name)), None)
+    name = next((name for name in _EXPERT_FIELDS if field_of(text, name)), None)
     if name is None:
         return None
-    if not _field(text, "moe_intermediate_size") or _field(text, "shared_expert_intermediate_size"):
+    if not field_of(text, "moe_intermediate_size") or field_of(text, "shared_expert_intermediate_size"):
         raise Unsupported(
-            f"the text config has {name}={_field(text, name)} experts of a kind that is not counted: "
+            f"the text config has {name}={field_of(text, name)} experts of a kind that is not counted: "
             "no FLOPs can be stated for this model"
         )
-    width = _size(text, "moe_intermediate_size")
-    sparse_step = _field(text, "decoder_sparse_step") or 1
-    first = _field(text, "first_k_dense_replace") or 0
-    named = _field(text, "mlp_only_layers") or ()
+    width = size_of(text, "moe_intermediate_size")
+    sparse_step = field_of(text, "decoder_sparse_step") or 1
+    first = field_of(text, "first_k_dense_replace") or 0
+    named = field_of(text, "mlp_only_layers") or ()
     dense = {i for i in range(layers) if i < first or i in named or (i + 1) % sparse_step}
     return Experts(
-        routed=_size(text, name),
-        active=_size(text, "num_experts_per_tok"),
+        routed=size_of(text, name),
+        active=size_of(text, "num_experts_per_tok"),
         width=width,
-        shared_width=width * (_field(text, "n_shared_experts") or 0),
+        shared_width=width * (field_of(text, "n_shared_experts") or 0),
         dense=frozenset(dense),
     )
-
-
-def _field(config: Any, name: str) -> Any:
-    if isinstance(config, Mapping):
-        return config.get(name)
-    return getattr(config, name, None)
-
-
-def _size(config: Any, name: str) -> int:
-    value = _field(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise BadInput(f"the config's {name} must be a positive integer, got {value!r}")
-    return value
-
-
-_CLASS_TOKEN = frozenset({"clip_vision_model", "internvl_vision"})
-_FIXED = frozenset(
-    {"clip_vision_model", "siglip_vision_model", "internvl_vision", "idefics3_vision", "smolvlm_vision", "ovis2_vision"}
-)
-_GATED = frozenset({"pixtral", "qwen2_5_vl_vision", "qwen2_5_vl", "glm4v_vision", "glm4v_moe_vision", "ovis2_vision"})
-_ANY_RESOLUTION = frozenset({"llava_next", "llava_next_video", "llava_onevision"})
 
 
 def vision_flops(config: Any, n_images: int = 1, *, n_vision: int | None = None) -> float:
@@ -284,20 +258,26 @@ def vision_flops(config: Any, n_images: int = 1, *, n_vision: int | None = None)
             any size needs it.
 
     Raises:
-        ThinsightError: no vision config, a tower that is not known, or one whose work the config and the
-            number of vision tokens do not tell.
+        ThinsightError: no vision config, a tower or projector that is not known, or a tower whose work the
+            config and the number of vision tokens do not tell.
     """
-    vision = _field(config, "vision_config")
+    vision = field_of(config, "vision_config")
     if vision is None:
         raise Unsupported("vision_flops needs a config with a vision_config; this one has none")
-    if _field(config, "model_type") in _ANY_RESOLUTION and n_vision is not None:
+    family, tower = family_of(config), tower_of(config)
+    if family.tiles == "unpadded" and n_vision is not None:
         raise Unsupported(
-            f"{_field(config, 'model_type')!r} cuts padding away after its vision tower: "
+            f"{family.model_type!r} cuts padding away after its vision tower: "
             "the number of vision tokens does not tell the tower's FLOPs"
         )
-    tower, merged = _tower(vision), _merged(config, vision)
-    if _field(vision, "model_type") in _FIXED or _field(vision, "model_type") is None:
-        patches = _fixed_patches(vision)
+    if isinstance(family.projector, str):
+        raise Unsupported(f"the projector of {family.model_type!r} is not known: its vision encoder is not counted")
+    if tower.images == NOT_KNOWN:
+        kind = field_of(vision, "model_type")
+        raise Unsupported(f"the vision tower {kind!r} of {family.model_type!r} is not known: it is not counted")
+    merged = family.merge(config, vision)
+    if tower.images == "fixed":
+        patches = patches_of(vision)
         images = n_images if n_vision is None else n_vision * merged / patches
     elif n_vision is None:
         raise BadInput(
@@ -305,176 +285,33 @@ def vision_flops(config: Any, n_images: int = 1, *, n_vision: int | None = None)
         )
     else:
         patches, images = n_vision * merged // n_images, n_images
-    return images * (tower.flops(patches) + patches / merged * _projector(config, vision))
+    projector = 2.0 * family.projector(config, vision, merged)
+    return images * (_tower_flops(tower, vision, patches) + patches / merged * projector)
 
 
-@dataclass(frozen=True)
-class _Tower:
-    """A stack of encoder layers over patches."""
-
-    layer: DecoderShape
-    embedding: float  # FLOPs of one patch's embedding
-    class_tokens: int
-    window: int | None = None  # patches that see each other in the layers without full attention
-    full_layers: int = 0  # those that see all, where there is a window
-
-    def flops(self, patches: int) -> float:
-        """Over the patches of one image."""
-        tokens = patches + self.class_tokens
-        projections, attention, mlp = self.layer.layer_flops(tokens)
-        layers = self.layer.num_layers
-        if self.window is not None and self.window < tokens:
-            attention *= (self.full_layers + (layers - self.full_layers) * self.window / tokens) / layers
-        return patches * self.embedding + layers * (projections + attention + mlp)
-
-
-def _tower(vision: Any) -> _Tower:
-    kind = _field(vision, "model_type")
-    width = _first_size(vision, "embed_dim", "hidden_size") if kind in _QWEN2 else _size(vision, "hidden_size")
-    heads = _first_size(vision, "num_heads", "num_attention_heads")
-    patch = _side(vision, "patch_size")
-    channels = _field(vision, "num_channels") or _field(vision, "in_channels") or 3
-    frames = _field(vision, "temporal_patch_size") or 1
-    window = _field(vision, "window_size") if kind in ("qwen2_5_vl_vision", "qwen2_5_vl") else None
-    return _Tower(
-        layer=DecoderShape(
-            num_layers=_first_size(vision, "depth", "num_hidden_layers"),
-            hidden=width,
-            heads=heads,
-            kv_heads=heads,
-            head_dim=width // heads,
-            intermediate=_intermediate(vision, width),
-            vocab=0,
-            gated=kind in _GATED,
-        ),
-        embedding=2.0 * channels * frames * patch * patch * width,
-        class_tokens=1 if kind in _CLASS_TOKEN or kind is None else 0,
-        window=None if window is None else (window // patch) ** 2,
-        full_layers=len(_field(vision, "fullatt_block_indexes") or ()),
+def _tower_flops(tower: Tower, vision: Any, patches: int) -> float:
+    """FLOPs over the patches of one image: their embedding, and a stack of encoder layers like a decoder's."""
+    width = size_of(vision, tower.width)
+    heads = size_of(vision, "num_heads", "num_attention_heads")
+    patch = size_of(vision, "patch_size")
+    ratio = tower.mlp == "mlp_ratio"
+    shape = DecoderShape(
+        num_layers=size_of(vision, "depth", "num_hidden_layers"),
+        hidden=width,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=width // heads,
+        intermediate=int(width * (field_of(vision, "mlp_ratio") or 4)) if ratio else size_of(vision, tower.mlp),
+        vocab=0,
+        gated=tower.gated,
     )
-
-
-_QWEN2 = frozenset({"qwen2_vl_vision", "qwen2_vl"})
-
-
-def _intermediate(vision: Any, width: int) -> int:
-    kind = _field(vision, "model_type")
-    if kind in _QWEN2:
-        return int(width * (_field(vision, "mlp_ratio") or 4))
-    if kind in ("glm4v_vision", "glm4v_moe_vision"):
-        return _size(vision, "out_hidden_size")
-    return _size(vision, "intermediate_size")
-
-
-def _merged(config: Any, vision: Any) -> int:
-    """How many patches one vision token of the decoder stands for."""
-    kind = _field(config, "model_type")
-    if kind == "internvl":
-        return round(1 / float(_field(config, "downsample_ratio") or 0.5)) ** 2
-    if kind in ("idefics3", "smolvlm"):
-        return _size(config, "scale_factor") ** 2
-    if kind in ("aya_vision", "cohere2_vision"):
-        return _size(config, "downsample_factor") ** 2
-    if kind == "ovis2":
-        return _size(vision, "hidden_stride") ** 2
-    if kind == "gemma3":
-        return _fixed_patches(vision) // _size(config, "mm_tokens_per_image")
-    if kind in ("mistral3", "lighton_ocr"):
-        return _size(config, "spatial_merge_size") ** 2
-    return int(_field(vision, "spatial_merge_size") or 1) ** 2
-
-
-def _projector(config: Any, vision: Any) -> float:
-    """FLOPs that make one vision token of the decoder out of the tower's output."""
-    kind = _field(config, "model_type")
-    weights = _PROJECTORS.get(kind)
-    if weights is None:
-        raise Unsupported(f"the projector of {kind!r} is not known: its vision encoder is not counted")
-    return 2.0 * weights(config, vision)
-
-
-def _two_layers(config: Any, vision: Any) -> int:
-    """LLaVA's: features of one or more layers, two matrices."""
-    width = _size(text_config(config), "hidden_size")
-    return (_features(config, vision) + width) * width
-
-
-def _features(config: Any, vision: Any) -> int:
-    layers = _field(config, "vision_feature_layer")
-    return _size(vision, "hidden_size") * (len(layers) if isinstance(layers, (list, tuple)) else 1)
-
-
-def _internvl(config: Any, vision: Any) -> int:
-    width = _size(text_config(config), "hidden_size")
-    return (_size(vision, "hidden_size") * _merged(config, vision) + width) * width
-
-
-def _one_matrix(config: Any, vision: Any) -> int:
-    merged = 1 if _field(config, "model_type") == "gemma3" else _merged(config, vision)  # Gemma 3 averages
-    return _size(vision, "hidden_size") * merged * _size(text_config(config), "hidden_size")
-
-
-def _aya(config: Any, vision: Any) -> int:
-    width = _size(text_config(config), "hidden_size")
-    middle = _field(config, "alignment_intermediate_size") or width
-    return _size(vision, "hidden_size") * _merged(config, vision) * middle + middle // 2 * width
-
-
-def _mistral3(config: Any, vision: Any) -> int:
-    features = _features(config, vision)
-    return features * _merged(config, vision) * features + _two_layers(config, vision)
-
-
-def _patch_merger(config: Any, vision: Any) -> int:
-    """Qwen-VL's: two matrices on merged patches; Qwen3-VL has one such merger more per deepstack layer."""
-    kind = _field(vision, "model_type")
-    width = _size(vision, "embed_dim" if kind in _QWEN2 else "hidden_size") * _merged(config, vision)
-    out = _size(vision, "hidden_size" if kind in _QWEN2 else "out_hidden_size")
-    mergers = 1 + len(_field(vision, "deepstack_visual_indexes") or ())
-    return mergers * (width + out) * width
-
-
-def _glm(config: Any, vision: Any) -> int:
-    """A convolution that merges patches, then one matrix and a gated MLP."""
-    out = _size(vision, "out_hidden_size")
-    merging = _size(vision, "hidden_size") * _merged(config, vision) * out
-    return merging + out * out + 3 * out * _size(vision, "intermediate_size")
-
-
-def _ovis2(config: Any, vision: Any) -> int:
-    """A head onto the visual vocabulary, then that vocabulary's embeddings."""
-    entries, markers = _size(vision, "vocab_size"), _size(vision, "num_visual_indicator_tokens")
-    head = _size(vision, "hidden_size") * _merged(config, vision) * (entries - markers)
-    return head + entries * _size(text_config(config), "hidden_size")
-
-
-_PROJECTORS: dict[Any, Callable[[Any, Any], int]] = {
-    **dict.fromkeys(
-        [None, "deepseek_vl", "llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava", "vipllava"],
-        _two_layers,
-    ),
-    **dict.fromkeys(["gemma3", "paligemma", "idefics3", "smolvlm"], _one_matrix),
-    **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"], _patch_merger),
-    **dict.fromkeys(["glm46v", "glm4v", "glm4v_moe"], _glm),
-    "internvl": _internvl,
-    **dict.fromkeys(["aya_vision", "cohere2_vision"], _aya),
-    **dict.fromkeys(["mistral3", "lighton_ocr"], _mistral3),
-    "ovis2": _ovis2,
-}
-
-
-def _fixed_patches(vision: Any) -> int:
-    return (_side(vision, "image_size") // _side(vision, "patch_size")) ** 2
-
-
-def _side(vision: Any, name: str) -> int:
-    """A side in pixels, which some configs give as (height, width)."""
-    value = _field(vision, name)
-    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
-        return _size({name: value[0]}, name)
-    return _size(vision, name)
-
-
-def _first_size(vision: Any, *names: str) -> int:
-    """The first of these sizes that the config has."""
-    return _size(vision, next((name for name in names if _field(vision, name) is not None), names[-1]))
+    tokens = patches + tower.class_token
+    projections, attention, mlp = shape.layer_flops(tokens)
+    window = (field_of(vision, "window_size") // patch) ** 2 if tower.windowed else tokens
+    if window < tokens:
+        full = len(field_of(vision, "fullatt_block_indexes") or ())
+        attention *= (full + (shape.num_layers - full) * window / tokens) / shape.num_layers
+    channels = field_of(vision, "num_channels") or field_of(vision, "in_channels") or 3
+    frames = field_of(vision, "temporal_patch_size") or 1
+    embedding = 2.0 * channels * frames * patch * patch * width
+    return patches * embedding + shape.num_layers * (projections + attention + mlp)

@@ -24,8 +24,8 @@ from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator, Example
 from thinsight.evaluation.features import VisionCache
 from thinsight.evaluation.store import DiskStore
+from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
-from thinsight.runtime.families import SUPPORTED
 from thinsight.schedule import Schedule
 
 STAIRS, LATE = Schedule([1, 1, 0.6, 0.3]), Schedule([1, 1, 1, 0.4])
@@ -285,7 +285,7 @@ class TellingProcessor(RowProcessor):
         return {"family": self.family.model_type}
 
 
-@for_each(family for family in FAMILIES.values() if family.model_type in SUPPORTED)
+@for_each(family for family in FAMILIES.values() if family.model_type in ROWS)
 def test_features_of_every_family_come_back_to_the_bit(family: Family, tmp_path: Path) -> None:
     model, processor = family.model(), TellingProcessor(family, ([3, 5], [2, 3, 9], [1, 1]))
     entries: list[list[tuple[str, torch.Tensor]]] = []

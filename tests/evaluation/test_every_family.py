@@ -17,13 +17,14 @@ from thinsight.evaluation import Evaluator, rank_consistency
 from thinsight.evaluation.decoding import DecodingRules, decode
 from thinsight.evaluation.features import VisionCache
 from thinsight.evaluation.prompts import encode_prompt, pad_batch
+from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
-from thinsight.runtime.families import SUPPORTED, sliding_layers
+from thinsight.runtime.families import sliding_layers
 from thinsight.schedule import Schedule
 from thinsight.searches.search import rankers_for
 
-HELD = {name: family for name, family in FAMILIES.items() if family.model_type in SUPPORTED}
+HELD = {name: family for name, family in FAMILIES.items() if family.model_type in ROWS}
 NEW_TOKENS = 5
 FULL = Schedule.full(4)
 REDUCED = Schedule([1, 0.7, 0.4, 0])

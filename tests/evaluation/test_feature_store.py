@@ -19,9 +19,9 @@ from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator
 from thinsight.evaluation.features import VisionCache
 from thinsight.evaluation.store import FeatureStore
+from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.runtime import EncodedImages
-from thinsight.runtime.families import SUPPORTED
 from thinsight.schedule import Schedule
 
 SCHEDULES = [Schedule([1, 0.7, 0.4, 0]), Schedule([1, 1, 0.5, 0.25])]
@@ -117,7 +117,7 @@ def test_bad_bounds(bad: Any) -> None:
         FeatureStore(bad)
 
 
-@for_each(family for family in FAMILIES.values() if family.model_type in SUPPORTED)
+@for_each(family for family in FAMILIES.values() if family.model_type in ROWS)
 def test_no_score_depends_on_the_bound(family: Family, folder: Path) -> None:
     model, processor = family.model(), RowProcessor(family, ([3, 5], [2, 3, 9], [1, 1]))
     results = []

@@ -21,14 +21,15 @@ from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator, Example, prefix_cache
 from thinsight.evaluation import store as feature_store
 from thinsight.evaluation.store import FeatureStore
+from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply, can_share, resuming, snapshotting
-from thinsight.runtime.families import SUPPORTED, sliding_layers
+from thinsight.runtime.families import sliding_layers
 from thinsight.schedule import Schedule
 from thinsight.searches import gsearch, random_search, sensitivity_search
 from thinsight.searches.budgeted import budget_of
 
-HELD = [family for family in FAMILIES.values() if family.model_type in SUPPORTED]
+HELD = [family for family in FAMILIES.values() if family.model_type in ROWS]
 QUESTIONS = ("what color is the circle ?", "how many ?", "which ?", "what number is written in the chart ?")
 LAYERS, NEW_TOKENS = 6, 4
 

@@ -16,10 +16,11 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 from thinsight.evaluation import Evaluator, Example
 from thinsight.evaluation.full_model import Siblings, siblings_of
 from thinsight.evaluation.prompts import Prompt, encode_prompt
+from thinsight.families import FAMILIES as ROWS
 from thinsight.runtime import can_share
-from thinsight.runtime.families import SUPPORTED, reads_prompt_both_ways
+from thinsight.runtime.families import reads_prompt_both_ways
 
-HELD = [family for family in FAMILIES.values() if family.model_type in SUPPORTED]
+HELD = [family for family in FAMILIES.values() if family.model_type in ROWS]
 SPECS = ([3, 5], [2, 3, 9], [4, 1, 2, 2])
 NEW_TOKENS = 5
 STOP = [EOS, *range(60, 70)]  # so that answers end at various lengths

@@ -197,6 +197,6 @@ def test_the_extra_brings_what_processors_need() -> None:
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     line = next(line for line in text.splitlines() if line.startswith("vision = "))
     names = {Requirement(each.strip(' "')).name for each in line.partition("[")[2].strip("]").split(",")}
-    from thinsight.supported import models
+    from thinsight.families import models
 
     assert names == {name for model in models() for name in model.needs}

@@ -17,10 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
 from family_processor import RowProcessor
 
 from thinsight.errors import ThinsightError
+from thinsight.families import FAMILIES as ROWS
 from thinsight.job.pictures import Grid, grid_of, picture_of
 from thinsight.reduction import Reduction
 from thinsight.runtime import vision_token_mask
-from thinsight.runtime.families import SUPPORTED, sliding_layers
+from thinsight.runtime.families import sliding_layers
 from thinsight.schedule import Schedule
 from thinsight.timing import ANSWER, PREFILL, measure
 
@@ -74,7 +75,7 @@ def found_in(name: str, specs: Any = ONE_IMAGE) -> Grid:
     return grid_of(model, processor, processor.examples[0], inputs, n_vision)
 
 
-@for_each(family for family in FAMILIES.values() if family.model_type in SUPPORTED)
+@for_each(family for family in FAMILIES.values() if family.model_type in ROWS)
 def test_grid(family: Family) -> None:
     if family.name in NO_GRID:
         with pytest.raises(ThinsightError, match=NO_GRID[family.name]):
@@ -124,7 +125,7 @@ def test_numbers_within_the_grid() -> None:
     assert grid.inside([0, 3, 4, 7, 9, 10]) == (0, 3, 5)
 
 
-@for_each(family for family in FAMILIES.values() if family.model_type in SUPPORTED)
+@for_each(family for family in FAMILIES.values() if family.model_type in ROWS)
 def test_show_and_bench(family: Family) -> None:
     model, processor = family.model(), processor_of(family.name)
     reduction = Reduction(Schedule([1, 0.5, 0.5, 0.25]), "uniform")

@@ -14,11 +14,12 @@ from conformance.family import VIDEOS, Family
 from torch import Tensor
 
 from thinsight.errors import ThinsightError
+from thinsight.families import FAMILIES as ROWS
 from thinsight.runtime import EncodedImages, encode_images
 from thinsight.runtime.encoding import _fit, _moved, encoder_inputs
-from thinsight.runtime.families import MODALITIES, SUPPORTED
+from thinsight.runtime.families import MODALITIES
 
-HELD = {name: family for name, family in FAMILIES.items() if family.model_type in SUPPORTED}
+HELD = {name: family for name, family in FAMILIES.items() if family.model_type in ROWS}
 WITH_VIDEO = [name for name, family in HELD.items() if family.video is not None]
 POOLED = ["internvl-qwen2", "idefics3", "smolvlm", "gemma3", "aya-vision"]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from ..errors import BadInput, Unsupported
+from ..families import has_roles
 from ..runtime import vision_token_mask
 from ..runtime.cache import CACHE
 from ..runtime.encoding import encoder_inputs
@@ -80,7 +81,6 @@ def pass_inputs(
 
 
 _PLAIN_PROMPT = "USER: {images}{question} ASSISTANT:"  # LLaVA-1.5's own format
-_WITHOUT_ROLES = frozenset({"PaliGemmaProcessor"})  # a task and nothing else follows the image
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 _PER_TOKEN = ("input_ids", "attention_mask", *_TOKEN_TYPES)
 _PLACE = re.compile(r"<image(?:[ _]?(\d+))?>")  # as data sets write it: LLaVA's, and MMMU's numbered ones
@@ -195,7 +195,7 @@ def _rendered(processor: Any, example: Example, question: str, images: int) -> s
                 "mend processor.chat_template"
             ) from error
     token = image_token(processor)
-    if type(processor).__name__ in _WITHOUT_ROLES:
+    if not has_roles(processor):
         return token * images + question
     return _PLAIN_PROMPT.format(images=f"{token}\n" * images, question=question)
 

@@ -173,8 +173,8 @@ def _attention() -> dict[str, str]:
 
 
 def _missing() -> Iterator[str]:
+    from ..families import models
     from ..loading import how_to_install
-    from ..supported import models
 
     for package in dict.fromkeys(name for model in models() for name in model.needs):
         if not _version(package):

@@ -19,15 +19,11 @@ from ..errors import BadInput, Unsupported
 from ..evaluation.examples import Example
 from ..evaluation.images import open_image
 from ..evaluation.prompts import PromptReader, check_length, process
+from ..families import family_of, size_of, tower_of
 from ..reduction import Reduction
 from ..report.data import Picture
 from ..runtime import Handle, apply, vision_token_mask
 from ..timing import on_device
-
-_ANY_RESOLUTION = frozenset({"llava_next", "llava_next_video", "llava_onevision"})  # tiles without padding
-_OVERVIEW_FIRST = frozenset({"ovis2"})
-_OVERVIEW_LAST = frozenset({"aya_vision", "cohere2_vision", "idefics3", "internvl", "smolvlm"})
-_RESAMPLED = frozenset({"idefics2"})  # each token has looked at the whole image
 
 
 @dataclass(frozen=True)
@@ -63,13 +59,13 @@ def grid_of(model: Any, processor: Any, example: Example, inputs: Mapping[str, A
         ThinsightError: the tokens form no grid that can be laid over a picture.
     """
     vision = model.config.vision_config
-    if model.config.model_type in _RESAMPLED:
+    if family_of(model.config).tiles == "resampled":
         raise _no_grid(f"the {n_vision} vision tokens, which are resampled from all of an image,")
     if inputs.get("image_grid_thw") is not None:
         merge = vision.spatial_merge_size
         _, rows, columns = (int(side) for side in inputs["image_grid_thw"][0])
         found = Grid(open_image(example.images[0]), rows // merge, columns // merge)
-    elif vision.model_type == "pixtral":
+    elif tower_of(model.config).images == "any" and "image_sizes" in inputs:
         found = _pixtral(model, processor, inputs)
     else:
         found = _tile(model, processor, len(example.images), inputs, n_vision)
@@ -91,19 +87,19 @@ def _tile(model: Any, processor: Any, images: int, inputs: Mapping[str, Any], n_
     pixels = inputs.get("pixel_values", inputs.get("pixel_values_images"))  # (..., tiles, 3, height, width)
     if pixels is None:
         raise _no_grid(f"{n_vision} vision tokens of something other than images")
-    family = model.config.model_type
-    patch = _side(model.config.vision_config.patch_size)
+    cut = family_of(model.config).tiles
+    patch = size_of(model.config.vision_config, "patch_size")
     rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
-    if family in _ANY_RESOLUTION:
+    if cut == "unpadded":  # the overview comes first
         return Grid(_as_seen(processor, pixels.flatten(0, -4)[0]), rows, columns)
     tiles = pixels.flatten(0, -4)
     tokens, rest = divmod(n_vision, len(tiles))
     block = math.isqrt(rows * columns // tokens) if tokens else 0
     if rest or not block or tokens * block**2 != rows * columns or rows % block or columns % block:
         raise _no_grid(f"{n_vision} vision tokens of {len(tiles)} images or tiles of {rows} x {columns} patches")
-    if len(tiles) == images or (images == 1 and family in _OVERVIEW_FIRST):
+    if len(tiles) == images or (images == 1 and cut == "overview first"):
         shown = 0
-    elif images == 1 and family in _OVERVIEW_LAST:
+    elif images == 1 and cut == "overview last":
         shown = len(tiles) - 1
     else:
         raise _no_grid(f"{images} images are cut into {len(tiles)} tiles")
@@ -112,10 +108,6 @@ def _tile(model: Any, processor: Any, images: int, inputs: Mapping[str, Any], n_
 
 def _no_grid(what: str) -> Unsupported:
     return Unsupported(f"{what} form no grid that could be drawn over one picture; show another example")
-
-
-def _side(value: Any) -> int:
-    return int(value[0] if isinstance(value, (list, tuple)) else value)
 
 
 def _as_seen(processor: Any, pixels: torch.Tensor) -> Image.Image:

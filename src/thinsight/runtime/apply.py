@@ -312,7 +312,7 @@ def apply(
     decoding does it: its last K - 1 tokens are proposals, not prompt, and do not rank.
 
     Args:
-        model: a supported multimodal model (see `families.SUPPORTED`), or one of PEFT's, torch.compile's or
+        model: a supported multimodal model (see `thinsight.models`), or one of PEFT's, torch.compile's or
             a data-parallel wrapper of one: the reduction goes onto the model inside, and calls of either run
             under it.
         reduction: a `Reduction`, or a `Schedule`.

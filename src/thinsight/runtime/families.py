@@ -1,9 +1,8 @@
 """Where a multimodal model's parts are: decoder layers, attention modules, vision tower, vision positions.
 
-The only place that knows how model families differ. Knows nothing about schedules, rankers or hooks.
-
-To add a family: put its `model_type` into `SUPPORTED`, an entry into `tests/conformance/families.py`, and run
-the suite. Most need no more; what is special about a few is in the tables below.
+Also says which models, wrappers and attention implementations are refused. What is known of a family is its row in
+`thinsight.families`; of one without a row, its attributes say where things are. Knows nothing about schedules,
+rankers or hooks.
 """
 
 from __future__ import annotations
@@ -23,53 +22,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
+from ..cost import windows_of
 from ..errors import BadInput, MissingPackage, Unsupported
-
-SUPPORTED = (
-    "aya_vision",
-    "cohere2_vision",
-    "deepseek_vl",
-    "gemma3",
-    "glm46v",
-    "glm4v",
-    "glm4v_moe",
-    "idefics2",
-    "idefics3",
-    "internvl",
-    "lighton_ocr",
-    "llava",
-    "llava_next",
-    "llava_next_video",
-    "llava_onevision",
-    "mistral3",
-    "ovis2",
-    "paligemma",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "smolvlm",
-    "video_llava",
-    "vipllava",
-)
-"""`config.model_type` of the families that the conformance suite holds."""
-
-OLDEST, UNTESTED = (5, 19), (5, 25)
-"""The first transformers that can be used, and the first that nobody has tested; as in pyproject.toml."""
+from ..families import FAMILIES, OLDEST, UNTESTED, family_of, tower_of
 
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 """What a vision encoder reads, by modality."""
 
-# The encoder lists tiles, or a whole row's images as one: an image is an unbroken run of vision tokens.
-_RUNS = frozenset({"cohere2_vision", "idefics2", "idefics3", "internvl", "smolvlm"})
 # Of `layer_types`: layers in which a token that is left out leaves nothing behind.
 _ATTENTION_LAYERS = frozenset({"attention", "chunked_attention", "full_attention", "sliding_attention"})
-# Every token of a prompt sees all of it, unless its token type is 1, as an answer's is.
-_BOTH_WAYS = frozenset({"paligemma"})
-# Videos stand behind the placeholder of images.
-_ONE_PLACEHOLDER = frozenset({"glm46v", "glm4v", "glm4v_moe"})
 
 
 @dataclass(frozen=True)
@@ -82,6 +45,12 @@ class VisionSource:
     drops_first: bool  # the projector does not see row 0
 
 
+_REPLICAS = (
+    "DataParallel copies the model to each of its devices in every pass, and a reduction is on none of the "
+    "copies; use DistributedDataParallel, or one device: DataParallel(model, device_ids=[0])"
+)
+
+
 def unwrapped(model: Any) -> PreTrainedModel:
     """The transformers model inside wrappers of torch.compile, PEFT and data parallelism, or itself.
 
@@ -90,6 +59,7 @@ def unwrapped(model: Any) -> PreTrainedModel:
     Raises:
         ThinsightError: no transformers model, or a wrapper that does more than call one.
     """
+    peft = sys.modules.get("peft")  # where it was not imported, no model is one of its own
     while not isinstance(model, PreTrainedModel):
         if isinstance(model, OptimizedModule):
             model = model._orig_mod
@@ -97,41 +67,15 @@ def unwrapped(model: Any) -> PreTrainedModel:
             if isinstance(model, DataParallel) and len(model.device_ids) > 1:
                 raise Unsupported(_REPLICAS)
             model = model.module
-        elif isinstance(model, _peft_models()):
+        elif peft is not None and isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
             model = _inside_peft(model)
         else:
-            kind = type(model).__name__
-            raise BadInput(f"model is a {kind}; pass a loaded transformers model{_held(model)}")
+            inner = model.modules() if isinstance(model, nn.Module) else ()
+            held = next(
+                (f", such as the {type(m).__name__} in it" for m in inner if isinstance(m, PreTrainedModel)), ""
+            )
+            raise BadInput(f"model is a {type(model).__name__}; pass a loaded transformers model{held}")
     return model
-
-
-_REPLICAS = (
-    "DataParallel copies the model to each of its devices in every pass, and a reduction is on none of the "
-    "copies; use DistributedDataParallel, or one device: DataParallel(model, device_ids=[0])"
-)
-
-
-def check_replica(module: nn.Module, original: nn.Module) -> None:
-    """Refuse a pass through a copy of a module that DataParallel made.
-
-    Raises:
-        ThinsightError: with what to do.
-    """
-    if module is not original:
-        raise Unsupported(_REPLICAS)
-
-
-def _held(model: Any) -> str:
-    """Which transformers model an unknown wrapper holds, for a message."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    found = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
-    return "" if found is None else f", such as the {type(found).__name__} in it"
-
-
-def _peft_models() -> tuple[type, ...]:
-    """PEFT's wrappers; none where it was not imported, for then no model is one."""
-    peft = sys.modules.get("peft")
-    return () if peft is None else (peft.PeftModel, peft.PeftMixedModel)
 
 
 def _inside_peft(model: Any) -> Any:
@@ -147,6 +91,12 @@ def _inside_peft(model: Any) -> Any:
                 "layers, which a reduction cannot see; use adapters that live in the layers, such as LoRA"
             )
     return model.base_model.model
+
+
+def check_replica(module: nn.Module, original: nn.Module) -> None:
+    """Refuse a pass through a copy of a module that DataParallel made."""
+    if module is not original:
+        raise Unsupported(_REPLICAS)
 
 
 def base_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -186,26 +136,25 @@ def attention_implementation(model: PreTrainedModel) -> str:
 
 def vision_placeholders(model: PreTrainedModel, input_ids: Tensor) -> dict[str, Tensor]:
     """Which positions of a prompt are vision tokens, by modality: (batch, seq) int64 -> (batch, seq) bool."""
-    ids = {name: getattr(model.config, f"{name}_token_id", None) for name in MODALITIES}
-    if model.config.model_type in _ONE_PLACEHOLDER:
-        ids["video"] = None
+    family = family_of(model.config)
+    fields = {"image": family.image_placeholder, "video": family.video_placeholder}
+    ids = {name: getattr(model.config, field, None) for name, field in fields.items() if field is not None}
     return {name: input_ids == token for name, token in ids.items() if token is not None}
 
 
 def vision_token_mask(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Which positions of a prompt are vision tokens: (batch, seq) int64 -> (batch, seq) bool."""
-    masks = list(vision_placeholders(model, input_ids).values())
-    return torch.stack(masks).any(0)
+    return torch.stack(list(vision_placeholders(model, input_ids).values())).any(0)
 
 
 def tiles_stand_apart(model: PreTrainedModel) -> bool:
     """Whether an image is an unbroken run of vision tokens, not an entry of the encoder's output."""
-    return model.config.model_type in _RUNS
+    return family_of(model.config).runs
 
 
 def reads_prompt_both_ways(model: PreTrainedModel) -> bool:
     """Whether a prompt's tokens see those behind them, so that its images' states depend on its question."""
-    return model.config.model_type in _BOTH_WAYS
+    return family_of(model.config).both_ways
 
 
 def writes_vision_after(model: PreTrainedModel) -> range:
@@ -218,32 +167,22 @@ def writes_vision_after(model: PreTrainedModel) -> range:
 
 def sliding_layers(model: PreTrainedModel) -> frozenset[int]:
     """The decoder layers whose attention sees a window only."""
-    config: Any = decoder(model).config
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        windowed = getattr(config, "sliding_window", None) is not None
-        return frozenset(range(num_layers(model)) if windowed else ())
-    return frozenset(i for i, kind in enumerate(types) if "sliding" in kind)
+    return frozenset(windows_of(decoder(model).config, num_layers(model)))
 
 
 def vision_source(model: PreTrainedModel) -> VisionSource:
-    """Where to read attention inside the vision tower.
-
-    Raises:
-        ThinsightError: a tower that packs its images into one sequence, or a projector that reads the tower's
-            embeddings, which no attention made.
-    """
+    """Where to read attention inside the vision tower; refused if the tower packs its images into one sequence, or the
+    projector reads the tower's embeddings, which no attention made."""
     config: Any = model.config
     tower = getattr(base_model(model), "vision_tower", None)
     tower = getattr(base_model(model), "vision_model", None) if tower is None else tower
     depth = getattr(getattr(tower, "config", None), "num_hidden_layers", None)
-    if tower is None or depth is None or tower.config.model_type == "pixtral":
+    if tower is None or depth is None or tower_of(config).images == "any":
         raise Unsupported(
             f"the vision tower of {config.model_type!r} runs all images as one sequence, so its attention "
             "cannot be told per image; rank by text-attention, random or uniform"
         )
-    lists = (m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)
-    layers = next(lists, None)
+    layers = next((m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
     if layers is None:
         raise Unsupported(
             f"{type(tower).__name__} has no list of the {depth} layers that its config's num_hidden_layers "
@@ -265,55 +204,42 @@ def vision_source(model: PreTrainedModel) -> VisionSource:
 
 def refusal(config: Any) -> str | None:
     """Why a model of this config cannot run under a reduction; None when it can."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    kind, text = config.model_type, config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(config, "is_encoder_decoder", False):
         return (
-            f"{config.model_type!r} is an encoder-decoder: its vision tokens are in the encoder, and the "
+            f"{kind!r} is an encoder-decoder: its vision tokens are in the encoder, and the "
             "decoder reads them by cross-attention; use a decoder-only model"
         )
     if getattr(text, "cross_attention_layers", None):
         return (
-            f"{config.model_type!r} reads images by cross-attention: its decoder's input has no vision "
+            f"{kind!r} reads images by cross-attention: its decoder's input has no vision "
             "tokens to drop; use a decoder-only model"
         )
-    if config.model_type not in SUPPORTED:
-        return f"{_why_unlisted(config.model_type, text)}; supported: {', '.join(SUPPORTED)}"
-    return None
-
-
-def _why_unlisted(model_type: str, text: Any) -> str:
-    """What is known of a family that is not on the list."""
-    name = CLASSES.get(model_type)
-    if name is None:
-        return (
-            f"model_type is {model_type!r}, which transformers {transformers.__version__} does not load as a "
-            "model that answers questions about images"
-        )
-    listed = [kind for kind in SUPPORTED if CLASSES.get(kind) == name]
-    if listed:
-        return (
-            f"model_type is {model_type!r}, which runs as {name} like {listed[0]!r}, but has not been tried "
-            "under this name yet"
-        )
+    if kind in FAMILIES:
+        return None
+    name = CLASSES.get(kind)
+    alike = sorted(row.model_type for row in FAMILIES.values() if row.model_class == name)
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     other = sorted(set(kinds) - _ATTENTION_LAYERS)
-    if other:
-        return (
-            f"model_type is {model_type!r}, whose decoder has layers ({', '.join(other)}) that are no plain "
-            "self-attention: what they carry along the sequence cannot be had without the tokens left out"
+    if name is None:
+        why = (
+            f", which transformers {transformers.__version__} does not load as a model that answers questions about "
+            "images"
         )
-    return f"model_type is {model_type!r}, which is not on the list yet: nobody has tried {name}"
+    elif alike:
+        why = f", which runs as {name} like {alike[0]!r}, but has not been tried under this name yet"
+    elif other:
+        why = (
+            f", whose decoder has layers ({', '.join(other)}) that are no plain self-attention: what they carry "
+            "along the sequence cannot be had without the tokens left out"
+        )
+    else:
+        why = f", which is not on the list yet: nobody has tried {name}"
+    return f"model_type is {kind!r}{why}; supported: {', '.join(sorted(FAMILIES))}"
 
 
 def check_supported(model: Any) -> PreTrainedModel:
-    """Refuse a model that cannot run under a reduction.
-
-    Returns:
-        It, without wrappers: see `unwrapped`.
-
-    Raises:
-        ThinsightError: with the reason.
-    """
+    """The model without wrappers (see `unwrapped`); refused, with the reason, if it cannot run under a reduction."""
     check_version()
     model = unwrapped(model)
     reason = refusal(model.config)
@@ -327,11 +253,7 @@ def check_supported(model: Any) -> PreTrainedModel:
 
 @functools.cache
 def check_version() -> None:
-    """Refuse a transformers that is too old, and say it once of one that is too new to be known.
-
-    Raises:
-        ThinsightError: the installed version is before `OLDEST`.
-    """
+    """Refuse a transformers that is too old, and say it once of one that is too new to be known."""
     found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     oldest, untested = (".".join(map(str, version)) for version in (OLDEST, UNTESTED))
     if found < OLDEST:
@@ -348,14 +270,9 @@ def check_version() -> None:
 
 
 def check_attention(model: PreTrainedModel, paged: bool = False) -> None:
-    """Refuse an attention implementation that cannot run on fewer tokens than it was told of.
+    """Refuse a decoder's attention implementation that cannot run on fewer tokens than it was told of.
 
-    Args:
-        model: whose decoder's implementation is looked at.
-        paged: whether a pass brings the cache of continuous batching.
-
-    Raises:
-        ThinsightError: with the reason.
+    ``paged``: whether a pass brings the cache of continuous batching.
     """
     implementation = attention_implementation(model)
     if paged or implementation.startswith("paged"):
@@ -375,11 +292,8 @@ def model_device(model: PreTrainedModel) -> torch.device:
 
 
 def check_recomputation(model: PreTrainedModel) -> None:
-    """Refuse gradient checkpointing where the backward pass would run the hooks a second time.
-
-    Raises:
-        ThinsightError: transformers before 5.23, which checkpoints a layer together with its hooks.
-    """
+    """Refuse gradient checkpointing where the backward pass would run the hooks a second time: transformers before
+    5.23, which checkpoints a layer together with its hooks."""
     last = decoder_layers(model)[-1]
     recomputes = last.training and getattr(last, "gradient_checkpointing", False)
     if recomputes and "__call__" in vars(GradientCheckpointingLayer):

@@ -1,0 +1,286 @@
+"""What is known of every family of models: one row each, and the one place that says how families differ.
+
+A family joins by its row, from outside as an entry point of the group ``thinsight.families``. Knows nothing about
+torch; where the parts of a loaded model are is `runtime/families.py`'s subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import metadata
+from typing import Any, Literal
+
+from .errors import BadInput
+
+OLDEST, UNTESTED = (5, 19), (5, 25)
+"""The first transformers that can be used, and the first that nobody has tested; as in pyproject.toml."""
+
+NOT_KNOWN: Literal["not known"] = "not known"
+"""Stands for a fact that nobody has found out: what needs it is refused, nothing is guessed."""
+
+Merge = Callable[[Any, Any], int]
+"""Of a model's config and its vision config: how many patches one vision token of the decoder stands for."""
+
+Projector = Callable[[Any, Any, int], int]
+"""Of a config, its vision config and `Merge`'s number: multiply-adds from the tower's output to one vision token."""
+
+
+# -- reading a config, object or dict ------------------------------------------------------------------------
+
+
+def field_of(config: Any, name: str) -> Any:
+    """A field's value; None where the config has none."""
+    return config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+
+
+def size_of(config: Any, *names: str) -> int:
+    """The first of these sizes that the config has; a side in pixels may be (height, width).
+
+    Raises BadInput where none is a positive whole number.
+    """
+    name = next((name for name in names if field_of(config, name) is not None), names[-1])
+    value = field_of(config, name)
+    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise BadInput(f"the config's {name} must be a positive integer, got {value!r}")
+    return value
+
+
+def text_config(config: Any) -> Any:
+    """The decoder's part of a model config: its ``text_config``, or the config itself."""
+    inner = field_of(config, "text_config")
+    return config if inner is None else inner
+
+
+def patches_of(vision: Any) -> int:
+    """Patches of an image or tile of the one size that a vision config says."""
+    return (size_of(vision, "image_size") // size_of(vision, "patch_size")) ** 2
+
+
+# -- how patches become vision tokens ------------------------------------------------------------------------
+
+
+def square(name: str) -> Merge:
+    """A token stands for a square of patches, whose side the vision config or the config says under this name."""
+    return lambda config, vision: size_of(vision if field_of(vision, name) is not None else config, name) ** 2
+
+
+def spatial_merge(config: Any, vision: Any) -> int:
+    """A square as the vision config says it, or a patch alone."""
+    return int(field_of(vision, "spatial_merge_size") or 1) ** 2
+
+
+def shuffled(config: Any, vision: Any) -> int:
+    return round(1 / float(field_of(config, "downsample_ratio") or 0.5)) ** 2
+
+
+def averaged(config: Any, vision: Any) -> int:
+    return patches_of(vision) // size_of(config, "mm_tokens_per_image")
+
+
+def _width(config: Any) -> int:
+    return size_of(text_config(config), "hidden_size")
+
+
+def _features(config: Any, vision: Any) -> int:
+    """Numbers per patch: of one layer of the tower, or of several side by side."""
+    layers = field_of(config, "vision_feature_layer")
+    return size_of(vision, "hidden_size") * (len(layers) if isinstance(layers, (list, tuple)) else 1)
+
+
+def two_matrices(config: Any, vision: Any, merged: int) -> int:
+    """LLaVA's: from the features to the decoder's width, and once more."""
+    return (_features(config, vision) + _width(config)) * _width(config)
+
+
+def one_matrix(config: Any, vision: Any, merged: int) -> int:
+    """From merged patches to the decoder's width."""
+    return size_of(vision, "hidden_size") * merged * _width(config)
+
+
+def pooled_matrix(config: Any, vision: Any, merged: int) -> int:
+    """From the average of merged patches to the decoder's width."""
+    return size_of(vision, "hidden_size") * _width(config)
+
+
+def shuffled_matrices(config: Any, vision: Any, merged: int) -> int:
+    return (size_of(vision, "hidden_size") * merged + _width(config)) * _width(config)
+
+
+def gated_matrices(config: Any, vision: Any, merged: int) -> int:
+    middle = field_of(config, "alignment_intermediate_size") or _width(config)
+    return size_of(vision, "hidden_size") * merged * middle + middle // 2 * _width(config)
+
+
+def merged_matrices(config: Any, vision: Any, merged: int) -> int:
+    features = _features(config, vision)
+    return features * merged * features + two_matrices(config, vision, merged)
+
+
+def patch_merger(config: Any, vision: Any, merged: int) -> int:
+    """Qwen-VL's: two matrices on merged patches; Qwen3-VL has one such merger more per deepstack layer."""
+    tower = tower_of(config)
+    width = size_of(vision, tower.width) * merged
+    return (1 + len(field_of(vision, "deepstack_visual_indexes") or ())) * (width + size_of(vision, tower.out)) * width
+
+
+def convolution(config: Any, vision: Any, merged: int) -> int:
+    """A convolution that merges patches, then one matrix and a gated MLP."""
+    out = size_of(vision, "out_hidden_size")
+    return size_of(vision, "hidden_size") * merged * out + out * out + 3 * out * size_of(vision, "intermediate_size")
+
+
+def visual_words(config: Any, vision: Any, merged: int) -> int:
+    """A head onto the visual vocabulary, then that vocabulary's embeddings."""
+    entries, markers = size_of(vision, "vocab_size"), size_of(vision, "num_visual_indicator_tokens")
+    return size_of(vision, "hidden_size") * merged * (entries - markers) + entries * _width(config)
+
+
+# -- the rows ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A kind of vision tower: what its FLOPs depend on, with the names of the sizes in its config."""
+
+    images: str = NOT_KNOWN  # "fixed": all images or tiles have one size; "any": images of any size run as one sequence
+    class_token: bool = False
+    gated: bool = False  # the MLP has three matrices, not two
+    windowed: bool = False  # some layers attend within windows
+    width: str = "hidden_size"
+    mlp: str = "intermediate_size"  # or "mlp_ratio", times the width
+    out: str = "out_hidden_size"  # of a patch merger
+
+
+_CLIP, _FIXED = Tower("fixed", class_token=True), Tower("fixed")
+_QWEN2 = Tower("any", width="embed_dim", mlp="mlp_ratio", out="hidden_size")
+_QWEN2_5, _QWEN3 = Tower("any", gated=True, windowed=True), Tower("any")
+_GLM4V = Tower("any", gated=True, mlp="out_hidden_size")
+
+TOWERS: dict[str | None, Tower] = {
+    None: _CLIP,  # a config that does not say
+    "clip_vision_model": _CLIP,
+    "internvl_vision": _CLIP,
+    **dict.fromkeys(("siglip_vision_model", "idefics3_vision", "smolvlm_vision"), _FIXED),
+    "ovis2_vision": Tower("fixed", gated=True),
+    "pixtral": Tower("any", gated=True),
+    **dict.fromkeys(("qwen2_vl", "qwen2_vl_vision"), _QWEN2),
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_vision"), _QWEN2_5),
+    **dict.fromkeys(("qwen3_vl", "qwen3_vl_vision", "qwen3_vl_moe", "qwen3_vl_moe_vision"), _QWEN3),
+    **dict.fromkeys(("glm4v_vision", "glm4v_moe_vision"), _GLM4V),
+}
+"""By the vision config's model_type."""
+
+Tiles = Literal["whole", "overview first", "overview last", "unpadded", "resampled"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models that runs under a reduction. What a row leaves out is as most families have it.
+
+    `tiles` says how an image becomes vision tokens: "whole", or cut into tiles with the "overview first" or "overview
+    last" among them; "unpadded" is an overview, then tiles whose padding was cut away after the tower (LLaVA-NeXT);
+    "resampled" tokens have each looked at all of the image.
+    """
+
+    model_type: str  # of its config
+    model_class: str  # of transformers; from `models()` "" if the installed version lacks it
+    name: str
+    modalities: tuple[str, ...] = ("image",)  # "image", "video": what `generate` takes by arguments of their own
+    notes: str = ""  # what of it is refused, or needs a step of its own
+    needs: tuple[str, ...] = ()  # packages that its processor needs beside thinsight's own
+    since: tuple[int, int] = OLDEST  # the first transformers that has it
+    image_placeholder: str = field(default="image_token_id", repr=False)  # of its config: what images stand behind
+    video_placeholder: str | None = field(default="video_token_id", repr=False)  # None: videos share the images'
+    runs: bool = field(default=False, repr=False)  # an image is a run of vision tokens, not an entry of the encoder's
+    both_ways: bool = field(default=False, repr=False)  # a prompt's tokens see those behind them
+    tiles: Tiles = field(default="whole", repr=False)
+    tower: Tower | None = field(default=None, repr=False)  # None: as `TOWERS` has it for the vision config's model_type
+    merge: Merge = field(default=spatial_merge, repr=False)
+    projector: Projector | Literal["not known"] = field(default=NOT_KNOWN, repr=False)
+    bare_processor: str = field(default="", repr=False)  # its class, if a prompt without a template has no roles
+
+
+SupportedModel = Family
+
+_BOTH, _VISION = ("image", "video"), ("torchvision",)
+_WINDOWS = "static caches are refused: the text model's windowed layers keep theirs in a ring"
+_MISTRAL = "static caches are refused on Mistral 7B v0.1 text"
+_CONVERT = "original checkpoints: `thinsight convert`"
+
+_llava = partial(Family, projector=two_matrices)
+_unpadded = partial(_llava, tiles="unpadded")
+_tiled = partial(Family, tiles="overview last")
+_cohere = partial(_tiled, notes=_WINDOWS, merge=square("downsample_factor"), projector=gated_matrices)
+_idefics = partial(_tiled, runs=True, merge=square("scale_factor"), projector=one_matrix)
+_resampled = partial(Family, runs=True, tiles="resampled", projector=NOT_KNOWN)
+_internvl = partial(_tiled, needs=_VISION, runs=True, merge=shuffled, projector=shuffled_matrices)
+_gemma = partial(Family, merge=averaged, projector=pooled_matrix)
+_paligemma = partial(Family, both_ways=True, projector=one_matrix, bare_processor="PaliGemmaProcessor")
+_pixtral = partial(Family, merge=square("spatial_merge_size"), projector=merged_matrices)
+_ovis = partial(Family, tiles="overview first", merge=square("hidden_stride"), projector=visual_words)
+_qwen = partial(Family, modalities=_BOTH, needs=_VISION, projector=patch_merger)
+_glm = partial(_qwen, projector=convolution, video_placeholder=None)
+
+_ROWS = (
+    _cohere("aya_vision", "AyaVisionForConditionalGeneration", "Aya Vision"),
+    _cohere("cohere2_vision", "Cohere2VisionForConditionalGeneration", "Command A Vision", needs=_VISION, runs=True),
+    _llava("deepseek_vl", "DeepseekVLForConditionalGeneration", "DeepSeek-VL"),
+    _gemma("gemma3", "Gemma3ForConditionalGeneration", "Gemma 3", notes=_WINDOWS),
+    _glm("glm46v", "Glm46VForConditionalGeneration", "GLM-4.6V"),
+    _glm("glm4v", "Glm4vForConditionalGeneration", "GLM-4.1V"),
+    _glm("glm4v_moe", "Glm4vMoeForConditionalGeneration", "GLM-4.5V"),
+    _resampled("idefics2", "Idefics2ForConditionalGeneration", "Idefics2"),
+    _idefics("idefics3", "Idefics3ForConditionalGeneration", "Idefics3"),
+    _internvl("internvl", "InternVLForConditionalGeneration", "InternVL 2, 2.5, 3 and 3.5", notes=_CONVERT),
+    _pixtral("lighton_ocr", "LightOnOcrForConditionalGeneration", "LightOnOCR"),
+    _llava("llava", "LlavaForConditionalGeneration", "LLaVA-1.5 and its like, Pixtral", notes=_MISTRAL),
+    _unpadded("llava_next", "LlavaNextForConditionalGeneration", "LLaVA-NeXT (1.6)"),
+    _unpadded("llava_next_video", "LlavaNextVideoForConditionalGeneration", "LLaVA-NeXT-Video", _BOTH, needs=_VISION),
+    _unpadded("llava_onevision", "LlavaOnevisionForConditionalGeneration", "LLaVA-OneVision", _BOTH, needs=_VISION),
+    _pixtral("mistral3", "Mistral3ForConditionalGeneration", "Mistral Small 3.1 and later", needs=_VISION),
+    _ovis("ovis2", "Ovis2ForConditionalGeneration", "Ovis2"),
+    _paligemma("paligemma", "PaliGemmaForConditionalGeneration", "PaliGemma 1 and 2"),
+    _qwen("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2.5-VL"),
+    _qwen("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2-VL"),
+    _qwen("qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3-VL"),
+    _qwen("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", "Qwen3-VL MoE"),
+    _idefics("smolvlm", "SmolVLMForConditionalGeneration", "SmolVLM 1 and 2", needs=(*_VISION, "num2words")),
+    _llava("video_llava", "VideoLlavaForConditionalGeneration", "Video-LLaVA", _BOTH, needs=_VISION),
+    _llava("vipllava", "VipLlavaForConditionalGeneration", "VipLLaVA"),
+)
+FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
+"""By model_type."""
+
+
+# -- looking one up ------------------------------------------------------------------------------------------
+
+
+def family_of(config: Any) -> Family:
+    """The row of a model's config, object or dict; of a family without one, what holds for most.
+
+    A config that does not say its model_type is read as LLaVA's.
+    """
+    kind = field_of(config, "model_type") or "llava"
+    return FAMILIES[kind] if kind in FAMILIES else Family(kind, "", kind)
+
+
+def tower_of(config: Any) -> Tower:
+    """The kind of a config's vision tower; of one that is not known, its `images` are `NOT_KNOWN`."""
+    kind = field_of(field_of(config, "vision_config"), "model_type")
+    return family_of(config).tower or TOWERS.get(kind) or Tower()
+
+
+def has_roles(processor: Any) -> bool:
+    """Whether a prompt of a processor without a chat template says who speaks."""
+    return type(processor).__name__ not in {row.bare_processor for row in FAMILIES.values()}
+
+
+def models() -> tuple[SupportedModel, ...]:
+    """All families of models that run under a reduction, by model_type."""
+    installed = tuple(int(part) for part in metadata.version("transformers").split(".")[:2])
+    rows = sorted(FAMILIES.values(), key=lambda row: row.model_type)
+    return tuple(row if row.since <= installed else replace(row, model_class="") for row in rows)
