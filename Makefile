@@ -56,12 +56,10 @@ look: .venv/ready
 # out/bench; those of benchmarks/results are another machine's.
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.prefill --resume --out out/bench/prefill.json
-	$(BIN)/python -m benchmarks.prefill --resume --out out/bench/prefill.json --no-demos --pack
 
 # How much of that the device itself allows: the stock decoder on as many tokens as each layer sees.
 limit: .venv/ready
 	$(BIN)/python -m benchmarks.limit --resume --out out/bench/limit.json --side 24
-	$(BIN)/python -m benchmarks.limit --resume --out out/bench/limit.json --side 24 --pack
 	$(BIN)/python -m benchmarks.products --out out/bench/products.json
 
 # The same prompts through other ways of dropping tokens.

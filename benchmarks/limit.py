@@ -29,12 +29,11 @@ from benchmarks.prefill import (
     random_models,
     workload,
 )
-from benchmarks.table import RESULTS, Columns, Results, Row, about, number, setting, weights
+from benchmarks.table import RESULTS, Columns, Results, Row, about, number, setting
 from thinsight import Reduction
 
 COLUMNS: Columns = {
     **{name: setting(name) for name in ("N", "batch", "schedule")},
-    "weights": weights,
     "FLOPs": number("flops_ratio", "{:.2f}"),
     "limit": number("limit_ratio", "{:.2f}"),
     "measured": number("ratio", "{:.2f}"),
@@ -99,7 +98,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                     "N": shape.vision_tokens,
                     "batch": batch,
                     "dtype": arguments.dtype,
-                    "packed": arguments.pack,
                     "schedule": name,
                 }
                 if not results.has(settings):

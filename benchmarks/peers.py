@@ -265,7 +265,6 @@ def run(arguments: argparse.Namespace, results: Results) -> None:
                 "N": shape.vision_tokens,
                 "batch": batch,
                 "dtype": arguments.dtype,
-                "packed": arguments.pack,
                 "runs": arguments.runs,
             }
             if not results.has(settings):

@@ -28,14 +28,13 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from benchmarks.share import peak_of, share_of, synchronize
-from benchmarks.table import MIB, RESULTS, Columns, Results, Row, about, number, setting, weights
+from benchmarks.table import MIB, RESULTS, Columns, Results, Row, about, number, setting
 from thinsight import Reduction, Schedule, apply, load_examples
 from thinsight.baselines import fastv
 from thinsight.budget import KeepBudget
 from thinsight.cost import breakdown
 from thinsight.evaluation.prompts import typical_batch
 from thinsight.loading import DEMOS, load_demo
-from thinsight.packing import pack, packed_layers
 from thinsight.runtime import encode_images, num_layers, vision_token_mask
 from thinsight.runtime.cache import CACHE
 from thinsight.searches.shapes import sigmoid
@@ -224,9 +223,8 @@ def sizes(work: Workload, reduction: Reduction) -> Row:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of the weights, packed ones included."""
-    packed = sum(layer.weight.nbytes for layer in packed_layers(model))
-    return packed + sum(weight.nbytes for weight in model.parameters())
+    """Bytes of the weights."""
+    return sum(weight.nbytes for weight in model.parameters())
 
 
 def _cached(work: Workload) -> tuple[int, int | None]:
@@ -283,11 +281,7 @@ MEASURED: Columns = {
     "scoring": number("scoring_share", "{:.2f} %", 100),
     "hooks": number("hooks_share", "{:.2f} %", 100),
 }
-COLUMNS: Columns = {
-    **{name: setting(name) for name in ("model", "N", "batch", "schedule")},
-    "weights": weights,
-    **MEASURED,
-}
+COLUMNS: Columns = {**{name: setting(name) for name in ("model", "N", "batch", "schedule")}, **MEASURED}
 
 
 # --- rows
@@ -305,7 +299,6 @@ def settings_of(name: str, work: Workload, schedule: str, runs: Runs) -> Row:
         "batch": work.batch,
         "schedule": schedule,
         "dtype": str(work.model.dtype).removeprefix("torch."),
-        "packed": bool(packed_layers(work.model)),
         **asdict(runs),
     }
 
@@ -327,8 +320,6 @@ def random_models(arguments: argparse.Namespace) -> Iterator[tuple[Shape, Any]]:
     for side in arguments.side:
         shape = Shape(arguments.hidden, arguments.layers, side)
         model = build(shape, getattr(torch, arguments.dtype), arguments.device)
-        if arguments.pack:
-            pack(model)
         yield shape, model
 
 
@@ -355,7 +346,6 @@ def add_shape_options(parser: argparse.ArgumentParser, batch: list[int]) -> None
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--side", type=int, nargs="*", default=[24, 48], help="patches a side; N is its square")
     parser.add_argument("--batch", type=int, nargs="+", default=batch)
-    parser.add_argument("--pack", action="store_true", help="weights in the order the CPU's kernels read")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 

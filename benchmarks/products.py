@@ -2,7 +2,8 @@
 
 `python -m benchmarks.products` (part of `make limit`). A decoder's weights are larger than any cache, so each
 layer reads them anew. The more tokens share a reading, the less it matters; this says how much it does for as
-few as a reduced model's deep layers see. Weights are packed, so that nothing but the product is timed.
+few as a reduced model's deep layers see. Weights lie as oneDNN reads
+them, so that nothing but the product is timed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.prefill import Shape, build, milliseconds
 from benchmarks.table import RESULTS, Columns, Results, Row, about, number, setting
-from thinsight.packing import pack
 
 COLUMNS: Columns = {
     "tokens": setting("tokens"),
@@ -41,8 +41,8 @@ def products(hidden: int, layers: int, tokens: Sequence[int], runs: int) -> list
         runs: timed rounds.
     """
     model = build(Shape(hidden, layers, side=2), torch.float32, "cpu")
-    pack(model, smallest=0)
-    weights = [layer.self_attn.o_proj for layer in model.get_decoder().layers]
+    plain = [layer.self_attn.o_proj.weight for layer in model.get_decoder().layers]
+    weights = [torch.ops.mkldnn._reorder_linear_weight(weight.detach()) for weight in plain]
     times: dict[tuple[int, str], list[float]] = {}
     for _ in range(runs + 1):
         for count in tokens:
@@ -68,9 +68,9 @@ def products(hidden: int, layers: int, tokens: Sequence[int], runs: int) -> list
     ]
 
 
-def _all(states: Tensor, layers: Sequence[nn.Linear]) -> None:
-    for layer in layers:
-        layer(states)
+def _all(states: Tensor, weights: Sequence[Tensor]) -> None:
+    for weight in weights:
+        torch.ops.mkldnn._linear_pointwise(states, weight, None, "none", [], "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

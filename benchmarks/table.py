@@ -111,8 +111,3 @@ def number(name: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
         return "-" if value is None else form.format(scale * value)
 
     return cell
-
-
-def weights(row: Row) -> str:
-    """A cell that shows how weights lay."""
-    return "packed" if row["packed"] else "plain"

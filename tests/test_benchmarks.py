@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from benchmarks import gpu, limit, peers, prefill, products, search_cost, table
-from thinsight.packing import packed_layers
 from thinsight.reduction import Reduction
 from thinsight.runtime import vision_token_mask
 from thinsight.runtime.cache import CACHE
@@ -59,7 +58,6 @@ def test_prefill_rows_and_resume(tmp_path: Path) -> None:
     assert 0 < row["scoring_share"] + row["hooks_share"] < 1
     assert {"full_peak_bytes", "reduced_peak_bytes"} <= set(row)
 
-    assert row["packed"] is False
     options = [*PREFILL, "--batch", "1", "2", "--schedules", "gsearch", "fastv-50", "--out", str(out)]
     prefill.main([*options, "--resume"])
     rows = read(out)["rows"]
@@ -70,16 +68,6 @@ def test_prefill_rows_and_resume(tmp_path: Path) -> None:
     page = out.with_suffix(".md")
     assert table_rows(page) == 4
     assert page.read_text().splitlines()[-1].endswith(f"transformers {first['transformers']}.")
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-def test_packed_weights_are_counted_like_plain_ones() -> None:
-    options = Namespace(side=[2], hidden=512, layers=1, dtype="float32", device="cpu")
-    ((_, plain),) = prefill.random_models(Namespace(pack=False, **vars(options)))
-    ((_, packed),) = prefill.random_models(Namespace(pack=True, **vars(options)))
-    assert packed_layers(packed)
-    assert not packed_layers(plain)
-    assert prefill.weight_bytes(packed) == prefill.weight_bytes(plain)
 
 
 def test_resume_refuses_rows_of_another_machine(tmp_path: Path) -> None:

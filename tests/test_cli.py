@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,10 @@ from PIL import Image
 from small_run import SmallRun, make_small_run
 from typer.testing import CliRunner, Result
 
-from thinsight import Reduction, Schedule, __version__, cli, get_ranker, list_rankers, loading, packing
+from thinsight import Reduction, Schedule, __version__, cli, get_ranker, list_rankers, loading
 from thinsight.cli import app
 from thinsight.evaluation import examples as example_files
 from thinsight.evaluation import full_model
-from thinsight.job import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -170,13 +168,6 @@ def test_search_then_everything_else_on_its_folder(
     assert timed.exit_code == 0
     assert "Decoder FLOPs of the median prompt" in timed.stdout
     assert "KV cache after prefill, measured" in timed.stdout
-
-    small_layers = error_of("bench", *on_it, "--pack", "--batch-size", 2)
-    assert "no plain linear layer of 524288 weights" in small_layers
-    monkeypatch.setattr(commands, "pack", partial(packing.pack, smallest=0))
-    packed = run("bench", *on_it, "--pack", "--runs", 1, "--new-tokens", 1, "--batch-size", 2)
-    assert packed.exit_code == 0
-    assert "timed on packed weights" in packed.stdout
 
     (tmp_path / "run" / "report.html").unlink()
     assert run("report", "run").exit_code == 0

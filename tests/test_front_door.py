@@ -25,11 +25,11 @@ from thinsight.timing import Measurement, Timing
 SOURCE = Path(ts.__file__)
 NAMES = {
     "Adaptive", "BadInput", "CapturedPrefill", "Evaluation", "Evaluator", "EvaluatorPool", "Example",
-    "Frontier", "Handle", "MissingPackage", "PackedModel", "RankConsistency", "Ranker", "Reduction",
+    "Frontier", "Handle", "MissingPackage", "RankConsistency", "Ranker", "Reduction",
     "Schedule", "SearchResult", "StorageError", "SupportedModel", "ThinsightError", "Unreachable",
     "Unsupported", "__version__", "adaptive_search", "apply", "baselines", "budget", "cost",
     "drop_interval", "encode_images", "errors", "frontier", "get_ranker", "gsearch", "list_rankers",
-    "load_demo", "load_examples", "load_model", "models", "pack", "paired_bootstrap", "psigmoid",
+    "load_demo", "load_examples", "load_model", "models", "paired_bootstrap", "psigmoid",
     "random_search", "rank_consistency", "search", "sensitivity_search", "timing",
 }  # fmt: skip
 

@@ -63,11 +63,6 @@ def captured(model: Any) -> Any:
         return fast.replayed, logits.tolist()
 
 
-def packed(model: Any) -> Any:
-    with ts.pack(model, smallest=0) as found:
-        return len(found._layers)
-
-
 def timed(model: Any) -> Any:
     found = measure(model, INPUTS, SCHEDULE, runs=1, warmup=0, new_tokens=2)
     return found.kv_full, found.kv_reduced, found.device
@@ -86,7 +81,6 @@ USES: dict[str, Callable[[Any], Any]] = {
     "encode_images": lambda model: [each.tolist() for each in ts.encode_images(model, INPUTS).features],
     "layer_scores": lambda model: layer_scores(model, INPUTS).scores.tolist(),
     "CapturedPrefill": captured,
-    "pack": packed,
     "measure": timed,
     "profile": lambda model: profile(model, INPUTS, rates=(0.5, 1.0), runs=1, warmup=0).tokens,
 }

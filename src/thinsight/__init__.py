@@ -39,8 +39,6 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .families import models as models
     from .loading import load_demo as load_demo
     from .loading import load_model as load_model
-    from .packing import PackedModel as PackedModel
-    from .packing import pack as pack
     from .ranking import Ranker as Ranker
     from .ranking import get_ranker as get_ranker
     from .ranking import list_rankers as list_rankers
@@ -77,7 +75,6 @@ _NAMES = {
         "rank_consistency",
     ),
     "loading": ("load_demo", "load_model"),
-    "packing": ("PackedModel", "pack"),
     "ranking": ("Ranker", "get_ranker", "list_rankers"),
     "reduction": ("Reduction",),
     "runtime": ("CapturedPrefill", "Handle", "apply", "encode_images", "remove"),

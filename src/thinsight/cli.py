@@ -417,9 +417,6 @@ def bench(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts that are timed together.")] = 8,
     runs: Annotated[int, typer.Option("--runs", min=1, help="Measured runs of each side.")] = 7,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Length of the whole answer.")] = 16,
-    packed: Annotated[
-        bool, typer.Option("--pack", help="Both sides on weights in the order the CPU's kernels read them.")
-    ] = False,
     dtype: Dtype = "auto",
     device: Device = "auto",
     attn: Attn = "sdpa",
@@ -432,7 +429,7 @@ def bench(
     options = commands.JobOptions(_model_options(model, dtype, device, attn, trust_remote_code), data, limit, reduction)
     result = _watched(
         lambda watcher: commands.bench(
-            options, batch_size=batch_size, runs=runs, new_tokens=new_tokens, packed=packed, watcher=watcher
+            options, batch_size=batch_size, runs=runs, new_tokens=new_tokens, watcher=watcher
         )
     )
     print_report(result.data, Console())

@@ -18,7 +18,6 @@ from tiny import tiny_llava
 from torch import nn
 
 from thinsight.evaluation.features import hash_model
-from thinsight.packing import pack
 from thinsight.runtime.families import decoder
 
 
@@ -132,22 +131,25 @@ def test_autocast_has_a_hash_of_its_own(dtype: torch.dtype) -> None:
         assert len({plain, cast, hash_of(model)}) == 3
 
 
-def test_a_packed_models_weights_are_copied_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_made_anew_are_there_one_at_a_time() -> None:
+    """As those of layers that hold them in another form."""
     model = tiny_llava()
     plain = hash_of(model)
-    with pack(model, smallest=0) as packed:
-        kind = type(packed._layers[0])
-        weight, copies, most = kind.weight.fget, [], 0
+    copies, most = [], 0
 
-        def copy(layer: nn.Linear) -> torch.Tensor:
+    class Made(nn.Linear):
+        def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
             nonlocal most
-            copies.append(weakref.ref(made := weight(layer)))
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            copies.append(weakref.ref(made := self.weight.detach().clone()))
+            destination[f"{prefix}weight"] = made
             most = max(most, sum(each() is not None for each in copies))
-            return made
 
-        monkeypatch.setattr(kind, "weight", property(copy))
-        assert hash_of(model) == plain
-        assert len(copies) == 4 * 7 + 1
+    for layer in [*model.get_decoder().layers.modules(), model.lm_head]:
+        if type(layer) is nn.Linear:
+            layer.__class__ = Made
+    assert hash_of(model) == plain
+    assert len(copies) == 4 * 7 + 1
     assert most <= 2  # the next one is made before the last one is forgotten
 
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..errors import BadInput
-from ..packing import packed_layers
 from ..ranking import VISION_ATTENTION, autocasts, get_ranker
 from ..runtime import EncodedImages, encode_images
 from ..runtime.families import decoder
@@ -65,7 +64,7 @@ def hash_model(digest: Any, model: Any, without: Collection[Any] = ()) -> None:
 
 def _hash_weights(digest: Any, prefix: str, module: torch.nn.Module) -> None:
     """The tensors that a module itself has, as its model's `state_dict` gives them: of all modules at once
-    that would be a copy of every weight that is packed, and none of those that wait on a disk."""
+    that would be a copy of every weight that is made anew each time, and none of those that wait on a disk."""
     own: dict[str, Any] = {}
     with align_module_device(module):
         module._save_to_state_dict(own, prefix, keep_vars=False)
@@ -164,7 +163,6 @@ def hash_machine(digest: Any, model: Any) -> None:
             [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
             torch.get_float32_matmul_precision(),
             _kernels(model),
-            len(packed_layers(model)),
         ],
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,7 +19,6 @@ from ..evaluation.evaluator import check_metric
 from ..evaluation.examples import Example, Progress, load_examples, read_examples, validate_examples
 from ..evaluation.images import check_exists
 from ..evaluation.prompts import PromptReader, typical_batch
-from ..packing import pack
 from ..progress import Watcher
 from ..report import words
 from ..report.data import DatasetInfo, Headline, Picture, ReportData
@@ -172,13 +170,7 @@ def analyze(options: JobOptions, *, watcher: Watcher | None = None) -> ReportDat
 
 
 def bench(
-    options: JobOptions,
-    *,
-    batch_size: int = 8,
-    runs: int = 7,
-    new_tokens: int = 16,
-    packed: bool = False,
-    watcher: Watcher | None = None,
+    options: JobOptions, *, batch_size: int = 8, runs: int = 7, new_tokens: int = 16, watcher: Watcher | None = None
 ) -> BenchResult:
     """Measured time, KV cache and FLOPs, full against reduced in one run.
 
@@ -188,11 +180,10 @@ def bench(
             times are of from machine to machine.
         runs: measured runs of each side.
         new_tokens: length of the whole answer.
-        packed: whether both sides run on packed weights, see `thinsight.pack`.
         watcher: told what is being done.
 
     Raises:
-        ThinsightError: bad input, or weights that cannot be packed.
+        ThinsightError: bad input.
     """
     watcher = watcher or Watcher()
     for name, value in (("batch_size", batch_size), ("runs", runs), ("new_tokens", new_tokens)):
@@ -203,19 +194,11 @@ def bench(
     reader = PromptReader(opened.model, opened.processor)
     prompt = _median(opened, reader, examples, watcher.on_progress)
     inputs = typical_batch(opened.processor, examples, batch_size, reader)
-    with pack(opened.model) if packed else nullcontext():
-        watcher.on_stage("Timing full against reduced")
-        measurement = measure(
-            opened.model,
-            inputs,
-            found.reduction,
-            runs=runs,
-            new_tokens=new_tokens,
-            progress=functools.partial(watcher.on_progress, "timing"),
-        )
-    how = "timed on packed weights" if packed else "timed"
+    watcher.on_stage("Timing full against reduced")
+    progress = functools.partial(watcher.on_progress, "timing")
+    measurement = measure(opened.model, inputs, found.reduction, runs=runs, new_tokens=new_tokens, progress=progress)
     data = replace(
-        _about(f"{options.model.model} under {found.where}, {how}", opened, prompt),
+        _about(f"{options.model.model} under {found.where}, timed", opened, prompt),
         keep_rates=found.reduction.schedule.keep_rates,
         timing=timing_rows(measurement),
     )
