@@ -45,12 +45,10 @@ def spices() -> Registry[type]:
 
 def test_names_in_the_order_they_entered(spices: Registry[type]) -> None:
     assert list(spices) == ["salt", "pepper"]
-    assert len(spices) == 2
     assert spices["salt"] is Salt
     assert spices.values() == [Salt, Pepper]
     assert "salt" in spices
     assert "sugar" not in spices
-    assert repr(spices) == "<spices: salt, pepper>"
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest(spices: Registry[type]) -> None:

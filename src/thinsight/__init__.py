@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .evaluation import Evaluator as Evaluator
     from .evaluation import EvaluatorPool as EvaluatorPool
     from .evaluation import Example as Example
+    from .evaluation import Metric as Metric
     from .evaluation import RankConsistency as RankConsistency
     from .evaluation import drop_interval as drop_interval
     from .evaluation import load_examples as load_examples
@@ -56,6 +57,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .searches.psigmoid import psigmoid as psigmoid
     from .searches.random_search import random_search as random_search
     from .searches.result import SearchResult as SearchResult
+    from .searches.search import Search as Search
     from .searches.search import search as search
     from .searches.sensitivity import sensitivity_search as sensitivity_search
 
@@ -68,6 +70,7 @@ _NAMES = {
         "Evaluator",
         "EvaluatorPool",
         "Example",
+        "Metric",
         "RankConsistency",
         "drop_interval",
         "load_examples",
@@ -81,6 +84,7 @@ _NAMES = {
     "schedule": ("Schedule",),
     "searches": (
         "Frontier",
+        "Search",
         "SearchResult",
         "adaptive_search",
         "frontier",

@@ -8,9 +8,8 @@ solves its one free parameter so that the cost comes to the budget within one to
 it. Where a paper's layers were chosen for 32 of them, the paper's numbers are the default, and
 ``scale_layers=True`` brings them to the model's depth: layer K of 32 becomes ``max(1, round(K * L / 32))``.
 
-To add a method: write one function that returns a ``Reduction``; give it one parameter that raises its cost
-and, for ``budget=``, hand ``budget.fit`` the function from that parameter to a schedule; enter it in
-``BASELINES``.
+To add a method: write one function that returns a ``Reduction``; give it one parameter that raises its cost and, for
+``budget=``, hand ``budget.fit`` the function from that parameter to a schedule; enter it in ``BASELINES``.
 """
 
 from __future__ import annotations
@@ -20,33 +19,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from .adaptive import Adaptive
 from .budget import Budget, fill, fit, fit_rate
 from .errors import BadInput
 from .reduction import Reduction
+from .registry import Registry
 from .schedule import Schedule
-
-__all__ = [
-    "BASELINES",
-    "Baseline",
-    "cdpruner",
-    "dart",
-    "divprune",
-    "downsample",
-    "fastervlm",
-    "fastv",
-    "fitprune",
-    "get_baseline",
-    "pyramiddrop",
-    "random",
-    "sparsevlm",
-    "uniform",
-    "visionzip",
-    "vispruner",
-    "vtw",
-]
 
 RankerSpec = str | Mapping[str, Any]
 
@@ -324,38 +305,26 @@ class Baseline:
         return self.function(budget=budget, **options)
 
 
-BASELINES: dict[str, Baseline] = {
-    each.name: each
-    for each in (
-        Baseline("fastv", "FastV", "Chen et al., ECCV 2024", "2403.06764", fastv, has_layers=True),
-        Baseline("vtw", "VTW", "Lin et al., AAAI 2025", "2405.05803", vtw),
-        Baseline("pyramiddrop", "PyramidDrop", "Xing et al., CVPR 2025", "2410.17247", pyramiddrop),
-        Baseline("sparsevlm", "SparseVLM", "Zhang et al., ICML 2025", "2410.04417", sparsevlm, has_layers=True),
-        Baseline("fitprune", "FitPrune", "Ye et al., AAAI 2025", "2409.10197", fitprune, needs_statistics=True),
-        Baseline("visionzip", "VisionZip", "Yang et al., CVPR 2025", "2412.04467", visionzip),
-        Baseline("fastervlm", "FasterVLM", "Zhang et al., 2024", "2412.01818", fastervlm),
-        Baseline("vispruner", "VisPruner", "Zhang et al., ICCV 2025", "2412.01818", vispruner),
-        Baseline("divprune", "DivPrune", "Alvar et al., CVPR 2025", "2503.02175", divprune),
-        Baseline("cdpruner", "CDPruner", "Zhang et al., NeurIPS 2025", "2506.10967", cdpruner),
-        Baseline("dart", "DART", "Wen et al., 2025", "2502.11494", dart, has_layers=True),
-        Baseline("autoprune", "AutoPrune", "Wang et al., NeurIPS 2025", "2509.23931", autoprune),
-        Baseline("random", "Random", "", "", random),
-        Baseline("uniform", "Uniform", "", "", uniform),
-        Baseline("downsample", "Downsampling", "", "", downsample),
-    )
-}
-
-
-def get_baseline(name: str) -> Baseline:
-    """A baseline by its name.
-
-    Raises:
-        ThinsightError: there is no such baseline.
-    """
-    try:
-        return BASELINES[name]
-    except (KeyError, TypeError):
-        raise BadInput(f"baseline is {name!r}; choose one of {', '.join(BASELINES)}") from None
+BASELINES: Registry[Baseline] = Registry("baseline", code=attrgetter("function"))
+for _each in (
+    Baseline("fastv", "FastV", "Chen et al., ECCV 2024", "2403.06764", fastv, has_layers=True),
+    Baseline("vtw", "VTW", "Lin et al., AAAI 2025", "2405.05803", vtw),
+    Baseline("pyramiddrop", "PyramidDrop", "Xing et al., CVPR 2025", "2410.17247", pyramiddrop),
+    Baseline("sparsevlm", "SparseVLM", "Zhang et al., ICML 2025", "2410.04417", sparsevlm, has_layers=True),
+    Baseline("fitprune", "FitPrune", "Ye et al., AAAI 2025", "2409.10197", fitprune, needs_statistics=True),
+    Baseline("visionzip", "VisionZip", "Yang et al., CVPR 2025", "2412.04467", visionzip),
+    Baseline("fastervlm", "FasterVLM", "Zhang et al., 2024", "2412.01818", fastervlm),
+    Baseline("vispruner", "VisPruner", "Zhang et al., ICCV 2025", "2412.01818", vispruner),
+    Baseline("divprune", "DivPrune", "Alvar et al., CVPR 2025", "2503.02175", divprune),
+    Baseline("cdpruner", "CDPruner", "Zhang et al., NeurIPS 2025", "2506.10967", cdpruner),
+    Baseline("dart", "DART", "Wen et al., 2025", "2502.11494", dart, has_layers=True),
+    Baseline("autoprune", "AutoPrune", "Wang et al., NeurIPS 2025", "2509.23931", autoprune),
+    Baseline("random", "Random", "", "", random),
+    Baseline("uniform", "Uniform", "", "", uniform),
+    Baseline("downsample", "Downsampling", "", "", downsample),
+):
+    BASELINES.register(_each)
+get_baseline = BASELINES.__getitem__
 
 
 def _scaled_curve(mean: float, initial: float, curve: Sequence[float], layer: int) -> Schedule:

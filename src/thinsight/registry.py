@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
@@ -33,16 +33,10 @@ class Registry(Generic[T]):
     """
 
     def __init__(
-        self,
-        kind: str,
-        group: str | None = None,
-        builtin: tuple[str, ...] = (),
-        code: Callable[[T], Any] = lambda item: item,
+        self, kind: str, group: str | None = None, builtin: Sequence[str] = (), code: Callable[[T], Any] = lambda it: it
     ) -> None:
-        self.kind, self.group = kind, group
-        self._builtin, self._code = builtin, code
+        self.kind, self._group, self._builtin, self._code = kind, group, [*builtin], code
         self._items: dict[str, T] = {}
-        self._plugins_loaded = group is None
 
     def register(self, item: T, name: str | None = None) -> T:
         """Enter an item by its own ``name`` or the given one; also a class decorator.
@@ -94,9 +88,6 @@ class Registry(Generic[T]):
         """All items."""
         return [self._items[name] for name in self]
 
-    def __repr__(self) -> str:
-        return f"<{self.kind}s: {', '.join(self)}>"
-
     def _place(self, item: T) -> str:
         named = self._code(item)
         named = named if hasattr(named, "__qualname__") else type(named)
@@ -105,14 +96,12 @@ class Registry(Generic[T]):
     def _load_builtin(self) -> None:
         while self._builtin:
             # taken off first: the module may itself ask for a name while it is imported
-            module, self._builtin = self._builtin[0], self._builtin[1:]
+            module, *self._builtin = self._builtin
             import_module(module)
 
     def _load_plugins(self) -> None:
-        if self._plugins_loaded:
-            return
-        self._plugins_loaded = True
-        for point in sorted(entry_points(group=self.group or ""), key=lambda point: (point.name, point.value)):
+        group, self._group = self._group, None
+        for point in sorted(entry_points(group=group), key=str) if group else ():
             self._load_plugin(point)
 
     def _load_plugin(self, point: EntryPoint) -> None:

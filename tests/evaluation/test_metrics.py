@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thinsight.errors import ThinsightError
-from thinsight.evaluation.metrics import METRICS, edit_distance, get_metric, normalize_vqa, option_letter, options_of
+from thinsight.evaluation.metrics import (
+    METRICS,
+    Metric,
+    edit_distance,
+    get_metric,
+    normalize_vqa,
+    option_letter,
+    options_of,
+)
+from thinsight.testing import MetricContract
 
 
 @pytest.mark.parametrize(
@@ -286,6 +295,12 @@ def test_every_metric_names_its_source(name):
 )
 def test_chance_goes_by_the_form_of_the_answers(name, answers, question, chance):
     assert METRICS[name].chance(answers, question) == pytest.approx(chance)
+
+
+class TestEveryMetric(MetricContract):
+    @pytest.fixture(params=METRICS)
+    def metric(self, request: pytest.FixtureRequest) -> Metric:
+        return METRICS[request.param]
 
 
 def test_unknown_metric_lists_the_known_ones():

@@ -19,10 +19,9 @@ from thinsight import Reduction, Schedule, cli, loading
 from thinsight.errors import BadInput
 from thinsight.job import search_options
 from thinsight.job.opening import ModelOptions
-from thinsight.job.search_options import LEAST_TRIALS, SearchOptions
-from thinsight.searches.frontier import frontier
-from thinsight.searches.gsearch import gsearch
-from thinsight.searches.search import METHODS
+from thinsight.job.search_options import FRONTIER, SearchOptions
+from thinsight.searches.search import SEARCHES as NAMED
+from thinsight.searches.search import under_budget
 
 COMMANDS: dict[str, Any] = {
     str(command.name or command.callback.__name__): command.callback
@@ -37,7 +36,7 @@ SEARCHES = {
     "gsearch, bayes": {"method": "gsearch", "solver": "bayes"},
     "frontier": {"frontier": True},
     "frontier, budget": {"frontier": True, "budget": 0.5},
-    **{name: {"method": name, "budget": 0.5} for name in METHODS},
+    **{name: {"method": name, "budget": 0.5} for name in under_budget()},
     "budget": {"budget": 0.5},
 }
 VALUES = {
@@ -130,12 +129,12 @@ def said(option: str, value: str) -> list[str]:
 
 
 def test_the_table_has_every_search_and_every_option_that_one_of_them_lacks() -> None:
-    assert {name.split(",")[0] for name in SEARCHES} == {"gsearch", "frontier", "budget", *METHODS}
+    assert {name.split(",")[0] for name in SEARCHES} == {"gsearch", "frontier", "budget", *under_budget()}
     assert set(TAKEN) == set(SEARCHES)
     assert set(search_options._PARAMETERS) <= set(VALUES)
     own = {"evaluator", "budgets", "study", "resume", "observer", "rankers", "amplitude", "floor"}
-    for search in (gsearch, frontier, *METHODS.values()):
-        names = set(search_options.inspect.signature(search).parameters) - own
+    for search in (FRONTIER, *NAMED.values()):
+        names = set(search.parameters) - own
         assert names - {"warm_start"} <= set(VALUES), search
 
 
@@ -159,19 +158,19 @@ def test_an_option_is_taken_or_refused_by_name(search: str, option: str, small: 
 
 @pytest.mark.parametrize("search", ["adaptive", "frontier", "psigmoid", "random", "sensitivity", "gsearch, bayes"])
 def test_too_few_trials_are_refused_at_once(search: str, small: SmallRun) -> None:
-    least = LEAST_TRIALS[search.split(",")[0]]
     options = SearchOptions(model=ModelOptions(small.model, device="cpu"), **SEARCHES[search])
+    least = options.search.least_trials
     replace(options, n_trials=least).check()
     with pytest.raises(BadInput, match=f"n_trials is {least - 1}: "):
         replace(options, n_trials=least - 1).check()
 
 
-@pytest.mark.parametrize("name", ["frontier", *METHODS])
+@pytest.mark.parametrize("name", ["frontier", *under_budget()])
 def test_the_fewest_trials_are_those_that_the_search_itself_asks_for(name: str) -> None:
-    search: Any = frontier if name == "frontier" else METHODS[name]
-    words = f"n_trials is {{}}; it must be a whole number of at least {LEAST_TRIALS[name]}"
-    with pytest.raises(BadInput, match=words.format(LEAST_TRIALS[name] - 1)):
-        search(None, None, n_trials=LEAST_TRIALS[name] - 1)
+    search = FRONTIER if name == "frontier" else NAMED[name]
+    least = search.least_trials
+    with pytest.raises(BadInput, match=f"n_trials is {least - 1}; it must be a whole number of at least {least}"):
+        search(None, None, n_trials=least - 1)
 
 
 @pytest.mark.parametrize(

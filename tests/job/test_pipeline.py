@@ -24,12 +24,12 @@ from thinsight.errors import StorageError, ThinsightError
 from thinsight.evaluation import full_model
 from thinsight.evaluation.full_model import FullModel
 from thinsight.job import pipeline
-from thinsight.job import pipeline as searching
 from thinsight.job.opening import ModelOptions
 from thinsight.job.pipeline import SearchOptions, SearchOutcome, search_and_report
 from thinsight.loading import checkpoint_hash, load_model
 from thinsight.progress import Watcher
 from thinsight.report import load_report_data
+from thinsight.searches import Search
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ def test_resuming_runs_no_stage_again(outcome: SearchOutcome, small: SmallRun, m
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("this stage was done already")
 
-    for room, name in ((searching, "gsearch"), (pipeline, "measure"), (pipeline, "rank_consistency")):
+    for room, name in ((Search, "__call__"), (pipeline, "measure"), (pipeline, "rank_consistency")):
         monkeypatch.setattr(room, name, refuse)
     monkeypatch.setattr(Evaluator, "_decode", refuse)
     monkeypatch.setattr(FullModel, "_answer", refuse)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from plain import cosine, plain_images, ranking
-from test_rankers import context
 
 from thinsight.ranking import get_ranker
+from thinsight.testing import ranking_context as context
 
 
 def published(tokens, text, vision_pivots: int, text_pivots: int) -> list[int]:

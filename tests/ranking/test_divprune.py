@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 from plain import cosine, plain_images, ranking
-from test_rankers import context
 
 from thinsight.ranking import get_ranker
+from thinsight.testing import ranking_context as context
 
 
 def published(tokens) -> list[int]:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from plain import plain_images
-from test_rankers import context
 
 from thinsight.ranking import choose, get_ranker
+from thinsight.testing import ranking_context as context
 
 
 def cells(side: int, kept: list[int]) -> dict[int, list[int]]:

@@ -1,4 +1,4 @@
-"""The contract, held to by every ranker that is registered."""
+"""The contract, held to by every ranker that is registered, and what each one is for."""
 
 from __future__ import annotations
 
@@ -7,174 +7,21 @@ import torch
 
 from thinsight.errors import ThinsightError
 from thinsight.ranking import STATES, Context, Ranker, best, choose, get_ranker, list_rankers, register
-
-HIDDEN = 12
-SIZES = [[16], [16, 9], [], [1]]  # per row, N of each image
-
-
-def context(sizes: list[list[int]] = SIZES, seed: int = 0, alive: torch.Tensor | None = None) -> Context:
-    """A context with random attention, rows of different lengths padded at the end."""
-    draw = torch.Generator().manual_seed(seed)
-    tokens = max(1, *(sum(row) for row in sizes))
-    image, index, size = (torch.zeros(len(sizes), tokens, dtype=torch.long) for _ in range(3))
-    valid = torch.zeros(len(sizes), tokens, dtype=torch.bool)
-    for row, row_sizes in enumerate(sizes):
-        place = 0
-        for number, n in enumerate(row_sizes):
-            here = slice(place, place + n)
-            image[row, here], size[row, here], valid[row, here] = number, n, True
-            index[row, here] = torch.arange(n)
-            place += n
-    valid = valid if alive is None else alive
-    queries = torch.rand(len(sizes), 5, generator=draw) < 0.7
-    queries[:, 0] = True
-    attention = torch.rand(len(sizes), 3, 5, tokens, generator=draw) * valid[:, None, None]
-    return Context(
-        layer=2,
-        valid=valid,
-        image=image,
-        index=index,
-        size=size,
-        attention=attention,
-        queries=queries,
-        vision_attention=torch.rand(len(sizes), tokens, generator=draw),
-        states=torch.randn(len(sizes), tokens, HIDDEN, generator=draw),
-        text_states=torch.randn(len(sizes), 5, HIDDEN, generator=draw),
-    )
+from thinsight.testing import SIZES, RankerContract
+from thinsight.testing import ranking_context as context
 
 
 def changed(given: Context, **what: torch.Tensor | None) -> Context:
     return Context(**{**vars(given), **what})
 
 
-def where_true(mask: torch.Tensor, tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """`tensor` (batch, tokens, ...) with `other` where `mask` (batch, tokens) is True."""
-    return torch.where(mask.view(*mask.shape, *(1,) * (tensor.ndim - 2)), other, tensor)
+class TestEveryRanker(RankerContract):
+    @pytest.fixture(params=list_rankers())
+    def ranker(self, request: pytest.FixtureRequest) -> Ranker:
+        return get_ranker(request.param)
 
-
-def kept(ranker: Ranker, given: Context, rate: float) -> torch.Tensor:
-    return choose(ranker.score(given), given.valid, given.image, (given.size * rate).ceil().long())
-
-
-@pytest.fixture(params=list_rankers())
-def ranker(request: pytest.FixtureRequest) -> Ranker:
-    return get_ranker(request.param)
-
-
-def test_all_rankers_of_the_design_are_there() -> None:
-    assert set(list_rankers()) == {
-        "cdpruner",
-        "dart",
-        "divprune",
-        "downsample",
-        "random",
-        "sparsevlm",
-        "staged",
-        "text-attention",
-        "uniform",
-        "vision-attention",
-        "visionzip",
-        "vispruner",
-    }
-
-
-def test_scores_are_finite_float32_and_deterministic(ranker: Ranker) -> None:
-    given = context()
-    scores = ranker.score(given)
-    assert scores.shape == given.valid.shape
-    assert scores.dtype == torch.float32
-    assert scores.isfinite().all()
-    assert torch.equal(scores, ranker.score(given))
-    assert torch.equal(scores, get_ranker(ranker.to_dict()).score(given))
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.01, 0.3, 0.5, 0.99, 1.0])
-def test_exactly_the_count_of_each_image_is_kept(ranker: Ranker, rate: float) -> None:
-    given = context()
-    chosen = kept(ranker, given, rate)
-    for row, sizes in enumerate(SIZES):
-        for image, n in enumerate(sizes):
-            assert int((chosen & given.valid & (given.image == image))[row].sum()) == -(-n * rate // 1)
-    assert not (chosen & ~given.valid).any()
-
-
-def test_one_token_and_no_token(ranker: Ranker) -> None:
-    assert kept(ranker, context([[1]]), 0.5).tolist() == [[True]]
-    assert not kept(ranker, context([[]]), 0.5).any()
-
-
-def test_fewer_tokens_are_a_subset_of_more(ranker: Ranker) -> None:
-    given = context()
-    before = given.valid
-    for rate in (0.9, 0.6, 0.3, 0.1, 0.0):
-        after = kept(ranker, given, rate)
-        assert not (after & ~before).any()
-        before = after
-
-
-def test_a_row_is_ranked_alike_alone_and_in_a_batch(ranker: Ranker) -> None:
-    given = context([[16, 9], [16]])
-    row = {
-        name: None if value is None else value[:1] if isinstance(value, torch.Tensor) else value
-        for name, value in vars(given).items()
-    }
-    torch.testing.assert_close(ranker.score(Context(**row))[0], ranker.score(given)[0])
-
-
-def test_half_dropped_is_scored_like_whole(ranker: Ranker) -> None:
-    """What was dropped before does not disturb the ranking of what is left."""
-    if STATES in ranker.needs and ranker.name != "downsample":
-        pytest.skip("compares tokens with each other, so its ranking depends on which ones there are")
-    whole = context([[16]])
-    left = torch.arange(16)[None] % 2 == 0
-    part = changed(whole, valid=left)
-    assert torch.equal(ranker.score(part)[left], ranker.score(whole)[left])
-
-
-def test_what_dropped_tokens_hold_is_not_looked_at(ranker: Ranker) -> None:
-    whole = context([[16, 9], [16]])
-    left = whole.valid & (whole.index % 3 != 0)
-    given, noise = changed(whole, valid=left), context([[16, 9], [16]], seed=1)
-    other = changed(
-        given,
-        states=where_true(~left, whole.states, noise.states * 100),
-        vision_attention=where_true(~left, whole.vision_attention, noise.vision_attention + 5),
-    )
-    torch.testing.assert_close(ranker.score(other)[left], ranker.score(given)[left])
-
-
-def test_rows_do_not_depend_on_their_place(ranker: Ranker) -> None:
-    given = context()
-    order = torch.tensor([2, 0, 3, 1])
-    turned = Context(**{name: v[order] if isinstance(v, torch.Tensor) else v for name, v in vars(given).items()})
-    valid = turned.valid
-    torch.testing.assert_close(ranker.score(turned)[valid], ranker.score(given)[order][valid])
-    whole, part = (ranker.merge(each, kept(ranker, each, 0.4)) for each in (turned, given))
-    if whole is not None and part is not None:
-        chosen = kept(ranker, turned, 0.4)
-        torch.testing.assert_close(whole[chosen], part[order][chosen])
-
-
-@pytest.mark.parametrize("rate", [0.0, 0.01, 0.4, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_states_are_finite_and_stay_where_nothing_is_dropped(
-    ranker: Ranker, rate: float, dtype: torch.dtype
-) -> None:
-    whole = context()
-    given = changed(whole, states=whole.states.to(dtype), text_states=whole.text_states.to(dtype))
-    chosen = kept(ranker, given, rate) & given.valid
-    merged = ranker.merge(given, chosen)
-    if type(ranker).merge is Ranker.merge or merged is None:
-        assert merged is None
-        return
-    assert merged.shape == given.states.shape
-    assert merged.dtype == dtype
-    assert merged[chosen].isfinite().all()
-    if rate == 1.0:
-        assert torch.equal(merged[given.valid], given.states[given.valid])
-    noise = context(seed=1).states.to(dtype) * 100
-    padded = ranker.merge(changed(given, states=where_true(~given.valid, given.states, noise)), chosen)
-    assert torch.equal(padded[chosen], merged[chosen])
+    def compares_tokens(self, ranker: Ranker) -> bool:
+        return STATES in ranker.needs and ranker.name != "downsample"  # which goes by places alone
 
 
 def test_text_attention_is_the_mean_over_heads_and_real_queries() -> None:

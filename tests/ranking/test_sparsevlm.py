@@ -7,10 +7,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_rankers import SIZES, context
 
 from thinsight.ranking import get_ranker
 from thinsight.ranking.sparsevlm import raters
+from thinsight.testing import SIZES
+from thinsight.testing import ranking_context as context
 
 
 def published(tokens, text) -> list[int]:

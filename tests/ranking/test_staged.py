@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from test_rankers import context
 
 from thinsight.errors import ThinsightError
 from thinsight.ranking import TEXT_ATTENTION, VISION_ATTENTION, Staged, get_ranker
+from thinsight.testing import ranking_context as context
 
 
 def test_each_ranks_in_its_place() -> None:

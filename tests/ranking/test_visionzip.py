@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from plain import cosine, plain_images, ranking
-from test_rankers import context
 
 from thinsight.ranking import choose, get_ranker
+from thinsight.testing import ranking_context as context
 
 
 def published(image, keep: float) -> dict[int, np.ndarray]:

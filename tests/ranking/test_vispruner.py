@@ -6,9 +6,9 @@ import math
 
 import pytest
 from plain import cosine, plain_images, ranking
-from test_rankers import context
 
 from thinsight.ranking import get_ranker
+from thinsight.testing import ranking_context as context
 
 
 def published(image, keep: float, important: float) -> set[int]:

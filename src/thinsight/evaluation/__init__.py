@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .consistency import RankConsistency, attention_statistics, rank_consistency
     from .evaluator import Evaluator
     from .examples import Example, load_examples
-    from .metrics import METRICS, get_metric
+    from .metrics import METRICS, Metric, get_metric
     from .pool import EvaluatorPool
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "EvaluatorPool",
     "Example",
     "Interval",
+    "Metric",
     "RankConsistency",
     "attention_statistics",
     "drop_interval",
@@ -39,6 +40,7 @@ _LAZY = {
     "Evaluator": "evaluator",
     "EvaluatorPool": "pool",
     "Example": "examples",
+    "Metric": "metrics",
     "RankConsistency": "consistency",
     "attention_statistics": "consistency",
     "get_metric": "metrics",

@@ -21,21 +21,18 @@ from ..records import write_atomically
 from ..reduction import Reduction
 from ..report.comparison import Comparison, Run, draw, markdown, to_csv
 from ..schedule import Schedule
-from ..searches.result import SearchResult
-from ..searches.search import CHOOSE_RANKER, METHODS, rankers_for
+from ..searches.search import SEARCHES, choosing, rankers_for, under_budget
 from .opening import Limits, Prepared, RunOptions, Scores, content_hash, environment, limits_of, prepare
-from .search_options import LEAST_TRIALS, TITLES
 
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 STATISTICS_EXAMPLES = 64
 TRIALS = 16
-_SEARCHES = ("sensitivity", "adaptive", "psigmoid", "random")
 SEARCH_PREFIX = "search-"  # "random" is a baseline and a search
 
 
 def method_names() -> list[str]:
     """All methods that can be compared: baselines, and searches as "search-..."."""
-    return [*(SEARCH_PREFIX + name for name in _SEARCHES), *BASELINES]
+    return [*(SEARCH_PREFIX + name for name in under_budget()), *BASELINES]
 
 
 @dataclass(frozen=True)
@@ -93,10 +90,11 @@ class CompareOptions(RunOptions):
         if self.n_trials is not None and not searches:
             raise BadInput(f"n_trials is {self.n_trials}, which only searches take: leave it out, or compare one")
         for name in searches:
-            if self.trials < LEAST_TRIALS[name]:
-                raise BadInput(f"n_trials is {self.trials}: {TITLES[name]} needs at least {LEAST_TRIALS[name]}")
-        if self.ranker is not None and not set(searches) - set(CHOOSE_RANKER):
-            takers = [SEARCH_PREFIX + name for name in METHODS if name not in CHOOSE_RANKER]
+            if self.trials < SEARCHES[name].least_trials:
+                title, least = SEARCHES[name].title, SEARCHES[name].least_trials
+                raise BadInput(f"n_trials is {self.trials}: {title} needs at least {least}")
+        if self.ranker is not None and not set(searches) - set(choosing()):
+            takers = [SEARCH_PREFIX + name for name in under_budget() if name not in choosing()]
             raise BadInput(
                 f"ranker is {self.ranker!r}, which only {', '.join(takers)} takes, as other methods have or "
                 "choose their own: leave it out, or compare that one"
@@ -278,11 +276,11 @@ class _Comparing:
             "observer": self.prepared.watcher,
         }
         evaluator = self.prepared.calibration
-        if name in CHOOSE_RANKER:
+        if SEARCHES[name].chooses_ranker:
             arguments["rankers"] = rankers_for(evaluator)
         else:
             evaluator = self._reaching(budget)
-        result: SearchResult = METHODS[name](evaluator, budget, **arguments)
+        result = SEARCHES[name](evaluator, budget, **arguments)
         return _Found.of(result.reduction, float(result.evaluations), result.seconds, result.score)
 
     def _reaching(self, budget: Budget) -> Evaluator:
@@ -318,5 +316,5 @@ def _seeded(name: str) -> bool:
 
 def _title(name: str) -> str:
     if name.startswith(SEARCH_PREFIX):
-        return TITLES[name.removeprefix(SEARCH_PREFIX)]
+        return SEARCHES[name.removeprefix(SEARCH_PREFIX)].title
     return BASELINES[name].title

@@ -36,9 +36,9 @@ from ..report.data import (
 )
 from ..runtime import apply
 from ..schedule import Schedule
-from ..searches import SearchResult, frontier, gsearch
+from ..searches import SearchResult, frontier
 from ..searches.frontier import SHARES, Frontier
-from ..searches.search import AUTO, METHODS, rankers_for
+from ..searches.search import AUTO, rankers_for
 from ..timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement, measure
 from .opening import Limits, Prepared, content_hash, environment, limits_of, prepare
 from .pictures import picture_of, varied
@@ -102,10 +102,8 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
     points: tuple[FrontierRow, ...] = ()
     if options.frontier:
         result, points = _along_frontier(options, prepared)
-    elif options.budget is None:
-        result = _layer_by_layer(options, prepared)
     else:
-        result = _under_budget(options, prepared)
+        result = _by_name(options, prepared)
     reduction = _of_model(result.reduction, options.model.model)
     reduction.save_pretrained(prepared.folder.path)
     if result.schedule.is_full and options.budget is None:
@@ -145,29 +143,18 @@ def _journal(options: SearchOptions, prepared: Prepared) -> dict[str, Any]:
     return told if options.n_trials is None else {**told, "n_trials": options.n_trials}
 
 
-def _layer_by_layer(options: SearchOptions, prepared: Prepared) -> SearchResult:
-    return gsearch(
-        prepared.calibration,
-        options.tolerance,
-        first_layer=options.gsearch_layer,
-        solver=options.solver_name,  # by name: the evaluator says how many counts are tried at once
-        step=options.step,
-        trade_off=options.trade_off,
-        confidence=options.confidence,
-        **_journal(options, prepared),
-    )
-
-
-def _under_budget(options: SearchOptions, prepared: Prepared) -> SearchResult:
-    evaluator = prepared.calibration
-    budget = _budget(options, prepared)
-    arguments = _journal(options, prepared)
+def _by_name(options: SearchOptions, prepared: Prepared) -> SearchResult:
+    """What the search that was asked for finds, told the options that were given."""
+    evaluator, told = prepared.calibration, _journal(options, prepared)
+    # the solver by name: the evaluator says how many counts are tried at once
+    given = {name: getattr(options, name) for name in ("confidence", "first_layer", "solver", "step", "trade_off")}
+    told |= {name: value for name, value in given.items() if value is not None}
     if options.chooses_ranker:
-        arguments["rankers"] = rankers_for(evaluator)
+        told["rankers"] = rankers_for(evaluator)
     if options.start is not None:
-        arguments["warm_start"] = options.start_schedule(evaluator.num_layers)
-    found: SearchResult = METHODS[options.chosen](evaluator, budget, first_layer=options.first_layer, **arguments)
-    return found
+        told["warm_start"] = options.start_schedule(evaluator.num_layers)
+    goal = options.tolerance if options.budget is None else _budget(options, prepared)
+    return options.search(evaluator, goal, **told)
 
 
 def _budget(options: SearchOptions, prepared: Prepared) -> Budget:
@@ -334,7 +321,7 @@ def _dataset(options: SearchOptions, prepared: Prepared) -> DatasetInfo:
 
 def _search_info(options: SearchOptions, search: SearchRecord, reduction: Reduction) -> SearchInfo:
     return SearchInfo(
-        method=options.title,
+        method=options.search.title,
         max_drop=options.tolerance if options.budget is None else None,
         budget=_budget_words(options),
         solver=options.solver_name if options.searches_layers else "",
@@ -446,7 +433,7 @@ class _Run:
         full = Reduction(Schedule.full(reduction.schedule.num_layers))
         methods = [
             ("full", "Full model", "full", full, ""),
-            ("found", self.options.title, "found", reduction, "found on the calibration set"),
+            ("found", self.options.search.title, "found", reduction, "found on the calibration set"),
             *((key, name, "baseline", rival, note) for key, name, rival, note in self._rivals(reduction)),
         ]
         return tuple(self._tested(*method) for method in methods)
@@ -536,7 +523,7 @@ def _check_runs(first_layer: int, prepared: Prepared) -> None:
 def _settings(options: SearchOptions, prepared: Prepared) -> dict[str, Any]:
     """What a run is made of: a resumed one must agree in all of it."""
     return {
-        "method": "frontier" if options.frontier else options.chosen,
+        "method": options.search.name,
         "budget": options.budget,
         "budget_unit": options.unit if options.budget is not None else None,
         "n_trials": options.n_trials if not options.searches_layers else None,

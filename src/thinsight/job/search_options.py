@@ -5,8 +5,6 @@ Knows nothing about how a search runs, nor what comes of it.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,32 +15,21 @@ from ..reduction import Reduction
 from ..schedule import Schedule
 from ..searches.frontier import LEAST_TRIALS as LEAST_OF_FRONTIER
 from ..searches.frontier import SHARES, frontier
-from ..searches.gsearch import Solver, check_early_stop, get_solver, gsearch
+from ..searches.gsearch import Solver, check_early_stop, get_solver
 from ..searches.search import (
     AUTO,
-    CHOOSE_RANKER,
     DEFAULT_MAX_DROP,
     FIRST_CHOICE,
-    METHODS,
+    SEARCHES,
+    Search,
     check_score_drop,
     choose_method,
+    choosing,
 )
-from ..searches.search import LEAST_TRIALS as LEAST_OF_METHODS
 from .opening import RunOptions, layers_of
 
-TITLES = {
-    "gsearch": "G-Search",
-    "adaptive": "Sensitivity search, adaptive",
-    "psigmoid": "P-Sigmoid",
-    "random": "Random search",
-    "sensitivity": "Sensitivity search",
-    "frontier": "Frontier",
-}
-
-LEAST_TRIALS = {"gsearch": 1, **LEAST_OF_METHODS, "frontier": LEAST_OF_FRONTIER}
-"""The fewest evaluations that each search can work with."""
-
-_SEARCHES: dict[str, Callable[..., Any]] = {"gsearch": gsearch, **METHODS, "frontier": frontier}
+FRONTIER = Search("frontier", frontier, "Frontier", least_trials=LEAST_OF_FRONTIER)
+"""Asked for by an option of its own, as it comes to many results."""
 # Options that not every search takes, with the parameter that each becomes.
 _PARAMETERS = {
     "confidence": "confidence",
@@ -104,8 +91,8 @@ class SearchOptions(RunOptions):
             raise BadInput("frontier has its own search and counts mean keep rates: leave out method and budget_unit")
         if self.frontier and self.chooses_ranker:
             raise BadInput("ranker 'auto' is chosen for one budget: name a ranker for a frontier")
-        if self.chooses_ranker and self.chosen not in CHOOSE_RANKER:
-            raise BadInput(f"ranker 'auto' needs a budget and a search that chooses it: {' or '.join(CHOOSE_RANKER)}")
+        if self.chooses_ranker and not self.search.chooses_ranker:
+            raise BadInput(f"ranker 'auto' needs a budget and a search that chooses it: {' or '.join(choosing())}")
         if self.chooses_ranker and isinstance(self.ranker, dict) and len(self.ranker) > 1:
             raise BadInput(f"ranker is {self.ranker!r}, but 'auto' has no settings: leave them out")
         get_ranker(self.first_ranker)
@@ -114,10 +101,10 @@ class SearchOptions(RunOptions):
         """The search takes every option that was given."""
         for option, parameter in _PARAMETERS.items():
             value = getattr(self, option)
-            if value is not None and parameter not in _parameters(self.search):
-                takers = [TITLES[name] for name in _SEARCHES if parameter in _parameters(name)]
+            if value is not None and parameter not in self.search.parameters:
+                takers = [each.title for each in (*SEARCHES.values(), FRONTIER) if parameter in each.parameters]
                 raise BadInput(
-                    f"{option} is {value!r}, which {self.title} does not take, but {', '.join(takers)}: "
+                    f"{option} is {value!r}, which {self.search.title} does not take, but {', '.join(takers)}: "
                     "leave it out, or choose another search"
                 )
 
@@ -127,9 +114,10 @@ class SearchOptions(RunOptions):
             if self.frontier and self.budget < SHARES[0]:
                 raise BadInput(f"budget is {self.budget}: a frontier begins at a mean keep rate of {SHARES[0]}")
         check_score_drop(self.tolerance)
-        fewest = LEAST_TRIALS[self.search]
-        if self.n_trials is not None and self.n_trials < fewest:
-            raise BadInput(f"n_trials is {self.n_trials}: {self.title} needs at least {fewest}")
+        if self.n_trials is not None and self.n_trials < self.search.least_trials:
+            raise BadInput(
+                f"n_trials is {self.n_trials}: {self.search.title} needs at least {self.search.least_trials}"
+            )
         for name, low in {"timing_runs": 1, "new_tokens": 1, "pictures": 0}.items():
             if getattr(self, name) < low:
                 raise BadInput(f"{name} is {getattr(self, name)}: it must be a whole number of at least {low}")
@@ -157,9 +145,9 @@ class SearchOptions(RunOptions):
         )
 
     @property
-    def search(self) -> str:
-        """The search that runs: a method, or "frontier"."""
-        return "frontier" if self.frontier else self.chosen
+    def search(self) -> Search:
+        """The search that runs: a method, or the frontier."""
+        return FRONTIER if self.frontier else SEARCHES[self.chosen]
 
     @property
     def unit(self) -> str:
@@ -176,7 +164,7 @@ class SearchOptions(RunOptions):
         """Whether the search is to choose the ranker: where that was asked for, and where it can and none
         was named."""
         if self.ranker is None:
-            return self.chosen in CHOOSE_RANKER and not self.frontier
+            return self.search.chooses_ranker
         return (self.ranker if isinstance(self.ranker, str) else self.ranker.get("name")) == AUTO
 
     @property
@@ -187,12 +175,7 @@ class SearchOptions(RunOptions):
     @property
     def searches_layers(self) -> bool:
         """Whether the search goes layer by layer, under a tolerance."""
-        return self.search == "gsearch"
-
-    @property
-    def title(self) -> str:
-        """The search in words."""
-        return TITLES[self.search]
+        return self.search.name == "gsearch"
 
     @property
     def tolerance(self) -> float:
@@ -224,11 +207,6 @@ class SearchOptions(RunOptions):
         if not self.searches_layers:
             return {}
         return {"step": self.step, "trade_off": self.trade_off, "n_trials": self.n_trials}
-
-
-def _parameters(search: str) -> Collection[str]:
-    """What a search can be told, by its own signature."""
-    return inspect.signature(_SEARCHES[search]).parameters
 
 
 def _check_first_layer(first_layer: int, ranker: Ranker, layers: int) -> None:

@@ -9,16 +9,18 @@ from .gsearch import Bayes, Bisect, LayerProblem, Solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
 from .result import SearchResult, Trial
-from .search import search
+from .search import SEARCHES, Search, search
 from .sensitivity import sensitivity_search
 from .study import SearchEvaluator, Study
 
 __all__ = [
+    "SEARCHES",
     "Bayes",
     "Bisect",
     "Frontier",
     "LayerProblem",
     "Progress",
+    "Search",
     "SearchEvaluator",
     "SearchObserver",
     "SearchPlan",

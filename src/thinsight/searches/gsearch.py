@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from numbers import Integral, Real
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from ..errors import BadInput
 from ..evaluation.bounds import check_confidence
 from ..progress import Progress, SearchObserver, SearchPlan, Silent
 from ..reduction import Reduction
+from ..registry import Registry
 from ..schedule import Schedule
 from .result import SearchResult, Trial
 from .shapes import quiet
@@ -190,7 +192,9 @@ class Bayes:
         return score - self.trade_off * problem.mean_keep_rate(count)
 
 
-SOLVERS: dict[str, type[Bisect] | type[Bayes]] = {"bisect": Bisect, "bayes": Bayes}
+SOLVERS: Registry[Callable[..., Solver]] = Registry("solver")
+SOLVERS.register(Bisect, "bisect")
+SOLVERS.register(Bayes, "bayes")
 
 
 def get_solver(
@@ -206,16 +210,18 @@ def get_solver(
     Raises:
         ThinsightError: an unknown name, a bad setting, or one that the solver does not take.
     """
-    kind = SOLVERS.get(solver) if isinstance(solver, str) else None
+    kind = SOLVERS[solver] if isinstance(solver, str) and solver in SOLVERS else None
     if kind is None and not isinstance(solver, Solver):
         raise BadInput(
-            f"solver is {solver!r}; choose 'bisect' or 'bayes', or pass an object with all members of Solver"
+            f"solver is {solver!r}; choose {' or '.join(map(repr, SOLVERS))}, or pass an object with all members of "
+            "Solver"
         )
     settings: dict[str, Any] = {"step": step, "trade_off": trade_off, "n_trials": n_trials}
     given = {name: value for name, value in settings.items() if value is not None}
+    taken = () if kind is None else signature(kind).parameters
     for name, value in given.items():
-        if kind is None or name not in kind.__dataclass_fields__:
-            others = [repr(other) for other, each in SOLVERS.items() if name in each.__dataclass_fields__]
+        if name not in taken:
+            others = [repr(other) for other in SOLVERS if name in signature(SOLVERS[other]).parameters]
             raise BadInput(
                 f"{name} is {value!r}, which solver {solver!r} does not take: leave it out, or choose "
                 f"{' or '.join(others)}"
@@ -223,7 +229,7 @@ def get_solver(
     if kind is None:
         assert not isinstance(solver, str)
         return solver
-    return Bisect(**given, at_once=at_once) if kind is Bisect else kind(**given)
+    return kind(**given, **({"at_once": at_once} if "at_once" in taken else {}))
 
 
 def check_early_stop(solver: Solver, confidence: float | None) -> None:

@@ -1,6 +1,6 @@
-"""The one-call search: builds the evaluator for a model and picks the method.
+"""The searches by name, and the one-call search: builds the evaluator for a model and picks the method.
 
-Knows nothing about how either of them works. Model code is loaded on the first call only.
+Knows nothing about how any of them works. Model code is loaded on the first call only.
 """
 
 from __future__ import annotations
@@ -9,14 +9,18 @@ import difflib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..budget import Budget, check_budget_value
 from ..errors import BadInput
+from ..registry import Registry
 from .adaptive import LEAST_TRIALS as LEAST_OF_ADAPTIVE
 from .adaptive import adaptive_search
-from .budgeted import check_count
+from .budgeted import budget_of, check_count
 from .gsearch import check_early_stop, check_max_drop, get_solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
@@ -26,8 +30,8 @@ from .sensitivity import sensitivity_search
 
 if TYPE_CHECKING:
     from ..evaluation.evaluator import Evaluator
-if TYPE_CHECKING:
     from ..evaluation.examples import Example
+    from ..evaluation.metrics import Metric
 
 AUTO = "auto"
 FIRST_CHOICE: dict[str, Any] = {"name": "text-attention", "queries": "instruction"}
@@ -50,22 +54,68 @@ def rankers_for(evaluator: Evaluator) -> list[dict[str, Any]]:
     return [get_ranker(choice).to_dict() for choice in _CHOICES if evaluator.can_rank(choice)]
 
 
-METHODS: dict[str, Any] = {
-    "adaptive": adaptive_search,
-    "psigmoid": psigmoid,
-    "random": random_search,
-    "sensitivity": sensitivity_search,
-}
-"""Searches under a budget by name; "gsearch" is the one under a tolerance."""
+@dataclass(frozen=True)
+class Search:
+    """A search by name. What it can be told is read from its signature.
 
-LEAST_TRIALS = dict.fromkeys(METHODS, 1) | {"adaptive": LEAST_OF_ADAPTIVE, "sensitivity": LEAST_OF_SENSITIVITY}
-"""The fewest evaluations that each can work with."""
+    Attributes:
+        name: what options call it.
+        function: ``function(evaluator, budget, **options) -> SearchResult``, or with a tolerance in the budget's place:
+            a `SearchEvaluator`, and a `Budget` or a drop of the score. Of ``seed``, ``study``, ``resume``,
+            ``observer``, ``n_trials``, ``first_layer``, ``rankers`` (to choose from) and ``warm_start`` (a schedule)
+            it is told those that it takes, see `psigmoid`.
+        title: for reports and messages.
+        under: "budget" or "max_drop".
+        least_trials: the fewest evaluations that it can work with.
+    """
 
-CHOOSE_RANKER = ("adaptive", "random", "sensitivity")
-"""Those that take ``rankers=``."""
+    name: str
+    function: Callable[..., Any]
+    title: str
+    under: str = "budget"
+    least_trials: int = 1
 
-WARM_START = ("adaptive", "psigmoid", "sensitivity")
-"""Those that take ``warm_start=``."""
+    def __post_init__(self) -> None:
+        if self.under not in ("budget", "max_drop"):
+            raise BadInput(f"under is {self.under!r}; choose budget or max_drop")
+
+    def __call__(self, evaluator: Any, goal: Any, **told: Any) -> SearchResult:
+        """What it finds, told as much as it takes."""
+        taken = {name: value for name, value in told.items() if name in self.parameters}
+        found: SearchResult = self.function(evaluator, goal, **taken)
+        return found
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """What it can be told."""
+        return tuple(inspect.signature(self.function).parameters)
+
+    @property
+    def chooses_ranker(self) -> bool:
+        """Whether it chooses the ranker too."""
+        return "rankers" in self.parameters
+
+
+SEARCHES: Registry[Search] = Registry("method", "thinsight.searches", code=attrgetter("function"))
+for _search in (
+    Search("gsearch", gsearch, "G-Search", under="max_drop"),
+    Search("sensitivity", sensitivity_search, "Sensitivity search", least_trials=LEAST_OF_SENSITIVITY),
+    Search("adaptive", adaptive_search, "Sensitivity search, adaptive", least_trials=LEAST_OF_ADAPTIVE),
+    Search("psigmoid", psigmoid, "P-Sigmoid"),
+    Search("random", random_search, "Random search"),
+):
+    SEARCHES.register(_search)
+
+
+def under_budget() -> list[str]:
+    """The names of the searches under a budget."""
+    return [search.name for search in SEARCHES.values() if search.under == "budget"]
+
+
+def choosing() -> list[str]:
+    """The names of those that choose the ranker."""
+    return [search.name for search in SEARCHES.values() if search.chooses_ranker]
+
 
 DEFAULT_MAX_DROP = 0.01
 
@@ -80,10 +130,9 @@ def choose_method(method: str | None, max_drop: float | None, budget: Budget | f
     if max_drop is not None and budget is not None:
         raise BadInput("max_drop and budget are both given: a search holds one of them, leave one out")
     chosen = ("gsearch" if budget is None else "sensitivity") if method is None else method
-    if chosen != "gsearch" and chosen not in METHODS:
-        raise BadInput(f"method is {chosen!r}; choose one of gsearch, {', '.join(METHODS)}")
-    if (budget is None) != (chosen == "gsearch"):
-        needs = "max_drop, not a budget" if chosen == "gsearch" else "a budget, such as 0.25"
+    under = SEARCHES[chosen].under
+    if (budget is None) != (under == "max_drop"):
+        needs = "max_drop, not a budget" if under == "max_drop" else "a budget, such as 0.25"
         raise BadInput(f"method {chosen!r} needs {needs}")
     return chosen
 
@@ -111,7 +160,7 @@ def search(
     budget: Budget | float | None = None,
     budget_unit: str = "keep",
     method: str | None = None,
-    metric: str | None = None,
+    metric: str | Metric | None = None,
     batch_size: int | str = 8,
     ranker: Any = None,
     max_new_tokens: int | None = None,
@@ -130,9 +179,9 @@ def search(
         max_drop: largest drop of the score, in the metric's own unit; 0.01 if no budget is given.
         budget: what a prefill may cost: a number, see `thinsight.budget.make_budget`, or a budget.
         budget_unit: of a number: "keep" (mean keep rate), "flops" or "ms".
-        method: "gsearch" (the default for ``max_drop``), "sensitivity" (the default for ``budget``),
-            "adaptive", "psigmoid" or "random".
-        metric: name of a metric; None takes each example's own.
+        method: "gsearch" (the default for ``max_drop``), "sensitivity" (the default for ``budget``), or another of
+            `thinsight.searches.SEARCHES`.
+        metric: a metric or its name; None takes each example's own.
         batch_size: examples per forward pass, or "auto": the fastest, measured first.
         ranker: which tokens are kept. None: under a budget the search chooses ("auto") where its method can,
             else text attention.
@@ -150,12 +199,11 @@ def search(
     chosen = choose_method(method, max_drop, budget)
     if budget is None and budget_unit != "keep":
         raise BadInput(f"budget_unit is {budget_unit!r} without a budget: leave it out, or give budget too")
-    if ranker == AUTO and chosen not in CHOOSE_RANKER:
-        raise BadInput(
-            f"ranker is 'auto', which needs a budget and a method that chooses it: {', '.join(CHOOSE_RANKER)}"
-        )
+    if ranker == AUTO and not SEARCHES[chosen].chooses_ranker:
+        raise BadInput(f"ranker is 'auto', which needs a budget and a method that chooses it: {', '.join(choosing())}")
+    tolerance = DEFAULT_MAX_DROP if max_drop is None else max_drop
     if budget is None:
-        check_score_drop(DEFAULT_MAX_DROP if max_drop is None else max_drop)
+        check_score_drop(tolerance)
     elif not isinstance(budget, Budget):
         check_budget_value(budget, budget_unit)
     _check_options(chosen, options)
@@ -177,12 +225,10 @@ def search(
         cache_gib=DEFAULT_CACHE_GIB if cache_gib is None else cache_gib,
         cache_dir=cache_dir,
     )
-    if budget is None:
-        return gsearch(evaluator, DEFAULT_MAX_DROP if max_drop is None else max_drop, **options)
-    if ranker in (None, AUTO) and chosen in CHOOSE_RANKER:
+    if ranker in (None, AUTO) and SEARCHES[chosen].chooses_ranker:
         options.setdefault("rankers", rankers_for(evaluator))
-    found: SearchResult = METHODS[chosen](evaluator, budget, budget_unit=budget_unit, **options)
-    return found
+    goal = tolerance if budget is None else budget_of(evaluator, budget, budget_unit)
+    return SEARCHES[chosen](evaluator, goal, **options)
 
 
 def _check_options(method: str, options: Mapping[str, Any]) -> None:
@@ -191,9 +237,8 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
     Raises:
         ThinsightError: with the option that was meant or all that there are, or with the values it may have.
     """
-    function = gsearch if method == "gsearch" else METHODS[method]
     own = inspect.signature(search).parameters
-    taken = [name for name in inspect.signature(function).parameters if name not in (*own, "evaluator")]
+    taken = [name for name in SEARCHES[method].parameters if name not in (*own, "evaluator")]
     for name in options:
         if name in taken:
             continue
@@ -201,8 +246,8 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
         meant = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(taken)}"
         raise BadInput(f"method {method!r} takes no option {name!r}: {meant}")
     check_count(options.get("seed", 0), "seed", 0)
-    if method == "gsearch":
+    if "solver" in taken:
         settings: dict[str, Any] = {name: options.get(name) for name in ("step", "trade_off", "n_trials")}
         check_early_stop(get_solver(options.get("solver", "bisect"), **settings), options.get("confidence"))
     elif "n_trials" in options:
-        check_count(options["n_trials"], "n_trials", LEAST_TRIALS[method])
+        check_count(options["n_trials"], "n_trials", SEARCHES[method].least_trials)
