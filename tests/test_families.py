@@ -66,7 +66,7 @@ def test_a_config_is_read_without_torch() -> None:
 
 
 def test_a_class_that_the_installed_transformers_lacks_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ROWS, "later", Family("later", "LaterForConditionalGeneration", "Later", since=(99, 0)))
+    monkeypatch.setitem(ROWS._items, "later", Family("later", "LaterForConditionalGeneration", "Later", since=(99, 0)))
     listed = {row.model_type: row.model_class for row in ts.models()}
     assert listed["later"] == ""
     assert listed["llava"] == "LlavaForConditionalGeneration"
@@ -115,7 +115,7 @@ def test_without_a_row_a_family_is_refused_and_its_facts_are_not_known(outside: 
 
 
 def test_a_row_makes_costs_pictures_prompts_and_passes_work(outside: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ROWS, "outside", OUTSIDE)
+    monkeypatch.setitem(ROWS._items, "outside", OUTSIDE)
     assert refusal(outside.config) is None
     assert ("outside", "Outside") in [(model.model_type, model.name) for model in ts.models()]
 
@@ -138,3 +138,30 @@ def test_a_row_makes_costs_pictures_prompts_and_passes_work(outside: Any, monkey
         outside(**inputs)
         assert handle.kept(3)[0].tolist() == handle.kept(3)[0].unique().tolist()
         assert len(handle.kept(3)[0]) == 4
+
+
+def test_a_row_enters_by_an_entry_point(tmp_path: Path) -> None:
+    """From another distribution, and without torch."""
+    (tmp_path / "garden.py").write_text(
+        "from thinsight.families import Family, square, two_matrices\n"
+        "ROW = Family('garden', 'GardenModel', 'Garden', merge=square('side'), projector=two_matrices)\n"
+    )
+    info = tmp_path / "garden-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: garden\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[thinsight.families]\ngarden = garden:ROW\n")
+    vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = {
+        "model_type": "garden",
+        "side": 2,
+        "text_config": {"hidden_size": 4},
+        "vision_config": {**vision, "image_size": 4, "patch_size": 1, "model_type": "siglip_vision_model"},
+    }
+    program = (
+        f"import sys; sys.path[:0] = [{str(Path(ts.__file__).parent.parent)!r}, {str(tmp_path)!r}]; import thinsight\n"
+        f"print([model.name for model in thinsight.models() if model.model_type == 'garden'])\n"
+        f"print(thinsight.cost.vision_flops({config!r}), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    layer = sum(cost.DecoderShape(1, 8, 1, 1, 8, 8, 0, gated=False).layer_flops(16))
+    assert done.stdout.split("\n")[:2] == ["['Garden']", f"{16 * 2.0 * 3 * 8 + layer + 4 * 2.0 * (8 + 4) * 4} False"]

@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from operator import attrgetter
 from typing import Any, Literal
 
 from .errors import BadInput
+from .registry import Registry
 
 OLDEST, UNTESTED = (5, 19), (5, 25)
 """The first transformers that can be used, and the first that nobody has tested; as in pyproject.toml."""
@@ -256,8 +258,10 @@ _ROWS = (
     _llava("video_llava", "VideoLlavaForConditionalGeneration", "Video-LLaVA", _BOTH, needs=_VISION),
     _llava("vipllava", "VipLlavaForConditionalGeneration", "VipLLaVA"),
 )
-FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
+FAMILIES: Registry[Family] = Registry("family", "thinsight.families", code=attrgetter("model_class"), key="model_type")
 """By model_type."""
+for _row in _ROWS:
+    FAMILIES.register(_row)
 
 
 # -- looking one up ------------------------------------------------------------------------------------------
