@@ -74,6 +74,16 @@ def test_a_row_is_known_by_its_code() -> None:
         registry.register(Row("one", max))
 
 
+def test_a_row_may_be_known_by_other_names() -> None:
+    registry: Registry[Row] = Registry("row", code=lambda row: row.function.__name__, key="function")
+    registry.register(Row("one", len), "one")
+    registry.register(Row("uno", len), "one")
+    with pytest.raises(BadInput, match="'one' is taken by len; choose another name"):
+        registry.register(Row("one", max), "one")
+    with pytest.raises(BadInput, match="row name is <built-in function max>"):
+        registry.register(Row("one", max))
+
+
 @pytest.mark.parametrize("name", ["", "a b", "a,b", "a:b", "a=b", "a\n", 7])
 def test_a_name_can_be_said_on_a_command_line(spices: Registry[type], name: str) -> None:
     with pytest.raises(BadInput, match="spice name is"):

@@ -7,12 +7,14 @@ torch; where the parts of a loaded model are is `runtime/families.py`'s subject.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from operator import attrgetter
 from typing import Any, Literal
 
 from .errors import BadInput
+from .registry import Registry
 
 OLDEST, UNTESTED = (5, 19), (5, 25)
 """The first transformers that can be used, and the first that nobody has tested; as in pyproject.toml."""
@@ -178,13 +180,8 @@ Tiles = Literal["whole", "overview first", "overview last", "unpadded", "resampl
 
 
 @dataclass(frozen=True)
-class Family:
-    """A family of models that runs under a reduction. What a row leaves out is as most families have it.
-
-    `tiles` says how an image becomes vision tokens: "whole", or cut into tiles with the "overview first" or "overview
-    last" among them; "unpadded" is an overview, then tiles whose padding was cut away after the tower (LLaVA-NeXT);
-    "resampled" tokens have each looked at all of the image.
-    """
+class SupportedModel:
+    """A family of models that runs under a reduction, as people know it."""
 
     model_type: str  # of its config
     model_class: str  # of transformers; from `models()` "" if the installed version lacks it
@@ -192,19 +189,28 @@ class Family:
     modalities: tuple[str, ...] = ("image",)  # "image", "video": what `generate` takes by arguments of their own
     notes: str = ""  # what of it is refused, or needs a step of its own
     needs: tuple[str, ...] = ()  # packages that its processor needs beside thinsight's own
+
+
+@dataclass(frozen=True)
+class Family(SupportedModel):
+    """A row: all that is known of a family. What it leaves out is as most families have it.
+
+    `tiles` says how an image becomes vision tokens: "whole", or cut into tiles with the "overview first" or "overview
+    last" among them; "unpadded" is an overview, then tiles whose padding was cut away after the tower (LLaVA-NeXT);
+    "resampled" tokens have each looked at all of the image.
+    """
+
     since: tuple[int, int] = OLDEST  # the first transformers that has it
-    image_placeholder: str = field(default="image_token_id", repr=False)  # of its config: what images stand behind
-    video_placeholder: str | None = field(default="video_token_id", repr=False)  # None: videos share the images'
-    runs: bool = field(default=False, repr=False)  # an image is a run of vision tokens, not an entry of the encoder's
-    both_ways: bool = field(default=False, repr=False)  # a prompt's tokens see those behind them
-    tiles: Tiles = field(default="whole", repr=False)
-    tower: Tower | None = field(default=None, repr=False)  # None: as `TOWERS` has it for the vision config's model_type
-    merge: Merge = field(default=spatial_merge, repr=False)
-    projector: Projector | Literal["not known"] = field(default=NOT_KNOWN, repr=False)
-    bare_processor: str = field(default="", repr=False)  # its class, if a prompt without a template has no roles
+    image_placeholder: str = "image_token_id"  # of its config: the token that images stand behind
+    video_placeholder: str | None = "video_token_id"  # None: videos stand behind the images' one
+    runs: bool = False  # an image is a run of vision tokens: the encoder lists tiles, or a row's images as one
+    both_ways: bool = False  # a prompt's tokens see those behind them
+    tiles: Tiles = "whole"
+    tower: Tower | None = None  # None: what `TOWERS` has for the vision config's model_type
+    merge: Merge = spatial_merge
+    projector: Projector | Literal["not known"] = NOT_KNOWN
+    bare_processor: str = ""  # its processor's class, if a prompt without a chat template names no roles
 
-
-SupportedModel = Family
 
 _BOTH, _VISION = ("image", "video"), ("torchvision",)
 _WINDOWS = "static caches are refused: the text model's windowed layers keep theirs in a ring"
@@ -252,8 +258,10 @@ _ROWS = (
     _llava("video_llava", "VideoLlavaForConditionalGeneration", "Video-LLaVA", _BOTH, needs=_VISION),
     _llava("vipllava", "VipLlavaForConditionalGeneration", "VipLLaVA"),
 )
-FAMILIES: dict[str, Family] = {row.model_type: row for row in _ROWS}
+FAMILIES: Registry[Family] = Registry("family", "thinsight.families", code=attrgetter("model_class"), key="model_type")
 """By model_type."""
+for _row in _ROWS:
+    FAMILIES.register(_row)
 
 
 # -- looking one up ------------------------------------------------------------------------------------------
@@ -283,4 +291,11 @@ def models() -> tuple[SupportedModel, ...]:
     """All families of models that run under a reduction, by model_type."""
     installed = tuple(int(part) for part in metadata.version("transformers").split(".")[:2])
     rows = sorted(FAMILIES.values(), key=lambda row: row.model_type)
-    return tuple(row if row.since <= installed else replace(row, model_class="") for row in rows)
+    return tuple(
+        SupportedModel(
+            row.model_type,
+            row.model_class if row.since <= installed else "",
+            *(row.name, row.modalities, row.notes, row.needs),
+        )
+        for row in rows
+    )

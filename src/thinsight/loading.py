@@ -1,7 +1,6 @@
 """Loads a model and its processor through transformers' own ``from_pretrained``; mistakes become one line.
 
-Knows names, paths, dtypes and devices. Knows nothing about reductions, data or scores, and has no loader of
-its own: whatever stock transformers can read, it reads. Code from the hub runs only when asked for.
+Has no loader of its own: whatever stock transformers can read, it reads. Code from the hub runs only when asked for.
 """
 
 from __future__ import annotations
@@ -93,26 +92,32 @@ def load_model(
     base = _base_of(name)
     if base is not None:
         model, processor = load_model(base, dtype, device, attn, trust_remote_code, device_map)
-        return _with_adapter(model, name), _processor_beside(name, trust_remote_code) or processor
+        folder = Path(os.path.expanduser(name))
+        if any((folder / each).is_file() for each in _PROCESSORS):  # saved beside it: it may have learned tokens
+            options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+            processor = _load_processor(str(folder), name, options)
+        return _with_adapter(model, name), processor
     if device_map is not None and not is_accelerate_available():
         raise MissingPackage("device_map needs the package accelerate: pip install accelerate")
     source, local = locate_model(name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     config = load_config(name, trust_remote_code)
     processor = _load_processor(source, name, options)
+    wanted = DTYPES.get(dtype, "auto")
+    if dtype == "auto" and target.type == "cpu" and (config.dtype or config.get_text_config().dtype) == torch.float16:
+        wanted = torch.float32
     with _one_line(name, "its weights"):
         model, info = AutoModelForImageTextToText.from_pretrained(
             source,
             config=config,
-            dtype=_resolve_dtype(dtype, config, target),
+            dtype=wanted,
             attn_implementation=attn,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `_check_weights` refuses them and says which
             device_map=device_map,
             **options,
         )
-    _check_weights(info, name)
-    _check_depth(info, config, name)
+    _check_weights(info, config, name)
     if device_map is None:
         with _one_line(name, f"it onto {target}"):
             model = model.to(target)
@@ -169,15 +174,6 @@ def _with_adapter(model: Any, name: str | Path) -> Any:
     return unwrapped(wrapped).eval()
 
 
-def _processor_beside(name: str | Path, trust_remote_code: bool) -> Any:
-    """The processor that was saved beside an adapter, for it may have learned tokens; None: there is none."""
-    folder = Path(os.path.expanduser(name))
-    if not any((folder / each).is_file() for each in _PROCESSORS):
-        return None
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    return _load_processor(str(folder), name, options)
-
-
 def how_to_install(package: str) -> str:
     """How to get a package that some processors need, in words."""
     if package != "torchvision":
@@ -202,15 +198,14 @@ def load_config(name: str | Path, trust_remote_code: bool = False) -> Any:
     source, local = locate_model(name)
     with _one_line(name, "its config"):
         config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=trust_remote_code)
-    _check_family(config, name)
+    reason = refusal(config)
+    if reason is not None:
+        raise BadInput(f"model {str(name)!r} cannot run under a reduction: {reason}")
     return config
 
 
 def check_options(dtype: str, device: str, attn: str) -> torch.device:
-    """Check the three options without loading anything; returns the device meant.
-
-    Raises ThinsightError that lists the choices.
-    """
+    """Check the three options without loading anything; returns the device meant, or says which there are."""
     if dtype != "auto" and dtype not in DTYPES:
         raise BadInput(f"dtype is {dtype!r}: choose one of auto, {', '.join(DTYPES)}")
     if attn not in ATTENTION:
@@ -219,15 +214,23 @@ def check_options(dtype: str, device: str, attn: str) -> torch.device:
         raise BadInput(
             f"attn is {attn!r}, whose package is not installed or finds no GPU: install it, or use --attn sdpa"
         )
-    return _resolve_device(device)
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        target = None
+    if target is None or target.type not in ("cpu", "cuda"):
+        raise BadInput(f"device is {device!r}: choose auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if target.type == "cuda" and (target.index or 0) >= count:
+        raise BadInput(f"device is {device!r}, but torch sees {count} CUDA devices: use --device cpu")
+    return target
 
 
 def locate_model(name: str | Path) -> tuple[str, bool]:
-    """What to hand to ``from_pretrained``, and whether it is a folder on this machine.
-
-    Raises ThinsightError when it is neither a folder with a config.json nor the id of a reachable hub
-    repository.
-    """
+    """What to hand to ``from_pretrained``, and whether it is a folder on this machine; refused if it is neither a
+    folder with a config.json nor the id of a reachable hub repository."""
     if (embedded := DEMOS.get(str(name))) is not None:
         if not (embedded / "config.json").is_file():
             raise BadInput(
@@ -246,11 +249,8 @@ def locate_model(name: str | Path) -> tuple[str, bool]:
 
 
 def base_name(name: str | Path) -> str:
-    """What a reduction says it was searched for: a demo's name, a Hub id, or a local folder's own name.
-
-    Nothing of where a folder lies on this machine is in it. It is never the id in a folder's config.json,
-    which a fine-tuned model goes on naming.
-    """
+    """What a reduction says it was searched for: a demo's name, a Hub id, or a local folder's own name, without where
+    it lies. Never the id in a folder's config.json, which a fine-tuned model goes on naming."""
     for demo, embedded in DEMOS.items():
         if str(name) in (demo, str(embedded)):
             return demo
@@ -269,25 +269,21 @@ def checkpoint_hash(name: str | Path) -> str | None:
     folder = _folder(name)
     if folder is None:
         return None
+    digest = hashlib.sha256()
     try:
-        return _hash_of(folder)
+        for path in filter(Path.is_file, (folder / "config.json", folder / _ADAPTER)):
+            digest.update(path.read_bytes())
+        for path in sorted(each for each in folder.iterdir() if each.suffix in _WEIGHTS):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode(errors="surrogateescape"))
+            with open(path, "rb") as file:
+                for number in range(_SAMPLES):
+                    file.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE))
     except OSError as error:
         raise StorageError(
             f"model {str(name)!r} cannot be read ({error.strerror or error}): check the checkpoint's files"
         ) from None
-
-
-def _hash_of(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in filter(Path.is_file, (folder / "config.json", folder / _ADAPTER)):
-        digest.update(path.read_bytes())
-    for path in sorted(each for each in folder.iterdir() if each.suffix in _WEIGHTS):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode(errors="surrogateescape"))
-        with open(path, "rb") as file:
-            for number in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE) * number // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE))
     return digest.hexdigest()
 
 
@@ -338,22 +334,6 @@ def _check_hub_id(name: str) -> None:
         )
 
 
-def _resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise BadInput(f"device is {device!r}: choose auto, cpu, cuda or cuda:N") from None
-    if target.type not in ("cpu", "cuda"):
-        raise BadInput(f"device is {device!r}: choose auto, cpu, cuda or cuda:N")
-    if target.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (target.index or 0) >= count:
-            raise BadInput(f"device is {device!r}, but torch sees {count} CUDA devices: use --device cpu")
-    return target
-
-
 def computes_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16; taken for granted where torch does not tell."""
     found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
@@ -362,23 +342,9 @@ def computes_bfloat16() -> bool:
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
-def _resolve_dtype(dtype: str, config: Any, device: torch.device) -> torch.dtype | str:
-    if dtype != "auto":
-        return DTYPES[dtype]
-    stored = config.dtype or config.get_text_config().dtype
-    return torch.float32 if stored == torch.float16 and device.type == "cpu" else "auto"
-
-
-def _check_family(config: Any, name: str | Path) -> None:
-    reason = refusal(config)
-    if reason is not None:
-        raise BadInput(f"model {str(name)!r} cannot run under a reduction: {reason}")
-
-
-def _check_weights(info: dict[str, Any], name: str | Path) -> None:
-    """transformers fills missing weights at random and only warns; a search on those would be worth
-    nothing.
-    """
+def _check_weights(info: dict[str, Any], config: Any, name: str | Path) -> None:
+    """Refuse a checkpoint that does not fit its config: transformers fills missing weights at random and only warns,
+    and it cuts a model of more layers than its config counts short without a word."""
     for what in ("missing_keys", "mismatched_keys"):
         # a mismatched weight comes as (name, shape on disk, shape in the model)
         bad = sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(what) or ())
@@ -387,20 +353,13 @@ def _check_weights(info: dict[str, Any], name: str | Path) -> None:
                 f"model {str(name)!r}: {len(bad)} weights are {what.removesuffix('_keys')}, "
                 f"such as {bad[0]}: the checkpoint does not fit its config.json, download or save it anew"
             )
-
-
-def _check_depth(info: dict[str, Any], config: Any, name: str | Path) -> None:
-    """A config with fewer layers than the checkpoint loads without a word: the model is cut short.
-
-    Layers that a checkpoint has for predicting several tokens at once are no part of the model.
-    """
-    extra = sorted(key for key in info.get("unexpected_keys") or () if _LAYER.search(key))
-    numbers = {match.group() for key in extra for match in [_LAYER.search(key)] if match}
+    found = {key: match.group() for key in info.get("unexpected_keys") or () if (match := _LAYER.search(key))}
+    # layers for predicting several tokens at once are no part of the model
     ahead = getattr(config.get_text_config(), "num_nextn_predict_layers", 0) or 0
-    if len(numbers) > ahead:
+    if len(set(found.values())) > ahead:
         raise BadInput(
-            f"model {str(name)!r}: the checkpoint has {len(numbers)} layers that its config.json does not "
-            f"count, such as {extra[0]}: restore num_hidden_layers, download or save it anew"
+            f"model {str(name)!r}: the checkpoint has {len(set(found.values()))} layers that its config.json does not "
+            f"count, such as {min(found)}: restore num_hidden_layers, download or save it anew"
         )
 
 

@@ -29,23 +29,30 @@ class Registry(Generic[T]):
             It is loaded when a name is asked for that is not known, or all names are. One that fails, or whose
             name is taken, is a warning that names it, and leaves the others as they are.
         builtin: modules that enter items when they are imported, which happens when the first name is asked for.
-        code: the class or function that an item stands for, by which a reloaded module's is known again.
+        code: the class or function that an item stands for, or its name, by which a reloaded module's is known again.
+        key: the attribute that holds an item's name.
     """
 
     def __init__(
-        self, kind: str, group: str | None = None, builtin: Sequence[str] = (), code: Callable[[T], Any] = lambda it: it
+        self,
+        kind: str,
+        group: str | None = None,
+        builtin: Sequence[str] = (),
+        code: Callable[[T], Any] = lambda item: item,
+        key: str = "name",
     ) -> None:
-        self.kind, self._group, self._builtin, self._code = kind, group, [*builtin], code
+        self.kind, self._group, self._key = kind, group, key
+        self._builtin, self._code = [*builtin], code
         self._items: dict[str, T] = {}
 
     def register(self, item: T, name: str | None = None) -> T:
-        """Enter an item by its own ``name`` or the given one; also a class decorator.
+        """Enter an item by its own name or the given one; also a class decorator.
 
         Raises:
             BadInput: the name is not a text that can be written on a command line, or is taken. The same item,
                 as a reloaded module makes it again, takes its old place.
         """
-        known_as: Any = getattr(item, "name", None) if name is None else name
+        known_as: Any = getattr(item, self._key, None) if name is None else name
         if not isinstance(known_as, str) or not known_as.isprintable() or not known_as or set(known_as) & set(" ,:="):
             raise BadInput(
                 f"{self.kind} name is {known_as!r}; make it a text without spaces, commas, colons and equal signs"
@@ -90,6 +97,8 @@ class Registry(Generic[T]):
 
     def _place(self, item: T) -> str:
         named = self._code(item)
+        if isinstance(named, str):
+            return named
         named = named if hasattr(named, "__qualname__") else type(named)
         return f"{named.__qualname__} of {named.__module__}"
 
@@ -108,7 +117,7 @@ class Registry(Generic[T]):
         whose = f"the {self.kind} {point.name!r} of {point.dist.name if point.dist else 'a package'}"
         try:
             found = point.load()
-            if not isinstance(found, ModuleType) and getattr(found, "name", None) == point.name:
+            if not isinstance(found, ModuleType) and getattr(found, self._key, None) == point.name:
                 self.register(found)
         except Exception as error:  # another package's code may raise anything, and must not take ours down
             warnings.warn(f"{whose} cannot be loaded: {type(error).__name__}: {error}", stacklevel=2)

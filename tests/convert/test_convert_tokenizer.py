@@ -142,11 +142,12 @@ def test_sentencepiece_itself(name: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(written)
     pieces = SentencePieceProcessor(model_proto=written)
     model = read_model(tmp_path / "tokenizer.model")
-    assert [piece.text for piece in model.pieces] == [pieces.id_to_piece(n) for n in range(len(pieces))]
-    assert model.adds_dummy_prefix is PREFIXES[name]["dummy_prefix"]
-    tokenizer = build_tokenizer(model, prefix="always" if model.adds_dummy_prefix else "never", renamed={})
+    assert [piece.piece for piece in model.pieces] == [pieces.id_to_piece(n) for n in range(len(pieces))]
+    cleaning = model.normalizer_spec
+    assert cleaning.add_dummy_prefix is PREFIXES[name]["dummy_prefix"]
+    tokenizer = build_tokenizer(model, prefix="always" if cleaning.add_dummy_prefix else "never", renamed={})
     for text in [*texts(), "a   b    c", "x<sep> y [X]z", "\ufb01ne \uff21\u3000b"]:
-        if model.removes_extra_spaces and "▁" in text:
+        if cleaning.remove_extra_whitespaces and "▁" in text:
             continue  # the character that stands for a space, written out, counts as one at a text's end
         assert tokenizer.encode(text).ids == pieces.encode(text), repr(text)
 

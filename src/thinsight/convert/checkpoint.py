@@ -1,30 +1,33 @@
 """Converts a checkpoint: checks all of it from its headers, then streams it into a new folder.
 
-The order of things is this file's subject; each step is another file's. Nothing is written before everything
-has been checked, and the folder appears under its name only when it is complete.
+Nothing is written before everything has been checked, and the folder appears under its name only when it is complete.
+Which tensor becomes which is from the modelling code that InternVL publishes (github.com/OpenGVLab/InternVL,
+internvl_chat/internvl/model).
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from ..errors import BadInput, StorageError, ThinsightError
 from ..progress import Watcher
 from ..records import user_path
 from .config import (
     IMAGE_TOKEN,
-    Conversation,
     architecture_of,
     check_original,
     convert_config,
@@ -34,26 +37,12 @@ from .config import (
     write_generation_config,
     write_processor,
 )
-from .keys import Conversion, find_conversion, text_rules, vision_rules
 from .source import Source, TensorSpec, open_source, write_shards
 from .tokenizer import convert_tokenizer
 
 _MAX_SHARD_BYTES = 5 * 10**9
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float32"}
 _OUTPUT_EMBEDDINGS = ("language_model.lm_head.weight", "language_model.output.weight")
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that is settled before the first byte is written."""
-
-    source: Source
-    config: InternVLConfig
-    tokenizer: PreTrainedTokenizerFast
-    conversation: Conversation
-    stop_token_id: int
-    conversions: dict[str, Conversion]  # of every original tensor, in reading order
-    specs: dict[str, TensorSpec]  # of every converted tensor, in writing order
 
 
 def convert(
@@ -82,14 +71,39 @@ def convert(
     target = _check_out(user_path(out, "out"))
     watcher.on_stage("Checking the checkpoint")
     with _one_line(source):
-        plan = _make_plan(open_source(source))
-    _check_space(target, sum(spec.nbytes for spec in plan.specs.values()))
+        # 1. The settings, from the original's own.
+        opened = open_source(source)
+        _check_settings(opened)
+        conversation = find_conversation(opened.config)
+        tokenizer = convert_tokenizer(opened.folder, _embedding_rows(opened))
+        stop = stop_token_id(conversation, tokenizer)
+        stores_head = any(name in opened.tensors for name in _OUTPUT_EMBEDDINGS)
+        bytes_of: Counter[str] = Counter()
+        for stored in opened.tensors.values():
+            bytes_of[stored.spec.dtype] += stored.spec.nbytes
+        config = convert_config(
+            opened.config,
+            tied=not stores_head and bool(opened.config["llm_config"].get("tie_word_embeddings", False)),
+            image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+            dtype=_DTYPES[bytes_of.most_common(1)[0][0]],
+        )
+        # 2. Every tensor, held to the model that will load it.
+        conversions = _find_conversions(opened, config)
+        specs = _check_shapes(opened, conversions, _expected_shapes(config))
+    _check_space(target, sum(spec.nbytes for spec in specs.values()))
+
+    def converted() -> Iterator[tuple[str, Tensor]]:
+        for done, (name, tensor) in enumerate(opened.read(), start=1):
+            watcher.on_progress("tensors", done, len(conversions))
+            yield from zip(conversions[name].targets, conversions[name].apply(tensor), strict=True)
+
+    # 3. Written beside the target, in the order in which the tensors are read.
     with _appearing(target) as folder:
         watcher.on_stage("Converting the weights")
-        write_shards(_converted(plan, watcher), plan.specs, folder, max_shard_bytes)
-        write_processor(folder, plan.source.config, plan.conversation, plan.tokenizer, plan.config.image_seq_length)
-        write_generation_config(folder, plan.stop_token_id, plan.tokenizer)
-        plan.config.save_pretrained(folder)
+        write_shards(converted(), specs, folder, max_shard_bytes)
+        write_processor(folder, opened.config, conversation, tokenizer, config.image_seq_length)
+        write_generation_config(folder, stop, tokenizer)
+        config.save_pretrained(folder)
     return target
 
 
@@ -110,26 +124,9 @@ def _one_line(name: str | Path) -> Iterator[None]:
         ) from error
 
 
-def _make_plan(source: Source) -> _Plan:
+def _check_settings(source: Source) -> None:
+    """Refuse what is no original, and a config of so many layers that the model alone could not be laid out."""
     check_original(source.config, source.name)
-    _check_depths(source)
-    conversation = find_conversation(source.config)
-    vocab_size = _embedding_rows(source)
-    tokenizer = convert_tokenizer(source.folder, vocab_size)
-    config = convert_config(
-        source.config,
-        tied=_is_tied(source),
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        dtype=_main_dtype(source),
-    )
-    conversions = _find_conversions(source, config)
-    specs = _check_shapes(source, conversions, _expected_shapes(config))
-    stop = stop_token_id(conversation, tokenizer)
-    return _Plan(source, config, tokenizer, conversation, stop, conversions, specs)
-
-
-def _check_depths(source: Source) -> None:
-    """Refuse a config of so many layers that the model alone could not be laid out."""
     for part in ("vision_config", "llm_config"):
         depth = source.config[part].get("num_hidden_layers", 1)
         if depth > len(source.tensors):
@@ -148,29 +145,6 @@ def _embedding_rows(source: Source) -> int:
         f"model {source.name!r} has no language_model.model.embed_tokens.weight (InternLM2: tok_embeddings): "
         "it is not an original InternVL checkpoint, or a file of it is missing"
     )
-
-
-def _is_tied(source: Source) -> bool:
-    """Whether the output embeddings are the input ones: the config says so, and none are stored."""
-    stored = any(name in source.tensors for name in _OUTPUT_EMBEDDINGS)
-    return not stored and bool(source.config["llm_config"].get("tie_word_embeddings", False))
-
-
-def _main_dtype(source: Source) -> str:
-    sizes: Counter[str] = Counter()
-    for tensor in source.tensors.values():
-        sizes[tensor.spec.dtype] += tensor.spec.nbytes
-    return _DTYPES[sizes.most_common(1)[0][0]]
-
-
-def _find_conversions(source: Source, config: InternVLConfig) -> dict[str, Conversion]:
-    rules = vision_rules(*vision_depths(source.config))
-    rules += text_rules(architecture_of(source.config), config.text_config)
-    found = {name: find_conversion(name, rules) for name in source.tensors}
-    unknown = [name for name, conversion in found.items() if conversion is None]
-    if unknown:
-        raise BadInput(_about(source, unknown, "that no rule knows", "unknown"))
-    return {name: conversion for name, conversion in found.items() if conversion is not None}
 
 
 def _expected_shapes(config: InternVLConfig) -> dict[str, tuple[int, ...]]:
@@ -194,9 +168,17 @@ def _check_shapes(
     specs: dict[str, TensorSpec] = {}
     for name, conversion in conversions.items():
         stored = source.tensors[name].spec
-        for target, shape in zip(conversion.targets, _shapes_after(name, stored.shape, conversion), strict=True):
+        try:
+            parts = conversion.apply(torch.empty(stored.shape, device="meta"))
+        except RuntimeError as error:
+            raise BadInput(
+                f"{name} has shape {stored.shape}, which does not divide into the heads that config.json gives: "
+                "download the checkpoint anew"
+            ) from error
+        for target, part in zip(conversion.targets, parts, strict=True):
+            shape = tuple(part.shape)
             if target not in expected:
-                raise BadInput(_about(source, [name], "that the model has no place for", "unknown"))
+                raise _misfit(source, [name], "unknown tensors that the model has no place for")
             if shape != expected[target]:
                 raise BadInput(
                     f"model {source.name!r}: {name} has shape {stored.shape}, which gives {target} the shape "
@@ -205,37 +187,150 @@ def _check_shapes(
             specs[target] = TensorSpec(shape, stored.dtype)
     missing = sorted(expected.keys() - specs.keys())
     if missing:
-        raise BadInput(_about(source, missing, "that the model needs", "missing"))
+        raise _misfit(source, missing, "missing tensors that the model needs")
     return specs
 
 
-def _shapes_after(name: str, shape: tuple[int, ...], conversion: Conversion) -> list[tuple[int, ...]]:
-    try:
-        parts = conversion.apply(torch.empty(shape, device="meta"))
-    except RuntimeError as error:
-        raise BadInput(
-            f"{name} has shape {shape}, which does not divide into the heads that config.json gives: "
-            "download the checkpoint anew"
-        ) from error
-    return [tuple(part.shape) for part in parts]
-
-
-def _about(source: Source, names: list[str], what: str, kind: str) -> str:
+def _misfit(source: Source, names: list[str], what: str) -> BadInput:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return (
-        f"model {source.name!r} has {kind} tensors {what}: {names[0]}{more}; the checkpoint does not fit its "
+    return BadInput(
+        f"model {source.name!r} has {what}: {names[0]}{more}; the checkpoint does not fit its "
         "config.json, or is not an original one"
     )
 
 
+# -- which tensor becomes which --------------------------------------------------------------------------
+
+Split = Callable[[Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What becomes of an original tensor: its new names, none if it is not needed, and how it is taken apart where it
+    is packed: on weights (rows, columns) and on biases (rows,), only the rows matter."""
+
+    targets: tuple[str, ...] = ()
+    split: Split | None = None
+
+    def apply(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The target tensors, in the order of ``targets``; views where the tensor is packed."""
+        if not self.targets:
+            return ()
+        return (tensor,) if self.split is None else self.split(tensor)
+
+
+Rules = dict[str, Conversion]
+"""By a pattern that must match a whole original name, whose groups the targets may use; the first that matches."""
+
+
+def _find_conversions(source: Source, config: InternVLConfig) -> dict[str, Conversion]:
+    rules = _vision_rules(*vision_depths(source.config)) | _text_rules(
+        architecture_of(source.config), config.text_config
+    )
+    found: dict[str, Conversion] = {}
+    for name in source.tensors:
+        for pattern, rule in rules.items():
+            if match := re.fullmatch(pattern, name):
+                found[name] = Conversion(tuple(match.expand(target) for target in rule.targets), rule.split)
+                break
+    unknown = [name for name in source.tensors if name not in found]
+    if unknown:
+        raise _misfit(source, unknown, "unknown tensors that no rule knows")
+    return found
+
+
+def _split_stacked(packed: Tensor) -> tuple[Tensor, ...]:
+    """InternViT's ``qkv``: all queries, then all keys, then all values: (3 * width, ...) -> three of (width, ...)."""
+    return packed.chunk(3, dim=0)
+
+
+def _split_grouped(packed: Tensor, kv_heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """InternLM2's ``wqkv``: per key-value head, the query heads that share it, its key, and its value.
+
+    ((heads + 2 * kv_heads) * head_dim, ...) -> (heads * head_dim, ...) and twice (kv_heads * head_dim, ...).
+    Query heads keep their order, so that query head h still reads key-value head h // (heads // kv_heads).
+    """
+    groups = packed.unflatten(0, (kv_heads, -1, head_dim))  # (kv_heads, heads per kv head + 2, head_dim, ...)
+    queries, keys, values = groups[:, :-2], groups[:, -2], groups[:, -1]
+    return queries.flatten(0, 2), keys.flatten(0, 1), values.flatten(0, 1)
+
+
+_OLD_TOWER, _NEW_TOWER = r"vision_model\.", "model.vision_tower."
+_OLD_LAYER, _NEW_LAYER = _OLD_TOWER + r"encoder\.layers\.(\d+)\.", _NEW_TOWER + r"encoder.layer.\1."
+_OLD_PROJECTOR, _NEW_PROJECTOR = r"mlp1\.", "model.multi_modal_projector."
+_OLD_TEXT, _NEW_TEXT = r"language_model\.model\.", "model.language_model."
+_OLD_TEXT_LAYER, _NEW_TEXT_LAYER = _OLD_TEXT + r"layers\.(\d+)\.", _NEW_TEXT + r"layers.\1."
+_END = r"\.(weight|bias)"
+
+_LAYER_NAMES = {
+    r"attn\.proj": "attention.projection_layer",
+    r"attn\.q_norm": "attention.q_norm",
+    r"attn\.k_norm": "attention.k_norm",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    r"mlp\.fc1": "mlp.fc1",
+    r"mlp\.fc2": "mlp.fc2",
+}
+_PROJECTOR_NAMES = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
+_INTERNLM2_LAYER_NAMES = {
+    r"attention\.wo": "self_attn.o_proj",
+    r"feed_forward\.w1": "mlp.gate_proj",
+    r"feed_forward\.w3": "mlp.up_proj",
+    r"feed_forward\.w2": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def _one(target: str) -> Conversion:
+    return Conversion((target,))
+
+
+def _vision_rules(depth: int, stored_depth: int) -> Rules:
+    """Of InternViT and the projector. Of the ``stored_depth`` layers only the first ``depth`` are needed."""
+    unneeded = "|".join(str(layer) for layer in range(depth, stored_depth))
+    qkv = tuple(_NEW_LAYER + rf"attention.{part}_proj.\2" for part in "qkv")
+    embeddings = _OLD_TOWER + r"embeddings\."
+    return {
+        **({_OLD_TOWER + rf"encoder\.layers\.(?:{unneeded})\..+": Conversion()} if unneeded else {}),
+        embeddings + "class_embedding": _one(_NEW_TOWER + "embeddings.cls_token"),
+        embeddings + "position_embedding": _one(_NEW_TOWER + "embeddings.position_embeddings"),
+        embeddings + "patch_embedding" + _END: _one(_NEW_TOWER + r"embeddings.patch_embeddings.projection.\1"),
+        _OLD_LAYER + r"attn\.qkv" + _END: Conversion(qkv, _split_stacked),
+        _OLD_LAYER + r"ls([12])": _one(_NEW_LAYER + r"lambda_\2"),
+        **{_OLD_LAYER + old + _END: _one(_NEW_LAYER + new + r".\2") for old, new in _LAYER_NAMES.items()},
+        **{_OLD_PROJECTOR + old + _END: _one(_NEW_PROJECTOR + new + r".\1") for old, new in _PROJECTOR_NAMES.items()},
+    }
+
+
+def _text_rules(architecture: str, text_config: Any) -> Rules:
+    """Of a text model; ``text_config`` is the converted one.
+
+    Qwen2, Llama and Phi-3 keep their names below the prefix, and Phi-3 its packed projections, since the
+    transformers classes have the same ones. InternLM2 becomes Llama.
+    """
+    rotary: Rules = {r"language_model\..+\.rotary_emb\.inv_freq": Conversion()}  # computed from the config
+    if architecture != "InternLM2ForCausalLM":
+        return {
+            **rotary,
+            _OLD_TEXT + "(.+)": _one(_NEW_TEXT + r"\1"),
+            r"language_model\.(lm_head\.weight)": _one(r"\1"),
+        }
+    head_dim = text_config.hidden_size // text_config.num_attention_heads
+    split = partial(_split_grouped, kv_heads=text_config.num_key_value_heads, head_dim=head_dim)
+    qkv = tuple(_NEW_TEXT_LAYER + rf"self_attn.{part}_proj.\2" for part in "qkv")
+    names = _INTERNLM2_LAYER_NAMES.items()
+    return {
+        **rotary,
+        _OLD_TEXT + r"tok_embeddings\.weight": _one(_NEW_TEXT + "embed_tokens.weight"),
+        _OLD_TEXT + r"norm\.weight": _one(_NEW_TEXT + "norm.weight"),
+        r"language_model\.output\.weight": _one("lm_head.weight"),
+        _OLD_TEXT_LAYER + r"attention\.wqkv" + _END: Conversion(qkv, split),
+        **{_OLD_TEXT_LAYER + old + _END: _one(_NEW_TEXT_LAYER + new + r".\2") for old, new in names},
+    }
+
+
 # -- writing ---------------------------------------------------------------------------------------------
-
-
-def _converted(plan: _Plan, watcher: Watcher) -> Iterator[tuple[str, Tensor]]:
-    for done, (name, tensor) in enumerate(plan.source.read(), start=1):
-        watcher.on_progress("tensors", done, len(plan.conversions))
-        conversion = plan.conversions[name]
-        yield from zip(conversion.targets, conversion.apply(tensor), strict=True)
 
 
 def _check_out(out: Path) -> Path:

@@ -2,8 +2,7 @@
 
 Whatever cannot be said exactly in the stock config is refused. Defaults are those of the original config
 classes, since a saved config may leave them out. The files are written rather than saved from an
-`InternVLProcessor`, since that one cannot be made where torchvision is not installed. Knows nothing about
-weights.
+`InternVLProcessor`, since that one cannot be made where torchvision is not installed.
 
 Sources: `load_image` of the model cards, `dynamic_preprocess` in internvl_chat/internvl/train/dataset.py and
 conversation.py of github.com/OpenGVLab/InternVL.
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +75,7 @@ _ROPE_TYPES = {
 
 
 def check_original(config: Mapping[str, Any], name: str) -> None:
-    """Refuse what is not an original InternVL checkpoint, or is one that stock transformers cannot run.
-
-    Args:
-        config: config.json.
-        name: the checkpoint's, for the message.
-
-    Raises:
-        ThinsightError: with the reason.
-    """
+    """Refuse what is not an original InternVL checkpoint, or is one that stock transformers cannot run."""
     kind = config.get("model_type")
     if kind == "internvl":
         raise BadInput(f"model {name!r} is converted already (model_type 'internvl'): use it as it is")
@@ -121,11 +112,7 @@ def _tiles(config: Mapping[str, Any]) -> int:
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
-    """The original text model's class name.
-
-    Raises:
-        ThinsightError: one that is not supported.
-    """
+    """The original text model's class name; refused if it is not supported."""
     architectures = config["llm_config"].get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     if name not in _TEXT_CONFIGS:
@@ -145,10 +132,7 @@ def vision_depths(config: Mapping[str, Any]) -> tuple[int, int]:
     """How many vision layers are needed for ``select_layer``, and how many there are.
 
     Hidden state i is the output of i layers, and nothing follows the last layer, so the layers behind the
-    selected state can go.
-
-    Raises:
-        ThinsightError: ``select_layer`` is not a hidden state of the tower, or is its input.
+    selected state can go. Refused: a state that the tower does not have, or its input.
     """
     stored = int(config["vision_config"].get("num_hidden_layers", _VISION_DEFAULTS["num_hidden_layers"]))
     selected = config.get("select_layer", -1)
@@ -304,11 +288,6 @@ class Conversation:
     assistant: str = "<|im_start|>assistant\n"
     end: str = "<|im_end|>"
 
-    @property
-    def stop_token(self) -> str:
-        """The token that ends the model's answer."""
-        return self.end.strip()
-
 
 _CONVERSATIONS = {
     "Hermes-2": Conversation(_SYSTEM_2),
@@ -321,19 +300,13 @@ _CONVERSATIONS = {
 def find_conversation(config: dict[str, Any]) -> Conversation:
     """The conversation template that an original config.json names in ``template``.
 
-    Its ``system_message``, where it has one, replaces the template's.
-
-    Raises:
-        ThinsightError: the template is not known.
+    Its ``system_message``, where it has one, replaces the template's. Refused: a template that is not known.
     """
     name = config.get("template")
     if name not in _CONVERSATIONS:
         raise Unsupported(f"template is {name!r} in config.json; supported: {', '.join(_CONVERSATIONS)}")
-    conversation = _CONVERSATIONS[name]
     own = config.get("system_message")
-    if isinstance(own, str):
-        return Conversation(own, conversation.system, conversation.user, conversation.assistant, conversation.end)
-    return conversation
+    return replace(_CONVERSATIONS[name], system_message=own) if isinstance(own, str) else _CONVERSATIONS[name]
 
 
 def chat_template(conversation: Conversation) -> str:
@@ -343,9 +316,7 @@ def chat_template(conversation: Conversation) -> str:
     is its token and a line break, as the original puts it before a question. A system message that is given
     replaces the default one.
     """
-    system, user, assistant, end = (
-        _literal(part) for part in (conversation.system, conversation.user, conversation.assistant, conversation.end)
-    )
+    default, system, user, assistant, end = map(_literal, astuple(conversation))
     return "".join(
         (
             "{%- macro render(content) -%}",
@@ -358,7 +329,7 @@ def chat_template(conversation: Conversation) -> str:
             "{%- if messages and messages[0]['role'] == 'system' -%}",
             "{%- set system, turns = render(messages[0]['content']), messages[1:] -%}",
             "{%- else -%}",
-            "{%- set system, turns = " + _literal(conversation.system_message) + ", messages -%}",
+            "{%- set system, turns = " + default + ", messages -%}",
             "{%- endif -%}",
             "{{- " + system + " + system + " + end + " -}}",
             "{%- for message in turns -%}",
@@ -389,52 +360,10 @@ def write_processor(
     tokenizer: PreTrainedTokenizerFast,
     image_seq_length: int,
 ) -> None:
-    """Write processor_config.json, chat_template.jinja and the tokenizer's files.
-
-    Args:
-        folder: where they go.
-        config: the original config.json.
-        conversation: the prompt's format.
-        tokenizer: the converted one.
-        image_seq_length: vision tokens of one tile.
-    """
-    processor = {
-        "processor_class": "InternVLProcessor",
-        "image_seq_length": image_seq_length,
-        "image_processor": _image_settings(config),
-        "video_processor": _video_settings(config),
-    }
-    text = json.dumps(processor, indent=2, sort_keys=True) + "\n"
-    (folder / "processor_config.json").write_text(text, encoding="utf-8")
-    tokenizer.chat_template = chat_template(conversation)
-    tokenizer.save_pretrained(folder)  # writes chat_template.jinja too
-
-
-def stop_token_id(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token at which the original's `chat` ends an answer.
-
-    Raises:
-        ThinsightError: the tokenizer lacks it.
-    """
-    number = tokenizer.convert_tokens_to_ids(conversation.stop_token)
-    if number is None or number == tokenizer.unk_token_id:
-        raise BadInput(
-            f"the tokenizer has no {conversation.stop_token!r}, which ends a message in this checkpoint's "
-            "template: they belong to different checkpoints"
-        )
-    return int(number)
-
-
-def write_generation_config(folder: Path, stop: int, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write generation_config.json; ``stop`` is the token that ends an answer."""
-    GenerationConfig(
-        eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
-    ).save_pretrained(folder)
-
-
-def _pixel_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    size = image_size_of(config)
-    return {
+    """Write processor_config.json, chat_template.jinja and the tokenizer's files; ``config`` is the original one,
+    ``image_seq_length`` counts the vision tokens of one tile."""
+    size, tiled = image_size_of(config), bool(config.get("dynamic_image_size", False))
+    pixels = {
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"height": size, "width": size},
@@ -445,19 +374,39 @@ def _pixel_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "image_mean": _IMAGENET_MEAN,
         "image_std": _IMAGENET_STD,
     }
-
-
-def _image_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    tiled = bool(config.get("dynamic_image_size", False))
-    return {
-        **_pixel_settings(config),
+    tiles = {
         "image_processor_type": "GotOcr2ImageProcessor",
         "crop_to_patches": tiled,
         "min_patches": int(config.get("min_dynamic_patch", 1)) if tiled else 1,
         # one patch is one whole image, which also holds where a processor turns cropping on by itself
-        "max_patches": int(config.get("max_dynamic_patch", 6)) if tiled else 1,
+        "max_patches": _tiles(config),
     }
+    processor = {
+        "processor_class": "InternVLProcessor",
+        "image_seq_length": image_seq_length,
+        "image_processor": {**pixels, **tiles},
+        "video_processor": {**pixels, "video_processor_type": "InternVLVideoProcessor"},
+    }
+    text = json.dumps(processor, indent=2, sort_keys=True) + "\n"
+    (folder / "processor_config.json").write_text(text, encoding="utf-8")
+    tokenizer.chat_template = chat_template(conversation)
+    tokenizer.save_pretrained(folder)  # writes chat_template.jinja too
 
 
-def _video_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_pixel_settings(config), "video_processor_type": "InternVLVideoProcessor"}
+def stop_token_id(conversation: Conversation, tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token at which the original's `chat` ends an answer; refused if the tokenizer lacks it."""
+    stop_token = conversation.end.strip()
+    number = tokenizer.convert_tokens_to_ids(stop_token)
+    if number is None or number == tokenizer.unk_token_id:
+        raise BadInput(
+            f"the tokenizer has no {stop_token!r}, which ends a message in this checkpoint's "
+            "template: they belong to different checkpoints"
+        )
+    return int(number)
+
+
+def write_generation_config(folder: Path, stop: int, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write generation_config.json; ``stop`` is the token that ends an answer."""
+    GenerationConfig(
+        eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+    ).save_pretrained(folder)

@@ -1,9 +1,6 @@
 """Safetensors files of a checkpoint: opening the original's, and writing the converted one's, shard by shard.
 
-Reads headers first and no tensor's values before all is checked; writes each tensor when it comes, so that no
-more than one is in memory. Knows nothing about what a tensor means or becomes, and neither downloads nor runs
-any of the checkpoint's code.
-
+Reads headers first; reads and writes one tensor at a time. Runs none of the checkpoint's code.
 Format: github.com/huggingface/safetensors, README: an 8-byte length, a JSON header, then the tensors' bytes.
 """
 
@@ -27,6 +24,8 @@ from ..records import read_object
 
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """Bytes of one number, by safetensors' name of the dtype: the floating-point ones that checkpoints use."""
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,7 @@ class TensorSpec:
 def plan_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
     """Tensor names per file, in the order given; a tensor larger than the bound gets a file of its own.
 
-    Args:
-        sizes: bytes of every tensor, in the order in which they will be written.
-        max_bytes: bound on the tensors of one file.
+    ``sizes``: bytes of every tensor; ``max_bytes``: bound on the tensors of one file.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -62,39 +59,32 @@ def plan_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
 def write_shards(
     tensors: Iterable[tuple[str, Tensor]], specs: Mapping[str, TensorSpec], folder: Path, max_bytes: int
 ) -> None:
-    """Write the tensors, and an index where they take more than one file.
+    """Write the tensors, which come in the order of ``specs``, and an index where they take more than one file.
 
-    Args:
-        tensors: names and tensors, in the order of ``specs`` and as those say.
-        specs: shape and dtype of every tensor.
-        folder: where the files go.
-        max_bytes: bound on the tensors of one file.
+    ``max_bytes``: bound on the tensors of one file.
     """
     sizes = {name: spec.nbytes for name, spec in specs.items()}
     shards = plan_shards(sizes, max_bytes)
     incoming = iter(tensors)
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = _file_name(number, len(shards))
+    for number, names in enumerate(shards, start=1):
+        file = _SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         _write_file(incoming, {name: specs[name] for name in names}, folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def _file_name(number: int, total: int) -> str:
-    return "model.safetensors" if total == 1 else f"model-{number + 1:05}-of-{total:05}.safetensors"
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_file(incoming: Iterator[tuple[str, Tensor]], specs: Mapping[str, TensorSpec], path: Path) -> None:
-    places = _places(specs)
+    places: dict[str, int] = {}  # wide numbers first, so that all begin at a multiple of their width
+    end = 0
+    for name in sorted(specs, key=lambda name: -DTYPE_BYTES[specs[name].dtype]):
+        places[name], end = end, end + specs[name].nbytes
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, spec in specs.items():
-        start = places[name]
-        end = start + spec.nbytes
-        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
+        offsets = [places[name], places[name] + spec.nbytes]
+        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of eight
     with path.open("wb") as file:
@@ -104,25 +94,9 @@ def _write_file(incoming: Iterator[tuple[str, Tensor]], specs: Mapping[str, Tens
             if name != expected or tuple(tensor.shape) != specs[name].shape:
                 raise AssertionError(f"{name} {tuple(tensor.shape)} came instead of {expected}")
             file.seek(8 + len(text) + places[name])
-            file.write(_bytes_of(tensor))
+            file.write(memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy()))
 
 
-def _places(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """Where every tensor begins: wide numbers first, so that all begin at a multiple of their width."""
-    places: dict[str, int] = {}
-    end = 0
-    for name in sorted(specs, key=lambda name: -DTYPE_BYTES[specs[name].dtype]):
-        places[name] = end
-        end += specs[name].nbytes
-    return places
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
-
-
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _WANTED_FILES = ("*.json", "*.safetensors", "tokenizer.model", "merges.txt")
 _READ_ERRORS = (SafetensorError, OSError, RuntimeError)  # the last: a file that cannot be mapped
 
@@ -145,11 +119,7 @@ class Source:
     tensors: dict[str, StoredTensor]  # in the order in which `read` yields them
 
     def read(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor, shard by shard and one at a time, so that only one is in memory.
-
-        Raises:
-            ThinsightError: a file changed or broke since its header was read.
-        """
+        """Every tensor, shard by shard and one at a time; StorageError where a file broke since its header was read."""
         for file in dict.fromkeys(tensor.file for tensor in self.tensors.values()):
             names = [name for name, tensor in self.tensors.items() if tensor.file == file]
             try:
@@ -168,17 +138,19 @@ def open_source(name: str | Path) -> Source:
             or broken; a shard that the index names and the folder lacks.
     """
     where, local = locate_model(name)
-    folder = Path(where) if local else _download(where)
+    folder, name = Path(where) if local else _download(where), str(name)
     config = read_json(folder / "config.json")
-    return Source(str(name), folder, config, _read_headers(folder, str(name)))
+    tensors: dict[str, StoredTensor] = {}
+    for file in _shard_files(folder, name):
+        for key, tensor in _read_header(folder, file, name):
+            if key in tensors:
+                raise BadInput(f"model {name!r} has {key} twice, in {tensors[key].file} and in {file}")
+            tensors[key] = tensor
+    return Source(name, folder, config, tensors)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object.
-
-    Raises:
-        ThinsightError: the file is missing, is not JSON, or is not an object.
-    """
+    """A JSON file's object; refused if the file is missing or holds something else."""
     return read_object(path, "download the checkpoint anew")
 
 
@@ -193,16 +165,6 @@ def _download(repo_id: str) -> Path:
             f"model {repo_id!r} could not be downloaded ({reason}): check the network and the disk, and run "
             "the same command again; what has arrived is kept"
         ) from error
-
-
-def _read_headers(folder: Path, name: str) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    for file in _shard_files(folder, name):
-        for key, tensor in _read_header(folder, file, name):
-            if key in tensors:
-                raise BadInput(f"model {name!r} has {key} twice, in {tensors[key].file} and in {file}")
-            tensors[key] = tensor
-    return tensors
 
 
 def _shard_files(folder: Path, name: str) -> list[str]:
