@@ -21,7 +21,7 @@ from ..records import write_atomically
 from ..reduction import Reduction
 from ..report.comparison import Comparison, Run, draw, markdown, to_csv
 from ..schedule import Schedule
-from ..searches.result import SearchResult
+from ..searches.run import SearchResult
 from ..searches.search import CHOOSE_RANKER, METHODS, rankers_for
 from .opening import Limits, Prepared, RunOptions, Scores, content_hash, environment, limits_of, prepare
 from .search_options import LEAST_TRIALS, TITLES

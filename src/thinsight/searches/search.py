@@ -8,19 +8,17 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import Budget, check_budget_value
 from ..errors import BadInput
-from .adaptive import LEAST_TRIALS as LEAST_OF_ADAPTIVE
-from .adaptive import adaptive_search
-from .budgeted import check_count
 from .gsearch import check_early_stop, check_max_drop, get_solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
-from .result import SearchResult
+from .run import SearchResult, check_count
 from .sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY
 from .sensitivity import sensitivity_search
 
@@ -50,15 +48,31 @@ def rankers_for(evaluator: Evaluator) -> list[dict[str, Any]]:
     return [get_ranker(choice).to_dict() for choice in _CHOICES if evaluator.can_rank(choice)]
 
 
-METHODS: dict[str, Any] = {
-    "adaptive": adaptive_search,
-    "psigmoid": psigmoid,
-    "random": random_search,
-    "sensitivity": sensitivity_search,
-}
+class _Methods(Mapping[str, Any]):
+    """Searches by name; an experimental one is loaded, by its name, when it is asked for."""
+
+    _FOUND: ClassVar[dict[str, Any]] = {
+        "psigmoid": psigmoid,
+        "random": random_search,
+        "sensitivity": sensitivity_search,
+    }
+
+    def __getitem__(self, name: str) -> Any:
+        if name == "adaptive":
+            return import_module("thinsight.experimental.adaptive").adaptive_search
+        return self._FOUND[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["adaptive", *self._FOUND])
+
+    def __len__(self) -> int:
+        return 1 + len(self._FOUND)
+
+
+METHODS = _Methods()
 """Searches under a budget by name; "gsearch" is the one under a tolerance."""
 
-LEAST_TRIALS = dict.fromkeys(METHODS, 1) | {"adaptive": LEAST_OF_ADAPTIVE, "sensitivity": LEAST_OF_SENSITIVITY}
+LEAST_TRIALS = dict.fromkeys(METHODS, 1) | {"adaptive": 12, "sensitivity": LEAST_OF_SENSITIVITY}
 """The fewest evaluations that each can work with."""
 
 CHOOSE_RANKER = ("adaptive", "random", "sensitivity")
