@@ -59,7 +59,7 @@ class _Line:
     cost: float | None
     seconds: float
     agreement: float | None
-    ranker: dict[str, Any] | None  # in place of the evaluator's own
+    ranker: dict[str, Any] | None  # None: the evaluator's own, as older journals say
     adaptive: dict[str, Any] | None
     share: float  # of the examples, as it was asked for
     share_run: float  # and as it was run
@@ -176,8 +176,9 @@ class Study:
         self._records[asked] = record
         return record
 
-    def _line(self, asked: _Asked, record: Record) -> _Line:
-        reduction, own = asked.reduction, self._evaluator.reduction(asked.reduction.schedule)
+    @staticmethod
+    def _line(asked: _Asked, record: Record) -> _Line:
+        reduction = asked.reduction
         return _Line(
             reduction.schedule.keep_rates,
             asked.exact,
@@ -186,7 +187,7 @@ class Study:
             record.cost,
             record.seconds,
             record.agreement,
-            None if reduction.ranker == own.ranker else dict(reduction.ranker),
+            dict(reduction.ranker),
             None if reduction.adaptive is None else reduction.adaptive.to_dict(),
             asked.share,
             record.share,
