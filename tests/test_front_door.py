@@ -19,7 +19,7 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 import thinsight as ts
 from thinsight.adaptive import Adaptive
 from thinsight.budget import FlopsBudget, KeepBudget, LatencyModel, TimeBudget
-from thinsight.searches.result import Trial
+from thinsight.searches.run import Trial
 from thinsight.timing import Measurement, Timing
 
 SOURCE = Path(ts.__file__)
@@ -104,7 +104,9 @@ TIMING = Timing("prefill", (1.0,) * 500, (0.5,) * 500, 8)
 
 
 def trial(number: int = 0) -> Trial:
-    return Trial(None, 0.5, 9, 0.5 + number / 1e6, True, True, STAIRS, why=LONG, ranker={"name": LONG})
+    return Trial(
+        None, 0.5, 9, 0.5 + number / 1e6, True, True, STAIRS, why=LONG, reduction=ts.Reduction(STAIRS, {"name": LONG})
+    )
 
 
 def result(**changes: Any) -> ts.SearchResult:

@@ -44,6 +44,14 @@ def test_no_import_goes_round_in_a_circle() -> None:
     assert {*FILES} <= {*order}
 
 
+def test_what_is_experimental_is_reached_by_name_only() -> None:
+    """From the front door and from a registry."""
+    inside = "thinsight.experimental"
+    users = {name for name, others in graph().items() if any(each.startswith(inside) for each in others)}
+    assert "thinsight.searches.run" in graph()[f"{inside}.adaptive"]
+    assert [name for name in users if not name.startswith(inside)] == []
+
+
 def test_rooms_know_only_those_below() -> None:
     """CONTRIBUTING's list, the topmost room first; what stands in no room of it is below them all."""
     rooms = (
@@ -52,6 +60,7 @@ def test_rooms_know_only_those_below() -> None:
         "console",
         "job",
         "report",
+        "experimental",
         "searches",
         "evaluation",
         "baselines",

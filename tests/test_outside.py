@@ -40,7 +40,7 @@ py-modules = ["garden"]
 MODULE = '''
 from thinsight import Metric, Ranker, Schedule, Search
 from thinsight.budget import fit
-from thinsight.searches.budgeted import BudgetedRun, check_count, merit
+from thinsight.searches.run import Run, check_count
 
 
 class Corner(Ranker):
@@ -68,14 +68,14 @@ def steps(evaluator, budget, *, n_trials=4, seed=0, study=None, resume=False, ob
     check_count(n_trials, "n_trials", 1)
     first, layers = evaluator.first_layer, budget.num_layers
     settings = {"method": "steps", "n_trials": n_trials, "seed": seed, "first_layer": first}
-    run = BudgetedRun(evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer)
+    run = Run(evaluator, settings, budget=budget, expected=n_trials, study=study, resume=resume, observer=observer)
     trials = []
     for layer in range(first, layers):
         step = Schedule.step(layers, layer, 0.0)
         if len(trials) < n_trials and budget.holds(step):
             rate = fit(budget, lambda rate: Schedule.step(layers, layer, rate), 0.0, 1.0, "steps")
             trials.append(run.run(rate, f"step at {layer}"))
-    return run.finish(max(trials, key=merit))
+    return run.finish_with(max(trials, key=lambda trial: trial.merit))
 
 
 STEPS = Search("steps", steps, "Steps of a garden")

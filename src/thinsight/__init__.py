@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .evaluation import load_examples as load_examples
     from .evaluation import paired_bootstrap as paired_bootstrap
     from .evaluation import rank_consistency as rank_consistency
+    from .experimental.adaptive import adaptive_search as adaptive_search
     from .families import SupportedModel as SupportedModel
     from .families import models as models
     from .loading import load_demo as load_demo
@@ -50,13 +51,12 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .runtime import encode_images as encode_images
     from .runtime import remove as remove
     from .schedule import Schedule as Schedule
-    from .searches.adaptive import adaptive_search as adaptive_search
     from .searches.frontier import Frontier as Frontier
     from .searches.frontier import frontier as frontier
     from .searches.gsearch import gsearch as gsearch
     from .searches.psigmoid import psigmoid as psigmoid
     from .searches.random_search import random_search as random_search
-    from .searches.result import SearchResult as SearchResult
+    from .searches.run import SearchResult as SearchResult
     from .searches.search import Search as Search
     from .searches.search import search as search
     from .searches.sensitivity import sensitivity_search as sensitivity_search
@@ -77,6 +77,7 @@ _NAMES = {
         "paired_bootstrap",
         "rank_consistency",
     ),
+    "experimental.adaptive": ("adaptive_search",),
     "loading": ("load_demo", "load_model"),
     "ranking": ("Ranker", "get_ranker", "list_rankers"),
     "reduction": ("Reduction",),
@@ -86,7 +87,6 @@ _NAMES = {
         "Frontier",
         "Search",
         "SearchResult",
-        "adaptive_search",
         "frontier",
         "gsearch",
         "psigmoid",

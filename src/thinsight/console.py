@@ -15,7 +15,7 @@ from rich.text import Text
 
 from .progress import Progress as SearchProgress
 from .progress import SearchPlan, Watcher
-from .searches.result import SearchResult, Trial
+from .searches.run import SearchResult, Trial
 from .texts import capped, terminal
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from .searches.result import SearchResult, Trial
+    from .searches.run import SearchResult, Trial
 
 
 @dataclass(frozen=True)

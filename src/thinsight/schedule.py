@@ -63,7 +63,7 @@ class Schedule:
 
     def counts(self, n: int) -> tuple[int, ...]:
         """How many of ``n`` vision tokens enter each layer: ``ceil(r_i * n - 1e-9)``, the one rule."""
-        size = _whole(n, "n (the number of vision tokens)", minimum=0)
+        size = whole(n, "n (the number of vision tokens)", 0)
         return tuple(max(0, math.ceil(rate * size - _ROUNDING_SLACK)) for rate in self.keep_rates)
 
     def reductions(self, n: int) -> dict[int, int]:
@@ -91,7 +91,7 @@ class Schedule:
 
     def with_tail(self, layer: int, rate: float) -> Schedule:
         """This schedule with the rates from ``layer`` on lowered to at most ``rate``."""
-        first = _layer(layer, self.num_layers)
+        first = whole(layer, "layer", 0, self.num_layers - 1)
         limit = _rate(rate, "rate")
         head, tail = self.keep_rates[:first], self.keep_rates[first:]
         return Schedule((*head, *(min(old, limit) for old in tail)))
@@ -101,7 +101,7 @@ class Schedule:
 
         Each new layer gets the average of the old rates over its share of the depth.
         """
-        new = _whole(num_layers, "num_layers", minimum=1)
+        new = whole(num_layers, "num_layers", 1)
         old = self.num_layers
         rates = []
         for layer in range(new):
@@ -116,7 +116,7 @@ class Schedule:
     @classmethod
     def full(cls, num_layers: int) -> Schedule:
         """Every layer keeps every vision token."""
-        return cls([1.0] * _whole(num_layers, "num_layers", minimum=1))
+        return cls([1.0] * whole(num_layers, "num_layers", 1))
 
     @classmethod
     def step(cls, num_layers: int, layer: int, rate: float) -> Schedule:
@@ -126,8 +126,8 @@ class Schedule:
     @classmethod
     def stages(cls, num_layers: int, rates: Mapping[int, float]) -> Schedule:
         """A staircase: from each given layer on, the rate given for it; all tokens before the first."""
-        depth = _whole(num_layers, "num_layers", minimum=1)
-        by_layer = {_layer(layer, depth): rate for layer, rate in rates.items()}
+        depth = whole(num_layers, "num_layers", 1)
+        by_layer = {whole(layer, "layer", 0, depth - 1): rate for layer, rate in rates.items()}
         keep_rates: list[float] = []
         current = 1.0
         for layer in range(depth):
@@ -146,7 +146,7 @@ class Schedule:
             k: steepness per layer, above 0 and up to 1000. Small is a gentle slope, large a single step.
             budget: mean keep rate over all layers, in [0, 1].
         """
-        depth = _whole(num_layers, "num_layers", minimum=1)
+        depth = whole(num_layers, "num_layers", 1)
         target = _rate(budget, "budget")
         if not isinstance(k, Real) or isinstance(k, bool) or not 0 < k <= _STEEPEST:
             raise BadInput(f"k is {k!r}; the sigmoid's steepness must be above 0 and at most {_STEEPEST:g}")
@@ -241,13 +241,10 @@ def _shown(value: Any) -> str:
         return "too large"
 
 
-def _whole(value: Any, field: str, *, minimum: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < minimum:
-        raise BadInput(f"{field} is {value!r}; it must be a whole number of at least {minimum}")
-    return int(value)
-
-
-def _layer(value: Any, num_layers: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < num_layers:
-        raise BadInput(f"layer is {value!r}; it must be a whole number from 0 to {num_layers - 1}")
+def whole(value: Any, field: str, least: int, most: int | None = None) -> int:
+    """``value`` as an int from ``least`` to ``most``; raises `BadInput` for anything else."""
+    good = isinstance(value, Integral) and not isinstance(value, bool)
+    if not good or int(value) < least or (most is not None and int(value) > most):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise BadInput(f"{field} is {value!r}; it must be a whole number {wanted}")
     return int(value)

@@ -16,7 +16,7 @@ import thinsight as ts
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluation, Evaluator, EvaluatorPool, Example
 from thinsight.schedule import Schedule
-from thinsight.searches import Bisect, gsearch
+from thinsight.searches import Bisect, SearchEvaluator, gsearch
 
 QUESTIONS = ("what color is the circle ?", "how many ?", "which ?", "what number is written in the chart ?")
 SCHEDULES = [Schedule.step(4, 2, count / 16) for count in (2, 6, 10, 14)]
@@ -218,7 +218,7 @@ def test_one_that_had_to_halve_its_batches_is_told(monkeypatch: pytest.MonkeyPat
 # -- threads -------------------------------------------------------------------------------------------------
 
 
-class Member:
+class Member(SearchEvaluator):
     """An evaluator of a pool that does what it is told for each schedule."""
 
     num_layers, num_vision_tokens = 4, 16

@@ -27,7 +27,7 @@ from thinsight.runtime import apply, can_share, resuming, snapshotting
 from thinsight.runtime.families import sliding_layers
 from thinsight.schedule import Schedule
 from thinsight.searches import gsearch, random_search, sensitivity_search
-from thinsight.searches.budgeted import budget_of
+from thinsight.searches.run import budget_of
 
 HELD = [family for family in FAMILIES.values() if family.model_type in ROWS]
 QUESTIONS = ("what color is the circle ?", "how many ?", "which ?", "what number is written in the chart ?")

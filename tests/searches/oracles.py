@@ -15,9 +15,10 @@ import numpy as np
 from thinsight.evaluation.bounds import LossTest, random_order
 from thinsight.evaluation.result import Evaluation
 from thinsight.schedule import Schedule
+from thinsight.searches import SearchEvaluator, StandIn
 
 
-class NeedOracle:
+class NeedOracle(SearchEvaluator):
     """Each example needs at least so many top-ranked tokens at each layer: ``needs[example][layer]``.
 
     ``lost`` further examples are wrong whatever happens, as some are for any real model.
@@ -65,7 +66,7 @@ class TokenOracle(NeedOracle):
 class StoppingOracle(NeedOracle):
     """Stops as soon as the examples left cannot lift the score to the floor, as a real evaluator does."""
 
-    def at_least(self, schedule: Schedule, floor: float) -> Evaluation:
+    def at_least(self, schedule: Schedule, floor: float, **_: Any) -> Evaluation:
         self.calls.append(schedule)
         counts = schedule.counts(self.num_vision_tokens)
         total = len(self.needs) + self.lost
@@ -77,16 +78,13 @@ class StoppingOracle(NeedOracle):
         return Evaluation(score=best / total, cost=1.0)
 
 
-class InterruptedOracle:
+class InterruptedOracle(StandIn):
     """Another oracle that is stopped by Ctrl-C after every ``every`` evaluations."""
 
     def __init__(self, inner: NeedOracle, every: int) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.every = every
         self.left = every
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.inner, name)
 
     def __call__(self, schedule: Schedule) -> Evaluation:
         if self.left == 0:
@@ -96,18 +94,15 @@ class InterruptedOracle:
         return self.inner(schedule)
 
 
-class SeveralOracle:
+class SeveralOracle(StandIn):
     """Another oracle, asked for ``at_once`` schedules at a time. They finish last one first, ``rounds`` keeps
     their number, and whatever the inner one raises goes on once the others are finished.
     """
 
     def __init__(self, inner: Any, at_once: int) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.at_once = at_once
         self.rounds: list[int] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
     def __call__(self, schedule: Schedule) -> Evaluation:
         self.rounds.append(1)
@@ -125,7 +120,7 @@ class SeveralOracle:
         failure: BaseException | None = None
         for place, schedule in reversed(list(enumerate(schedules))):
             try:
-                if floor is None or not hasattr(self.inner, "at_least"):
+                if floor is None:
                     done(place, self.inner(schedule))
                 else:
                     done(place, self.inner.at_least(schedule, floor, **early))
@@ -141,7 +136,7 @@ def all_counts(n: int, num_layers: int, first_layer: int) -> Iterator[tuple[int,
         yield (n,) * first_layer + tail
 
 
-class SmoothOracle:
+class SmoothOracle(SearchEvaluator):
     """An evaluator with a smooth signal: example e loses ``weight[e]`` times the tokens that leave too soon.
 
     Token t (ranked, 0 the best of ``n``) is wanted up to layer ``leaves[t]``; each layer that it lacks before
@@ -149,7 +144,7 @@ class SmoothOracle:
     above a half. ``sample`` runs the first share of the examples.
     """
 
-    first_layer = 1
+    samples = True
 
     def __init__(self, n: int, num_layers: int, leaves: Sequence[float], weights: Sequence[float]) -> None:
         self.num_vision_tokens, self.num_layers = n, num_layers

@@ -12,10 +12,10 @@ from oracles import SmoothOracle
 from thinsight.budget import Budget, FlopsBudget, KeepBudget
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.result import Evaluation
+from thinsight.experimental.adaptive import STATISTIC, adaptive_search
 from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
-from thinsight.searches import adaptive_search, sensitivity_search
-from thinsight.searches.adaptive import STATISTIC
+from thinsight.searches import sensitivity_search
 
 L, N, EXAMPLES = 8, 32, 48
 

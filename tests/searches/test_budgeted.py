@@ -14,8 +14,9 @@ from oracles import SmoothOracle
 from thinsight.budget import FlopsBudget, KeepBudget
 from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation.result import Evaluation
+from thinsight.experimental.adaptive import adaptive_search
 from thinsight.schedule import Schedule
-from thinsight.searches import adaptive_search, frontier, psigmoid, random_search, sensitivity_search
+from thinsight.searches import StandIn, frontier, psigmoid, random_search, sensitivity_search
 from thinsight.searches.frontier import SHARES
 from thinsight.searches.sensitivity import ExitModel
 from thinsight.searches.shapes import deform, first_layer_for, fit_sigmoid, random_staircase, sigmoid
@@ -119,14 +120,12 @@ def test_a_seed_decides_everything(search: Any) -> None:
     assert len(schedules) > 1
 
 
-class Stopping:
+class Stopping(StandIn):
     """Stops the search after so many evaluations, as Ctrl-C does."""
 
     def __init__(self, inner: SmoothOracle, after: int) -> None:
-        self.inner, self.after = inner, after
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+        super().__init__(inner)
+        self.after = after
 
     def sample(self, schedule: Schedule, share: float) -> Evaluation:
         if len(self.inner.calls) >= self.after:

@@ -18,9 +18,10 @@ from oracles import NeedOracle, SeveralOracle, SmoothOracle, StoppingOracle
 from thinsight.budget import KeepBudget
 from thinsight.errors import BadInput, StorageError, ThinsightError
 from thinsight.evaluation.result import Evaluation
+from thinsight.experimental.adaptive import adaptive_search
 from thinsight.records import seal, unseal
 from thinsight.schedule import Schedule
-from thinsight.searches import Study, adaptive_search, frontier, gsearch, psigmoid, random_search, sensitivity_search
+from thinsight.searches import Study, frontier, gsearch, psigmoid, random_search, sensitivity_search
 
 NEEDS = [[8, 8, 5, 3, 0], [8, 7, 7, 2, 1]]
 

@@ -24,6 +24,7 @@ import transformers
 from numpy.typing import NDArray
 
 from .. import cost
+from ..budget import Budget, check_budget_value, make_budget
 from ..errors import BadInput, Unsupported
 from ..loading import base_name
 from ..ranking import get_ranker
@@ -33,6 +34,7 @@ from ..runtime.families import check_supported
 from ..schedule import Schedule
 from ..texts import brief
 from ..version import __version__
+from .base import SearchEvaluator
 from .batch_size import check_batch_size, chunks
 from .bounds import LossTest, check_confidence, random_order
 from .decoding import DecodingRules, GreedyAnswer, PromptScope, decode
@@ -41,7 +43,7 @@ from .features import hash_image, hash_json, hash_model, hash_processor, hash_re
 from .full_model import FullModel
 from .metrics import Metric, metric_for
 from .prefix_cache import PrefixCache
-from .prompts import Prompt, PromptReader, pad_batch
+from .prompts import Prompt, PromptReader, pad_batch, typical_batch
 from .result import Evaluation
 from .statistics import score_to_expect
 from .store import DEFAULT_CACHE_GIB, DiskStore
@@ -69,7 +71,7 @@ class _Drawn(NamedTuple):
     test: LossTest
 
 
-class Evaluator:
+class Evaluator(SearchEvaluator):
     """Scores schedules and reductions of one model on one set of examples.
 
     The score is the mean over the examples of a metric of the greedily decoded answer, exactly as
@@ -169,18 +171,21 @@ class Evaluator:
 
     # -- what a search sees ----------------------------------------------------------------------------------
 
+    samples = True
+    score_range = 0.0, 1.0  # as every metric's
+
     @cached_property
-    def num_layers(self) -> int:
+    def num_layers(self) -> int:  # type: ignore[override]
         """L, the number of decoder layers."""
         return int(num_layers(self.model))
 
     @cached_property
-    def num_vision_tokens(self) -> int:
+    def num_vision_tokens(self) -> int:  # type: ignore[override]
         """N: the median number of vision tokens of a prompt."""
         return median_low(prompt.n_vision for prompt in self._prompts)
 
     @property
-    def batch_size(self) -> int:
+    def batch_size(self) -> int:  # type: ignore[override]
         """Prompts per forward pass; "auto" is measured when first asked for."""
         return self._full_model.batch_size
 
@@ -206,7 +211,7 @@ class Evaluator:
         return [(prompt.n_vision, prompt.n_text) for prompt in self._prompts]
 
     @property
-    def first_layer(self) -> int:
+    def first_layer(self) -> int:  # type: ignore[override]
         """The first layer at which the ranker can rank."""
         return self.first_layer_of(self.ranker)
 
@@ -227,23 +232,13 @@ class Evaluator:
         return True
 
     @property
-    def score_range(self) -> tuple[float, float]:
-        """The least and the highest score that there can be: every metric is in [0, 1]."""
-        return 0.0, 1.0
-
-    @property
-    def full_cost(self) -> float:
+    def full_cost(self) -> float:  # type: ignore[override]
         """Decoder prefill FLOPs of one full evaluation of the full model."""
         return float(self.full.cost or 0.0)
 
-    @property
-    def full_score(self) -> float:
-        """The full model's score; its answers are computed when first asked for."""
-        return self.full.score
-
     @cached_property
     def full(self) -> Evaluation:
-        """The full model's evaluation."""
+        """The full model's evaluation; its answers are computed when first asked for."""
         scores = [self._score(index, answer) for index, answer in enumerate(self._full)]
         score = float(np.mean(scores))
         spent = self._flops(range(len(self.examples)), None, drafted=False)
@@ -252,7 +247,7 @@ class Evaluator:
         )
 
     @cached_property
-    def doubt(self) -> str:
+    def doubt(self) -> str:  # type: ignore[override]
         """Why the full model's score is too low to tell a good schedule from a bad one, in one line with an
         answer beside its label; empty where it is not.
 
@@ -392,13 +387,36 @@ class Evaluator:
             schedule, self.ranker, base_model_name_or_path=self._base_name, model_type=self.model.config.model_type
         )
 
+    def cost(self, schedule: Schedule | Reduction) -> float:
+        """Decoder prefill FLOPs of all prompts, as a share of the full model's."""
+
+        def flops(schedule: Schedule | None = None) -> float:
+            sizes = self.prompt_sizes
+            return sum(self._shape.prefill_flops(n_vision, n_text, schedule) for n_vision, n_text in sizes)
+
+        return self._bind(schedule).average(flops) / flops()
+
+    def budget(self, value: float, unit: str = "keep") -> Budget:
+        """A budget of ``value`` for the median prompt; for "ms" the device is profiled now."""
+        if unit not in ("flops", "ms"):
+            return super().budget(value, unit)
+        check_budget_value(value, unit)
+        latency = None
+        if unit == "ms":
+            from ..timing import profile
+
+            latency = profile(self.model, typical_batch(self.processor, self.examples, self.batch_size))
+        n_text = median_low(n_text for _, n_text in self.prompt_sizes)
+        n_vision, config = self.num_vision_tokens, self.model.config
+        return make_budget(float(value), unit, config=config, n_vision=n_vision, n_text=n_text, latency=latency)
+
     @cached_property
     def _base_name(self) -> str | None:
         name = self.model.name_or_path
         return base_name(name) if name else None
 
     @cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str:  # type: ignore[override]
         """A hash of all that a score depends on: model, dtypes and attention implementation, all generation
         rules, images, prompts, how the processor reads and writes them, answers, metrics and ranker; behind
         it the versions of what computes it.
@@ -449,7 +467,7 @@ class Evaluator:
     # -- reduced models --------------------------------------------------------------------------------------
 
     def _bind(self, schedule: Schedule | Reduction) -> Reduction:
-        reduction = schedule if isinstance(schedule, Reduction) else self.reduction(schedule)
+        reduction = self.bind(schedule)
         if reduction.schedule.num_layers != self.num_layers:
             raise BadInput(
                 f"the schedule has {reduction.schedule.num_layers} layers but the model has "

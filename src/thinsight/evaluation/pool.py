@@ -7,7 +7,6 @@ else is asked of the first one. Knows nothing about searches, nor about how a sc
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
@@ -21,6 +20,7 @@ from ..errors import BadInput
 from ..reduction import Reduction
 from ..runtime.families import unwrapped
 from ..schedule import Schedule
+from .base import SearchEvaluator, StandIn, as_evaluator
 from .evaluator import Evaluator, Progress
 from .examples import Example
 from .result import Evaluation
@@ -30,7 +30,7 @@ T = TypeVar("T")
 _SHOWN = 12  # characters of a fingerprint in a message
 
 
-class EvaluatorPool:
+class EvaluatorPool(StandIn):
     """Several evaluators of the same weights and examples, one per device, that a search sees as one.
 
     Where a search can use several scores at once (`gsearch` with *bisect*), each evaluator scores a schedule
@@ -51,8 +51,9 @@ class EvaluatorPool:
     """
 
     def __init__(self, evaluators: Sequence[Any]) -> None:
-        self._members = tuple(evaluators)
+        self._members = tuple(as_evaluator(each) for each in evaluators)
         _check(self._members)
+        super().__init__(self._members[0])
 
     @classmethod
     def on_devices(
@@ -101,25 +102,9 @@ class EvaluatorPool:
     # -- what a search sees ----------------------------------------------------------------------------------
 
     @property
-    def at_once(self) -> int:
+    def at_once(self) -> int:  # type: ignore[override]
         """How many schedules are scored at the same time: the number of evaluators."""
         return len(self._members)
-
-    @property
-    def num_layers(self) -> int:
-        """L, the number of decoder layers."""
-        return int(self._members[0].num_layers)
-
-    @property
-    def num_vision_tokens(self) -> int:
-        """N: the median number of vision tokens of a prompt."""
-        return int(self._members[0].num_vision_tokens)
-
-    @property
-    def score_range(self) -> tuple[float, float]:
-        """The least and the highest score that there can be."""
-        least, highest = getattr(self._members[0], "score_range", (-math.inf, math.inf))
-        return least, highest
 
     @cached_property
     def full_score(self) -> float:
@@ -129,76 +114,64 @@ class EvaluatorPool:
             ThinsightError: they do not agree in it, or in the batch size with which it fits into memory.
         """
         first, *others = self._members
-        if hasattr(first, "fix_batch_size"):
-            for each in others:
-                each.fix_batch_size(first.batch_size)
+        for each in others:
+            each.fix_batch_size(first.batch_size)
         scores: dict[int, float] = {}
         self._all_at_once([_full_score] * len(self._members), scores.__setitem__)
         for place, each in enumerate(others, start=1):
             _same(place, "full_score", scores[place], scores[0], "use devices of one kind and one dtype")
-            sizes = (getattr(each, "batch_size", None), getattr(first, "batch_size", None))
-            _same(place, "batch_size", *sizes, "build all of them with the smaller one, which fits")
+            remedy = "build all of them with the smaller one, which fits"
+            _same(place, "batch_size", each.batch_size, first.batch_size, remedy)
         return scores[0]
-
-    def __call__(self, schedule: Schedule | Reduction) -> Evaluation:
-        """The first evaluator's exact score, see `thinsight.Evaluator`."""
-        evaluation: Evaluation = self._members[0](schedule)
-        return evaluation
 
     def several(
         self,
-        schedules: Sequence[Schedule | Reduction],
+        candidates: Sequence[Schedule | Reduction],
         floor: float | None,
         done: Callable[[int, Evaluation], object],
         **early: Any,
     ) -> None:
-        """Score several schedules at the same time, the first one on the first evaluator and so on; as many
+        """Score several candidates at the same time, the first one on the first evaluator and so on; as many
         as there are evaluators, then the next ones.
 
         Where an evaluation fails, those beside it finish and are handed over before its error is raised. An
         interrupt (Ctrl-C) ends them after their current batch. No thread is left running.
 
         Args:
-            schedules: what to score.
+            candidates: what to score.
             floor: an evaluation may stop early below this score, see `Evaluator.at_least`; None: all are
                 complete.
             done: called in the calling thread as ``done(place, evaluation)``, as soon as each is finished.
             **early: what else `Evaluator.at_least` takes.
         """
         _ = self.full_score  # all of them need the full model's answers, and must agree in them
-        for start in range(0, len(schedules), self.at_once):
-            part = schedules[start : start + self.at_once]
-            work = [partial(_score, schedule=schedule, floor=floor, early=early) for schedule in part]
+        for start in range(0, len(candidates), self.at_once):
+            part = candidates[start : start + self.at_once]
+            work = [partial(_score, candidate=each, floor=floor, early=early) for each in part]
             self._all_at_once(work, done, start)
 
     def share(self, schedule: Schedule, layer: int) -> None:
         """Tell all evaluators what the candidates to come share, see `Evaluator.share`."""
         for each in self._members:
-            if hasattr(each, "share"):
-                each.share(schedule, layer)
+            each.share(schedule, layer)
 
     # -- what is the same for all of them --------------------------------------------------------------------
 
-    def fix_batch_size(self, size: int | None = None) -> int:
+    def fix_batch_size(self, size: int | None = None) -> int | None:
         """The batch size of all evaluators for good, see `Evaluator.fix_batch_size`."""
         if size is None:
             _ = self.full_score
         else:
             for each in self._members:
                 each.fix_batch_size(size)
-        return int(self._members[0].batch_size)
+        return self._members[0].batch_size
 
     def with_ranker(self, ranker: Any) -> EvaluatorPool:
         """This pool with another ranker for bare schedules; what was computed is shared."""
         other = copy.copy(self)
         other._members = tuple(each.with_ranker(ranker) for each in self._members)
+        other.inner = other._members[0]
         return other
-
-    def __getattr__(self, name: str) -> Any:
-        """Whatever else there is to ask, of the first evaluator."""
-        if name.startswith("_"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self._members[0], name)
 
     # -- threads ---------------------------------------------------------------------------------------------
 
@@ -251,7 +224,7 @@ def _stoppable(members: Sequence[Any], stop: threading.Event) -> Iterator[None]:
     """Meanwhile, evaluators that tell their progress end at their next batch once ``stop`` is set, and tell
     it one at a time."""
     telling = threading.Lock()
-    ours = [(each, each.progress) for each in members if hasattr(each, "progress")]
+    ours = [(each, each.progress) for each in members]
 
     def tell(progress: Progress | None, what: str, done: int, total: int) -> None:
         if stop.is_set():
@@ -272,8 +245,8 @@ def _stoppable(members: Sequence[Any], stop: threading.Event) -> Iterator[None]:
 def _on_its_device(member: Any, work: Callable[[Any], T]) -> T:
     """What comes of the work in this thread, with the evaluator's GPU as the current one, for kernels that
     ask which it is."""
-    device = getattr(getattr(member, "model", None), "device", None)
-    with torch.cuda.device(device) if getattr(device, "type", None) == "cuda" else nullcontext():
+    on_gpu = member.model is not None and member.model.device.type == "cuda"
+    with torch.cuda.device(member.model.device) if on_gpu else nullcontext():
         return work(member)
 
 
@@ -281,10 +254,8 @@ def _full_score(member: Any) -> float:
     return float(member.full_score)
 
 
-def _score(member: Any, schedule: Schedule | Reduction, floor: float | None, early: dict[str, Any]) -> Evaluation:
-    cut = floor is not None and hasattr(member, "at_least")
-    evaluation: Evaluation = member.at_least(schedule, floor, **early) if cut else member(schedule)
-    return evaluation
+def _score(member: SearchEvaluator, candidate: Any, floor: float | None, early: dict[str, Any]) -> Evaluation:
+    return member(candidate) if floor is None else member.at_least(candidate, floor, **early)
 
 
 def _check(members: Sequence[Any]) -> None:
@@ -295,20 +266,19 @@ def _check(members: Sequence[Any]) -> None:
         for earlier, other in enumerate(members[:place]):
             _apart(place, each, earlier, other)
         for name in ("num_layers", "num_vision_tokens", "fingerprint"):
-            found, expected = (getattr(one, name, None) for one in (each, members[0]))
+            found, expected = (getattr(one, name) for one in (each, members[0]))
             remedy = "build all of them on the same weights, examples, metric and ranker"
             _same(place, name, found, expected, remedy)
 
 
 def _apart(place: int, each: Any, earlier: int, other: Any) -> None:
     """Two evaluators must not share what runs one thing at a time."""
-    if getattr(each, "model", each) is getattr(other, "model", other):
+    if each is other or (each.model is not None and each.model is other.model):
         raise BadInput(
             f"evaluators[{place}].model is that of evaluators[{earlier}] too, and a model runs one schedule "
             "at a time: give each a model of its own, such as copy.deepcopy(model).to(device)"
         )
-    processor = getattr(each, "processor", None)
-    if processor is not None and processor is getattr(other, "processor", None):
+    if each.processor is not None and each.processor is other.processor:
         raise BadInput(
             f"evaluators[{place}].processor is that of evaluators[{earlier}] too, and a tokenizer serves one "
             "thread at a time: give each a processor of its own, such as copy.deepcopy(processor)"

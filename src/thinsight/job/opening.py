@@ -33,7 +33,7 @@ from ..ranking import get_ranker
 from ..reduction import CONFIG_NAME, Reduction
 from ..report.data import ModelInfo
 from ..runtime import check_rankable, num_layers
-from ..searches.budgeted import budget_of
+from ..searches.run import budget_of
 from ..searches.study import searchable_score
 from ..version import __version__
 from .results import MedianPrompt

@@ -20,7 +20,7 @@ from ..evaluation.result import Evaluation
 from ..evaluation.statistics import Interval, drop_interval
 from ..report.data import Consistency, MethodRow, TaskRow, TimingRow, TrialRow
 from ..schedule import Schedule
-from ..searches.result import Trial
+from ..searches.run import Trial
 
 if TYPE_CHECKING:
     from ..evaluation.consistency import RankConsistency

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from ..evaluation.base import SearchEvaluator, StandIn
 from ..progress import Progress, SearchObserver, SearchPlan, Silent
-from .adaptive import adaptive_search
 from .frontier import Frontier, frontier
 from .gsearch import Bayes, Bisect, LayerProblem, Solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
-from .result import SearchResult, Trial
+from .run import Run, SearchResult, Trial
 from .search import SEARCHES, Search, search
 from .sensitivity import sensitivity_search
-from .study import SearchEvaluator, Study
+from .study import Study
 
 __all__ = [
     "SEARCHES",
@@ -20,6 +20,7 @@ __all__ = [
     "Frontier",
     "LayerProblem",
     "Progress",
+    "Run",
     "Search",
     "SearchEvaluator",
     "SearchObserver",
@@ -27,9 +28,9 @@ __all__ = [
     "SearchResult",
     "Silent",
     "Solver",
+    "StandIn",
     "Study",
     "Trial",
-    "adaptive_search",
     "frontier",
     "gsearch",
     "psigmoid",

@@ -13,13 +13,13 @@ from typing import Any
 
 from ..budget import Budget, check_budget_value
 from ..errors import BadInput, Unreachable
+from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
 from ..schedule import Schedule
-from .budgeted import BudgetedRun, budget_of, check_count, earliest_layer
-from .result import SearchResult
+from .run import Run, SearchResult, budget_of, check_count
 from .sensitivity import SensitivitySearch, exit_model
 from .shapes import first_layer_for
-from .study import SearchEvaluator, Study
+from .study import Study
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
 """Points of a frontier, as shares of the full cost; the full model itself is always one."""
@@ -90,6 +90,7 @@ def frontier(
     """
     check_count(n_trials, "n_trials", LEAST_TRIALS)
     check_count(seed, "seed", 0)
+    evaluator = as_evaluator(evaluator)
     wanted = _wanted(evaluator, budgets, budget_unit)
     if len({budget.unit for budget in wanted}) > 1:
         raise BadInput("budgets are of several units; give budgets of one unit")
@@ -104,19 +105,15 @@ def frontier(
     points: list[SearchResult] = []
     start: Schedule | None = None
     models = {}
+    own = evaluator.reduction(Schedule.full(int(evaluator.num_layers))).ranker
     for budget, first in reachable:
-        run = BudgetedRun(
-            evaluator,
-            budget,
-            {**settings, "first_layer": first, "budgets": None, "rankers": []},
-            expected=n_trials,
-            study=journal,
-            observer=observer,
-        )
-        if hasattr(evaluator, "sample") and first not in models:
-            models[first] = exit_model(run, first)
+        facts = {**settings, "first_layer": first, "budgets": None, "rankers": []}
+        run = Run(evaluator, facts, budget=budget, expected=n_trials, study=journal, observer=observer)
+        run.keep_all_before(first)
+        if evaluator.samples and first not in models:
+            models[first] = exit_model(run, first, own)
             run.expected += run.evaluations
-        search = SensitivitySearch(run, first, start, models.get(first), n_trials=run.evaluations + n_trials)
+        search = SensitivitySearch(run, [(own, first)], start, models.get(first), run.evaluations + n_trials)
         points.append(search.search())
         start = points[-1].schedule
     return Frontier(tuple(points), journal.full_score, sum(point.evaluations for point in points))
@@ -143,7 +140,7 @@ def _reachable(evaluator: SearchEvaluator, budgets: Sequence[Budget]) -> list[tu
     found, reason = [], None
     for budget in budgets:
         try:
-            found.append((budget, first_layer_for(budget, earliest_layer(evaluator))))
+            found.append((budget, first_layer_for(budget, evaluator.first_layer)))
         except Unreachable as error:
             reason = error
     if reason is not None and not found:

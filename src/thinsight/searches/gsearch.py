@@ -8,20 +8,19 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from inspect import signature
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
 from ..errors import BadInput
+from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..evaluation.bounds import check_confidence
-from ..progress import Progress, SearchObserver, SearchPlan, Silent
-from ..reduction import Reduction
+from ..progress import SearchObserver
 from ..registry import Registry
-from ..schedule import Schedule
-from .result import SearchResult, Trial
+from ..schedule import Schedule, whole
+from .run import Run, SearchResult, Trial
 from .shapes import quiet
-from .study import Record, SearchEvaluator, Study, share_prefix
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ class Bisect:
     at_once: int = 1
 
     def __post_init__(self) -> None:
-        _positive(self.step, "step")
-        _positive(self.at_once, "at_once")
+        whole(self.step, "step", 1)
+        whole(self.at_once, "at_once", 1)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -157,7 +156,7 @@ class Bayes:
     n_trials: int = 8
 
     def __post_init__(self) -> None:
-        _positive(self.n_trials, "n_trials")
+        whole(self.n_trials, "n_trials", 1)
         weight = self.trade_off
         if isinstance(weight, bool) or not isinstance(weight, Real) or not 0 <= weight < math.inf:
             raise BadInput(f"trade_off is {weight!r}; it must be a finite number of at least 0")
@@ -265,11 +264,6 @@ def _propose(seen: list[tuple[int, float]], upper: int, seed: int) -> int:
         return int(study.ask(dict(space)).params["count"])
 
 
-def _positive(value: Any, field: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise BadInput(f"{field} is {value!r}; it must be a whole number of at least 1")
-
-
 _SLACK = 1e-9  # a score of 0.99 is within 0.01 of 1.0, whatever the last bit of the mean says
 
 
@@ -344,84 +338,78 @@ def gsearch(
     Raises:
         ThinsightError: bad arguments, or a journal that cannot be used; before the first evaluation.
     """
-    _check(evaluator, max_drop, first_layer, seed)  # before the full score, which may take a run to obtain
-    at_once = int(getattr(evaluator, "at_once", 1))
-    chosen = get_solver(solver, step=step, trade_off=trade_off, n_trials=n_trials, at_once=at_once)
-    check_early_stop(chosen, confidence)
+    evaluator = as_evaluator(evaluator)
+    check_max_drop(max_drop)  # all before the full score, which may take a run to obtain
+    n = whole(evaluator.num_vision_tokens, "evaluator.num_vision_tokens", 1)
+    num_layers = whole(evaluator.num_layers, "evaluator.num_layers", 1)
+    at_once = whole(evaluator.at_once, "evaluator.at_once", 1)
     settings: dict[str, Any] = {
         "method": "gsearch",
         "max_drop": float(max_drop),
-        "first_layer": int(first_layer),
-        "solver": chosen.settings,
-        "seed": int(seed),
+        "first_layer": whole(first_layer, "first_layer", 0, num_layers - 1),
     }
+    seed = whole(seed, "seed", 0)
+    chosen = get_solver(solver, step=step, trade_off=trade_off, n_trials=n_trials, at_once=at_once)
+    check_early_stop(chosen, confidence)
+    settings |= {"solver": chosen.settings, "seed": seed}
     if confidence is not None:
         settings["confidence"] = float(confidence)
-    journal = Study(evaluator, settings, study, resume=resume, confidence=confidence, seed=int(seed))
-    return _Run(evaluator, chosen, settings, journal, observer or Silent()).search()
+    run = Run(
+        evaluator,
+        settings,
+        expected=(num_layers - settings["first_layer"]) * chosen.most_evaluations(n),
+        study=study,
+        resume=resume,
+        confidence=confidence,
+        observer=observer,
+    )
+    return _LayerByLayer(run, chosen, num_layers).search()
 
 
-class _Run:
-    """One search: the schedule accepted so far, and the trials that led to it."""
+class _LayerByLayer:
+    """One search: the schedule accepted so far, and how each layer's count is found."""
 
-    def __init__(
-        self,
-        evaluator: SearchEvaluator,
-        solver: Solver,
-        settings: dict[str, Any],
-        study: Study,
-        observer: SearchObserver,
-    ) -> None:
-        self.evaluator = evaluator
-        self.solver = solver
-        self.settings = settings
-        self.study = study
-        self.observer = observer
-        self.num_layers = int(evaluator.num_layers)
-        self.n = int(evaluator.num_vision_tokens)
-        self.full_score = study.full_score
-        self.floor = self.full_score - settings["max_drop"] - _SLACK
-        self.schedule = Schedule.full(self.num_layers)
-        self.score = self.full_score
-        self.count = self.n
-        self.trials: list[Trial] = []
+    def __init__(self, run: Run, solver: Solver, num_layers: int) -> None:
+        self.run, self.solver, self.num_layers = run, solver, num_layers
+        self.floor = run.study.full_score - run.settings["max_drop"] - _SLACK
+        self.schedule = Schedule.full(num_layers)
+        self.score, self.count = run.study.full_score, run.n
         self.settled = 0  # evaluations of the layers that are done
 
     def search(self) -> SearchResult:
-        first = self.settings["first_layer"]
-        self.observer.on_start(self._plan(first))
-        for layer in range(first, self.num_layers):
+        for layer in range(self.run.settings["first_layer"], self.num_layers):
             if self.count == 0:
                 break
             self._settle(layer)
-        share_prefix(self.evaluator, self.schedule, 0)
-        result = self._result()
-        self.observer.on_end(result)
-        return result
+        at_once = self.solver.at_once if isinstance(self.solver, Bisect) else 1
+        # where the score is not monotone, the schedule depends on it
+        more = {"at_once": at_once} if at_once > 1 else {}
+        return self.run.finish(self.run.evaluator.reduction(self.schedule), self.score, more=more)
 
     def _settle(self, layer: int) -> None:
         """Find this layer's count and adopt it."""
-        share_prefix(self.evaluator, self.schedule, layer)
+        self.run.evaluator.share(self.schedule, layer)
         tried: dict[int, Trial] = {}
 
         def probe_all(counts: Sequence[int], exact: bool = False) -> list[Trial]:
             trials = self._try(layer, counts, exact)
             for trial in trials:
                 tried[trial.count] = trial
-                self.trials.append(trial)
-                self.observer.on_trial(trial, self._progress(layer))
+                self.run.add(trial, self._expected(layer))
             return trials
 
         def probe(count: int, *, exact: bool = False) -> Trial:
             return probe_all([count], exact)[0]
 
+        # a seed of its own for every layer, far more apart than there are trials in one
+        seed = (self.run.settings["seed"] * self.num_layers + layer) * 10_007
         count = self.solver.solve(
             LayerProblem(
                 upper=self.count,
                 upper_score=self.score,
                 probe=probe,
                 mean_keep_rate=lambda count: self._candidate(layer, count).mean_keep_rate,
-                seed=self._layer_seed(layer),
+                seed=seed,
                 probe_all=probe_all,
             )
         )
@@ -430,106 +418,34 @@ class _Run:
             if best is None or not best.accepted:
                 raise BadInput(f"solver chose count {count} at layer {layer}, which no probe accepted")
             self.schedule, self.score, self.count = best.schedule, best.score, count
-        self.settled = len(self.trials)
-        self.observer.on_layer(layer, count, self._progress(layer + 1))
+        self.settled = len(self.run.trials)
+        self.run.observer.on_layer(layer, count, self.run.progress(layer + 1, self._expected(layer + 1)))
 
     def _try(self, layer: int, counts: Sequence[int], exact: bool) -> list[Trial]:
-        schedules = [self._candidate(layer, count) for count in counts]
-        records = self.study.evaluate_all(schedules, None if exact else self.floor)
+        candidates = [self.run.evaluator.reduction(self._candidate(layer, count)) for count in counts]
+        records = self.run.study.evaluate_all(candidates, None if exact else self.floor)
         return [
-            self._trial(layer, count, schedule, record)
-            for count, schedule, record in zip(counts, schedules, records, strict=True)
+            Trial(
+                layer=layer,
+                keep_rate=count / self.run.n,
+                count=count,
+                score=record.score,
+                complete=record.complete,
+                accepted=record.complete and record.score >= self.floor,
+                schedule=candidate.schedule,
+                cost=record.cost,
+                seconds=record.seconds,
+                reduction=candidate,
+            )
+            for count, candidate, record in zip(counts, candidates, records, strict=True)
         ]
 
-    def _trial(self, layer: int, count: int, schedule: Schedule, record: Record) -> Trial:
-        return Trial(
-            layer=layer,
-            keep_rate=count / self.n,
-            count=count,
-            score=record.score,
-            complete=record.complete,
-            accepted=record.complete and record.score >= self.floor,
-            schedule=schedule,
-            cost=record.cost,
-            seconds=record.seconds,
-        )
-
     def _candidate(self, layer: int, count: int) -> Schedule:
-        return self.schedule.with_tail(layer, count / self.n)
-
-    def _layer_seed(self, layer: int) -> int:
-        return (int(self.settings["seed"]) * self.num_layers + layer) * 10_007  # far more than trials in a layer
-
-    def _plan(self, first: int) -> SearchPlan:
-        return SearchPlan(
-            method="gsearch",
-            num_layers=self.num_layers,
-            first_layer=first,
-            num_vision_tokens=self.n,
-            full_score=self.full_score,
-            max_drop=self.settings["max_drop"],
-            recorded=self.study.recorded,
-            expected=self._expected(first),
-        )
-
-    def _progress(self, layer: int) -> Progress:
-        return Progress(
-            layer=layer,
-            evaluations=len(self.trials),
-            expected=max(len(self.trials), self._expected(layer)),
-            seconds=math.fsum(trial.seconds for trial in self.trials),
-        )
+        return self.schedule.with_tail(layer, count / self.run.n)
 
     def _expected(self, layer: int) -> int:
-        """Evaluations in all if every layer from ``layer`` on needs the most, its count being at most
-        today's."""
+        """Evaluations in all if every layer from ``layer`` on needs the most, its count being at most today's."""
         return self.settled + (self.num_layers - layer) * self.solver.most_evaluations(self.count)
-
-    def _result(self) -> SearchResult:
-        costs = [trial.cost for trial in self.trials]
-        known = [cost for cost in costs if cost is not None]
-        cost = math.fsum(known) if len(known) == len(costs) else None
-        full = getattr(self.evaluator, "full_cost", None)
-        return SearchResult(
-            schedule=self.schedule,
-            reduction=self._reduction(),
-            trials=tuple(self.trials),
-            method="gsearch",
-            max_drop=self.settings["max_drop"],
-            full_score=self.full_score,
-            score=self.score,
-            seed=self.settings["seed"],
-            cost=cost,
-            full_forwards=None if cost is None or not full else cost / full,
-            seconds=math.fsum(trial.seconds for trial in self.trials),
-        )
-
-    def _reduction(self) -> Reduction:
-        bind = getattr(self.evaluator, "reduction", Reduction)
-        record = {
-            **self.settings,
-            "evaluations": len(self.trials),
-            "num_vision_tokens": self.n,
-            "full_score": self.full_score,
-            "score": self.score,
-            "calibration": getattr(self.evaluator, "fingerprint", None),
-        }
-        at_once = getattr(self.solver, "at_once", 1)
-        if at_once > 1:  # where the score is not monotone, the schedule depends on it
-            record["at_once"] = at_once
-        return replace(bind(self.schedule), search=record)
-
-
-def _check(evaluator: SearchEvaluator, max_drop: float, first_layer: int, seed: int) -> None:
-    for name in ("num_layers", "num_vision_tokens", "__call__"):
-        if not hasattr(evaluator, name):
-            raise BadInput(f"evaluator has no {name}; pass a thinsight.Evaluator or an object like it")
-    check_max_drop(max_drop)
-    _check_whole(evaluator.num_vision_tokens, "evaluator.num_vision_tokens", 1, None)
-    _check_whole(evaluator.num_layers, "evaluator.num_layers", 1, None)
-    _check_whole(getattr(evaluator, "at_once", 1), "evaluator.at_once", 1, None)
-    _check_whole(first_layer, "first_layer", 0, int(evaluator.num_layers) - 1)
-    _check_whole(seed, "seed", 0, None)
 
 
 def check_max_drop(max_drop: float) -> None:
@@ -540,10 +456,3 @@ def check_max_drop(max_drop: float) -> None:
     """
     if isinstance(max_drop, bool) or not isinstance(max_drop, Real) or not 0 <= max_drop < math.inf:
         raise BadInput(f"max_drop is {max_drop!r}; it must be a finite number of at least 0, such as 0.01")
-
-
-def _check_whole(value: Any, field: str, low: int, high: int | None) -> None:
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value > high):
-        wanted = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise BadInput(f"{field} is {value!r}; it must be a whole number {wanted}")

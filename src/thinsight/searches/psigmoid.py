@@ -10,12 +10,11 @@ import os
 from typing import Any
 
 from ..budget import Budget
+from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
 from ..schedule import Schedule
-from .budgeted import BudgetedRun, budget_of, check_count, earliest_layer, merit
-from .result import SearchResult, Trial
+from .run import Run, SearchResult, Trial, budget_of, check_count
 from .shapes import first_layer_for, fit_sigmoid, propose, sigmoid
-from .study import SearchEvaluator
 
 # The paper's best steepness is .36 to .93 for 32 layers; wide around it, and per depth, as the shape is.
 _STEEPNESS = (0.03, 20.0)
@@ -66,8 +65,9 @@ def psigmoid(
     """
     check_count(n_trials, "n_trials", 1)
     check_count(seed, "seed", 0)
+    evaluator = as_evaluator(evaluator)
     budget = budget_of(evaluator, budget, budget_unit)
-    first = first_layer_for(budget, earliest_layer(evaluator), first_layer)
+    first = first_layer_for(budget, evaluator.first_layer, first_layer)
     space = _space(budget.num_layers, amplitude, floor)
     start = None if warm_start is None else _inside(fit_sigmoid(warm_start, first), space)
     settings = {
@@ -78,7 +78,8 @@ def psigmoid(
         "space": {name: list(limits) for name, limits in space.items()},
         "start": start,
     }
-    run = BudgetedRun(evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer)
+    run = Run(evaluator, settings, budget=budget, expected=n_trials, study=study, resume=resume, observer=observer)
+    run.keep_all_before(first)
     seen: list[tuple[dict[str, float], float]] = []
     tried: list[Trial] = []
     for number in range(n_trials):
@@ -87,7 +88,7 @@ def psigmoid(
         trial = run.run(schedule, " ".join(f"{name}={value:.4g}" for name, value in parameters.items()))
         tried.append(trial)
         seen.append((parameters, trial.score + _TIE_BREAK * (trial.agreement or 0.0)))
-    return run.finish(max(tried, key=merit))
+    return run.finish_with(max(tried, key=lambda trial: trial.merit))
 
 
 def _space(depth: int, amplitude: bool, floor: bool) -> dict[str, tuple[float, float, bool]]:

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..budget import Budget
+from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
-from ..schedule import Schedule
-from .budgeted import BudgetedRun, budget_of, check_count, first_layers, merit
-from .result import SearchResult, Trial
+from .run import Run, SearchResult, Trial, budget_of, check_count, first_layers
 from .shapes import random_staircase
-from .study import SearchEvaluator, share_prefix
 
 
 def random_search(
@@ -42,6 +40,7 @@ def random_search(
     """
     check_count(n_trials, "n_trials", 1)
     check_count(seed, "seed", 0)
+    evaluator = as_evaluator(evaluator)
     budget = budget_of(evaluator, budget, budget_unit)
     choices = first_layers(evaluator, budget, rankers, first_layer)
     settings = {
@@ -51,17 +50,16 @@ def random_search(
         "first_layer": min(first for _, first in choices),
         "rankers": [dict(ranker) for ranker in rankers],
     }
-    run = BudgetedRun(evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer)
+    run = Run(evaluator, settings, budget=budget, expected=n_trials, study=study, resume=resume, observer=observer)
     rng = np.random.default_rng(seed)
     best: Trial | None = None
     for number in range(n_trials):
         ranker, first = choices[int(rng.integers(len(choices)))]
         schedule = random_staircase(budget, rng, first)
-        if first:
-            share_prefix(evaluator, Schedule.full(budget.num_layers), first)
+        run.keep_all_before(first)
         floor = None if best is None else best.score
-        trial = run.run(schedule, f"random {number}", ranker=ranker, floor=floor)
-        if trial.complete:
-            best = trial if best is None else max(best, trial, key=merit)
+        trial = run.run(run.under(ranker, schedule), f"random {number}", floor=floor)
+        if trial.complete and (best is None or trial.merit > best.merit):
+            best = trial
     assert best is not None  # the first one has no floor to fall below
-    return run.finish(best)
+    return run.finish_with(best)

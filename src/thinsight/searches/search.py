@@ -18,13 +18,10 @@ from typing import TYPE_CHECKING, Any
 from ..budget import Budget, check_budget_value
 from ..errors import BadInput
 from ..registry import Registry
-from .adaptive import LEAST_TRIALS as LEAST_OF_ADAPTIVE
-from .adaptive import adaptive_search
-from .budgeted import budget_of, check_count
 from .gsearch import check_early_stop, check_max_drop, get_solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
-from .result import SearchResult
+from .run import SearchResult, budget_of, check_count
 from .sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY
 from .sensitivity import sensitivity_search
 
@@ -96,11 +93,12 @@ class Search:
         return "rankers" in self.parameters
 
 
-SEARCHES: Registry[Search] = Registry("method", "thinsight.searches", code=attrgetter("function"))
+SEARCHES: Registry[Search] = Registry(
+    "method", "thinsight.searches", ["thinsight.experimental.adaptive"], code=attrgetter("function")
+)
 for _search in (
     Search("gsearch", gsearch, "G-Search", under="max_drop"),
     Search("sensitivity", sensitivity_search, "Sensitivity search", least_trials=LEAST_OF_SENSITIVITY),
-    Search("adaptive", adaptive_search, "Sensitivity search, adaptive", least_trials=LEAST_OF_ADAPTIVE),
     Search("psigmoid", psigmoid, "P-Sigmoid"),
     Search("random", random_search, "Random search"),
 ):

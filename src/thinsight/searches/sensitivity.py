@@ -9,7 +9,7 @@ is bent a little and mixed with others, again and again. Knows nothing about mod
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from ..budget import Budget, fill, fit, fit_rate
 from ..errors import Unreachable
+from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
+from ..reduction import Reduction
 from ..schedule import Schedule
-from .budgeted import BudgetedRun, budget_of, check_count, first_layers
-from .result import SearchResult, Trial
+from .run import Run, SearchResult, Trial, budget_of, check_count, first_layers
 from .shapes import blend, deform, random_staircase, sigmoid
-from .study import SearchEvaluator, share_prefix
 
 _LIGHT, _HEAVY, _HALVINGS = 1e-9, 1e6, 60  # prices between which the right one lies
 
@@ -174,6 +174,7 @@ def sensitivity_search(
     """
     check_count(n_trials, "n_trials", LEAST_TRIALS)
     check_count(seed, "seed", 0)
+    evaluator = as_evaluator(evaluator)
     budget = budget_of(evaluator, budget, budget_unit)
     choices = first_layers(evaluator, budget, rankers, first_layer)
     first = min(first for _, first in choices)
@@ -185,22 +186,18 @@ def sensitivity_search(
         "rankers": [dict(ranker) for ranker in rankers],
         "start": None if warm_start is None else list(warm_start.keep_rates),
     }
-    run = BudgetedRun(evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer)
-    return SensitivitySearch(run, first, warm_start, rankers=choices if rankers else ()).search()
+    run = Run(evaluator, settings, budget=budget, expected=n_trials, study=study, resume=resume, observer=observer)
+    run.keep_all_before(first)
+    return SensitivitySearch(run, choices, warm_start).search()
 
 
 @dataclass(frozen=True)
 class _Entrant:
-    """A candidate with the ranker that it is tried under."""
+    """A candidate that takes part."""
 
-    schedule: Schedule
+    reduction: Reduction
     why: str
-    ranker: dict[str, Any] | None
-    first: int  # the first layer at which that ranker may drop tokens
-
-    @property
-    def key(self) -> tuple[Schedule, str]:
-        return self.schedule, repr(self.ranker)
+    first: int  # the first layer at which its ranker may drop tokens
 
 
 class SensitivitySearch:
@@ -208,26 +205,23 @@ class SensitivitySearch:
 
     def __init__(
         self,
-        run: BudgetedRun,
-        first: int,
+        run: Run,
+        rankers: Sequence[tuple[Mapping[str, Any], int]],
         warm_start: Schedule | None,
         model: ExitModel | None = None,
-        rankers: Sequence[tuple[dict[str, Any] | None, int]] = (),
         n_trials: float | None = None,
     ) -> None:
-        self.run, self.warm_start, self.model = run, warm_start, model
-        self.budget, self.settings = run.budget, run.settings
-        # best first, once they are measured
-        self.rankers: list[tuple[dict[str, Any] | None, int]] = list(rankers) or [(None, first)]
+        self.run, self.warm_start, self.model, self.budget = run, warm_start, model, run.budget
+        self.rankers = list(rankers)  # each with its first layer; best first, once they are measured
         self.n_trials: float = run.settings["n_trials"] if n_trials is None else n_trials
         self.rng = np.random.default_rng(run.settings["seed"])
-        self.samples = hasattr(run.evaluator, "sample")
+        self.samples = run.evaluator.samples
         self.whole: list[tuple[Trial, _Entrant]] = []  # run on all examples
         self.elite: list[_Entrant] = []  # best of the halving, in its order
 
     def search(self) -> SearchResult:
         """The result whose schedule is the best one found."""
-        return self.run.finish(self.best())
+        return self.run.finish_with(self.best())
 
     def best(self) -> Trial:
         """The best trial, after all evaluations are spent."""
@@ -252,7 +246,7 @@ class SensitivitySearch:
         return max(self.whole, key=lambda each: worth(each[0]))
 
     def _run(self, entrant: _Entrant, share: float = 1.0) -> Trial:
-        return self.run.run(entrant.schedule, entrant.why, share=share, ranker=entrant.ranker)
+        return self.run.run(entrant.reduction, entrant.why, share=share)
 
     def _run_whole(self, entrant: _Entrant) -> None:
         self.whole.append((self._run(entrant), entrant))
@@ -270,28 +264,29 @@ class SensitivitySearch:
             found = []
             for ranker, first in self.rankers:
                 ends = (_STEEPNESS[0], _STEEPNESS[-1])
-                shapes = [_Entrant(self._sigmoid(k, first), "ranker", ranker, first) for k in ends]
+                shapes = [_Entrant(self._sigmoid(k, ranker, first), "ranker", first) for k in ends]
                 found.append((sum(worth(self._run(shape, share)) for shape in shapes), (ranker, first)))
             self.rankers = [each for _, each in sorted(found, key=lambda each: -each[0])]
-        first = self.rankers[0][1]
-        if first:
-            share_prefix(self.run.evaluator, Schedule.full(self.budget.num_layers), first)
+        self.run.keep_all_before(self.rankers[0][1])
 
     def _pool(self) -> list[_Entrant]:
         """Candidates that take part."""
         ranker, first = self.rankers[0]
-        pool = [_Entrant(self._sigmoid(k, first), f"sigmoid {k:g}", ranker, first) for k in _STEEPNESS]
+
+        def entrant(schedule: Schedule, why: str) -> _Entrant:
+            return _Entrant(self.run.under(ranker, schedule), why, first)
+
+        pool = [_Entrant(self._sigmoid(k, ranker, first), f"sigmoid {k:g}", first) for k in _STEEPNESS]
         if self.samples:
             self.model = self.model or exit_model(self.run, first, ranker)
-            pool.insert(0, _Entrant(self.model.schedule(self.budget), "exit model", ranker, first))
+            pool.insert(0, entrant(self.model.schedule(self.budget), "exit model"))
         if self.warm_start is not None:
-            start = deform(self.budget, self.warm_start, self.rng, 0.0, first)  # its shape, at this budget
-            pool.insert(0, _Entrant(start, "start", ranker, first))
+            # its shape, at this budget
+            pool.insert(0, entrant(deform(self.budget, self.warm_start, self.rng, 0.0, first), "start"))
         pool += self._under_the_second(pool)
-        pool += [_Entrant(step, "step", ranker, first) for step in self._steps(first)]
-        draws = [random_staircase(self.budget, self.rng, first) for _ in range(_RANDOM)]
-        pool += [_Entrant(schedule, "random", ranker, first) for schedule in draws]
-        unique = {entrant.key: entrant for entrant in reversed(pool)}
+        pool += [entrant(step, "step") for step in self._steps(first)]
+        pool += [entrant(random_staircase(self.budget, self.rng, first), "random") for _ in range(_RANDOM)]
+        unique = {each.reduction: each for each in reversed(pool)}
         ordered = list(reversed(unique.values()))
         return ordered if self.samples else ordered[: max(1, int(self.n_trials) // 2)]
 
@@ -302,12 +297,12 @@ class SensitivitySearch:
         ranker, first = self.rankers[1]
         fitting = [entrant for entrant in pool if entrant.first == first]
         if not fitting:
-            fitting = [_Entrant(self._sigmoid(k, first), f"sigmoid {k:g}", ranker, first) for k in _STEEPNESS]
-        return [replace(entrant, ranker=ranker) for entrant in fitting[:_SECOND]]
+            fitting = [_Entrant(self._sigmoid(k, ranker, first), f"sigmoid {k:g}", first) for k in _STEEPNESS]
+        return [replace(each, reduction=replace(each.reduction, ranker=ranker)) for each in fitting[:_SECOND]]
 
-    def _sigmoid(self, steepness: float, first: int) -> Schedule:
+    def _sigmoid(self, steepness: float, ranker: Mapping[str, Any], first: int) -> Reduction:
         k = steepness / self.budget.num_layers
-        return fill(self.budget, sigmoid(self.budget, k, first_layer=first), first)
+        return self.run.under(ranker, fill(self.budget, sigmoid(self.budget, k, first_layer=first), first))
 
     def _steps(self, first: int) -> list[Schedule]:
         """One step each, at the first layers where the budget allows one."""
@@ -332,7 +327,7 @@ class SensitivitySearch:
             return True
         if self._left() < 1 + _MUTANTS * _SOME:
             return False
-        pool = [entrant for entrant in changed if entrant.key != best.key]
+        pool = [entrant for entrant in changed if entrant.reduction != best.reduction]
         if pool:
             first = self._ranked(pool, _SOME)[0]
             if worth(self._run(first, _SOME)) > worth(self._run(best, _SOME)):
@@ -343,38 +338,38 @@ class SensitivitySearch:
         """New candidates: the best one bent, and mixed with others that did well."""
         progress = self.run.evaluations / self.n_trials
         strength = _STRENGTHS[0] + (_STRENGTHS[1] - _STRENGTHS[0]) * progress
-        others = [entrant for entrant in self.elite if entrant.schedule != best.schedule][:_PARENTS]
+        schedule, ranker = best.reduction.schedule, best.reduction.ranker
+        others = [each.reduction.schedule for each in self.elite if each.reduction.schedule != schedule][:_PARENTS]
         found = []
         for number in range(_MUTANTS):
             if others and number % 2:
                 other = others[int(self.rng.integers(len(others)))]
                 share = float(self.rng.uniform(0.25, 0.75))
-                schedule = blend(self.budget, best.schedule, other.schedule, share, best.first)
-                found.append(replace(best, schedule=schedule, why="mixed"))
+                changed, why = blend(self.budget, schedule, other, share, best.first), "mixed"
             else:
-                schedule = deform(self.budget, best.schedule, self.rng, strength, best.first)
-                found.append(replace(best, schedule=schedule, why="bent"))
+                changed, why = deform(self.budget, schedule, self.rng, strength, best.first), "bent"
+            found.append(_Entrant(self.run.under(ranker, changed), why, best.first))
         return found
 
 
-def exit_model(run: BudgetedRun, first_layer: int, ranker: dict[str, Any] | None = None) -> ExitModel:
+def exit_model(run: Run, first_layer: int, ranker: Mapping[str, Any]) -> ExitModel:
     """Measured on few examples; the loss is what the full model's answers lose in probability."""
     num_layers = run.budget.num_layers
     layers, rates = grid(num_layers, first_layer)
-    whole = run.measure(Schedule.full(num_layers), "sensitivity", share=_FEW, ranker=ranker)
+    whole = run.measure(run.under(ranker, Schedule.full(num_layers)), "sensitivity", share=_FEW)
     full = 1.0 if whole.agreement is None else whole.agreement
 
     def loss(layer: int, rate: float) -> float:
         step = Schedule.step(num_layers, layer, rate)
-        trial = run.measure(step, "sensitivity", share=_FEW, ranker=ranker)
+        trial = run.measure(run.under(ranker, step), "sensitivity", share=_FEW)
         if trial.agreement is None:
             return run.study.full_score - trial.score
         return full - trial.agreement
 
     def losses_at(layer: int) -> list[float]:
-        share_prefix(run.evaluator, Schedule.full(num_layers), layer)
+        run.keep_all_before(layer)
         return [loss(layer, rate) for rate in rates]
 
     losses = np.array([losses_at(layer) for layer in layers])
-    share_prefix(run.evaluator, Schedule.full(num_layers), first_layer)
+    run.keep_all_before(first_layer)
     return ExitModel(num_layers, first_layer, tuple(layers), tuple(rates), losses)

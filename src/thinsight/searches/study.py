@@ -8,19 +8,19 @@ scores here.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..adaptive import Adaptive
 from ..errors import BadInput, StorageError
+from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..evaluation.result import Evaluation
 from ..records import append_line, decode, encode, parse_json, probe, seal, unseal, user_path, write_atomically
 from ..reduction import Reduction
@@ -30,45 +30,6 @@ JOURNAL_VERSION = 2
 _VERSION_KEY = "thinsight_study"
 _BEGINNING = f'{{"{_VERSION_KEY}": '.encode()
 _REMEDY = "free the disk, then resume"
-
-
-class SearchEvaluator(Protocol):
-    """The only thing a search sees: schedules in, scores out.
-
-    An evaluator may also have ``at_least(schedule, floor) -> Evaluation``, which may stop as soon as the
-    score provably cannot reach ``floor``, and where it takes ``confidence=`` and ``seed=``, as soon as it
-    does not with that confidence; ``fingerprint``, a string that names model, data, metric and
-    ranker; ``reduction(schedule) -> Reduction``, which binds the ranker and the model family;
-    ``sample(schedule, share) -> Evaluation``, the score on about that share of the examples, the same ones
-    every time; ``first_layer``, the first layer at which its ranker can rank; ``full_cost``, the cost of
-    one full evaluation in the unit of `Evaluation.cost`; ``score_range``, the least and the highest score
-    that there can be, beyond which a journal's are damaged; ``doubt``, a sentence that says why the full
-    score is too low to search with, empty where it is not; and ``share(schedule, layer)``, which is told from
-    which layer on the candidates to come differ from a schedule, 0 when there are none. Where a search
-    chooses the ranker too, it passes reductions in place of schedules.
-
-    One that can score several schedules at the same time, such as `thinsight.EvaluatorPool`, says how many it
-    is best asked for with ``at_once``, and has ``several(schedules, floor, done, **early)``. That scores each
-    as ``at_least(schedule, floor, **early)`` does, or as a call where ``floor`` is None, and calls
-    ``done(place, evaluation)`` in the calling thread as soon as one is finished, in any order. Where one
-    fails or the calling thread is interrupted, it says so of all that did finish, leaves nothing running, and
-    raises. Without ``at_once`` a search asks for one at a time.
-    """
-
-    @property
-    def num_layers(self) -> int:
-        """L, the number of decoder layers."""
-
-    @property
-    def num_vision_tokens(self) -> int:
-        """The reference N in which a search counts tokens."""
-
-    @property
-    def full_score(self) -> float:
-        """Score of the full model on the same examples. A search refuses 0: nothing could be lost."""
-
-    def __call__(self, schedule: Schedule, /) -> Evaluation:
-        """Score of the model under ``schedule``."""
 
 
 @dataclass(frozen=True)
@@ -98,64 +59,26 @@ class _Line:
     cost: float | None
     seconds: float
     agreement: float | None
-    ranker: dict[str, Any] | None
+    ranker: dict[str, Any] | None  # None: the evaluator's own, as older journals say
     adaptive: dict[str, Any] | None
     share: float  # of the examples, as it was asked for
     share_run: float  # and as it was run
-
-    @classmethod
-    def of(cls, asked: _Asked, record: Record) -> _Line:
-        return cls(
-            asked.schedule.keep_rates,
-            asked.exact,
-            record.score,
-            record.complete,
-            record.cost,
-            record.seconds,
-            record.agreement,
-            None if asked.ranker is None else json.loads(asked.ranker),
-            None if asked.adaptive is None else asked.adaptive.to_dict(),
-            asked.share,
-            record.share,
-        )
-
-    @property
-    def asked(self) -> _Asked:
-        named = None if self.ranker is None else json.dumps(self.ranker, sort_keys=True)
-        family = None if self.adaptive is None else Adaptive.from_dict(self.adaptive)
-        return _Asked(Schedule(self.keep_rates), self.exact, named, self.share, family)
-
-    @property
-    def record(self) -> Record:
-        return Record(self.score, self.complete, self.cost, self.seconds, self.agreement, self.share_run)
 
 
 @dataclass(frozen=True)
 class _Asked:
     """What was evaluated, and how."""
 
-    schedule: Schedule
+    reduction: Reduction
     exact: bool  # not stopped early
-    ranker: str | None = None  # as JSON; None: the evaluator's own
-    share: float = 1.0
-    adaptive: Adaptive | None = None
-
-
-def share_prefix(evaluator: SearchEvaluator, schedule: Schedule, layer: int) -> None:
-    """Tell an evaluator that wants to know that the candidates to come differ from ``layer`` on only.
-
-    Layer 0: there are none.
-    """
-    share = getattr(evaluator, "share", None)
-    if share is not None:
-        share(schedule, layer)
+    share: float = 1.0  # of the examples
 
 
 class Study:
     """Evaluations by schedule, in memory and (when ``path`` is given) in a journal.
 
     Args:
-        evaluator: see `SearchEvaluator`.
+        evaluator: see `thinsight.searches.SearchEvaluator`.
         settings: what defines the search (JSON values); a journal of other settings is refused.
         path: the journal file, or None to keep nothing.
         resume: continue an existing journal; a missing one is started.
@@ -173,7 +96,7 @@ class Study:
 
     def __init__(
         self,
-        evaluator: SearchEvaluator,
+        evaluator: Any,
         settings: dict[str, Any],
         path: str | os.PathLike[str] | None = None,
         *,
@@ -181,99 +104,112 @@ class Study:
         confidence: float | None = None,
         seed: int = 0,
     ) -> None:
-        self._evaluator = evaluator
-        self._early: dict[str, Any] = {}
-        if confidence is not None and _takes(getattr(evaluator, "at_least", None), "confidence", "seed"):
-            self._early = {"confidence": confidence, "seed": seed}
+        self._evaluator = evaluator = as_evaluator(evaluator)
+        self._early: dict[str, Any] = {} if confidence is None else {"confidence": confidence, "seed": seed}
         self._records: dict[_Asked, Record] = {}
         self._path = None if path is None else user_path(path, "study")
         if self._path is not None:
             self._open(self._path, settings, resume)
         self.recorded = len(self._records)
         self.full_score = searchable_score(evaluator)
-        if doubt := getattr(evaluator, "doubt", ""):
-            warnings.warn(doubt, stacklevel=2)
+        if evaluator.doubt:
+            warnings.warn(evaluator.doubt, stacklevel=2)
 
-    def evaluate(
-        self,
-        schedule: Schedule,
-        floor: float | None = None,
-        *,
-        ranker: Mapping[str, Any] | None = None,
-        share: float = 1.0,
-        adaptive: Adaptive | None = None,
-    ) -> Record:
-        """The evaluation of ``schedule``: the known one, or a new one that is on disk when this returns.
+    def evaluate(self, candidate: Schedule | Reduction, floor: float | None = None, *, share: float = 1.0) -> Record:
+        """The evaluation of a candidate: the known one, or a new one that is on disk when this returns.
 
         Args:
-            schedule: the candidate.
+            candidate: a schedule is with the evaluator's own ranker.
             floor: when given, an evaluator that can may stop early below this score.
-            ranker: in place of the evaluator's own.
             share: of the examples, for an evaluator that can; others run them all.
-            adaptive: schedules of which each prompt gets its own; ``schedule`` is their mean.
         """
-        named = None if ranker is None else json.dumps(ranker, sort_keys=True)
-        share = share if hasattr(self._evaluator, "sample") else 1.0
-        asked = _Asked(schedule, floor is None, named, share, adaptive)
-        known = self._known(asked)
+        asked = _Asked(self._evaluator.bind(candidate), floor is None, share if self._evaluator.samples else 1.0)
+        known = self._find(asked)
         if known is not None:
             return known
-        record = self._run(asked, ranker, floor)
-        self._keep(asked, record)
-        return record
+        started, wanted = time.perf_counter(), self._plain(asked.reduction)
+        if asked.share < 1:
+            evaluation = self._evaluator.sample(wanted, asked.share)
+        elif floor is None:
+            evaluation = self._evaluator(wanted)
+        else:
+            evaluation = self._evaluator.at_least(wanted, floor, **self._early)
+        return self._keep(asked, evaluation, time.perf_counter() - started)
 
-    def evaluate_all(self, schedules: Sequence[Schedule], floor: float | None = None) -> list[Record]:
-        """The evaluations of several schedules in their order, those not known at the same time where the
+    def evaluate_all(self, candidates: Sequence[Schedule | Reduction], floor: float | None = None) -> list[Record]:
+        """The evaluations of several candidates in their order, those not known at the same time where the
         evaluator can.
 
-        Each is on disk as soon as it is finished, also where another one fails.
-
-        Args:
-            schedules: the candidates.
-            floor: as for `evaluate`.
+        Each is on disk as soon as it is finished, also where another one fails. ``floor`` is as for `evaluate`.
         """
-        asked = dict.fromkeys(_Asked(schedule, floor is None) for schedule in schedules)
-        missing = [each for each in asked if self._known(each) is None]
-        if len(missing) > 1 and hasattr(self._evaluator, "several"):
-            self._run_all(missing, floor)
-        return [self.evaluate(schedule, floor) for schedule in schedules]
+        asked = dict.fromkeys(_Asked(self._evaluator.bind(each), floor is None) for each in candidates)
+        missing = [each for each in asked if self._find(each) is None]
+        if len(missing) > 1:
+            before = time.perf_counter()
 
-    def _run_all(self, asked: list[_Asked], floor: float | None) -> None:
-        before = time.perf_counter()
+            def done(place: int, evaluation: Evaluation) -> None:
+                nonlocal before
+                now = time.perf_counter()
+                self._keep(missing[place], evaluation, now - before)
+                before = now
 
-        def done(place: int, evaluation: Evaluation) -> None:
-            nonlocal before
-            now = time.perf_counter()
-            self._keep(asked[place], _record(evaluation, now - before))
-            before = now
+            self._evaluator.several([self._plain(each.reduction) for each in missing], floor, done, **self._early)
+        return [self.evaluate(each, floor) for each in candidates]
 
-        schedules = [each.schedule for each in asked]
-        self._evaluator.several(schedules, floor, done, **self._early)  # type: ignore[attr-defined]
-
-    def _keep(self, asked: _Asked, record: Record) -> None:
-        if self._path is not None:
-            append_line(self._path, _text(encode(_Line.of(asked, record))), _REMEDY)
-        self._records[asked] = record
-
-    def _known(self, asked: _Asked) -> Record | None:
+    def _find(self, asked: _Asked) -> Record | None:
         same = self._records.get(asked)
         other = self._records.get(replace(asked, exact=not asked.exact))
         return same or (other if other is not None and other.complete else None)
 
-    def _run(self, asked: _Asked, ranker: Mapping[str, Any] | None, floor: float | None) -> Record:
-        started = time.perf_counter()
-        wanted: Any = asked.schedule
-        if ranker is not None or asked.adaptive is not None:
-            bound = getattr(self._evaluator, "reduction", Reduction)(wanted)
-            wanted = replace(bound, ranker=ranker or bound.ranker, adaptive=asked.adaptive)
-        at_least = getattr(self._evaluator, "at_least", None)
-        if asked.share < 1:
-            evaluation = self._evaluator.sample(wanted, asked.share)  # type: ignore[attr-defined]
-        elif floor is None or at_least is None:
-            evaluation = self._evaluator(wanted)
-        else:
-            evaluation = at_least(wanted, floor, **self._early)
-        return _record(evaluation, time.perf_counter() - started)
+    def _plain(self, reduction: Reduction) -> Schedule | Reduction:
+        """As the evaluator is asked: a schedule where the reduction says no more, for those that take nothing
+        else."""
+        own = self._evaluator.reduction(reduction.schedule)
+        return reduction.schedule if reduction == own else reduction
+
+    def _keep(self, asked: _Asked, evaluation: Evaluation, seconds: float) -> Record:
+        record = Record(
+            evaluation.score, evaluation.complete, evaluation.cost, seconds, evaluation.agreement, evaluation.share
+        )
+        if self._path is not None:
+            append_line(self._path, _text(encode(self._line(asked, record))), _REMEDY)
+        self._records[asked] = record
+        return record
+
+    @staticmethod
+    def _line(asked: _Asked, record: Record) -> _Line:
+        reduction = asked.reduction
+        return _Line(
+            reduction.schedule.keep_rates,
+            asked.exact,
+            record.score,
+            record.complete,
+            record.cost,
+            record.seconds,
+            record.agreement,
+            dict(reduction.ranker),
+            None if reduction.adaptive is None else reduction.adaptive.to_dict(),
+            asked.share,
+            record.share,
+        )
+
+    def _parse(self, where: str, text: bytes) -> None:
+        """Know what a line of the journal says."""
+        remedy, (least, most) = "remove the line, then resume", self._evaluator.score_range
+        try:
+            line: _Line = decode(_Line, unseal(parse_json(text)), where, remedy)
+            if not least <= line.score <= most:
+                raise BadInput(f"score is {line.score}, not from {least:g} to {most:g}")
+            own = self._evaluator.reduction(Schedule(line.keep_rates))
+            family = None if line.adaptive is None else Adaptive.from_dict(line.adaptive)
+            ranker = own.ranker if line.ranker is None else line.ranker
+            asked = _Asked(replace(own, ranker=ranker, adaptive=family), line.exact, line.share)
+        except StorageError:
+            raise
+        except ValueError as error:
+            raise StorageError(f"{where} is damaged ({error}); {remedy}") from None
+        record = (line.score, line.complete, line.cost, line.seconds, line.agreement, line.share_run)
+        self._records[asked] = Record(*record)
 
     def _open(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
         # the evaluator is asked last: its full score may take a run over all examples
@@ -289,20 +225,10 @@ class Study:
         else:
             found = _checked_header(path, lines[0] if lines else content)
             _check_part(path, "settings", found, settings)
-            score_range = getattr(self._evaluator, "score_range", (-math.inf, math.inf))
             for number, line in enumerate(lines[1:], start=2):
-                asked, record = _parse(path, number, line, score_range)
-                self._records[asked] = record
+                self._parse(f"study {path}, line {number}", line)
             _check_part(path, "evaluator", found, _evaluator_facts(self._evaluator))
             _truncate(path, content.rfind(b"\n") + 1)  # so that the next line starts clean
-
-
-def _takes(function: Callable[..., Any] | None, *names: str) -> bool:
-    """Whether a function takes all of these keywords."""
-    if function is None:
-        return False
-    parameters = inspect.signature(function).parameters
-    return any(each.kind is each.VAR_KEYWORD for each in parameters.values()) or {*names} <= {*parameters}
 
 
 def _header(evaluator: SearchEvaluator, settings: dict[str, Any]) -> dict[str, Any]:
@@ -311,7 +237,7 @@ def _header(evaluator: SearchEvaluator, settings: dict[str, Any]) -> dict[str, A
 
 def _evaluator_facts(evaluator: SearchEvaluator) -> dict[str, Any]:
     return {
-        "fingerprint": getattr(evaluator, "fingerprint", None),
+        "fingerprint": evaluator.fingerprint,
         "num_layers": int(evaluator.num_layers),
         "num_vision_tokens": int(evaluator.num_vision_tokens),
         "full_score": searchable_score(evaluator),
@@ -329,14 +255,8 @@ def searchable_score(evaluator: SearchEvaluator) -> float:
         raise BadInput(f"evaluator.full_score is {score}; a search needs a finite number")
     if score == 0:
         nothing = "evaluator.full_score is 0: no schedule could lose anything; check labels and metric"
-        raise BadInput(getattr(evaluator, "doubt", "") or nothing)
+        raise BadInput(evaluator.doubt or nothing)
     return score
-
-
-def _record(evaluation: Evaluation, seconds: float) -> Record:
-    return Record(
-        evaluation.score, evaluation.complete, evaluation.cost, seconds, evaluation.agreement, evaluation.share
-    )
 
 
 def _text(value: dict[str, Any]) -> str:
@@ -400,16 +320,3 @@ def _check_part(path: Path, part: str, header: dict[str, Any], wanted: dict[str,
                 f"has {expected.get(key)!r}; "
                 "resume with the same model, data and settings, or pass another path"
             )
-
-
-def _parse(path: Path, number: int, text: bytes, score_range: tuple[float, float]) -> tuple[_Asked, Record]:
-    where, remedy = f"study {path}, line {number}", "remove the line, then resume"
-    try:
-        line: _Line = decode(_Line, unseal(parse_json(text)), where, remedy)
-        if not score_range[0] <= line.score <= score_range[1]:
-            raise BadInput(f"score is {line.score}, not from {score_range[0]:g} to {score_range[1]:g}")
-        return line.asked, line.record
-    except StorageError:
-        raise
-    except ValueError as error:
-        raise StorageError(f"{where} is damaged ({error}); {remedy}") from None

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,15 +17,15 @@ from numpy.typing import NDArray
 from ..adaptive import Adaptive
 from ..budget import Budget
 from ..errors import BadInput, Unreachable
+from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
 from ..reduction import Reduction
 from ..schedule import Schedule
-from .budgeted import BudgetedRun, budget_of, check_count, first_layers
-from .result import SearchResult, Trial
-from .sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY
-from .sensitivity import SensitivitySearch, worth
-from .shapes import bend
-from .study import SearchEvaluator
+from ..searches.run import Run, SearchResult, Trial, budget_of, check_count, first_layers
+from ..searches.search import SEARCHES, Search
+from ..searches.sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY
+from ..searches.sensitivity import SensitivitySearch, worth
+from ..searches.shapes import bend
 
 STATISTIC = "concentration"
 LEVELS = 3  # schedules, each for as many calibration prompts as the others
@@ -33,6 +34,14 @@ SPREADS = (0.25, 0.5, 0.75, -0.25, -0.5)
 _SHARE = 1 / 4  # of the examples, on which the spreads stand against each other
 _ADAPTING = 1 + (len(SPREADS) + 1) * _SHARE + 1  # evaluations: the statistics, the spreads, the winner
 LEAST_TRIALS = LEAST_OF_SENSITIVITY + round(_ADAPTING + 0.5)
+
+
+@runtime_checkable
+class TellsStatistics(Protocol):
+    """An evaluator that reads a statistic of each prompt."""
+
+    def statistics(self, reduction: Reduction) -> NDArray[np.float64]:
+        """(examples,) under an adaptive reduction, see `thinsight.Evaluator.statistics`."""
 
 
 def adaptive_search(
@@ -64,8 +73,9 @@ def adaptive_search(
     """
     check_count(n_trials, "n_trials", LEAST_TRIALS)
     check_count(seed, "seed", 0)
+    evaluator = as_evaluator(evaluator)
     budget = budget_of(evaluator, budget, budget_unit)
-    if not hasattr(evaluator, "statistics"):
+    if not isinstance(evaluator, TellsStatistics):
         raise BadInput("evaluator has no statistics; pass a thinsight.Evaluator, or search without them")
     choices = first_layers(evaluator, budget, rankers, first_layer)
     first = min(first for _, first in choices)
@@ -78,44 +88,31 @@ def adaptive_search(
         "start": None if warm_start is None else list(warm_start.keep_rates),
         "statistic": STATISTIC,
     }
-    run = BudgetedRun(evaluator, budget, settings, expected=n_trials, study=study, resume=resume, observer=observer)
-    search = SensitivitySearch(
-        run, first, warm_start, rankers=choices if rankers else (), n_trials=n_trials - _ADAPTING
-    )
-    best = search.best()
-    found = _adapted(run, best)
-    return run.finish(best if found is None else max(best, found, key=worth))
+    run = Run(evaluator, settings, budget=budget, expected=n_trials, study=study, resume=resume, observer=observer)
+    run.keep_all_before(first)
+    best = SensitivitySearch(run, choices, warm_start, n_trials=n_trials - _ADAPTING).best()
+    found = _adapted(run, evaluator, best)
+    return run.finish_with(best if found is None else max(best, found, key=worth))
 
 
-def _adapted(run: BudgetedRun, best: Trial) -> Trial | None:
+def _adapted(run: Run, evaluator: TellsStatistics, best: Trial) -> Trial | None:
     """The best spread on a share of the examples, run on all; None where nothing can be spread."""
-    falls = [layer for layer in best.schedule.reductions(run.budget.n_vision) if layer]
+    falls = [layer for layer in best.schedule.reductions(run.n) if layer]
     if not falls:
         return None
-    layer = falls[0]
-    values = _statistics(run, best, layer)
+    plain = run.evaluator.bind(best.reduction or best.schedule)
+    alone = Adaptive(STATISTIC, falls[0], (), (best.schedule,), (1.0,))
+    values = evaluator.statistics(replace(plain, adaptive=alone))
+    run.trials.append(replace(best, why="statistics", seconds=0.0))  # counted as an evaluation
     tried = []
-    for family, spread in _families(run.budget, best.schedule, layer, values):
-        why = f"spread {spread:+g}"
-        tried.append((run.measure(family.mean(), why, share=_SHARE, ranker=best.ranker, adaptive=family), why))
-    plain = run.run(best.schedule, "no spread", share=_SHARE, ranker=best.ranker)
+    for family, spread in _families(run.budget, best.schedule, falls[0], values):
+        why, reduction = f"spread {spread:+g}", replace(plain, schedule=family.mean(), adaptive=family)
+        tried.append((run.measure(reduction, why, share=_SHARE), why, reduction))
+    unspread = run.run(plain, "no spread", share=_SHARE)
     if not tried:
         return None
-    first, why = max(tried, key=lambda each: worth(each[0]))
-    if worth(first) <= worth(plain):
-        return None
-    return run.measure(first.schedule, why, ranker=best.ranker, adaptive=first.adaptive)
-
-
-def _statistics(run: BudgetedRun, best: Trial, layer: int) -> NDArray[np.float64]:
-    """The statistic of every calibration prompt, under the best schedule; counted as an evaluation."""
-    family = Adaptive(STATISTIC, layer, (), (best.schedule,), (1.0,))
-    evaluator: Any = run.evaluator  # one that has statistics
-    bound: Reduction = evaluator.reduction(best.schedule)
-    reduction = Reduction(best.schedule, best.ranker or bound.ranker, model_type=bound.model_type, adaptive=family)
-    values: NDArray[np.float64] = evaluator.statistics(reduction)
-    run.count(best, "statistics")
-    return values
+    first, why, reduction = max(tried, key=lambda each: worth(each[0]))
+    return run.measure(reduction, why) if worth(first) > worth(unspread) else None
 
 
 def _families(
@@ -138,3 +135,6 @@ def _families(
         except (BadInput, Unreachable):  # rounding of the head left less than nothing
             continue
         yield Adaptive(STATISTIC, layer, edges, schedules, tuple(map(float, shares))), spread
+
+
+SEARCHES.register(Search("adaptive", adaptive_search, "Sensitivity search, adaptive", least_trials=LEAST_TRIALS))
