@@ -28,23 +28,21 @@ from ..errors import BadInput, Unsupported
 from ..loading import base_name
 from ..ranking import get_ranker
 from ..reduction import Reduction
-from ..runtime import Handle, apply, num_layers
+from ..runtime import EncodedImages, Handle, apply, num_layers
 from ..runtime.families import check_supported
 from ..schedule import Schedule
 from ..texts import brief
 from ..version import __version__
-from .batch_size import check_batch_size, chunks
 from .bounds import LossTest, check_confidence, random_order
 from .decoding import DecodingRules, GreedyAnswer, PromptScope, decode
 from .examples import Example, Progress, check_examples
 from .features import hash_image, hash_json, hash_model, hash_processor, hash_reading
-from .full_model import FullModel
+from .full_model import FullModel, check_batch_size
 from .metrics import Metric, metric_for
 from .prefix_cache import PrefixCache
-from .prompts import Prompt, PromptReader, pad_batch
-from .result import Evaluation
-from .statistics import score_to_expect
-from .store import DEFAULT_CACHE_GIB, DiskStore
+from .prompts import Prompt, PromptReader, chunks, pad_batch
+from .result import Evaluation, score_to_expect
+from .store import DEFAULT_CACHE_GIB, Store
 
 _FINGERPRINT_FORMAT = 2
 _SHOWN = 80  # characters of an answer in a message
@@ -127,7 +125,7 @@ class Evaluator:
             raise BadInput("the model is in training mode, where answers may be random: call model.eval() first")
         if not callable(processor):
             raise BadInput(f"processor is {processor!r}: pass the model's own processor")
-        disk = None if cache_dir is None else DiskStore(cache_dir)
+        store: Store[EncodedImages] = Store(cache_gib, cache_dir=cache_dir)
         check_examples(examples)
         self.model = model
         self.processor = processor
@@ -138,7 +136,7 @@ class Evaluator:
         self.rules = DecodingRules.of(
             model.generation_config, _max_new_tokens(max_new_tokens, processor, self.examples)
         )
-        if disk is not None:
+        if store.persistent:
             hash_processor(hashlib.sha256(), processor)  # refused before images are read
         self.reader = PromptReader(model, processor, cache_gib)
         self._prompts = self.reader.prompts(self.examples, progress)
@@ -149,10 +147,9 @@ class Evaluator:
             self._prompts,
             self.reader,
             self.rules,
+            store,
             batch_size=batch_size,
-            cache_gib=cache_gib,
             reuse=reuse,
-            disk=disk,
             report=partial(self._report, "full model"),
         )
         self._prefixes = PrefixCache(model, cache_gib) if reuse else None
@@ -423,7 +420,7 @@ class Evaluator:
 
     # -- the full model --------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def _full(self) -> list[GreedyAnswer]:
         return self._full_model.answers(lambda: self._hash(None))
 
