@@ -116,14 +116,8 @@ def prompt_scores(
     least_tokens: int = 1,
     reader: PromptReader | None = None,
 ) -> Iterator[Array]:
-    """A ranker's scores of all vision tokens after each layer of the full model, one prompt after the other.
-
-    Yields:
-        (layers, N), in no particular order of the examples.
-
-    Raises:
-        ThinsightError: bad examples, an unknown ranker, a prompt without image token or with fewer than
-            `least_tokens` vision tokens, or a model that is not supported.
+    """A ranker's scores of all vision tokens after each layer of the full model, one prompt after the other:
+    (layers, N) each, in no particular order of the examples. Arguments and errors as for `rank_consistency`.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise BadInput(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")

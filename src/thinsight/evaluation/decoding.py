@@ -133,7 +133,7 @@ def decode(
     prompt_scope: PromptScope | None = None,
     beginning: Beginning | None = None,
 ) -> list[GreedyAnswer]:
-    """Greedy answers of a batch of prompts.
+    """Greedy answers of a batch of prompts, one per row.
 
     Args:
         model: a transformers model, with or without a reduction in force.
@@ -146,9 +146,6 @@ def decode(
         lost: asked with a row's number and its answer so far: whether the rest is of no use.
         prompt_scope: is told which tokens of a first pass are the prompt.
         beginning: columns that need not be read any more; its cache is filled on.
-
-    Returns:
-        One ``GreedyAnswer`` per row.
     """
     rows = batch.input_ids.shape[0]
     expected = list(drafts) if drafts is not None else [()] * rows

@@ -41,7 +41,6 @@ _MAX_ASPECT = 200  # Qwen's processors refuse more; a resize of the shorter edge
 _HELD_BYTES = 2**29
 _LARGEST_HELD = 2**26  # bytes of one image: 22 million pixels
 _LONGEST_PATH = 400  # characters of a path that a message quotes
-_NEXT_TO_DATA = "image paths are relative to the data file"
 _HALF = re.compile(r"[\ud800-\udfff]")  # such a text breaks the report that shows it, after all the work
 _SIXTEEN_BITS = ("PNG", "PPM")  # formats whose wide gray PIL may call "I", which elsewhere has 32 bits
 
@@ -51,17 +50,11 @@ ImageSource = Path | Image.Image
 # -- images ----------------------------------------------------------------------------------------------------
 
 
-def open_image(image: ImageSource, where: str = "", missing: str = _NEXT_TO_DATA) -> Image.Image:
-    """The image as RGB, upright: what `transformers.image_utils.load_image` gives; of an animation the first
-    frame.
+def open_image(image: ImageSource, where: str = "") -> Image.Image:
+    """The image as RGB, upright: what `transformers.image_utils.load_image` gives; of an animation the first frame.
 
     Gray of 16 bits is scaled to 8, where `load_image` would cut it off. Gray of 32 bits has no defined white:
-    it is scaled by its own values, and a warning names the file.
-
-    Args:
-        image: the path of a file, or a PIL image, which stays as it is.
-        where: what a message begins with.
-        missing: what to do when there is no such file.
+    it is scaled by its own values, and a warning names the file. Messages begin with ``where``.
 
     Raises:
         ThinsightError: a file that is missing, truncated or no image; an image with more than
@@ -72,7 +65,7 @@ def open_image(image: ImageSource, where: str = "", missing: str = _NEXT_TO_DATA
         check_size(image.size, name)
         with _one_line(name):
             return _rgb(ImageOps.exif_transpose(image), image.format, name)
-    check_exists(image, where, missing)
+    check_exists(image, where)
     with _one_line(name), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` is stricter
         opened = Image.open(image)
@@ -83,32 +76,20 @@ def open_image(image: ImageSource, where: str = "", missing: str = _NEXT_TO_DATA
             return _rgb(opened, opened.format, name)
 
 
-def check_exists(path: Path, where: str = "", missing: str = _NEXT_TO_DATA) -> None:
-    """Check that there is such a file, without opening it; arguments as for `open_image`.
-
-    Raises:
-        ThinsightError: there is none.
-    """
+def check_exists(path: Path, where: str = "", remedy: str = "image paths are relative to the data file") -> None:
+    """Refuse a file that is not there, without opening it."""
     name = _name(path, where)
     try:
         exists = path.is_file()
     except OSError as error:
-        raise BadInput(f"{name} cannot be read ({error.strerror}): {missing}") from None
+        raise BadInput(f"{name} cannot be read ({error.strerror}): {remedy}") from None
     if not exists:
-        raise BadInput(f"{name} does not exist: {missing}")
+        raise BadInput(f"{name} does not exist: {remedy}")
 
 
 def check_size(size: tuple[int, int], name: str, shortest_edge: int | None = None) -> None:
-    """Check that an image can be handled in bounded memory.
-
-    Args:
-        size: its width and height in pixels.
-        name: what a message begins with.
-        shortest_edge: to which length a processor resizes the shorter edge, if it does.
-
-    Raises:
-        ThinsightError: it has no pixels, too many of them as it is or resized, or is too long a strip.
-    """
+    """Refuse an image that cannot be handled in bounded memory: of a size in pixels (width, height) that is 0, too
+    large as it is or with its shorter edge resized to ``shortest_edge``, or too long a strip."""
     short, long = sorted(size)
     said = f"{name} has {size[0]} x {size[1]} pixels"
     if short < 1:
@@ -123,11 +104,7 @@ def check_size(size: tuple[int, int], name: str, shortest_edge: int | None = Non
 
 
 def image_key(image: object, where: str = "") -> str:
-    """What tells an image from others: the path, or the pixels of a PIL image.
-
-    Raises:
-        ThinsightError: neither of them, or a PIL image that `open_image` refuses.
-    """
+    """What tells an image from others: the path, or the pixels of a PIL image; anything else is refused."""
     if isinstance(image, Path):
         return str(image.resolve())
     if isinstance(image, Image.Image):
@@ -141,12 +118,9 @@ def image_key(image: object, where: str = "") -> str:
 class OpenedImages:
     """Image files that were checked by decoding them, and their pixels until somebody takes them.
 
-    So a file is decoded once, though it is checked before the model is there. Pixels beyond the bound, and
+    So a file is decoded once, though it is checked before the model is there. Pixels beyond ``most_bytes``, and
     images of over 22 million of them, are let go, and decoded again when they are asked for. A copy of this
     object is empty, in pickles too.
-
-    Args:
-        most_bytes: how much memory the pixels may take.
     """
 
     def __init__(self, most_bytes: int = _HELD_BYTES) -> None:
@@ -154,11 +128,11 @@ class OpenedImages:
         self._checked: set[str] = set()
         self._held: dict[str, tuple[tuple[int, int], Image.Image]] = {}
 
-    def check(self, key: str, path: Path, where: str, missing: str = _NEXT_TO_DATA) -> None:
+    def check(self, key: str, path: Path, where: str) -> None:
         """Decode a file that was not decoded before; as for `open_image`."""
         if key in self._checked:
             return
-        opened = open_image(path, where, missing)
+        opened = open_image(path, where)
         self._checked.add(key)
         size = 3 * opened.width * opened.height  # bytes
         if size <= min(self._room, _LARGEST_HELD):
@@ -294,7 +268,7 @@ class Example:
         return tuple(image_key(image, self._where) for image in self.images)
 
     def open_images(self) -> list[Image.Image]:
-        """The images as RGB, in their order; see `images.open_image`.
+        """The images as RGB, in their order; see `open_image`.
 
         Raises:
             ThinsightError: one is missing, truncated or too large.
@@ -339,11 +313,7 @@ def load_examples(
 def validate_examples(
     examples: Sequence[Example], source: str = "the examples", progress: Progress | None = None
 ) -> None:
-    """Check a whole set, its images included, before long work starts.
-
-    Raises:
-        ThinsightError: as `check_examples` and `check_images` do.
-    """
+    """Check a whole set, its images included, before long work starts: `check_examples` and `check_images`."""
     check_examples(examples, source)
     check_images(examples, source, progress)
 
@@ -394,15 +364,11 @@ def _check_fields(example: Example, where: str) -> None:
 
 
 def check_images(examples: Sequence[Example], source: str = "the examples", progress: Progress | None = None) -> None:
-    """Decode every image file of a set once; what has room in memory waits there for its processor.
-
-    Args:
-        examples: what `check_examples` let pass.
-        source: what a message begins with.
-        progress: called as ``progress("images", done, total)``, in examples.
+    """Decode every image file of a set that `check_examples` let pass once; what has room in memory waits there for
+    its processor. ``progress("images", done, total)`` is told, in examples.
 
     Raises:
-        ThinsightError: an image that is truncated, no image, or too large.
+        ThinsightError: an image that is truncated, no image, or too large; ``source`` begins the message.
     """
     opened = OpenedImages()
     for done, example in enumerate(examples, start=1):

@@ -57,7 +57,11 @@ def hash_model(digest: Any, model: Any, without: Collection[Any] = ()) -> None:
         if not prefix.startswith(skipped):
             _hash_weights(digest, prefix, module)
             if isinstance(module, _adapter_layers()):
-                hash_json(digest, ["adapter", name, _settings(module)])
+                # besides tensors: which are active, disabled or merged, their scaling and rank; all of it, for
+                # kinds of adapters differ in what they go by
+                stock = vars(torch.nn.Module())
+                settings = {name: _plain(value) for name, value in vars(module).items() if name not in stock}
+                hash_json(digest, ["adapter", name, settings])
 
 
 def _hash_weights(digest: Any, prefix: str, module: torch.nn.Module) -> None:
@@ -81,13 +85,6 @@ def _adapter_layers() -> tuple[type, ...]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return BaseTunerLayer, AuxiliaryTrainingWrapper
-
-
-def _settings(module: Any) -> dict[str, Any]:
-    """What a layer with adapters holds besides tensors: which are active, disabled or merged, their scaling
-    and rank. All of it, for kinds of adapters differ in what they go by."""
-    stock = vars(torch.nn.Module())
-    return {name: _plain(value) for name, value in vars(module).items() if name not in stock}
 
 
 def _plain(value: Any) -> Any:

@@ -106,14 +106,12 @@ def fastest(
     fits: Callable[[int], bool] = lambda size: True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int:
-    """The batch size, a power of two, that takes the most tokens per second.
-
-    Sizes are doubled until that brings less than 5 %, the prompts end, or memory does.
+    """The batch size, a power of two, that takes the most tokens per second: sizes are doubled until that
+    brings less than 5 %, the prompts end, or memory does.
 
     Args:
         tokens: how long each prompt is, in the order in which ``run`` takes them.
-        run: one pass over the first so many prompts, done when it returns; may raise
-            ``torch.OutOfMemoryError``.
+        run: one pass over the first so many prompts; may raise ``torch.OutOfMemoryError``.
         fits: whether a pass of this size may be tried.
         clock: seconds.
     """
@@ -133,13 +131,22 @@ def fastest(
     return best
 
 
-def pass_bytes(shape: cost.DecoderShape, rows: int, tokens: int, answer: int, dtype_bytes: int) -> float:
-    """About what one pass of ``rows`` prompts of ``tokens`` positions adds to the memory in use, on the safe
-    side.
+def _timed(run: Callable[[int], object], size: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    run(size)
+    return clock() - start
 
-    Keys and values of all layers, one layer's activations and the logits of the answer; twice, for the copies
-    and the attention weights that some implementations make.
-    """
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def pass_bytes(shape: cost.DecoderShape, rows: int, tokens: int, answer: int, dtype_bytes: int) -> float:
+    """About what one pass of ``rows`` prompts of ``tokens`` positions adds to the memory in use: keys and values
+    of all layers, one layer's activations and the logits of the answer; twice, for the copies and the attention
+    weights that some implementations make."""
     per_layer = shape.num_layers * shape.kv_bytes_per_token(dtype_bytes)
     activations = (4 * shape.hidden + 3 * shape.intermediate) * dtype_bytes
     return 2.0 * rows * (tokens * (per_layer + activations) + answer * shape.vocab * dtype_bytes)
@@ -151,18 +158,6 @@ def free_bytes() -> float:
         return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf, macOS not this name
         return float("inf")
-
-
-def _timed(run: Callable[[int], object], size: int, clock: Callable[[], float]) -> float:
-    start = clock()
-    run(size)
-    return clock() - start
-
-
-def _release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 # -- prompts about the same images ---------------------------------------------------------------------------
@@ -213,57 +208,36 @@ def read_once(
     pad_token: int,
     batch_size: int,
 ) -> Iterator[tuple[list[int], PromptBatch, Beginning]]:
-    """Read what siblings begin with, then hand out its prompts in batches that are read so far.
+    """Read what siblings begin with in one pass, then hand out their prompts in batches that are read so far.
 
-    Args:
-        model: as for `siblings_of`.
-        prompts: all prompts.
-        siblings: to be read in one pass.
-        vision: the keyword arguments that carry the images of some prompts, by number.
-        pad_token: fills up shorter rows.
-        batch_size: the most prompts in a batch handed out.
+    Of several prompts' numbers, ``vision`` gives the keyword arguments that carry their images.
 
     Yields:
-        The prompts' numbers, the prompts as one batch, and what was read of it.
+        The numbers of at most ``batch_size`` prompts, these as one batch, and what was read of it.
     """
     heads = [_cut(prompts[each.members[0]], 0, each.shared) for each in siblings]
     batch = pad_batch(heads, pad_token)
     images = vision([each.members[0] for each in siblings])
     cache = model(**batch_inputs(model, batch, use_cache=True, logits_to_keep=1, **images))[CACHE]
-    rows = [(len(prompts[i]) - f.shared, i, row) for row, f in enumerate(siblings) for i in f.members]
-    rows.sort()
-    for start in range(0, len(rows), batch_size):
-        chosen = rows[start : start + batch_size]
+    rows = sorted((len(prompts[i]) - each.shared, i, row) for row, each in enumerate(siblings) for i in each.members)
+    for chosen in chunks(rows, batch_size):
         sources = [row for _, _, row in chosen]
-        tails = [_cut(prompts[i], siblings[row].shared, None) for _, i, row in chosen]
-        joined = _beside([heads[row] for row in sources], tails, batch.width, pad_token)
+        left = pad_batch([heads[row] for row in sources], pad_token, batch.width)
+        right = pad_batch([_cut(prompts[i], siblings[row].shared, None) for _, i, row in chosen], pad_token)
+        joined = PromptBatch(
+            torch.cat([left.input_ids, right.input_ids], 1),
+            torch.cat([left.attention_mask, right.attention_mask], 1),
+            {name: torch.cat([types, right.per_token[name]], 1) for name, types in left.per_token.items()},
+            left.per_image,
+        )
         yield [i for _, i, _ in chosen], joined, Beginning(_rows_of(cache, sources), batch.width)
 
 
 def _cut(prompt: Prompt, start: int, end: int | None) -> Prompt:
     """Some tokens of a prompt; its images stay with the first ones."""
-    return Prompt(
-        prompt.input_ids[start:end],
-        prompt.n_vision if start == 0 else 0,
-        {name: types[start:end] for name, types in prompt.per_token.items()},
-        prompt.per_image if start == 0 else {},
-    )
-
-
-def _beside(heads: Sequence[Prompt], tails: Sequence[Prompt], width: int, pad_token: int) -> PromptBatch:
-    """Heads padded to a width, and tails padded behind them."""
-    left, right = pad_batch(heads, pad_token), pad_batch(tails, pad_token)
-    pad = width - left.width
-
-    def widened(tensor: torch.Tensor, value: int) -> torch.Tensor:
-        return torch.nn.functional.pad(tensor, (pad, 0), value=value)
-
-    return PromptBatch(
-        torch.cat([widened(left.input_ids, pad_token), right.input_ids], 1),
-        torch.cat([widened(left.attention_mask, 0), right.attention_mask], 1),
-        {name: torch.cat([widened(types, 0), right.per_token[name]], 1) for name, types in left.per_token.items()},
-        left.per_image,
-    )
+    types = {name: types[start:end] for name, types in prompt.per_token.items()}
+    n_vision, per_image = (prompt.n_vision, prompt.per_image) if start == 0 else (0, {})
+    return Prompt(prompt.input_ids[start:end], n_vision, types, per_image)
 
 
 def _rows_of(cache: Cache, rows: Sequence[int]) -> Cache:
@@ -277,14 +251,11 @@ def _rows_of(cache: Cache, rows: Sequence[int]) -> Cache:
 
 
 class FullModel:
-    """Answers of a model without a reduction, computed when they are first asked for.
+    """Answers of a model in eval mode without a reduction, computed when they are first asked for.
 
     Args:
-        model: a supported model in eval mode.
-        processor: its own.
-        examples: what is asked.
-        prompts: of each example.
-        reader: what has read them.
+        model: a supported model, and ``processor`` its own.
+        examples: what is asked, ``prompts`` as ``reader`` has read them.
         rules: of decoding.
         store: where vision features are kept, and if it is persistent, answers.
         batch_size: prompts per pass, or "auto".

@@ -94,20 +94,20 @@ class PromptBatch:
         return PromptBatch(moved["input_ids"], moved["attention_mask"], rows, images)
 
 
-def pad_batch(prompts: Sequence[Prompt], pad_token_id: int) -> PromptBatch:
-    """Prompts side by side, padded on the left so that all end in the last column."""
+def pad_batch(prompts: Sequence[Prompt], pad_token_id: int, width: int = 0) -> PromptBatch:
+    """Prompts side by side, padded on the left so that all end in the last column, of at least ``width``."""
     first = prompts[0]
     return PromptBatch(
-        _pad([prompt.input_ids for prompt in prompts], pad_token_id),
-        _pad([torch.ones_like(prompt.input_ids) for prompt in prompts], 0),
-        {name: _pad([prompt.per_token[name] for prompt in prompts], 0) for name in first.per_token},
+        _pad([prompt.input_ids for prompt in prompts], pad_token_id, width),
+        _pad([torch.ones_like(prompt.input_ids) for prompt in prompts], 0, width),
+        {name: _pad([prompt.per_token[name] for prompt in prompts], 0, width) for name in first.per_token},
         {name: torch.cat([prompt.per_image[name] for prompt in prompts]) for name in first.per_image},
     )
 
 
-def _pad(rows: Sequence[Tensor], value: int) -> Tensor:
+def _pad(rows: Sequence[Tensor], value: int, width: int = 0) -> Tensor:
     """(seq,) each -> (batch, longest seq)."""
-    width = max(len(row) for row in rows)
+    width = max(width, *map(len, rows))
     return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=value) for row in rows])
 
 
@@ -140,16 +140,13 @@ def pass_inputs(
     cache: Any = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """What the model's ``forward`` takes for new tokens, the first or later ones.
+    """What the model's ``forward`` takes for new tokens, the first or (with a cache) later ones.
 
     Args:
-        model: a transformers model.
-        input_ids: the new tokens, (batch, new).
+        input_ids: (batch, new).
         attention_mask: (batch, all columns so far and new ones), 1 where a column may be attended to.
-        position_ids: of the new tokens, (batch, new) or (axes, batch, new).
-        token_types: by name, of the new tokens, (batch, new).
-        cache: what earlier passes left; None in the first pass.
-        more: further arguments of ``forward``.
+        position_ids: (batch, new) or (axes, batch, new).
+        token_types: by name, (batch, new).
     """
     prepared: dict[str, Any] = model.prepare_inputs_for_generation(
         input_ids,
@@ -353,7 +350,7 @@ class _Pixels:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def mapped(self, function: Callable[[str, Tensor], Tensor]) -> _Pixels:
         return _Pixels({name: function(name, each) for name, each in self.tensors.items()}, self.n_vision)
@@ -366,14 +363,7 @@ class PromptReader:
     """Reads examples once: every distinct set of images is opened and processed one time, whatever is asked
     about it, and what the encoder takes is kept until it runs.
 
-    Args:
-        model: a transformers vision-language model.
-        processor: its own processor, which stays as it is.
-        cache_gib: main memory for features, in GiB, of which a quarter is taken for pixels; more goes into
-            temporary files.
-
-    Raises:
-        ThinsightError: ``cache_gib`` is no number of at least 0.
+    A quarter of ``cache_gib``, the main memory for features, is taken for pixels; more goes into temporary files.
     """
 
     def __init__(self, model: Any, processor: Any, cache_gib: float = DEFAULT_CACHE_GIB) -> None:
@@ -385,12 +375,8 @@ class PromptReader:
         self._warned = False
 
     def prompts(self, examples: Sequence[Example], progress: Progress | None = None) -> list[Prompt]:
-        """The examples' prompts, in their order. A prompt that is longer than the model was made for is
-        warned about once.
-
-        Args:
-            examples: what `check_examples` let pass.
-            progress: called as ``progress("images", done, total)``, in examples.
+        """The examples' prompts, in their order; ``progress("images", done, total)`` is told, in examples. A
+        prompt that is longer than the model was made for is warned about once.
 
         Raises:
             ThinsightError: an image that cannot be read, or a prompt that the model cannot take.
@@ -419,9 +405,7 @@ class PromptReader:
         for example in examples:
             if self._pixels.outline(example.image_keys) is None:
                 self._read([example])
-        found = [self._pixels.get(example.image_keys) for example in examples]
-        parts = [each for each in found if each is not None]
-        assert len(parts) == len(found)
+        parts = [part for example in examples if (part := self._pixels.get(example.image_keys)) is not None]
         inputs = {name: collate([part.tensors[name] for part in parts]) for name in parts[0].tensors}
         return inputs, [part.n_vision for part in parts]
 
