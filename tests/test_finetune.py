@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import thinsight as ts
-from thinsight.evaluation.images import open_image
+from thinsight.evaluation.examples import open_image
 from thinsight.evaluation.prompts import prompt_text
 
 IGNORED = -100

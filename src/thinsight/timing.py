@@ -25,7 +25,7 @@ from .errors import BadInput
 from .reduction import Reduction
 from .runtime import apply, encode_images, num_layers, vision_token_mask
 from .runtime.cache import CACHE
-from .runtime.encoding import has_pixels
+from .runtime.encoding import has_pixels, on_device
 from .runtime.families import MODALITIES, unwrapped
 from .schedule import Schedule
 
@@ -217,17 +217,6 @@ def profile(
         tokens=tuple(text + count for count in by_count),
         seconds=tuple(itertools.accumulate(medians, max)),
     )
-
-
-def on_device(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A processor's output on the model's device, floating pixels in the model's dtype."""
-    moved = {}
-    for name, value in inputs.items():
-        if isinstance(value, torch.Tensor):
-            pixels = name.startswith("pixel_") and value.is_floating_point()
-            value = value.to(model.device, model.dtype) if pixels else value.to(model.device)
-        moved[name] = value
-    return moved
 
 
 def alternate(

@@ -23,7 +23,7 @@ from thinsight import records
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator, Example
 from thinsight.evaluation.features import VisionCache
-from thinsight.evaluation.store import DiskStore
+from thinsight.evaluation.store import Store
 from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
@@ -253,10 +253,10 @@ def test_a_full_disk_ends_the_keeping_not_the_run(tmp_path: Path, monkeypatch: p
 
 def test_two_runs_at_once_share_the_folder(tmp_path: Path) -> None:
     one, two = evaluator_of(tmp_path), evaluator_of(tmp_path)
-    name, disk = one._full_model._name(one._hash(None)), DiskStore(tmp_path)
+    name, disk = one._full_model._name(one._hash(None)), Store(cache_dir=tmp_path)
     assert runs_of(one)[0] == 2
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    DiskStore(tmp_path).keep_value(name, disk.value(name))
+    Store(cache_dir=tmp_path).keep_value(name, disk.value(name))
     assert two._full_model._answer_all() == one._full
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert runs_of(evaluator_of(tmp_path)) == (0, 0)
@@ -290,8 +290,8 @@ def test_features_of_every_family_come_back_to_the_bit(family: Family, tmp_path:
     model, processor = family.model(), TellingProcessor(family, ([3, 5], [2, 3, 9], [1, 1]))
     entries: list[list[tuple[str, torch.Tensor]]] = []
     shapes = []
-    for disk in (None, DiskStore(tmp_path), DiskStore(tmp_path)):
-        cache = VisionCache(model, processor, disk=disk)
+    for store in (None, Store(cache_dir=tmp_path), Store(cache_dir=tmp_path)):
+        cache = VisionCache(model, processor, store)
         cache.inputs(processor.examples)
         found: list[tuple[str, torch.Tensor]] = []
         for example in processor.examples:

@@ -12,8 +12,8 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 
 from thinsight import cost
 from thinsight.errors import ThinsightError
-from thinsight.evaluation import Evaluator, Example, batch_size, evaluator, full_model
-from thinsight.evaluation.batch_size import BatchSize, fastest, free_bytes, pass_bytes
+from thinsight.evaluation import Evaluator, Example, evaluator, full_model
+from thinsight.evaluation.full_model import BatchSize, fastest, free_bytes, pass_bytes
 from thinsight.schedule import Schedule
 
 STAIRS = Schedule([1, 1, 0.6, 0.3])
@@ -146,7 +146,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(size)
         return {1: 1.0, 2: 1.2, 4: 1.8, 8: 4.0}[size]
 
-    monkeypatch.setattr(batch_size, "_timed", fake)
+    monkeypatch.setattr(full_model, "_timed", fake)
     return sizes
 
 

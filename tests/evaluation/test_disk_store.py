@@ -13,7 +13,7 @@ import torch
 from damage import changes, failing_writes, full_disk
 
 from thinsight.errors import BadInput, ThinsightError
-from thinsight.evaluation.store import DiskStore
+from thinsight.evaluation.store import Store
 
 NUMBERS = [0.1 + 0.2, 1e-320, -0.0, math.pi, math.inf, -math.inf, 12345678901234567890]
 ABOUT = {"shares": [[0], [1, 2]], "names": ["image", "ä"]}
@@ -38,17 +38,17 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> b
 
 def test_what_was_kept_comes_back_to_the_bit(tmp_path: Path) -> None:
     folder = tmp_path / "not" / "there yet"
-    store = DiskStore(folder)
+    store = Store(cache_dir=folder)
     assert list(folder.iterdir()) == []
     assert store.tensors("x") is None
     assert store.value("x") is None
     store.keep_tensors("x", some_tensors(), ABOUT)
     store.keep_value("x", NUMBERS)
-    found = DiskStore(str(folder)).tensors("x")
+    found = Store(cache_dir=str(folder)).tensors("x")
     assert found is not None
     assert same(found[0], some_tensors())
     assert found[1] == ABOUT
-    value = DiskStore(folder).value("x")
+    value = Store(cache_dir=folder).value("x")
     assert value == NUMBERS
     assert math.copysign(1, value[2]) == -1
     assert sorted(path.name for path in folder.iterdir()) == ["x.json", "x.safetensors"]
@@ -71,7 +71,7 @@ def test_what_was_kept_comes_back_to_the_bit(tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_file_is_passed_over_with_one_line(file: str, damage: Any, tmp_path: Path) -> None:
-    store = DiskStore(tmp_path)
+    store = Store(cache_dir=tmp_path)
     store.keep_tensors("x", some_tensors(), ABOUT)
     store.keep_value("x", NUMBERS)
     good = (tmp_path / file).read_bytes()
@@ -92,7 +92,7 @@ def test_a_damaged_file_is_passed_over_with_one_line(file: str, damage: Any, tmp
 
 def test_two_writers_leave_one_whole_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second writes while the first is between its temporary file and the final name."""
-    first, second = DiskStore(tmp_path), DiskStore(tmp_path)
+    first, second = Store(cache_dir=tmp_path), Store(cache_dir=tmp_path)
     replace, reached = os.replace, []
 
     def interrupted(*paths: Any) -> None:
@@ -113,7 +113,7 @@ def test_two_writers_leave_one_whole_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("call", range(4))
 def test_a_full_disk_ends_the_keeping_with_one_line(call: int, tmp_path: Path) -> None:
-    store = DiskStore(tmp_path)
+    store = Store(cache_dir=tmp_path)
     store.keep_value("before", 1)
     with failing_writes(call, full_disk()) as failed:
         with pytest.warns(UserWarning, match=r"No space left on device.*nothing further is kept") as said:
@@ -129,7 +129,7 @@ def test_a_full_disk_ends_the_keeping_with_one_line(call: int, tmp_path: Path) -
 
 @pytest.mark.parametrize("file", ["x.json", "x.safetensors"])
 def test_one_changed_byte_is_passed_over_or_changes_nothing(file: str, tmp_path: Path) -> None:
-    store = DiskStore(tmp_path)
+    store = Store(cache_dir=tmp_path)
     store.keep_tensors("x", some_tensors(), ABOUT)
     store.keep_value("x", NUMBERS)
     whole, passed_over = (tmp_path / file).read_bytes(), 0
@@ -147,7 +147,7 @@ def test_one_changed_byte_is_passed_over_or_changes_nothing(file: str, tmp_path:
 
 
 def test_a_folder_that_goes_away_is_no_error(tmp_path: Path) -> None:
-    store = DiskStore(tmp_path / "gone")
+    store = Store(cache_dir=tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -161,12 +161,12 @@ def test_a_folder_that_cannot_be_written_is_refused(bad: Any, tmp_path: Path) ->
     (tmp_path / "file").write_text("")
     given = tmp_path / bad if isinstance(bad, str) and bad else bad
     with pytest.raises(ThinsightError, match=r"cache_dir .* give "):
-        DiskStore(given)
+        Store(cache_dir=given)
 
 
 def test_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    DiskStore("~/cache").keep_value("x", 1)
+    Store(cache_dir="~/cache").keep_value("x", 1)
     assert (tmp_path / "cache" / "x.json").is_file()
     with pytest.raises(BadInput, match="cache_dir '~nouser/x' begins with a user who has no home here"):
-        DiskStore("~nouser/x")
+        Store(cache_dir="~nouser/x")

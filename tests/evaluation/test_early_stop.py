@@ -53,7 +53,7 @@ def test_what_is_below_the_floor_is_given_up_or_run_whole(evaluator: Evaluator) 
 
 def test_the_order_depends_on_seed_and_schedule_alone() -> None:
     def order_of(evaluator: Evaluator, schedule: Schedule, seed: int) -> list[list[int]]:
-        return evaluator._draw(evaluator._bind(schedule), 0.5, 0.9, seed).batches
+        return evaluator._draw(evaluator._bind(schedule), 0.5, 0.9, seed)[0]
 
     fresh, used = make_evaluator(), make_evaluator()
     used(STAIRS)

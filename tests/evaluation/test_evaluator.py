@@ -307,7 +307,7 @@ def test_at_least_runs_the_hardest_batches_first(labeled):
     evaluator = Evaluator(make_model(), tiny_processor(), labeled, "agreement", batch_size=2, max_new_tokens=6)
     lost = evaluator(SCHEDULES["stairs"]).per_example
     assert 0 < lost.sum() < len(lost)
-    order = evaluator._hardest_first
+    order = evaluator._order.hardest_first()
     means = [float(np.mean(1 - lost[batch])) for batch in order]
     assert means == sorted(means, reverse=True)
     result = evaluator.at_least(SCHEDULES["to nothing"], 0.999)

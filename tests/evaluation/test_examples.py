@@ -9,8 +9,7 @@ from PIL import Image
 from tiny import tiny_images
 
 from thinsight.errors import ThinsightError
-from thinsight.evaluation.examples import Example, load_examples, read_examples, validate_examples
-from thinsight.evaluation.images import open_image
+from thinsight.evaluation.examples import Example, load_examples, open_image, read_examples, validate_examples
 
 
 @pytest.fixture

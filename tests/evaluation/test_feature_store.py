@@ -18,7 +18,7 @@ from family_processor import RowProcessor
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator
 from thinsight.evaluation.features import VisionCache
-from thinsight.evaluation.store import FeatureStore
+from thinsight.evaluation.store import Store
 from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.runtime import EncodedImages
@@ -55,7 +55,7 @@ def tensors(entry: EncodedImages) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("received", [False, True])
 def test_an_entry_from_a_file_is_the_one_that_was_put(received: bool, dtype: torch.dtype, folder: Path) -> None:
-    store, entry = FeatureStore(0), an_entry(received=received, dtype=dtype)
+    store, entry = Store(0), an_entry(received=received, dtype=dtype)
     store.put("a", entry)
     found = store.get("a")
     assert found is not None
@@ -70,7 +70,7 @@ def test_an_entry_from_a_file_is_the_one_that_was_put(received: bool, dtype: tor
 
 def test_memory_holds_what_fits_and_files_the_rest(folder: Path) -> None:
     entries = [an_entry(i) for i in range(5)]
-    store = FeatureStore(2.5 * entries[0].num_bytes / 2**30)
+    store = Store(2.5 * entries[0].num_bytes / 2**30)
     for i, entry in enumerate(entries):
         store.put(i, entry)
     assert len(list(folder.rglob("*.safetensors"))) == 3
@@ -81,7 +81,7 @@ def test_memory_holds_what_fits_and_files_the_rest(folder: Path) -> None:
 
 
 def test_replacing_leaves_what_was_read_alone(folder: Path) -> None:
-    store = FeatureStore(0)
+    store = Store(0)
     store.put("a", an_entry(0))
     assert store.outline("a").received is None
     old = store.get("a")
@@ -96,7 +96,7 @@ def test_replacing_leaves_what_was_read_alone(folder: Path) -> None:
 
 
 def test_files_go_with_the_store(folder: Path) -> None:
-    store = FeatureStore(0)
+    store = Store(0)
     assert list(folder.iterdir()) == []  # none before it is needed
     store.put("a", an_entry())
     assert len(list(folder.iterdir())) == 1
@@ -108,13 +108,13 @@ def test_files_go_with_the_store(folder: Path) -> None:
 def test_a_file_that_cannot_be_written_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(folder / "gone"))
     with pytest.raises(ThinsightError, match=r"cannot be written to a temporary file .* raise cache_gib"):
-        FeatureStore(0).put("a", an_entry())
+        Store(0).put("a", an_entry())
 
 
 @pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), True, "4"])
 def test_bad_bounds(bad: Any) -> None:
     with pytest.raises(ThinsightError, match="cache_gib is"):
-        FeatureStore(bad)
+        Store(bad)
 
 
 @for_each(family for family in FAMILIES.values() if family.model_type in ROWS)
@@ -139,7 +139,7 @@ def test_features_from_files_are_bit_identical_in_the_forward_pass(folder: Path)
     model, processor = family.model(), RowProcessor(family, ([3, 5], [2, 3, 9]))
     outputs = []
     for bound in (4.0, 0):
-        cache = VisionCache(model, processor, bound)
+        cache = VisionCache(model, processor, Store(bound))
         cache.inputs(processor.examples)
         ranker = Reduction(SCHEDULES[0], "vision-attention").ranker
         vision = cache.inputs(processor.examples, ranker)

@@ -16,9 +16,8 @@ from tiny import tiny_images
 from transformers.image_utils import load_image
 
 from thinsight.errors import ThinsightError
-from thinsight.evaluation.examples import Example, check_images
+from thinsight.evaluation.examples import Example, OpenedImages, check_images, check_size, image_key, open_image
 from thinsight.evaluation.features import hash_image
-from thinsight.evaluation.images import OpenedImages, check_size, image_key, open_image
 
 ORIENTATION = 0x0112
 UPRIGHT = {  # how the picture comes out of each stored orientation

@@ -20,7 +20,7 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator, Example, prefix_cache
 from thinsight.evaluation import store as feature_store
-from thinsight.evaluation.store import FeatureStore
+from thinsight.evaluation.store import Store
 from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply, can_share, resuming, snapshotting
@@ -167,14 +167,14 @@ def test_snapshots_in_files_are_the_same_and_do_not_pile_up(
 def test_sharing_that_does_not_pay_is_given_up(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that only goes on while snapshots are read: nothing is saved."""
     now = [0.0]
-    read = FeatureStore.get
+    read = Store.get
 
     def slow(self: Any, key: Any) -> Any:
         now[0] += 1
         return read(self, key)
 
     monkeypatch.setattr(prefix_cache, "_clock", lambda: now[0])
-    monkeypatch.setattr(FeatureStore, "get", slow)
+    monkeypatch.setattr(Store, "get", slow)
     evaluator, plain = evaluator_of(model), evaluator_of(model, reuse=False)
     head, batches = Schedule([1, 1, 0.8, 0.6, 0.6, 0.6]), len(plain._batches)
     evaluator.share(head, 3)

@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import thinsight as ts
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator, Example, rank_consistency
-from thinsight.evaluation.prompts import PromptReader, collate, encode_prompt, process, prompt_text
+from thinsight.evaluation.prompts import PromptReader, collate, process, prompt_of, prompt_text
 from thinsight.schedule import Schedule
 
 IN_ORDER = (  # Qwen2-VL's
@@ -125,7 +125,7 @@ def test_placeholders_that_do_not_match_are_refused(question: str, images: int, 
 def test_the_demos_read_placeholders(name: str) -> None:
     model, processor = ts.load_demo(name=name)
     plain, styled, inside = (
-        encode_prompt(model, processor, asked(question, 1))
+        prompt_of(model, asked(question, 1), process(processor, [asked(question, 1)]))
         for question in ("what color ?", "<image>\nwhat color ?", "what <image 1> color ?")
     )
     assert torch.equal(plain.input_ids, styled.input_ids)
@@ -334,7 +334,7 @@ def test_prompts_of_several_questions_are_those_of_each_alone(tmp_path: Path) ->
     paths = files(tmp_path, 2)
     examples = [Example(f"{p.stem}{q}", (p,), q) for q in ("what ?", "how many ?", "what ?") for p in paths]
     for example, prompt in zip(examples, PromptReader(model, processor).prompts(examples), strict=True):
-        alone = encode_prompt(model, processor, example)
+        alone = prompt_of(model, example, process(processor, [example]))
         assert torch.equal(prompt.input_ids, alone.input_ids)
         assert prompt.n_vision == alone.n_vision == VISION_TOKENS
 

@@ -13,7 +13,7 @@ from scipy.special import gammaln, xlogy
 
 from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation import Evaluation, drop_interval, paired_bootstrap
-from thinsight.evaluation.statistics import score_to_expect, tango_interval
+from thinsight.evaluation.result import score_to_expect, tango_interval
 
 
 def test_evaluation_drop_and_checks() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from thinsight.errors import ThinsightError
 from thinsight.families import FAMILIES as ROWS
 from thinsight.runtime import EncodedImages, encode_images
-from thinsight.runtime.encoding import _fit, _moved, encoder_inputs
+from thinsight.runtime.encoding import _fit, encoder_inputs, on_device
 from thinsight.runtime.families import MODALITIES
 
 HELD = {name: family for name, family in FAMILIES.items() if family.model_type in ROWS}
@@ -72,7 +72,7 @@ def test_floating_inputs_take_the_models_dtype(name: str) -> None:
     model = family.build().to(torch.bfloat16)
     inputs = family.inputs()
     assert {feature.dtype for feature in encode_images(model, inputs).features} == {torch.bfloat16}
-    listed = _moved([torch.zeros(2), torch.tensor([1])], model)
+    listed = on_device(model, {"pixel_values": [torch.zeros(2), torch.tensor([1])]})["pixel_values"]
     assert [tensor.dtype for tensor in listed] == [torch.bfloat16, torch.int64]
 
 

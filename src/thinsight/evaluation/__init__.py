@@ -8,42 +8,28 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .result import Evaluation
-from .statistics import Interval, drop_interval, paired_bootstrap
+from .result import Evaluation as Evaluation
+from .result import Interval as Interval
+from .result import drop_interval as drop_interval
+from .result import paired_bootstrap as paired_bootstrap
 
 if TYPE_CHECKING:
-    from .consistency import RankConsistency, attention_statistics, rank_consistency
-    from .evaluator import Evaluator
-    from .examples import Example, load_examples
-    from .metrics import METRICS, Metric, get_metric
-    from .pool import EvaluatorPool
-
-__all__ = [
-    "METRICS",
-    "Evaluation",
-    "Evaluator",
-    "EvaluatorPool",
-    "Example",
-    "Interval",
-    "Metric",
-    "RankConsistency",
-    "attention_statistics",
-    "drop_interval",
-    "get_metric",
-    "load_examples",
-    "paired_bootstrap",
-    "rank_consistency",
-]
+    from .consistency import RankConsistency as RankConsistency
+    from .consistency import attention_statistics as attention_statistics
+    from .consistency import rank_consistency as rank_consistency
+    from .evaluator import Evaluator as Evaluator
+    from .examples import Example as Example
+    from .examples import load_examples as load_examples
+    from .metrics import Metric as Metric
+    from .pool import EvaluatorPool as EvaluatorPool
 
 _LAZY = {
-    "METRICS": "metrics",
     "Evaluator": "evaluator",
     "EvaluatorPool": "pool",
     "Example": "examples",
     "Metric": "metrics",
     "RankConsistency": "consistency",
     "attention_statistics": "consistency",
-    "get_metric": "metrics",
     "load_examples": "examples",
     "rank_consistency": "consistency",
 }
@@ -53,7 +39,3 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)

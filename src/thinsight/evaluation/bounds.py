@@ -1,4 +1,4 @@
-"""Whether a finite set has lost too much, judged from the parts of it seen so far, in a random order.
+"""The order in which batches are scored, and whether those seen so far have lost too much.
 
 Losses are bets (Waudby-Smith & Ramdas, arXiv 2006.04448, for draws without replacement; Shekhar et al., arXiv
 2305.06884, for draws of unequal probability). Knows nothing about models, metrics or schedules: it sees
@@ -8,6 +8,7 @@ numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,6 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..errors import BadInput
 
+_LEAST_HARDNESS = 0.02  # of an example that the full model is quite sure of, on a scale of losses
+_ROUNDING_SLACK = 1e-9  # an early stop must be certain in spite of rounding
 _STAKES = np.array([0.05, 0.1, 0.2, 0.4, 0.8])  # shares of the capital; no one of them suits every loss
 
 
@@ -80,3 +83,68 @@ class LossTest:
         self._left -= loss
         capital = float(np.logaddexp.reduce(self._logs)) - math.log(len(_STAKES))
         return self._left < 0 or capital >= self._goal
+
+
+class Order:
+    """The orders in which the batches of a set are scored, and when that can end.
+
+    Args:
+        batches: the examples of each.
+        ceilings: (examples,), the highest score that any answer to each can get.
+        full: (examples,), the full model's scores.
+        margins: (examples,), how sure the full model is of its answers, see `GreedyAnswer.margin`.
+        failures: (examples,), what each lost in earlier evaluations; added to.
+    """
+
+    def __init__(
+        self,
+        batches: Sequence[list[int]],
+        ceilings: NDArray[np.float64],
+        full: NDArray[np.float64],
+        margins: ArrayLike,
+        failures: NDArray[np.float64],
+    ) -> None:
+        self._batches = batches
+        self._ceilings = ceilings
+        self._lost = ceilings - full
+        self._hardness = self._lost + np.exp(-np.asarray(margins)) + _LEAST_HARDNESS
+        self._failures = failures
+
+    def note(self, scores: NDArray[np.float64]) -> None:
+        """Take an evaluation's scores, NaN where an example was not run."""
+        self._failures += np.where(np.isnan(scores), 0.0, self._ceilings - scores)
+
+    def hardest_first(self) -> list[list[int]]:
+        """Batches by the score they lost so far, most first; the full model's losses count as one call."""
+        lost = self._failures + self._lost
+        return sorted(self._batches, key=lambda batch: -float(np.mean(lost[batch])))
+
+    def drawn(self, floor: float, confidence: float, seed: list[int]) -> tuple[list[list[int]], LossTest]:
+        """All batches in a random order, and the test of their losses that keep the mean score at ``floor``.
+
+        The order must not depend on how the reduction does, nor on what was evaluated before (a resumed
+        search takes the same one), so only the full model's answers say what is hard.
+        """
+        weights = np.array([self._hardness[batch].sum() ** 2 for batch in self._batches])  # nearly hardest first
+        order = random_order(weights, seed)
+        allowed = float((self._ceilings - floor + _ROUNDING_SLACK).sum())
+        return [self._batches[number] for number in order], LossTest(weights[order], allowed, confidence)
+
+    def sample(self, share: float) -> list[list[int]]:
+        """About that share of the batches, evenly spread over all of them, in their order; the same ones every
+        time, and all of a smaller share."""
+        bits = max(1, (len(self._batches) - 1).bit_length())
+        mirrored = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
+        spread = [number for number in mirrored if number < len(self._batches)]
+        count = max(1, round(share * len(self._batches)))
+        return [self._batches[number] for number in sorted(spread[:count])]
+
+    def upper_bound(self, scores: NDArray[np.float64]) -> float:
+        """The highest mean that scores can come to, NaN where one is not known yet."""
+        return float(np.mean(np.where(np.isnan(scores), self._ceilings, scores)))
+
+    def is_lost(self, scores: NDArray[np.float64], batch: list[int], floor: float, test: LossTest | None) -> bool:
+        """Whether the mean is below ``floor``, for certain or as ``test`` sees it after the latest batch."""
+        if self.upper_bound(scores) < floor - _ROUNDING_SLACK:
+            return True
+        return test is not None and test.sees(float((self._ceilings - scores)[batch].sum()))

@@ -7,24 +7,28 @@ different layers of the full model. Knows nothing about reductions, answers or s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput
-from ..runtime import LayerScores, apply, layer_scores, num_layers
+from ..runtime import apply, layer_scores, num_layers
 from ..runtime.families import check_supported
 from ..schedule import Schedule
 from .examples import Example, Progress, check_examples
 from .features import VisionCache
-from .prompts import PromptBatch, PromptReader, pad_batch, pass_inputs, prompt_positions
+from .prompts import PromptReader, batch_inputs, chunks, pad_batch
 
 _CHUNK = 1 << 21  # pairs of tokens at a time: bounds the memory to 4 bytes x chunk x rows
 
 Array = NDArray[np.float64]
+
+LOW_TAU = 0.2  # the paper's models have 0.68 and more after the first layer
+FAIR_TAU = 0.4
+TOP_RATE = 0.25
 
 
 def kendall_tau_b(scores: Array) -> Array:
@@ -54,8 +58,7 @@ def kendall_tau_b(scores: Array) -> Array:
 
 
 def top_k_overlap(scores: Array, k: int) -> Array:
-    """Share of the k best tokens that neighbouring rows have in common: (rankings, tokens) -> (rankings -
-    1,).
+    """Share of the k best tokens that neighbouring rows have in common: (rankings, tokens) -> (rankings - 1,).
 
     Ties fall to the earlier token. Two unrelated rankings share k / tokens on average.
     """
@@ -85,15 +88,7 @@ def attention_statistics(
 ) -> Array:
     """How much of each layer's attention the most attended vision tokens get, for `baselines.fitprune`.
 
-    Args:
-        model: a transformers vision-language model without a reduction on it.
-        processor: the model's own processor.
-        examples: what ``load_examples`` returns; answers are not needed.
-        ranker: what scores: a ranker's name, dict or object. Its scores must not be negative.
-        batch_size: prompts per forward pass.
-        progress: called as ``progress(what, done, total)`` while images are read, and after each batch, in
-            examples.
-        reader: what has read the examples for this model, such as an evaluator's; None: they are read here.
+    Arguments as for `rank_consistency`; the ranker's scores must not be negative.
 
     Returns:
         (layers, N): the share that the j-th most attended token gets, averaged over examples; each layer sums
@@ -121,14 +116,8 @@ def prompt_scores(
     least_tokens: int = 1,
     reader: PromptReader | None = None,
 ) -> Iterator[Array]:
-    """A ranker's scores of all vision tokens after each layer of the full model, one prompt after the other.
-
-    Yields:
-        (layers, N), in no particular order of the examples.
-
-    Raises:
-        ThinsightError: bad examples, an unknown ranker, a prompt without image token or with fewer than
-            `least_tokens` vision tokens, or a model that is not supported.
+    """A ranker's scores of all vision tokens after each layer of the full model, one prompt after the other:
+    (layers, N) each, in no particular order of the examples. Arguments and errors as for `rank_consistency`.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise BadInput(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
@@ -141,29 +130,19 @@ def prompt_scores(
         raise BadInput(f"example {examples[smallest].id!r} has one vision token: give an image with more")
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     images = VisionCache(model, processor, reader=reader)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    done = 0
+    for rows in chunks(order, batch_size):
         vision = images.inputs([examples[index] for index in rows], ranker)
-        found = _scores(model, pad_batch([prompts[index] for index in rows], pad_token_id=0), vision, ranker)
+        batch = pad_batch([prompts[index] for index in rows], pad_token_id=0)
+        inputs = batch_inputs(model, batch, **vision)
+        inputs.pop("use_cache", None)  # some families fill it in
+        # a full schedule leaves the model as it is, and makes sure that no other reduction is on it
+        with apply(model, Schedule.full(num_layers(model))):
+            found = layer_scores(model, inputs, ranker)
         yield from (found.row(row).double().cpu().numpy() for row in range(len(rows)))
+        done += len(rows)
         if progress is not None:
-            progress(what, start + len(rows), len(order))
-
-
-def _scores(model: Any, batch: PromptBatch, vision: dict[str, Any], ranker: Any) -> LayerScores:
-    device = model.device
-    inputs = pass_inputs(
-        model,
-        batch.input_ids.to(device),
-        batch.attention_mask.to(device),
-        prompt_positions(model, batch),
-        token_types={name: types.to(device) for name, types in batch.per_token.items()},
-        **vision,
-    )
-    inputs.pop("use_cache", None)  # some families fill it in
-    # a full schedule leaves the model as it is, and makes sure that no other reduction is on it
-    with apply(model, Schedule.full(num_layers(model))):
-        return layer_scores(model, inputs, ranker)
+            progress(what, done, len(order))
 
 
 def _profile(scores: Array, tokens: int) -> Array:
@@ -174,11 +153,6 @@ def _profile(scores: Array, tokens: int) -> Array:
     summed = np.concatenate([np.zeros((len(shares), 1)), shares.cumsum(axis=1)], axis=1)
     have, want = np.linspace(0, 1, summed.shape[1]), np.linspace(0, 1, tokens + 1)
     return np.diff(np.stack([np.interp(want, have, layer) for layer in summed]), axis=1)
-
-
-LOW_TAU = 0.2  # the paper's models have 0.68 and more after the first layer
-FAIR_TAU = 0.4
-TOP_RATE = 0.25
 
 
 @dataclass(frozen=True)
@@ -225,30 +199,27 @@ class RankConsistency:
 
     def summary(self) -> str:
         """What the numbers mean, in words; starts with "Warning" when ranking by this model is doubtful."""
-        by_chance = f"{self.top_rate:.0%} by chance"
-        facts = (
-            f"Kendall's tau between neighboring layers is {self.typical_tau:.2f} (median after the first "
-            f"layer, which has {self.tau[0]:.2f}), and they share {self.typical_overlap:.0%} of their best "
-            f"{self.top_rate:.0%} of the vision tokens ({by_chance}), over {self.examples} examples."
-        )
-        ties = self.tied_share.max()
+        if self.is_low:
+            verdict = (
+                "Warning: the layers hardly agree on which vision tokens matter, so ranking by attention may "
+                "be no better than random on this model: compare with the random ranker before trusting it."
+            )
+        elif self.typical_tau < FAIR_TAU:
+            verdict = "The layers agree moderately on which vision tokens matter; ranking by attention should help."
+        else:
+            verdict = "The layers agree on which vision tokens matter: what an early layer ranks low stays low."
         noted = ""
-        if ties >= 0.05:
+        if (ties := self.tied_share.max()) >= 0.05:
             noted = (
                 f" Up to {ties:.0%} of the scores of layer {self.tied_share.argmax()} are tied: "
                 "the order of those tokens is arbitrary."
             )
-        return f"{self._verdict()} {facts}{noted}"
-
-    def _verdict(self) -> str:
-        if self.is_low:
-            return (
-                "Warning: the layers hardly agree on which vision tokens matter, so ranking by attention may "
-                "be no better than random on this model: compare with the random ranker before trusting it."
-            )
-        if self.typical_tau < FAIR_TAU:
-            return "The layers agree moderately on which vision tokens matter; ranking by attention should help."
-        return "The layers agree on which vision tokens matter: what an early layer ranks low stays low."
+        return (
+            f"{verdict} Kendall's tau between neighboring layers is {self.typical_tau:.2f} (median after the first "
+            f"layer, which has {self.tau[0]:.2f}), and they share {self.typical_overlap:.0%} of their best "
+            f"{self.top_rate:.0%} of the vision tokens ({self.top_rate:.0%} by chance), over {self.examples} "
+            f"examples.{noted}"
+        )
 
 
 def rank_consistency(
@@ -257,7 +228,7 @@ def rank_consistency(
     examples: Sequence[Example],
     ranker: Any = "text-attention",
     batch_size: int = 8,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     reader: PromptReader | None = None,
 ) -> RankConsistency:
     """Compare the rankings of all decoder layers of the full model, over the prompts of some examples.
@@ -285,27 +256,9 @@ def rank_consistency(
     found = prompt_scores(
         model, processor, examples, ranker, batch_size, progress, "rank consistency", least_tokens=2, reader=reader
     )
-    statistics = [_statistics(scores) for scores in found]
-    tau, overlap, ties = (np.mean(values, axis=0) for values in zip(*statistics, strict=True))
-    return RankConsistency(
-        tau=np.diag(tau, k=1).copy(),
-        tau_matrix=tau,
-        topk_overlap=overlap,
-        tied_share=ties,
-        top_rate=TOP_RATE,
-        examples=len(statistics),
-    )
-
-
-class _Statistics(NamedTuple):
-    """Of one prompt: tau (L, L), top-k overlap (L - 1,), tied share (L,)."""
-
-    tau: Array
-    overlap: Array
-    ties: Array
-
-
-def _statistics(scores: Array) -> _Statistics:
-    """scores: (layers, N)."""
-    top = math.ceil(TOP_RATE * scores.shape[1])
-    return _Statistics(kendall_tau_b(scores), top_k_overlap(scores, top), tied_share(scores))
+    per_prompt = []  # tau (L, L), top-k overlap (L - 1,), tied share (L,) of each
+    for scores in found:
+        top = math.ceil(TOP_RATE * scores.shape[1])
+        per_prompt.append((kendall_tau_b(scores), top_k_overlap(scores, top), tied_share(scores)))
+    tau, overlap, ties = (np.mean(values, axis=0) for values in zip(*per_prompt, strict=True))
+    return RankConsistency(np.diag(tau, k=1).copy(), tau, overlap, ties, TOP_RATE, len(per_prompt))

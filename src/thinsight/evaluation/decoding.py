@@ -1,5 +1,4 @@
-"""Exact greedy decoding that checks a drafted answer in one forward pass and goes on decoding only where it
-differs.
+"""Exact greedy decoding that checks a drafted answer in one forward pass and goes on only where it differs.
 
 The draft is appended to the prompt (teacher forcing). Causal attention makes the row at each answer position
 the same as in step-by-step decoding as long as the tokens before it are the ones greedy decoding would have
@@ -8,8 +7,7 @@ chosen; so the answer up to and including the first token that differs from the 
 positions masked out. A sliding window counts the columns of rejected positions too, so where it is shorter
 than the row the prompt and the exact answer so far are read anew, without them.
 
-Knows nothing about reductions, examples or scores: a reduction is in force in the model that it is given, or
-not.
+Knows nothing about reductions, examples or scores.
 """
 
 from __future__ import annotations
@@ -18,10 +16,10 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..errors import Unsupported
@@ -30,31 +28,19 @@ from ..runtime.cache import CACHE
 from ..runtime.families import reads_prompt_both_ways, sliding_layers
 from .prompts import PromptBatch, pass_inputs, prompt_positions
 
-# Settings of a generation config that change greedy answers and are not supported; their neutral values.
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "no_repeat_ngram_size": (None, 0),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "bad_words_ids": (None,),
-    "begin_suppress_tokens": (None, []),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "sequence_bias": (None,),
-    "guidance_scale": (None, 1, 1.0),
-    "exponential_decay_length_penalty": (None,),
-    "stop_strings": (None,),
-    "watermarking_config": (None,),
-    "encoder_repetition_penalty": (None, 1, 1.0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "token_healing": (None, False),
-    "penalty_alpha": (None,),
-    "dola_layers": (None,),
-    "constraints": (None, []),
-    "force_words_ids": (None,),
-}
+# Settings of a generation config that change greedy answers and are not supported, by their neutral values.
+_NEUTRAL: tuple[tuple[tuple[Any, ...], tuple[str, ...]], ...] = (
+    ((None, 0), ("no_repeat_ngram_size", "min_length", "min_new_tokens", "encoder_no_repeat_ngram_size")),
+    ((None,), ("bad_words_ids", "forced_bos_token_id", "forced_eos_token_id", "sequence_bias", "stop_strings")),
+    ((None,), ("exponential_decay_length_penalty", "watermarking_config", "penalty_alpha")),
+    ((None,), ("dola_layers", "force_words_ids")),
+    ((None, 1, 1.0), ("guidance_scale", "encoder_repetition_penalty")),
+    ((None, []), ("begin_suppress_tokens", "constraints")),
+    ((None, False), ("token_healing",)),
+)
+_REFUSED = {name: neutral for neutral, names in _NEUTRAL for name in names}
 
-
-PromptScope = Callable[[torch.Tensor], AbstractContextManager[None]]
+PromptScope = Callable[[Tensor], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -147,7 +133,7 @@ def decode(
     prompt_scope: PromptScope | None = None,
     beginning: Beginning | None = None,
 ) -> list[GreedyAnswer]:
-    """Greedy answers of a batch of prompts.
+    """Greedy answers of a batch of prompts, one per row.
 
     Args:
         model: a transformers model, with or without a reduction in force.
@@ -160,19 +146,20 @@ def decode(
         lost: asked with a row's number and its answer so far: whether the rest is of no use.
         prompt_scope: is told which tokens of a first pass are the prompt.
         beginning: columns that need not be read any more; its cache is filled on.
-
-    Returns:
-        One ``GreedyAnswer`` per row.
     """
     rows = batch.input_ids.shape[0]
     expected = list(drafts) if drafts is not None else [()] * rows
     wanted = list(finish) if finish is not None else [True] * rows
-    forced = [_feedable(model, draft) for draft in expected]
+    forced = []  # what of the drafts is appended to the prompts: the last token is only predicted, never read
+    for draft in expected:
+        fed = torch.tensor([draft[:-1]], dtype=torch.long)  # (1, draft - 1)
+        # a vision placeholder in an answer would be taken for an image, so the draft ends before one
+        placeholders = vision_token_mask(model, fed)[0].tolist()
+        forced.append(fed[0].tolist()[: placeholders.index(True) if True in placeholders else None])
     cut_short = any(len(fed) < len(draft) - 1 for fed, draft in zip(forced, expected, strict=True))
-    run = _Run(model, batch, rules, beginning)
-    rated = [()] * rows if guessed else expected
-    run.check(vision, forced, rated, keep_cache=cut_short or any(wanted), prompt_scope=prompt_scope)
-    while rows_left := run.open_rows(expected, wanted, lost or (lambda row, answer: False)):
+    run = _Run(model, batch, rules, vision, prompt_scope)
+    run.check(forced, None if guessed else expected, cut_short or any(wanted), beginning)
+    while rows_left := run.open_rows(expected, wanted, lost):
         run.step(rows_left)
     return [
         GreedyAnswer(tuple(tokens), rules.ends(tokens), margin, likelihood)
@@ -180,63 +167,55 @@ def decode(
     ]
 
 
-def _feedable(model: Any, draft: tuple[int, ...]) -> list[int]:
-    """The draft's tokens that can be appended to the prompt: the last is only predicted, never read.
-
-    A vision placeholder in an answer would be taken for an image, so the draft ends before one.
-    """
-    fed = torch.tensor([draft[:-1]], dtype=torch.long)  # (1, draft - 1)
-    placeholders = vision_token_mask(model, fed)[0].tolist()
-    return fed[0].tolist()[: placeholders.index(True) if True in placeholders else None]
-
-
 @dataclass(frozen=True)
 class _Columns:
     """The tokens of a first forward pass."""
 
-    ids: torch.Tensor  # (batch, columns)
-    mask: torch.Tensor  # (batch, columns): 1 where one may be attended to
-    positions: torch.Tensor  # (batch, columns) or (axes, batch, columns)
-    types: dict[str, torch.Tensor]  # (batch, columns)
-    is_prompt: torch.Tensor  # (batch, columns) bool
+    ids: Tensor  # (batch, columns)
+    mask: Tensor  # (batch, columns): 1 where one may be attended to
+    positions: Tensor  # (batch, columns) or (axes, batch, columns)
+    types: dict[str, Tensor]  # (batch, columns)
+    is_prompt: Tensor  # (batch, columns) bool
 
-    def behind(self, count: int) -> _Columns:
-        """Without the first ones, which may still be attended to."""
-        types = {name: types[:, count:] for name, types in self.types.items()}
-        return _Columns(self.ids[:, count:], self.mask, self.positions[..., count:], types, self.is_prompt[:, count:])
+    def mapped(self, change: Callable[[Tensor], Tensor], mask: Tensor) -> _Columns:
+        """With all but the mask changed."""
+        types = {name: change(each) for name, each in self.types.items()}
+        return _Columns(change(self.ids), mask, change(self.positions), types, change(self.is_prompt))
 
     def without_gaps(self) -> _Columns:
         """The same tokens with all that is not attended to on the left, and no more of it than needed."""
         width = int(self.mask.sum(-1).max())
         order = self.mask.argsort(dim=-1, stable=True)[:, -width:]  # (batch, width)
 
-        def ordered(tensor: torch.Tensor) -> torch.Tensor:
+        def ordered(tensor: Tensor) -> Tensor:
             return tensor.gather(-1, order.expand(*tensor.shape[:-1], width))
 
-        return _Columns(
-            ordered(self.ids),
-            ordered(self.mask),
-            ordered(self.positions),
-            {name: ordered(types) for name, types in self.types.items()},
-            ordered(self.is_prompt),
-        )
+        return self.mapped(ordered, ordered(self.mask))
 
 
 class _Run:
     """The state of one batch while it is decoded; columns are prompt, draft, then one per step."""
 
-    def __init__(self, model: Any, batch: PromptBatch, rules: DecodingRules, beginning: Beginning | None) -> None:
-        device = model.device
+    def __init__(
+        self,
+        model: Any,
+        batch: PromptBatch,
+        rules: DecodingRules,
+        vision: dict[str, Any],
+        prompt_scope: PromptScope | None,
+    ) -> None:
+        batch = batch.to(model)
         self.model = model
-        self.beginning = beginning
         self.rules = rules
-        self.prompt = batch.input_ids.to(device)  # (batch, prompt)
-        self.mask = batch.attention_mask.to(device)  # (batch, columns so far): 1 where one may be attended to
+        self.vision = vision
+        self.scope = prompt_scope or (lambda is_prompt: nullcontext())
+        self.prompt = batch.input_ids  # (batch, prompt)
+        self.mask = batch.attention_mask  # (batch, columns so far): 1 where one may be attended to
         self.prompt_mask = self.mask.bool()  # (batch, prompt)
         self.positions = prompt_positions(model, batch)  # (batch, prompt) or (axes, batch, prompt)
         self.last_position = self.positions[..., -1:]  # all prompts end in the last column
-        self.types = {name: types.to(device) for name, types in batch.per_token.items()}  # (batch, prompt)
-        self.reread: Callable[[], None] | None = None  # to be done before the next step
+        self.types = batch.per_token  # (batch, prompt)
+        self.exact: _Columns | None = None  # to be read anew before the next step
         self.answers: list[list[int]] = []
         self.margins: list[float] = []
         self.likelihoods: list[float] = []
@@ -245,14 +224,17 @@ class _Run:
 
     def check(
         self,
-        vision: dict[str, Any],
         forced: Sequence[Sequence[int]],
-        rated: Sequence[Sequence[int]],
-        *,
+        drafts: Sequence[Sequence[int]] | None,
         keep_cache: bool,
-        prompt_scope: PromptScope | None,
+        beginning: Beginning | None,
     ) -> None:
-        """The one forward pass over prompt and draft; each answer is then exact up to its first new token."""
+        """The one forward pass over prompt and draft; each answer is then exact up to its first new token.
+
+        ``drafts`` are those whose likelihoods are asked for, if any.
+        """
+        # 1) The draft behind the prompt. Its columns all count as real: no earlier row can see them, and an
+        # unpadded batch needs no mask.
         extra = max(map(len, forced))
         draft = self.prompt.new_full((len(forced), extra), self.rules.pad_token)  # (batch, extra)
         for row, tokens in enumerate(forced):
@@ -260,75 +242,69 @@ class _Run:
         ahead = torch.arange(1, extra + 1, device=draft.device)
         columns = _Columns(
             ids=torch.cat([self.prompt, draft], dim=-1),
-            # draft columns all count as real: no earlier row can see them, an unpadded batch needs no mask
             mask=torch.cat([self.mask, torch.ones_like(draft)], dim=-1),
             positions=torch.cat([self.positions, self.last_position + ahead], dim=-1),
             types={name: torch.cat([t, self._type_of(name, draft)], -1) for name, t in self.types.items()},
             is_prompt=torch.cat([torch.ones_like(self.mask), torch.zeros_like(draft)], dim=-1).bool(),
         )
-        asked: dict[str, Any] = {"use_cache": keep_cache, "logits_to_keep": extra + 1}
-        if self.beginning is None:
-            outputs = self._read(columns, vision, prompt_scope, **asked)
-        else:
-            rest = columns.behind(self.beginning.columns)
-            outputs = self._read(rest, vision, prompt_scope, cache=self.beginning.cache, **asked)
+        # 2) The pass, behind what was read before.
+        rest, cache = columns, None
+        if beginning is not None:
+            cache = beginning.cache
+            rest = columns.mapped(lambda each: each[..., beginning.columns :], columns.mask)
+        outputs = self._read(rest, cache=cache, use_cache=keep_cache, logits_to_keep=extra + 1)
         self.cache = outputs[CACHE] if keep_cache else None
-        self.rated = any(rated)
+        # 3) Each answer agrees with its draft up to some token, and goes on with one of its own.
+        self.rated = drafts is not None and any(drafts)
+        rated = drafts if drafts is not None else [()] * len(forced)
         predicted, gaps, likely = self._predict_all(outputs.logits, draft, rated)  # (batch, extra + 1)
         accepted = torch.zeros_like(draft)
         for row, tokens in enumerate(forced):
-            agreed = _shared_length(predicted[row], tokens)
+            differing = (place for place, token in enumerate(tokens) if predicted[row][place] != token)
+            agreed = next(differing, len(tokens))
             self.answers.append(predicted[row][: agreed + 1])
             self.margins.append(min(gaps[row][: agreed + 1]))
             self.likelihoods.append(math.fsum(likely[row][: (len(tokens) if self.rated else agreed) + 1]))
             accepted[row, :agreed] = 1
+        # 4) Rejected columns are masked; a sliding window would still lose tokens to them.
         self.mask = torch.cat([self.mask, accepted], dim=-1)
-        if self._windows_reach_too_short():
-            exact = replace(columns, mask=self.mask).without_gaps()
-            self.reread = partial(self._reread, exact, vision, prompt_scope)
+        if not bool(accepted.all()) and sliding_layers(self.model):
+            window = int(self.model.get_decoder().config.sliding_window)
+            if self.mask.shape[1] + self.rules.max_new_tokens > window:
+                self.exact = replace(columns, mask=self.mask).without_gaps()
 
-    def _read(self, columns: _Columns, vision: dict[str, Any], prompt_scope: PromptScope | None, **more: Any) -> Any:
+    def _read(self, columns: _Columns, **more: Any) -> Any:
         """A first forward pass."""
-        with prompt_scope(columns.is_prompt) if prompt_scope is not None else nullcontext():
-            inputs = pass_inputs(
-                self.model, columns.ids, columns.mask, columns.positions, token_types=columns.types, **vision, **more
-            )
+        with self.scope(columns.is_prompt):
+            ids, mask, positions = columns.ids, columns.mask, columns.positions
+            inputs = pass_inputs(self.model, ids, mask, positions, token_types=columns.types, **self.vision, **more)
             return self.model(**inputs)
 
-    def _type_of(self, name: str, draft: torch.Tensor) -> torch.Tensor:
+    def _type_of(self, name: str, draft: Tensor) -> Tensor:
         """Token types of an answer: ordinary text that sees nothing behind itself."""
         causal = reads_prompt_both_ways(self.model) and name == "token_type_ids"
         return torch.full_like(draft, int(causal))
 
-    def _windows_reach_too_short(self) -> bool:
-        """Whether a layer with a sliding window would lose tokens to the columns of rejected positions."""
-        if bool(self.mask[:, self.prompt.shape[1] :].all()) or not sliding_layers(self.model):
-            return False
-        window = self.model.get_decoder().config.sliding_window
-        return self.mask.shape[1] + self.rules.max_new_tokens > int(window)
-
-    def _reread(self, columns: _Columns, vision: dict[str, Any], prompt_scope: PromptScope | None) -> None:
-        """Prompt and exact answers once more, with no column between them that is not attended to."""
-        self.cache = self._read(columns, vision, prompt_scope, use_cache=True, logits_to_keep=1)[CACHE]
-        self.mask = columns.mask
-
     def open_rows(
-        self, drafts: Sequence[tuple[int, ...]], wanted: Sequence[bool], lost: Callable[[int, Sequence[int]], bool]
+        self,
+        drafts: Sequence[tuple[int, ...]],
+        wanted: Sequence[bool],
+        lost: Callable[[int, Sequence[int]], bool] | None,
     ) -> list[int]:
         """Rows whose answer is not over and is wanted whole, or has not left its draft yet."""
         rows = []
         for row, answer in enumerate(self.answers):
             on_draft = 0 < len(answer) < len(drafts[row]) and drafts[row][: len(answer)] == tuple(answer)
-            needed = on_draft or (wanted[row] and not lost(row, answer))
+            needed = on_draft or (wanted[row] and not (lost is not None and lost(row, answer)))
             if needed and not self.rules.ends(answer):
                 rows.append(row)
         return rows
 
     def step(self, rows: Sequence[int]) -> None:
         """One more token for the given rows; the others run along and are ignored."""
-        if self.reread is not None:
-            self.reread()
-            self.reread = None
+        if self.exact is not None:
+            self.cache = self._read(self.exact, use_cache=True, logits_to_keep=1)[CACHE]
+            self.mask, self.exact = self.exact.mask, None
         last = self.prompt.new_tensor([[answer[-1]] for answer in self.answers])  # (batch, 1)
         ahead = self.prompt.new_tensor([[len(answer)] for answer in self.answers])  # (batch, 1)
         self.mask = torch.cat([self.mask, torch.ones_like(last)], dim=-1)
@@ -354,7 +330,7 @@ class _Run:
                 self.likelihoods[row] += likely[row]
 
     def _predict_all(
-        self, logits: torch.Tensor, draft: torch.Tensor, rated: Sequence[Sequence[int]]
+        self, logits: Tensor, draft: Tensor, rated: Sequence[Sequence[int]]
     ) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
         """For every answer position, the greedy token given the draft before it, its lead, and the
         log-probability of the token that is rated there (of the greedy one where none is)."""
@@ -370,33 +346,20 @@ class _Run:
             likely.append(scores.log_softmax(-1).gather(-1, here[:, None])[:, 0])
         return tuple(torch.stack(each, dim=-1).tolist() for each in (tokens, gaps, likely))
 
-    def _adjusted(self, scores: torch.Tensor, answers: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _adjusted(self, scores: Tensor, answers: Sequence[Sequence[int]]) -> Tensor:
         """Logits as ``generate()`` adjusts them: the repetition penalty (CTRL, arXiv 1909.05858) over prompt
-        and answer, and suppressed tokens.
-        """
-        if self.rules.repetition_penalty != 1.0:
-            scores = self._penalized(scores, answers)
-        scores[:, list(self.rules.suppressed)] = -torch.inf
-        return scores
-
-    def _penalized(self, scores: torch.Tensor, answers: Sequence[Sequence[int]]) -> torch.Tensor:
+        and answer, and suppressed tokens."""
         penalty = self.rules.repetition_penalty
-        for row, answer in enumerate(answers):
+        for row, answer in enumerate(answers if penalty != 1.0 else ()):
             read = self.prompt[row, self.prompt_mask[row]]
             used = torch.cat([read, self.prompt.new_tensor(list(answer))]).unique()
             old = scores[row, used]
             scores[row, used] = torch.where(old < 0, old * penalty, old / penalty)
+        scores[:, list(self.rules.suppressed)] = -torch.inf
         return scores
 
 
-def _lead(scores: torch.Tensor) -> torch.Tensor:
+def _lead(scores: Tensor) -> Tensor:
     """The gap between the best and the second best score: (batch, vocabulary) -> (batch,)."""
     best = scores.topk(2, dim=-1).values  # (batch, 2)
     return best[:, 0] - best[:, 1]
-
-
-def _shared_length(predicted: Sequence[int], tokens: Sequence[int]) -> int:
-    for index, token in enumerate(tokens):
-        if predicted[index] != token:
-            return index
-    return len(tokens)

@@ -29,32 +29,28 @@ from ..errors import BadInput, Unsupported
 from ..loading import base_name
 from ..ranking import get_ranker
 from ..reduction import Reduction
-from ..runtime import Handle, apply, num_layers
+from ..runtime import EncodedImages, Handle, apply, num_layers
 from ..runtime.families import check_supported
 from ..schedule import Schedule
 from ..texts import brief
 from ..version import __version__
 from .base import SearchEvaluator
-from .batch_size import check_batch_size, chunks
-from .bounds import LossTest, check_confidence, random_order
+from .bounds import LossTest, Order, check_confidence
 from .decoding import DecodingRules, GreedyAnswer, PromptScope, decode
 from .examples import Example, Progress, check_examples
 from .features import hash_image, hash_json, hash_model, hash_processor, hash_reading
-from .full_model import FullModel
+from .full_model import FullModel, check_batch_size
 from .metrics import Metric, metric_for
 from .prefix_cache import PrefixCache
-from .prompts import Prompt, PromptReader, pad_batch, typical_batch
-from .result import Evaluation
-from .statistics import score_to_expect
-from .store import DEFAULT_CACHE_GIB, DiskStore
+from .prompts import Prompt, PromptReader, chunks, pad_batch, typical_batch
+from .result import Evaluation, score_to_expect
+from .store import DEFAULT_CACHE_GIB, Store
 
 _FINGERPRINT_FORMAT = 2
 _SHOWN = 80  # characters of an answer in a message
 _MIN_NEW_TOKENS = 4
 _NEW_TOKENS_MARGIN = 4  # the stop token, and room for a few tokens more than the longest right answer
 _NEW_TOKENS_UNLABELED = 32
-_LEAST_HARDNESS = 0.02  # of an example that the full model is quite sure of, on a scale of losses
-_ROUNDING_SLACK = 1e-9  # an early stop must be certain in spite of rounding
 
 
 class FullAnswer(NamedTuple):
@@ -62,13 +58,6 @@ class FullAnswer(NamedTuple):
 
     tokens: tuple[int, ...]
     text: str
-
-
-class _Drawn(NamedTuple):
-    """Batches in a random order, and the test that is told each one's loss."""
-
-    batches: list[list[int]]
-    test: LossTest
 
 
 class Evaluator(SearchEvaluator):
@@ -129,18 +118,17 @@ class Evaluator(SearchEvaluator):
             raise BadInput("the model is in training mode, where answers may be random: call model.eval() first")
         if not callable(processor):
             raise BadInput(f"processor is {processor!r}: pass the model's own processor")
-        disk = None if cache_dir is None else DiskStore(cache_dir)
+        store: Store[EncodedImages] = Store(cache_gib, cache_dir=cache_dir)
         check_examples(examples)
         self.model = model
         self.processor = processor
         self.examples = tuple(examples)
         self.ranker = get_ranker(ranker)
         self.progress = progress
-        self._metrics = [_metric_of(example, metric) for example in self.examples]
-        self.rules = DecodingRules.of(
-            model.generation_config, _max_new_tokens(max_new_tokens, processor, self.examples)
-        )
-        if disk is not None:
+        self._metrics = check_metric(self.examples, metric)
+        most = _max_new_tokens(max_new_tokens, processor, self.examples)
+        self.rules = DecodingRules.of(model.generation_config, most)
+        if store.persistent:
             hash_processor(hashlib.sha256(), processor)  # refused before images are read
         self.reader = PromptReader(model, processor, cache_gib)
         self._prompts = self.reader.prompts(self.examples, progress)
@@ -151,10 +139,9 @@ class Evaluator(SearchEvaluator):
             self._prompts,
             self.reader,
             self.rules,
+            store,
             batch_size=batch_size,
-            cache_gib=cache_gib,
             reuse=reuse,
-            disk=disk,
             report=partial(self._report, "full model"),
         )
         self._prefixes = PrefixCache(model, cache_gib) if reuse else None
@@ -251,31 +238,28 @@ class Evaluator(SearchEvaluator):
         """Why the full model's score is too low to tell a good schedule from a bad one, in one line with an
         answer beside its label; empty where it is not.
 
-        That is where it is 0 or near what guessing gets, see `statistics.score_to_expect` and
-        `Metric.chance`.
+        That is where it is 0 or near what guessing gets, see `score_to_expect` and `Metric.chance`.
         """
         asked = zip(self._metrics, self.examples, strict=True)
         chances = [metric.chance(example.answers, example.question) for metric, example in asked]
         if self.full_score >= score_to_expect(chances):
             return ""
-        found, guessed = f"{100 * self.full_score:.1f} %", f"{100 * float(np.mean(chances)):.1f} %"
+        guessed = f"{100 * float(np.mean(chances)):.1f} %"
         why = (
             "nothing can be lost, whatever is dropped"
             if self.full_score == 0
             else f"guessing gets {guessed}, so hardly any loss can show"
         )
-        return (
-            f"the full model scores {found} (number of examples: {len(chances)}): {why}. {self._shown()}; "
-            "check labels and metric (metric='agreement' needs no labels)"
-        )
-
-    def _shown(self) -> str:
-        """The answer that the full model scores least with, beside its label."""
+        # an answer that scores least, beside its label
         assert self.full.per_example is not None
         index = int(np.argmin(self.full.per_example))
-        example, said = self.examples[index], self._text(self._full[index].tokens)
+        example = self.examples[index]
         label = "" if not example.answers else f", the label is {_short(example.answers[0])}"
-        return f"To example {example.id!r} it says {_short(said)}{label} ({self._metrics[index].name})"
+        return (
+            f"the full model scores {100 * self.full_score:.1f} % (number of examples: {len(chances)}): {why}. "
+            f"To example {example.id!r} it says {_short(self._text(self._full[index].tokens))}{label} "
+            f"({self._metrics[index].name}); check labels and metric (metric='agreement' needs no labels)"
+        )
 
     @cached_property
     def full_answers(self) -> list[FullAnswer]:
@@ -288,7 +272,8 @@ class Evaluator(SearchEvaluator):
         Raises:
             ThinsightError: the schedule has another number of layers than the model, or cannot be run on it.
         """
-        return self._evaluate(self._bind(schedule), floor=None)
+        reduction = self._bind(schedule)
+        return self.full if reduction.schedule.is_full else self._evaluate(reduction, self._batches)
 
     def at_least(
         self, schedule: Schedule | Reduction, floor: float, confidence: float | None = None, seed: int = 0
@@ -309,11 +294,15 @@ class Evaluator(SearchEvaluator):
         Raises:
             ThinsightError: ``confidence`` is not between 0 and 1, or as for a call.
         """
-        if confidence is None:
-            return self._evaluate(self._bind(schedule), floor=float(floor))
-        check_confidence(confidence)
+        if confidence is not None:
+            check_confidence(confidence)
         reduction = self._bind(schedule)
-        return self._evaluate(reduction, float(floor), drawn=self._draw(reduction, floor, confidence, seed))
+        if reduction.schedule.is_full:
+            return self.full
+        if confidence is None:
+            return self._evaluate(reduction, self._order.hardest_first(), float(floor))
+        batches, test = self._draw(reduction, floor, confidence, seed)
+        return self._evaluate(reduction, batches, float(floor), test)
 
     def sample(self, schedule: Schedule | Reduction, share: float) -> Evaluation:
         """The exact score on a share of the examples, the same ones every time; a larger share holds a
@@ -326,9 +315,7 @@ class Evaluator(SearchEvaluator):
         """
         if not 0 < share <= 1:
             raise BadInput(f"share is {share!r}: it must be above 0 and at most 1")
-        count = max(1, round(share * len(self._batches)))
-        chosen = sorted(self._spread[:count])
-        return self._evaluate(self._bind(schedule), floor=None, batches=[self._batches[i] for i in chosen])
+        return self._evaluate(self._bind(schedule), self._order.sample(share))
 
     def share(self, schedule: Schedule, layer: int) -> None:
         """Say that the candidates to come have this schedule's rates before ``layer``, and differ from there.
@@ -441,7 +428,7 @@ class Evaluator(SearchEvaluator):
 
     # -- the full model --------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def _full(self) -> list[GreedyAnswer]:
         return self._full_model.answers(lambda: self._hash(None))
 
@@ -457,12 +444,10 @@ class Evaluator(SearchEvaluator):
         return list(chunks(sorted(range(len(self.examples)), key=place), self.batch_size))
 
     @cached_property
-    def _spread(self) -> list[int]:
-        """The batches in an order of which every beginning is spread over all of them."""
-        count = len(self._batches)
-        bits = max(1, (count - 1).bit_length())
-        mirrored = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
-        return [number for number in mirrored if number < count]
+    def _order(self) -> Order:
+        assert self.full.per_example is not None
+        margins = [answer.margin for answer in self._full]
+        return Order(self._batches, self._ceilings, self.full.per_example, margins, self._failures)
 
     # -- reduced models --------------------------------------------------------------------------------------
 
@@ -478,43 +463,41 @@ class Evaluator(SearchEvaluator):
     def _evaluate(
         self,
         reduction: Reduction,
-        floor: float | None,
-        batches: Sequence[list[int]] | None = None,
-        drawn: _Drawn | None = None,
+        batches: Sequence[list[int]],
+        floor: float | None = None,
+        test: LossTest | None = None,
     ) -> Evaluation:
-        """On all examples or on the given batches, giving up below ``floor`` if there is one."""
-        if reduction.schedule.is_full and batches is None:
-            return self.full
+        """On the given batches; with a floor, only as long as the score may reach it."""
         scores = np.full(len(self.examples), np.nan)
         likely: list[GreedyAnswer] = []
         known = set(self._known(reduction))
-        ordered = batches or (self._batches if floor is None else self._hardest_first)
-        if drawn is not None:
-            ordered = drawn.batches
-        with closing(self._answers(reduction, ordered)) as stream:
+        with closing(self._answers(reduction, batches)) as stream:
             for batch, answers in stream:
                 likely += answers
                 for index, answer in zip(batch, answers, strict=True):
                     scores[index] = self._score(index, answer)
-                if floor is not None and self._upper_bound(scores) < floor - _ROUNDING_SLACK:
+                if floor is not None and self._order.is_lost(scores, batch, floor, test):
                     break
-                if drawn is not None and drawn.test.sees(float((self._ceilings - scores)[batch].sum())):
-                    break
+        self._order.note(scores)
         run = np.flatnonzero(~np.isnan(scores))
-        bound = self._upper_bound(scores)
-        self._note_failures(scores, run)
-        complete = batches is not None or len(run) == len(scores)
         fresh = [index for index in run.tolist() if index not in known]
-        spent = reduction.average(lambda schedule: self._flops(fresh, schedule))
+        complete = floor is None or len(run) == len(scores)
+        bound = self._order.upper_bound(scores)
         return Evaluation(
-            score=float(np.mean(scores[run]) if complete or floor is None else min(bound, floor)),
+            score=float(np.mean(scores[run]) if floor is None or complete else min(bound, floor)),
             per_example=scores,
             complete=complete,
             full_score=self.full_score,
-            cost=spent,
+            cost=reduction.average(lambda schedule: self._flops(fresh, schedule)),
             agreement=_agreement(likely),
-            share=1.0 if batches is None else len(run) / len(scores),
+            share=len(run) / len(scores) if complete else 1.0,
         )
+
+    def _draw(
+        self, reduction: Reduction, floor: float, confidence: float, seed: int
+    ) -> tuple[list[list[int]], LossTest]:
+        """An order of its own for every reduction, so that no choice among them depends on this one."""
+        return self._order.drawn(floor, confidence, [seed, zlib.crc32(repr(self._key(reduction)).encode())])
 
     def _answers(
         self, reduction: Reduction, batches: Sequence[list[int]], whole: bool = False
@@ -559,7 +542,12 @@ class Evaluator(SearchEvaluator):
         vision = self._full_model.vision.inputs([self.examples[index] for index in batch], reduction.ranker)
         drafts = [self._full[index].tokens for index in batch]
         finish = [whole or not self._metrics[index].by_tokens for index in batch]
-        with self._first_pass(handle, reduction, batch, any(finish)) as scope:
+        scope: AbstractContextManager[PromptScope] = nullcontext(handle.prompt)
+        if self._prefixes is not None:  # the pass over the prompts may begin behind layers that were run
+            cached = any(finish)
+            self._began.update(dict.fromkeys(batch, self._prefixes.start(reduction, batch, cached)))
+            scope = self._prefixes.scope(handle, reduction, batch, cached)
+        with scope as prompt_scope:
             return decode(
                 self.model,
                 prompts,
@@ -568,17 +556,8 @@ class Evaluator(SearchEvaluator):
                 drafts=drafts,
                 finish=finish,
                 lost=None if whole else lambda row, tokens: self._lost(batch[row], tokens),
-                prompt_scope=scope,
+                prompt_scope=prompt_scope,
             )
-
-    def _first_pass(
-        self, handle: Handle, reduction: Reduction, batch: Sequence[int], cached: bool
-    ) -> AbstractContextManager[PromptScope]:
-        """The scope of a batch's pass over its prompts, which may begin behind layers that were run."""
-        if self._prefixes is None:
-            return nullcontext(handle.prompt)
-        self._began.update(dict.fromkeys(batch, self._prefixes.start(reduction, batch, cached)))
-        return self._prefixes.scope(handle, reduction, batch, cached)
 
     def _key(self, reduction: Reduction) -> tuple[Any, ...]:
         """Reductions with one key keep the same tokens of every prompt here."""
@@ -613,37 +592,6 @@ class Evaluator(SearchEvaluator):
         """The highest score that any answer to each example can get."""
         return np.array([metric.ceiling(right) for metric, right in zip(self._metrics, self._right, strict=True)])
 
-    def _upper_bound(self, scores: NDArray[np.float64]) -> float:
-        return float(np.mean(np.where(np.isnan(scores), self._ceilings, scores)))
-
-    # -- order, cost, progress -------------------------------------------------------------------------------
-
-    @property
-    def _hardest_first(self) -> list[list[int]]:
-        """Batches by the score they lost so far, most first; the full model's losses count as one call."""
-        assert self.full.per_example is not None
-        lost = self._failures + self._ceilings - self.full.per_example
-        return sorted(self._batches, key=lambda batch: -float(np.mean(lost[batch])))
-
-    def _draw(self, reduction: Reduction, floor: float, confidence: float, seed: int) -> _Drawn:
-        """All batches in a random order, with the test that their losses keep the score at ``floor``.
-
-        The order must not depend on how the reduction does, nor on what was evaluated before (a resumed
-        search takes the same one), so only the full model's answers say what is hard.
-        """
-        assert self.full.per_example is not None
-        unsure = np.exp([-answer.margin for answer in self._full])  # (examples,)
-        hardness = self._ceilings - self.full.per_example + unsure + _LEAST_HARDNESS
-        weights = np.array([hardness[batch].sum() ** 2 for batch in self._batches])  # nearly hardest first
-        # an order of its own for every reduction, so that no choice among them depends on this one
-        order = random_order(weights, [seed, zlib.crc32(repr(self._key(reduction)).encode())])
-        allowed = float((self._ceilings - floor + _ROUNDING_SLACK).sum())
-        test = LossTest(weights[order], allowed, confidence)
-        return _Drawn([self._batches[number] for number in order], test)
-
-    def _note_failures(self, scores: NDArray[np.float64], run: NDArray[np.intp]) -> None:
-        self._failures[run] += self._ceilings[run] - scores[run]
-
     def _flops(self, run: Sequence[int], schedule: Schedule | None, drafted: bool = True) -> float:
         """Decoder prefill FLOPs of passes over prompts and drafts, of layers that ran; later steps are left
         out."""
@@ -669,18 +617,15 @@ def _agreement(answers: Sequence[GreedyAnswer]) -> float:
     return float(np.mean(np.exp([answer.log_likelihood for answer in answers])))
 
 
-def check_metric(examples: Sequence[Example], metric: str | Metric | None) -> None:
-    """Check that ``metric`` (None: each example's own) can score the examples; needs no model.
+def check_metric(examples: Sequence[Example], metric: str | Metric | None) -> list[Metric]:
+    """The metric of each example, ``metric`` or (None) its own; needs no model.
 
     Raises:
         ThinsightError: an unknown metric, or one that needs answers on an example without.
     """
-    for example in examples:
-        _metric_of(example, metric)
-
-
-def _metric_of(example: Example, metric: str | Metric | None) -> Metric:
-    return metric_for(example.answers, example.metric if metric is None else metric, f"example {example.id!r}")
+    return [
+        metric_for(each.answers, each.metric if metric is None else metric, f"example {each.id!r}") for each in examples
+    ]
 
 
 def _max_new_tokens(given: int | None, processor: Any, examples: Sequence[Example]) -> int:

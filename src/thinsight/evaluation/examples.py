@@ -1,27 +1,32 @@
-"""Examples: an image (or several), a question and the answers that count as right; and the JSON-lines files
-they come in.
+"""Examples: an image (or several), a question and the answers that count as right; the JSON-lines files they
+come in; and how their images are opened.
 
-A file is checked as a whole before anything runs. Knows nothing about models, prompts or scores.
+A file is checked as a whole before anything runs. This is the one place where users' pixels come in: turned as
+their EXIF data says, scaled to 8 bits, and bounded in size before they are decoded.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 
 from ..errors import BadInput
 from ..texts import brief
-from .images import ImageSource, OpenedImages, check_exists, image_key
 from .metrics import get_metric, metric_for
 
 DEMO_PREFIX = "demo:"
@@ -30,7 +35,178 @@ _DEMO_SETS = ("calibration", "test")
 _FIELDS = ("id", "image", "images", "question", "answer", "answers", "metric")
 _FORMAT = '{"id", "image" or "images", "question", "answer" or "answers", "metric" (optional)}'
 
+READING = 2  # of the rules here: features of images that were read by other rules have other names
+
+_MAX_ASPECT = 200  # Qwen's processors refuse more; a resize of the shorter edge would take gigabytes
+_HELD_BYTES = 2**29
+_LARGEST_HELD = 2**26  # bytes of one image: 22 million pixels
+_LONGEST_PATH = 400  # characters of a path that a message quotes
+_HALF = re.compile(r"[\ud800-\udfff]")  # such a text breaks the report that shows it, after all the work
+_SIXTEEN_BITS = ("PNG", "PPM")  # formats whose wide gray PIL may call "I", which elsewhere has 32 bits
+
 Progress = Callable[[str, int, int], None]
+ImageSource = Path | Image.Image
+
+# -- images ----------------------------------------------------------------------------------------------------
+
+
+def open_image(image: ImageSource, where: str = "") -> Image.Image:
+    """The image as RGB, upright: what `transformers.image_utils.load_image` gives; of an animation the first frame.
+
+    Gray of 16 bits is scaled to 8, where `load_image` would cut it off. Gray of 32 bits has no defined white:
+    it is scaled by its own values, and a warning names the file. Messages begin with ``where``.
+
+    Raises:
+        ThinsightError: a file that is missing, truncated or no image; an image with more than
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels (89 million), or more than 200 times as long as it is wide.
+    """
+    name = _name(image, where)
+    if isinstance(image, Image.Image):
+        check_size(image.size, name)
+        with _one_line(name):
+            return _rgb(ImageOps.exif_transpose(image), image.format, name)
+    check_exists(image, where)
+    with _one_line(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_size` is stricter
+        opened = Image.open(image)
+    with opened:
+        check_size(opened.size, name)
+        with _one_line(name):
+            ImageOps.exif_transpose(opened, in_place=True)
+            return _rgb(opened, opened.format, name)
+
+
+def check_exists(path: Path, where: str = "", remedy: str = "image paths are relative to the data file") -> None:
+    """Refuse a file that is not there, without opening it."""
+    name = _name(path, where)
+    try:
+        exists = path.is_file()
+    except OSError as error:
+        raise BadInput(f"{name} cannot be read ({error.strerror}): {remedy}") from None
+    if not exists:
+        raise BadInput(f"{name} does not exist: {remedy}")
+
+
+def check_size(size: tuple[int, int], name: str, shortest_edge: int | None = None) -> None:
+    """Refuse an image that cannot be handled in bounded memory: of a size in pixels (width, height) that is 0, too
+    large as it is or with its shorter edge resized to ``shortest_edge``, or too long a strip."""
+    short, long = sorted(size)
+    said = f"{name} has {size[0]} x {size[1]} pixels"
+    if short < 1:
+        raise BadInput(f"{said}: give one that is not empty")
+    if long > _MAX_ASPECT * short:
+        raise BadInput(f"{said}, one edge more than {_MAX_ASPECT} times the other: cut it into pieces")
+    resized = 0 if shortest_edge is None else shortest_edge**2 * long // short
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and max(long * short, resized) > most:
+        what = "" if long * short > most else f", which the processor would resize to {resized}"
+        raise BadInput(f"{said}{what}; at most {most} are taken: make it smaller")
+
+
+def image_key(image: object, where: str = "") -> str:
+    """What tells an image from others: the path, or the pixels of a PIL image; anything else is refused."""
+    if isinstance(image, Path):
+        return str(image.resolve())
+    if isinstance(image, Image.Image):
+        opened = open_image(image, where)
+        digest = hashlib.sha256(f"RGB {opened.size}".encode())
+        digest.update(opened.tobytes())
+        return f"pixels:{digest.hexdigest()[:24]}"
+    raise BadInput(f"an image is a {type(image).__name__}: give a path or a PIL image")
+
+
+class OpenedImages:
+    """Image files that were checked by decoding them, and their pixels until somebody takes them.
+
+    So a file is decoded once, though it is checked before the model is there. Pixels beyond ``most_bytes``, and
+    images of over 22 million of them, are let go, and decoded again when they are asked for. A copy of this
+    object is empty, in pickles too.
+    """
+
+    def __init__(self, most_bytes: int = _HELD_BYTES) -> None:
+        self._room = most_bytes
+        self._checked: set[str] = set()
+        self._held: dict[str, tuple[tuple[int, int], Image.Image]] = {}
+
+    def check(self, key: str, path: Path, where: str) -> None:
+        """Decode a file that was not decoded before; as for `open_image`."""
+        if key in self._checked:
+            return
+        opened = open_image(path, where)
+        self._checked.add(key)
+        size = 3 * opened.width * opened.height  # bytes
+        if size <= min(self._room, _LARGEST_HELD):
+            self._room -= size
+            self._held[key] = (_state(path), opened)
+
+    def take(self, key: str, image: ImageSource, where: str) -> Image.Image:
+        """The image as `open_image` gives it. What was held is handed out once."""
+        state, held = self._held.pop(key, (None, None))
+        if held is not None:
+            self._room += 3 * held.width * held.height
+            if isinstance(image, Path) and state == _state(image):
+                return held
+        return open_image(image, where)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+def _name(image: ImageSource, where: str) -> str:
+    """What messages call an image."""
+    name = f"{where}: image" if where else "image"
+    if isinstance(image, Image.Image):
+        return name
+    path = str(image)
+    return f"{name} {path if len(path) <= _LONGEST_PATH else f'{path[:_LONGEST_PATH]}...'!r}"
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes when a file is written."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise BadInput(f"{name} does not fit into memory: make it smaller") from None
+    except Image.DecompressionBombError:
+        raise BadInput(
+            f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels, which are too many: make it smaller"
+        ) from None
+    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, ValueError, struct.error, ...
+        reason = str(error) or type(error).__name__
+        raise BadInput(f"{name} is truncated or no image ({reason}): replace it") from error
+
+
+def _rgb(image: Image.Image, file: str | None, name: str) -> Image.Image:
+    """An upright image as RGB; ``file`` is the format that it was stored in, if PIL knows."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and file in _SIXTEEN_BITS):
+        wide = np.asarray(image).astype(np.uint32)  # (height, width), 0 to 65535
+        image = Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float32)  # (height, width)
+        finite = values[np.isfinite(values)]
+        low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+        whites = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+        black = min(low, 0.0)
+        white = next((white for white in whites if high <= white and low >= 0), high)
+        warnings.warn(
+            f"{name} is gray with values from {low:g} to {high:g} (mode {image.mode}), for which no white is "
+            f"defined: {black:g} is taken for black and {white:g} for white",
+            stacklevel=2,
+        )
+        unit = np.nan_to_num((values - black) / max(white - black, 1e-9), nan=0.0).clip(0, 1)
+        image = Image.fromarray((unit * 255).round().astype(np.uint8))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # the same colors, and PIL does not warn
+    return image.convert("RGB")
+
+
+# -- examples --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -62,9 +238,8 @@ class Example:
     def __post_init__(self) -> None:
         if not isinstance(self.images, (tuple, list)):
             raise BadInput(f"example {self.id!r}: images must be a tuple of paths or PIL images")
-        object.__setattr__(
-            self, "images", tuple(Path(image) if isinstance(image, str) else image for image in self.images)
-        )
+        images = tuple(Path(image) if isinstance(image, str) else image for image in self.images)
+        object.__setattr__(self, "images", images)
         if isinstance(self.answers, str):
             raise BadInput(f"example {self.id!r}: answers is a text; pass a tuple of texts, ({self.answers!r},)")
         object.__setattr__(self, "answers", tuple(self.answers or ()))
@@ -73,9 +248,7 @@ class Example:
             if wrong:
                 raise BadInput(f"example {self.id!r}: {name} holds {wrong[0]!r}; it must be a text")
         if not self.group:
-            names = (
-                image.as_posix() if isinstance(image, Path) else image_key(image, self._where) for image in self.images
-            )
+            names = (each.as_posix() if isinstance(each, Path) else image_key(each, self._where) for each in images)
             object.__setattr__(self, "group", "+".join(names))
 
     def __repr__(self) -> str:
@@ -95,7 +268,7 @@ class Example:
         return tuple(image_key(image, self._where) for image in self.images)
 
     def open_images(self) -> list[Image.Image]:
-        """The images as RGB, in their order; see `images.open_image`.
+        """The images as RGB, in their order; see `open_image`.
 
         Raises:
             ThinsightError: one is missing, truncated or too large.
@@ -137,24 +310,10 @@ def load_examples(
     return examples
 
 
-def read_examples(source: str | Path) -> list[Example]:
-    """The examples of a file, line by line: nothing is checked that takes more than one line, and no image is
-    looked at.
-
-    Raises:
-        ThinsightError: no such file, or a bad line (with its number).
-    """
-    return _parse_file(_locate(source))
-
-
 def validate_examples(
     examples: Sequence[Example], source: str = "the examples", progress: Progress | None = None
 ) -> None:
-    """Check a whole set, its images included, before long work starts.
-
-    Raises:
-        ThinsightError: as `check_examples` and `check_images` do.
-    """
+    """Check a whole set, its images included, before long work starts: `check_examples` and `check_images`."""
     check_examples(examples, source)
     check_images(examples, source, progress)
 
@@ -186,16 +345,30 @@ def check_examples(examples: Sequence[Example], source: str = "the examples") ->
                 found.add(image)
 
 
-def check_images(examples: Sequence[Example], source: str = "the examples", progress: Progress | None = None) -> None:
-    """Decode every image file of a set once; what has room in memory waits there for its processor.
+def _check_fields(example: Example, where: str) -> None:
+    if not example.question.strip():
+        raise BadInput(f"{where} has an empty question: give it a text")
+    if not all(answer.strip() for answer in example.answers):
+        raise BadInput(f"{where} has an empty answer: leave it out where there is no label")
+    task = example.extra.get("task")  # scores are listed by it
+    if isinstance(task, (list, dict)) or (isinstance(task, float) and not math.isfinite(task)):
+        what = task if isinstance(task, float) else f"a {type(task).__name__}"
+        raise BadInput(f"{where}: task is {what}: write a text, or null")
+    shown = [example.id, example.question, *example.answers, example.metric, example.group, example.task]
+    for text in (*shown, *example.extra, *example.extra.values()):
+        if isinstance(text, str) and _HALF.search(text):
+            raise BadInput(f"{where}: {text!r} holds half of a surrogate pair: write the character itself")
+    if not example.images:
+        raise BadInput(f"{where} has no image: vision tokens cannot be reduced without one; give it an image")
+    metric_for(example.answers, example.metric, where)
 
-    Args:
-        examples: what `check_examples` let pass.
-        source: what a message begins with.
-        progress: called as ``progress("images", done, total)``, in examples.
+
+def check_images(examples: Sequence[Example], source: str = "the examples", progress: Progress | None = None) -> None:
+    """Decode every image file of a set that `check_examples` let pass once; what has room in memory waits there for
+    its processor. ``progress("images", done, total)`` is told, in examples.
 
     Raises:
-        ThinsightError: an image that is truncated, no image, or too large.
+        ThinsightError: an image that is truncated, no image, or too large; ``source`` begins the message.
     """
     opened = OpenedImages()
     for done, example in enumerate(examples, start=1):
@@ -210,6 +383,29 @@ def check_images(examples: Sequence[Example], source: str = "the examples", prog
 
 
 # -- reading -------------------------------------------------------------------------------------------------
+
+
+def read_examples(source: str | Path) -> list[Example]:
+    """The examples of a file, line by line: nothing is checked that takes more than one line, and no image is
+    looked at.
+
+    Raises:
+        ThinsightError: no such file, or a bad line (with its number).
+    """
+    path = _locate(source)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would break at U+2028 too
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path} as UTF-8 text: {error}") from error
+    examples = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        try:
+            if line.strip():
+                examples.append(_example(_record(line, where), path, where))
+        except RecursionError:
+            raise BadInput(f"{where} is not JSON (nested too deep): each line is {_FORMAT}") from None
+    return examples
 
 
 def _locate(source: str | Path) -> Path:
@@ -227,22 +423,6 @@ def _locate(source: str | Path) -> Path:
     return path
 
 
-def _parse_file(path: Path) -> list[Example]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would break at U+2028 too
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path} as UTF-8 text: {error}") from error
-    numbered = [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
-    return [_parse_line(line, path, where) for where, line in numbered]
-
-
-def _parse_line(line: str, path: Path, where: str) -> Example:
-    try:
-        return _example(_record(line, where), path, where)
-    except RecursionError:
-        raise BadInput(f"{where} is not JSON (nested too deep): each line is {_FORMAT}") from None
-
-
 def _record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
@@ -257,9 +437,14 @@ def _record(line: str, where: str) -> dict[str, Any]:
 
 
 def _example(record: dict[str, Any], path: Path, where: str) -> Example:
-    _refuse_misspelt(record, where)
-    images = _strings(record, "image", "images", where, required=True)
-    answers = _strings(record, "answer", "answers", where, required=False)
+    missing = [name for name in _FIELDS if record.get(name) is None]
+    for name in record:  # a misspelt field would silently change what is measured ("anwser" would mean: no labels)
+        if name not in _FIELDS and (close := difflib.get_close_matches(name, missing, n=1, cutoff=0.8)):
+            raise BadInput(f"{where}: unknown field {name!r}: did you mean {close[0]!r}?")
+    images = _strings(record, "image", where)
+    if not images:
+        raise BadInput(f"{where} has no field 'image' (or 'images'): each line is {_FORMAT}")
+    answers = _strings(record, "answer", where)
     metric = record.get("metric")
     if metric is not None:
         try:
@@ -277,14 +462,6 @@ def _example(record: dict[str, Any], path: Path, where: str) -> Example:
     )
 
 
-def _refuse_misspelt(record: dict[str, Any], where: str) -> None:
-    """A misspelt field would silently change what is measured ("anwser" would mean: no labels)."""
-    missing = [name for name in _FIELDS if record.get(name) is None]
-    for name in record:
-        if name not in _FIELDS and (close := difflib.get_close_matches(name, missing, n=1, cutoff=0.8)):
-            raise BadInput(f"{where}: unknown field {name!r}: did you mean {close[0]!r}?")
-
-
 def _text(record: dict[str, Any], name: str, where: str, also: type | None = None) -> str:
     value = record.get(name)
     if value is None:
@@ -296,66 +473,29 @@ def _text(record: dict[str, Any], name: str, where: str, also: type | None = Non
     return value
 
 
-def _strings(record: dict[str, Any], one: str, many: str, where: str, *, required: bool) -> tuple[str, ...]:
-    """The texts of a field that may be given as one text or under its plural name as a list."""
+def _strings(record: dict[str, Any], one: str, where: str) -> tuple[str, ...]:
+    """The texts of a field that may be given as one text or under its plural name as a list; () if it is not.
+    A number is accepted as the text it is written as, where it is an answer."""
+    many = f"{one}s"
     given = [name for name in (one, many) if record.get(name) is not None]
     if len(given) == 2:
         raise BadInput(f"{where} has both {one!r} and {many!r}: give one of them")
     if not given:
-        if required:
-            raise BadInput(f"{where} has no field {one!r} (or {many!r}): each line is {_FORMAT}")
         return ()
-    name = given[0]
+    name, answer = given[0], one == "answer"
     values = [record[one]] if name == one else record[many]
     if not isinstance(values, list) or not values:
         raise BadInput(f"{where}: field {many!r} must be a list that is not empty")
-    return tuple(_plain_value(value, name, where) for value in values)
-
-
-def _plain_value(value: Any, name: str, where: str) -> str:
-    """A number is accepted as the text it is written as."""
-    answer = name.startswith("answer")
-    if isinstance(value, float) and not math.isfinite(value):
-        hint = "; null means that there is no label" if answer else ""
-        raise BadInput(f"{where}: field {name!r} holds {value}: it must be a text{hint}")
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and answer:
-        return str(value)
-    if not isinstance(value, str):
-        raise BadInput(f"{where}: field {name!r} holds {value!r}: it must be a text")
-    if not value.strip():
-        hint = "; leave it out, or write null, where there is no label" if answer else ""
-        raise BadInput(f"{where}: field {name!r} holds an empty text: it must not be empty{hint}")
-    return value
-
-
-# -- checking ------------------------------------------------------------------------------------------------
-
-
-def _check_fields(example: Example, where: str) -> None:
-    if not example.question.strip():
-        raise BadInput(f"{where} has an empty question: give it a text")
-    if not all(answer.strip() for answer in example.answers):
-        raise BadInput(f"{where} has an empty answer: leave it out where there is no label")
-    _check_task(example.extra.get("task"), where)
-    shown = [example.id, example.question, *example.answers, example.metric, example.group, example.task]
-    for text in (*shown, *example.extra, *example.extra.values()):
-        if isinstance(text, str):
-            _check_unicode(text, where)
-    if not example.images:
-        raise BadInput(f"{where} has no image: vision tokens cannot be reduced without one; give it an image")
-    metric_for(example.answers, example.metric, where)
-
-
-def _check_task(task: Any, where: str) -> None:
-    """Scores are listed by task."""
-    if isinstance(task, (list, dict)) or (isinstance(task, float) and not math.isfinite(task)):
-        what = task if isinstance(task, float) else f"a {type(task).__name__}"
-        raise BadInput(f"{where}: task is {what}: write a text, or null")
-
-
-def _check_unicode(text: str, where: str) -> None:
-    """Half a character breaks the report that shows it, after all the work."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadInput(f"{where}: {text!r} holds half of a surrogate pair: write the character itself") from None
+    texts = []
+    for value in values:
+        if isinstance(value, float) and not math.isfinite(value):
+            hint = "; null means that there is no label" if answer else ""
+            raise BadInput(f"{where}: field {name!r} holds {value}: it must be a text{hint}")
+        text = str(value) if answer and isinstance(value, (int, float)) and not isinstance(value, bool) else value
+        if not isinstance(text, str):
+            raise BadInput(f"{where}: field {name!r} holds {value!r}: it must be a text")
+        if not text.strip():
+            hint = "; leave it out, or write null, where there is no label" if answer else ""
+            raise BadInput(f"{where}: field {name!r} holds an empty text: it must not be empty{hint}")
+        texts.append(text)
+    return tuple(texts)

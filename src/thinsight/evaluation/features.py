@@ -2,8 +2,7 @@
 
 By hashes of all that features depend on: images, processor, weights, machine. An example's images are
 encoded together, because some families treat one image otherwise than several. Which examples share a run of
-the encoder is fixed: the last bits of its numbers may depend on the company. Knows nothing about schedules,
-answers or scores.
+the encoder is fixed: the last bits of its numbers may depend on the company.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,9 @@ from ..ranking import VISION_ATTENTION, autocasts, get_ranker
 from ..runtime import EncodedImages, encode_images
 from ..runtime.families import decoder
 from ..version import __version__
-from .examples import Example
-from .images import READING, ImageSource, image_key
-from .prompts import PromptReader
-from .store import DEFAULT_CACHE_GIB, DiskStore, FeatureStore, separate_tensors
+from .examples import READING, Example, ImageSource, image_key
+from .prompts import PromptReader, chunks
+from .store import Store, separate_tensors
 
 _SAMPLED_WEIGHTS = 1024  # of each tensor
 
@@ -59,7 +57,11 @@ def hash_model(digest: Any, model: Any, without: Collection[Any] = ()) -> None:
         if not prefix.startswith(skipped):
             _hash_weights(digest, prefix, module)
             if isinstance(module, _adapter_layers()):
-                hash_json(digest, ["adapter", name, _settings(module)])
+                # besides tensors: which are active, disabled or merged, their scaling and rank; all of it, for
+                # kinds of adapters differ in what they go by
+                stock = vars(torch.nn.Module())
+                settings = {name: _plain(value) for name, value in vars(module).items() if name not in stock}
+                hash_json(digest, ["adapter", name, settings])
 
 
 def _hash_weights(digest: Any, prefix: str, module: torch.nn.Module) -> None:
@@ -83,13 +85,6 @@ def _adapter_layers() -> tuple[type, ...]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     return BaseTunerLayer, AuxiliaryTrainingWrapper
-
-
-def _settings(module: Any) -> dict[str, Any]:
-    """What a layer with adapters holds besides tensors: which are active, disabled or merged, their scaling
-    and rank. All of it, for kinds of adapters differ in what they go by."""
-    stock = vars(torch.nn.Module())
-    return {name: _plain(value) for name, value in vars(module).items() if name not in stock}
 
 
 def _plain(value: Any) -> Any:
@@ -180,43 +175,28 @@ class VisionCache:
     Args:
         model: a transformers vision-language model.
         processor: its own processor.
-        cache_gib: how much is kept in main memory, in GiB; more goes into temporary files.
-        disk: where features are kept for later runs, if anywhere.
+        store: where features are kept, for later runs too if it is persistent; None: a new one, for this run.
         reader: what has read the examples, or reads them when their features are asked for; None: a new one.
-
-    Raises:
-        ThinsightError: ``cache_gib`` is no number of at least 0, or ``disk`` is given but the processor does
-            not tell its settings.
     """
 
     def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        cache_gib: float = DEFAULT_CACHE_GIB,
-        disk: DiskStore | None = None,
-        reader: PromptReader | None = None,
+        self, model: Any, processor: Any, store: Store[EncodedImages] | None = None, reader: PromptReader | None = None
     ) -> None:
         self._model = model
         self._processor = processor
-        self._kept: FeatureStore[EncodedImages] = FeatureStore(cache_gib)
-        self._disk = disk
-        self._reader = reader or PromptReader(model, processor, cache_gib)
+        self._store: Store[EncodedImages] = store or Store()
+        self._reader = reader or PromptReader(model, processor)
         self._groups: list[list[Example]] = []  # examples that share a run of the encoder
         self._group_of: dict[tuple[str, ...], int] = {}  # by images
-        if disk is not None:
-            hash_processor(hashlib.sha256(), processor)
 
     def arrange(self, examples: Sequence[Example], together: int = _ENCODE_BATCH) -> None:
         """Fix which examples share a run of the encoder: at most ``together``, in their order.
 
         Images that are asked for without it are arranged as they come.
         """
-        by_images = {tuple(example.image_keys): example for example in examples}
+        by_images = {example.image_keys: example for example in examples}
         fresh = [key for key in by_images if key not in self._group_of]
-        size = min(together, _ENCODE_BATCH)
-        for start in range(0, len(fresh), size):
-            keys = fresh[start : start + size]
+        for keys in chunks(fresh, min(together, _ENCODE_BATCH)):
             self._group_of.update(dict.fromkeys(keys, len(self._groups)))
             self._groups.append([by_images[key] for key in keys])
 
@@ -240,41 +220,34 @@ class VisionCache:
         """
         ranked = ranker is not None and VISION_ATTENTION in get_ranker(ranker).needs
         self.arrange(examples)
-        missing = [key for key in (tuple(example.image_keys) for example in examples) if not self._has(key, ranked)]
-        for number in dict.fromkeys(self._group_of[key] for key in missing):
+        missing = []
+        for example in examples:
+            entry = self._store.outline(example.image_keys)
+            if entry is None or (ranked and entry.received is None):
+                missing.append(self._group_of[example.image_keys])
+        for number in dict.fromkeys(missing):
             self._fill(self._groups[number], ranker if ranked else None)
         wanted = [self._entry(example) for example in examples]
         return EncodedImages.concat(wanted).to(self._model.device).model_inputs()
 
-    def _has(self, key: tuple[str, ...], received: bool) -> bool:
-        """Whether images are encoded, and if asked for, with attention."""
-        entry = self._kept.outline(key)
-        return entry is not None and (entry.received is not None or not received)
-
     def _entry(self, example: Example) -> EncodedImages:
-        entry = self._kept.get(tuple(example.image_keys))
+        entry = self._store.get(example.image_keys)
         assert entry is not None
         return entry
 
     def _fill(self, group: Sequence[Example], ranker: Any) -> None:
-        """Put a group's features into memory."""
-        if self._disk is None:
-            encoded, shares = self._encode(group, ranker)
-        else:
-            encoded, shares = self._read_or_encode(self._disk, group, ranker)
-        for example, entries in zip(group, shares, strict=True):
-            self._kept.put(tuple(example.image_keys), encoded.rows(entries))
-
-    def _read_or_encode(
-        self, disk: DiskStore, group: Sequence[Example], ranker: Any
-    ) -> tuple[EncodedImages, list[list[int]]]:
-        name = self._name(group, received=ranker is not None)
-        found = disk.tensors(name)
+        """Put a group's features into the store: as an earlier run left them, or else encoded now."""
+        name = self._name(group, received=ranker is not None) if self._store.persistent else ""
+        found = self._store.tensors(name)
         if found is not None:
-            return _unpacked(*found)
-        encoded, shares = self._encode(group, ranker)
-        disk.keep_tensors(name, *_packed(encoded, shares))
-        return encoded, shares
+            encoded, shares = _unpacked(*found)
+        else:
+            encoded, shares = self._encode(group, ranker)
+            about = {"shares": shares, "modalities": encoded.modalities, "stacked": sorted(encoded.stacked)}
+            if self._store.persistent:
+                self._store.keep_tensors(name, separate_tensors(encoded), about)
+        for example, entries in zip(group, shares, strict=True):
+            self._store.put(example.image_keys, encoded.rows(entries))
 
     def _encode(self, group: Sequence[Example], ranker: Any) -> tuple[EncodedImages, list[list[int]]]:
         """A group's features on the CPU, and which entries belong to each example."""
@@ -302,13 +275,8 @@ class VisionCache:
         return digest.hexdigest()
 
 
-def _packed(encoded: EncodedImages, shares: list[list[int]]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As `DiskStore` takes it."""
-    about = {"shares": shares, "modalities": encoded.modalities, "stacked": sorted(encoded.stacked)}
-    return separate_tensors(encoded), about
-
-
-def _unpacked(tensors: Mapping[str, Tensor], about: Any) -> tuple[EncodedImages, list[list[int]]]:
+def _unpacked(tensors: dict[str, Tensor], about: Any) -> tuple[EncodedImages, list[list[int]]]:
+    """Features and shares as they were packed for later runs."""
     entries = range(len(about["modalities"]))
     layers = range(sum(name.startswith("deepstack.0.") for name in tensors))
     encoded = EncodedImages(

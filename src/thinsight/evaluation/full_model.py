@@ -6,26 +6,161 @@ answer is tried as a draft, and answers are kept across runs. Knows nothing abou
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import os
+import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .. import cost
-from ..runtime import apply, can_share, num_layers, vision_token_mask
+from ..errors import BadInput
+from ..runtime import EncodedImages, apply, can_share, num_layers, vision_token_mask
 from ..runtime.cache import CACHE
 from ..runtime.families import reads_prompt_both_ways
 from ..schedule import Schedule
-from .batch_size import BatchSize, check_batch_size, chunks, fastest, free_bytes, pass_bytes
 from .decoding import Beginning, DecodingRules, GreedyAnswer, decode
 from .examples import Example
 from .features import VisionCache, hash_json
-from .prompts import Prompt, PromptBatch, PromptReader, pad_batch, pass_inputs, prompt_positions
-from .store import DiskStore
+from .prompts import Prompt, PromptBatch, PromptReader, batch_inputs, chunks, pad_batch
+from .store import Store
+
+T = TypeVar("T")
+
+AUTO = "auto"
+_WORTH_A_DOUBLING = 1.05  # times the tokens per second
+_RUNS = 2  # of each size; the first one warms up
+_FORMAT = 1  # of the answers kept on disk
+
+
+# -- how many prompts go through the model at once -----------------------------------------------------------
+
+
+def check_batch_size(wanted: Any) -> None:
+    """Check a batch size.
+
+    Raises:
+        ThinsightError: it is neither a whole number of at least 1 nor "auto".
+    """
+    whole = isinstance(wanted, int) and not isinstance(wanted, bool)
+    if wanted != AUTO and (not whole or wanted < 1):
+        raise BadInput(f"batch_size is {wanted!r}: it must be a whole number of at least 1, or 'auto'")
+
+
+class BatchSize:
+    """The batch size of all that must run in the same batches: a number, the fastest one ("auto"), or half of
+    what did not fit.
+
+    Attributes:
+        size: None as long as it is still to be found.
+
+    Raises:
+        ThinsightError: ``wanted`` is neither.
+    """
+
+    def __init__(self, wanted: int | str) -> None:
+        check_batch_size(wanted)
+        self.size = None if isinstance(wanted, str) else wanted
+
+    def settle(self, find: Callable[[], int]) -> int:
+        """The size, by ``find`` if it is still open."""
+        if self.size is None:
+            self.size = find()
+        return self.size
+
+    def first_pass(self, run: Callable[[], T], halved: Callable[[int], object]) -> T:
+        """What ``run`` returns, which goes through all prompts in batches of the settled size.
+
+        As long as it runs out of the device's memory the size is halved, with a warning, ``halved`` is told,
+        and it is run again from the start, so that the outcome is that of the size it ends with.
+
+        Raises:
+            ThinsightError: single prompts do not fit either.
+        """
+        assert self.size is not None
+        while True:
+            try:
+                return run()
+            except torch.OutOfMemoryError:
+                if self.size == 1:
+                    raise BadInput(
+                        "batch_size is 1, and the device's memory does not hold the pass of one prompt: load the "
+                        "model with dtype bfloat16, spread it with device_map, or use smaller images"
+                    ) from None
+            half = self.size // 2
+            warnings.warn(f"batch_size {self.size} does not fit into memory, now it is {half}", stacklevel=2)
+            self.size = half
+            halved(half)
+            _release()  # here the error is gone, and with it the tensors of its frames
+
+
+def fastest(
+    tokens: Sequence[int],
+    run: Callable[[int], object],
+    fits: Callable[[int], bool] = lambda size: True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """The batch size, a power of two, that takes the most tokens per second: sizes are doubled until that
+    brings less than 5 %, the prompts end, or memory does.
+
+    Args:
+        tokens: how long each prompt is, in the order in which ``run`` takes them.
+        run: one pass over the first so many prompts; may raise ``torch.OutOfMemoryError``.
+        fits: whether a pass of this size may be tried.
+        clock: seconds.
+    """
+    best, rate, size = 1, 0.0, 1
+    while size <= len(tokens) and fits(size):
+        try:
+            seconds = min(_timed(run, size, clock) for _ in range(_RUNS))
+        except torch.OutOfMemoryError:
+            break
+        found = sum(tokens[:size]) / seconds
+        if found > rate:
+            best = size
+        if found < _WORTH_A_DOUBLING * rate:
+            break
+        rate, size = found, 2 * size
+    _release()
+    return best
+
+
+def _timed(run: Callable[[int], object], size: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    run(size)
+    return clock() - start
+
+
+def _release() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def pass_bytes(shape: cost.DecoderShape, rows: int, tokens: int, answer: int, dtype_bytes: int) -> float:
+    """About what one pass of ``rows`` prompts of ``tokens`` positions adds to the memory in use: keys and values
+    of all layers, one layer's activations and the logits of the answer; twice, for the copies and the attention
+    weights that some implementations make."""
+    per_layer = shape.num_layers * shape.kv_bytes_per_token(dtype_bytes)
+    activations = (4 * shape.hidden + 3 * shape.intermediate) * dtype_bytes
+    return 2.0 * rows * (tokens * (per_layer + activations) + answer * shape.vocab * dtype_bytes)
+
+
+def free_bytes() -> float:
+    """Main memory that no process uses; infinite where the system does not tell."""
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, macOS not this name
+        return float("inf")
+
+
+# -- prompts about the same images ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -42,12 +177,9 @@ class Siblings:
 
 
 def siblings_of(model: Any, prompts: Sequence[Prompt], images: Sequence[Hashable]) -> list[Siblings]:
-    """The siblings among prompts, those with the longest beginnings last; none where a model cannot share.
+    """The siblings among all prompts, those with the longest beginnings last; none where a model cannot share.
 
-    Args:
-        model: a supported model.
-        prompts: all prompts.
-        images: what tells each prompt's images from others.
+    ``images`` tell each prompt's images from others.
     """
     if not can_share(model) or reads_prompt_both_ways(model):
         return []
@@ -56,20 +188,15 @@ def siblings_of(model: Any, prompts: Sequence[Prompt], images: Sequence[Hashable
         by_images.setdefault(key, []).append(number)
     found = []
     for members in by_images.values():
-        shared = _shared([prompts[number] for number in members])
-        first = prompts[members[0]]
-        seen = int(vision_token_mask(model, first.input_ids[None, :shared]).sum())
-        if len(members) > 1 and seen == first.n_vision:
+        together = [prompts[number] for number in members]
+        length = min(map(len, together)) - 1  # each keeps a token of its own, for a pass needs one
+        first = together[0].input_ids[:length]
+        alike = torch.stack([prompt.input_ids[:length] == first for prompt in together]).all(0)
+        shared = int(alike.long().cumprod(0).sum())
+        seen = int(vision_token_mask(model, first[None, :shared]).sum())
+        if len(members) > 1 and seen == together[0].n_vision:
             found.append(Siblings(tuple(members), shared))
     return sorted(found, key=lambda each: (each.shared, each.members))
-
-
-def _shared(prompts: Sequence[Prompt]) -> int:
-    """How many tokens all prompts begin with; each keeps one of its own, for a pass needs one."""
-    length = min(len(prompt) for prompt in prompts) - 1
-    first = prompts[0].input_ids[:length]
-    alike = torch.stack([prompt.input_ids[:length] == first for prompt in prompts]).all(0)
-    return int(alike.long().cumprod(0).sum())
 
 
 @torch.no_grad()
@@ -81,66 +208,36 @@ def read_once(
     pad_token: int,
     batch_size: int,
 ) -> Iterator[tuple[list[int], PromptBatch, Beginning]]:
-    """Read what siblings begin with, then hand out its prompts in batches that are read so far.
+    """Read what siblings begin with in one pass, then hand out their prompts in batches that are read so far.
 
-    Args:
-        model: as for `siblings_of`.
-        prompts: all prompts.
-        siblings: to be read in one pass.
-        vision: the keyword arguments that carry the images of some prompts, by number.
-        pad_token: fills up shorter rows.
-        batch_size: the most prompts in a batch handed out.
+    Of several prompts' numbers, ``vision`` gives the keyword arguments that carry their images.
 
     Yields:
-        The prompts' numbers, the prompts as one batch, and what was read of it.
+        The numbers of at most ``batch_size`` prompts, these as one batch, and what was read of it.
     """
     heads = [_cut(prompts[each.members[0]], 0, each.shared) for each in siblings]
     batch = pad_batch(heads, pad_token)
-    inputs = pass_inputs(
-        model,
-        batch.input_ids.to(model.device),
-        batch.attention_mask.to(model.device),
-        prompt_positions(model, batch),
-        token_types={name: types.to(model.device) for name, types in batch.per_token.items()},
-        use_cache=True,
-        logits_to_keep=1,
-        **vision([each.members[0] for each in siblings]),
-    )
-    cache = model(**inputs)[CACHE]
-    rows = [(len(prompts[i]) - f.shared, i, row) for row, f in enumerate(siblings) for i in f.members]
-    rows.sort()
-    for start in range(0, len(rows), batch_size):
-        chosen = rows[start : start + batch_size]
+    images = vision([each.members[0] for each in siblings])
+    cache = model(**batch_inputs(model, batch, use_cache=True, logits_to_keep=1, **images))[CACHE]
+    rows = sorted((len(prompts[i]) - each.shared, i, row) for row, each in enumerate(siblings) for i in each.members)
+    for chosen in chunks(rows, batch_size):
         sources = [row for _, _, row in chosen]
-        tails = [_cut(prompts[i], siblings[row].shared, None) for _, i, row in chosen]
-        joined = _beside([heads[row] for row in sources], tails, batch.width, pad_token)
+        left = pad_batch([heads[row] for row in sources], pad_token, batch.width)
+        right = pad_batch([_cut(prompts[i], siblings[row].shared, None) for _, i, row in chosen], pad_token)
+        joined = PromptBatch(
+            torch.cat([left.input_ids, right.input_ids], 1),
+            torch.cat([left.attention_mask, right.attention_mask], 1),
+            {name: torch.cat([types, right.per_token[name]], 1) for name, types in left.per_token.items()},
+            left.per_image,
+        )
         yield [i for _, i, _ in chosen], joined, Beginning(_rows_of(cache, sources), batch.width)
 
 
 def _cut(prompt: Prompt, start: int, end: int | None) -> Prompt:
     """Some tokens of a prompt; its images stay with the first ones."""
-    return Prompt(
-        prompt.input_ids[start:end],
-        prompt.n_vision if start == 0 else 0,
-        {name: types[start:end] for name, types in prompt.per_token.items()},
-        prompt.per_image if start == 0 else {},
-    )
-
-
-def _beside(heads: Sequence[Prompt], tails: Sequence[Prompt], width: int, pad_token: int) -> PromptBatch:
-    """Heads padded to a width, and tails padded behind them."""
-    left, right = pad_batch(heads, pad_token), pad_batch(tails, pad_token)
-    pad = width - left.width
-
-    def widened(tensor: torch.Tensor, value: int) -> torch.Tensor:
-        return torch.nn.functional.pad(tensor, (pad, 0), value=value)
-
-    return PromptBatch(
-        torch.cat([widened(left.input_ids, pad_token), right.input_ids], 1),
-        torch.cat([widened(left.attention_mask, 0), right.attention_mask], 1),
-        {name: torch.cat([widened(types, 0), right.per_token[name]], 1) for name, types in left.per_token.items()},
-        left.per_image,
-    )
+    types = {name: types[start:end] for name, types in prompt.per_token.items()}
+    n_vision, per_image = (prompt.n_vision, prompt.per_image) if start == 0 else (0, {})
+    return Prompt(prompt.input_ids[start:end], n_vision, types, per_image)
 
 
 def _rows_of(cache: Cache, rows: Sequence[int]) -> Cache:
@@ -153,23 +250,16 @@ def _rows_of(cache: Cache, rows: Sequence[int]) -> Cache:
     return chosen
 
 
-_FORMAT = 1  # of the answers kept on disk
-
-
 class FullModel:
-    """Answers of a model without a reduction, computed when they are first asked for.
+    """Answers of a model in eval mode without a reduction, computed when they are first asked for.
 
     Args:
-        model: a supported model in eval mode.
-        processor: its own.
-        examples: what is asked.
-        prompts: of each example.
-        reader: what has read them.
+        model: a supported model, and ``processor`` its own.
+        examples: what is asked, ``prompts`` as ``reader`` has read them.
         rules: of decoding.
+        store: where vision features are kept, and if it is persistent, answers.
         batch_size: prompts per pass, or "auto".
-        cache_gib: main memory for vision features, in GiB.
         reuse: whether prompts about the same images share what they begin with.
-        disk: where features and answers are kept for later runs, or None.
         report: told how many answers there are, after each batch.
 
     Attributes:
@@ -187,11 +277,10 @@ class FullModel:
         prompts: Sequence[Prompt],
         reader: PromptReader,
         rules: DecodingRules,
+        store: Store[EncodedImages],
         *,
         batch_size: int | str,
-        cache_gib: float,
         reuse: bool,
-        disk: DiskStore | None,
         report: Callable[[int], None],
     ) -> None:
         self._batch_size = BatchSize(batch_size)
@@ -199,14 +288,13 @@ class FullModel:
         self._processor = processor
         self._examples = examples
         self._prompts = prompts
+        self._reader = reader
         self._rules = rules
+        self._store = store
         self._reuse = reuse
-        self._disk = disk
         self._report = report
-        self._new_vision = partial(VisionCache, model, processor, cache_gib, disk, reader)
-        self.vision: VisionCache = self._new_vision()
-        if isinstance(batch_size, int):
-            self.vision.arrange(examples, batch_size)
+        self._answers: list[GreedyAnswer] | None = None
+        self.vision = self._new_vision(examples, self._batch_size.size)
 
     @property
     def batch_size(self) -> int:
@@ -227,18 +315,18 @@ class FullModel:
     def answers(self, fingerprint: Callable[[], str]) -> list[GreedyAnswer]:
         """The answers, in the order of the examples.
 
-        Args:
-            fingerprint: names the model and the set among those that share a disk.
+        ``fingerprint`` names the model and the set among those that share a folder.
         """
-        if self._disk is None:
-            return self._answers
-        kept = self._disk.value(self._name(fingerprint()))
-        if kept is not None:
-            return [GreedyAnswer(**{**each, "tokens": tuple(each["tokens"])}) for each in kept]
-        answers = self._answers
-        # anew: the batch size may have been halved
-        self._disk.keep_value(self._name(fingerprint()), [asdict(answer) for answer in answers])
-        return answers
+        if self._answers is None:
+            kept = self._store.value(self._name(fingerprint())) if self._store.persistent else None
+            if kept is not None:
+                self._answers = [GreedyAnswer(**{**each, "tokens": tuple(each["tokens"])}) for each in kept]
+                return self._answers
+            self._batch_size.settle(self._fastest_batch)
+            self._answers = self._batch_size.first_pass(self._answer_all, self._rearrange)
+            if self._store.persistent:  # the name anew: the batch size may have been halved
+                self._store.keep_value(self._name(fingerprint()), [asdict(answer) for answer in self._answers])
+        return self._answers
 
     def _name(self, fingerprint: str) -> str:
         """What the answers are called on disk: answers that may differ have another name."""
@@ -248,12 +336,6 @@ class FullModel:
         return f"answers-{digest.hexdigest()}"
 
     # -- passes ----------------------------------------------------------------------------------------------
-
-    @cached_property
-    def _answers(self) -> list[GreedyAnswer]:
-        """The answers, in batches that fit into memory."""
-        self._batch_size.settle(self._fastest_batch)
-        return self._batch_size.first_pass(self._answer_all, self._rearrange)
 
     def _answer_all(self) -> list[GreedyAnswer]:
         answers: dict[int, GreedyAnswer] = {}
@@ -300,10 +382,16 @@ class FullModel:
 
     # -- batches ---------------------------------------------------------------------------------------------
 
+    def _new_vision(self, examples: Sequence[Example], together: int | None) -> VisionCache:
+        """Nothing encoded yet; images in the groups of a model that was given this batch size."""
+        self._store.clear()
+        vision = VisionCache(self._model, self._processor, self._store, self._reader)
+        if together is not None:
+            vision.arrange(examples, together)
+        return vision
+
     def _rearrange(self, batch_size: int) -> None:
-        """Encode images anew, in the groups of a model that was given this batch size."""
-        self.vision = self._new_vision()
-        self.vision.arrange(self._examples, batch_size)
+        self.vision = self._new_vision(self._examples, batch_size)
 
     def _fastest_batch(self) -> int:
         """The batch size that takes the most tokens of the longest prompts per second."""
@@ -311,8 +399,7 @@ class FullModel:
         prompts = [self._prompts[index] for index in order]
         examples = [self._examples[index] for index in order]
         tokens = [len(prompt) for prompt in prompts]
-        vision = self._new_vision()
-        vision.arrange(examples, 1)
+        vision = self._new_vision(examples, 1)
         rules = replace(self._rules, max_new_tokens=1)
         shape = cost.decoder_shape(self._model.config)
 

@@ -1,8 +1,7 @@
 """What candidates of a search share: the layers above the one where they begin to differ, run once per batch.
 
 Scores are the same with and without it, to the bit. Where keeping and reading snapshots takes longer than the
-layers would (a fast device, a slow disk), it is given up. Knows the runtime's snapshots; knows nothing about
-searches, answers or scores.
+layers would (a fast device, a slow disk), it is given up.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,15 +20,14 @@ from ..ranking import TEXT_ATTENTION, get_ranker
 from ..reduction import Reduction
 from ..runtime import Handle, Snapshot, can_share, num_layers, resuming, snapshotting
 from ..schedule import Schedule
-from .store import DEFAULT_CACHE_GIB, FeatureStore
+from .store import DEFAULT_CACHE_GIB, Store
 
 Batch = tuple[int, ...]
 _PROBATION = 32  # passes that began at a snapshot, before it is judged whether that pays
 _clock = time.perf_counter
 
 
-@dataclass(frozen=True)
-class _Prefix:
+class _Prefix(NamedTuple):
     """What decides whether a snapshot fits: the rates before a layer, the ranker and when it ranks."""
 
     rates: tuple[float, ...]
@@ -40,10 +37,6 @@ class _Prefix:
     def of(cls, reduction: Reduction, layer: int) -> _Prefix:
         ranker = json.dumps([reduction.ranker, reduction.rerank], sort_keys=True, default=repr)
         return cls(reduction.schedule.keep_rates[:layer], ranker)
-
-    @property
-    def layer(self) -> int:
-        return len(self.rates)
 
 
 class PrefixCache:
@@ -57,7 +50,7 @@ class PrefixCache:
     def __init__(self, model: Any, cache_gib: float = DEFAULT_CACHE_GIB) -> None:
         self._device = model.device
         self._possible = can_share(model)
-        self._kept: FeatureStore[Snapshot] = FeatureStore(cache_gib)
+        self._kept: Store[Snapshot] = Store(cache_gib)
         self._prefixes: dict[Batch, _Prefix] = {}
         self._announced: tuple[float, ...] = ()
         self._num_layers = num_layers(model)
@@ -80,13 +73,16 @@ class PrefixCache:
             cached: whether keys and values are needed after the pass.
         """
         known = self._prefixes.get(tuple(batch))
-        if known is None or reduction.adaptive is not None or _Prefix.of(reduction, known.layer) != known:
+        if known is None or reduction.adaptive is not None:
+            return 0
+        layer = len(known.rates)
+        if _Prefix.of(reduction, layer) != known:
             return 0
         snapshot = self._kept.outline(tuple(batch))
         assert snapshot is not None
         lacks_cache = cached and snapshot.cache is None
-        lacks_attention = _reads_attention(reduction, known.layer) and snapshot.state.attention is None
-        return 0 if lacks_cache or lacks_attention else known.layer
+        lacks_attention = _reads_attention(reduction, layer) and snapshot.state.attention is None
+        return 0 if lacks_cache or lacks_attention else layer
 
     @contextmanager
     def scope(
@@ -97,8 +93,7 @@ class PrefixCache:
         Yields:
             What `decode` takes as ``prompt_scope``.
         """
-        key = tuple(batch)
-        start = self.start(reduction, batch, cached)
+        key, start = tuple(batch), self.start(reduction, batch, cached)
         wanted = self._wanted(reduction, start)
         taken: list[Snapshot] = []
 
@@ -117,8 +112,16 @@ class PrefixCache:
 
         yield scope
         for snapshot in taken:
-            self._keep(key, snapshot, _Prefix.of(reduction, wanted))
-        self._judge()
+            began = self._now()
+            try:
+                self._kept.put(key, snapshot.to("cpu"))
+            except StorageError:  # no room for a file: the search goes on without
+                self._give_up()
+                break
+            self._prefixes[key] = _Prefix.of(reduction, wanted)
+            self._spent += self._now() - began
+        if self._possible and self._uses >= _PROBATION and self._spent > self._saved:  # it costs more than it saves
+            self._give_up()
 
     def _read(self, key: Batch) -> Snapshot:
         began = self._now()
@@ -128,21 +131,6 @@ class PrefixCache:
         self._spent += self._now() - began
         self._uses += 1
         return moved
-
-    def _keep(self, key: Batch, snapshot: Snapshot, prefix: _Prefix) -> None:
-        began = self._now()
-        try:
-            self._kept.put(key, snapshot.to("cpu"))
-        except StorageError:  # no room for a file: the search goes on without
-            self._give_up()
-            return
-        self._prefixes[key] = prefix
-        self._spent += self._now() - began
-
-    def _judge(self) -> None:
-        """Give up where it costs more than it saves."""
-        if self._possible and self._uses >= _PROBATION and self._spent > self._saved:
-            self._give_up()
 
     def _give_up(self) -> None:
         self._possible = False

@@ -1,8 +1,6 @@
 """Prompts: an example becomes the token ids that a model reads, and several become one left-padded batch.
 
-Every example is processed alone, and its images only once for all questions about them; a batch is put
-together here. Knows the processor through its public call, and that it has an image processor. Knows nothing
-about reductions, answers or scores.
+Every example is processed alone, and its images only once for all questions about them; a batch is put together here.
 """
 
 from __future__ import annotations
@@ -11,10 +9,10 @@ import copy
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -25,60 +23,10 @@ from ..errors import BadInput, Unsupported
 from ..families import has_roles
 from ..runtime import vision_token_mask
 from ..runtime.cache import CACHE
-from ..runtime.encoding import encoder_inputs
+from ..runtime.encoding import encoder_inputs, on_device
 from ..runtime.families import MODALITIES, base_model
-from .examples import Example, Progress
-from .images import check_size
-from .store import DEFAULT_CACHE_GIB, FeatureStore
-
-_POSITIONS = "_prepare_position_ids_for_generation"
-
-
-def prompt_positions(model: Any, batch: PromptBatch) -> torch.Tensor:
-    """Position ids of left-padded prompts, on the model's device: (batch, seq), or (axes, batch, seq)."""
-    mask = batch.attention_mask.to(model.device)
-    ours = getattr(type(model), _POSITIONS, None)
-    if ours is None or ours is getattr(GenerationMixin, _POSITIONS, None):
-        return (mask.cumsum(-1) - 1).clamp(min=0)
-    given = {**batch.per_token, **batch.per_image, "input_ids": batch.input_ids}
-    moved = {name: tensor.to(model.device) for name, tensor in given.items()}
-    positions: torch.Tensor = getattr(model, _POSITIONS)(moved["input_ids"], {**moved, "attention_mask": mask})
-    return positions
-
-
-def pass_inputs(
-    model: Any,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    position_ids: torch.Tensor,
-    *,
-    token_types: Mapping[str, torch.Tensor],
-    cache: Any = None,
-    **more: Any,
-) -> dict[str, Any]:
-    """What the model's ``forward`` takes for new tokens, the first or later ones.
-
-    Args:
-        model: a transformers model.
-        input_ids: the new tokens, (batch, new).
-        attention_mask: (batch, all columns so far and new ones), 1 where a column may be attended to.
-        position_ids: of the new tokens, (batch, new) or (axes, batch, new).
-        token_types: by name, of the new tokens, (batch, new).
-        cache: what earlier passes left; None in the first pass.
-        more: further arguments of ``forward``.
-    """
-    prepared: dict[str, Any] = model.prepare_inputs_for_generation(
-        input_ids,
-        # attention without a mask is faster
-        attention_mask=None if bool(attention_mask.all()) else attention_mask,
-        position_ids=position_ids,
-        is_first_iteration=cache is None,
-        **{CACHE: cache},
-        **token_types,
-        **more,
-    )
-    return prepared
-
+from .examples import Example, Progress, check_size
+from .store import DEFAULT_CACHE_GIB, Store
 
 _PLAIN_PROMPT = "USER: {images}{question} ASSISTANT:"  # LLaVA-1.5's own format
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
@@ -87,16 +35,25 @@ _PLACE = re.compile(r"<image(?:[ _]?(\d+))?>")  # as data sets write it: LLaVA's
 _MARK = "thinsight-question"
 _MOST_STRETCH = 4  # times max_position_embeddings: beyond that no scaling of positions helps, nor does memory
 _PIXELS_SHARE = 0.25  # of the main memory that features may take
+_POSITIONS = "_prepare_position_ids_for_generation"
+
+T = TypeVar("T")
+
+
+def chunks(items: Sequence[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of ``size``, the last one of what is left."""
+    for start in range(0, len(items), size):
+        yield list(items[start : start + size])
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One example's prompt, on the CPU: all that the model takes except the pixels."""
 
-    input_ids: torch.Tensor  # (seq,) int64
+    input_ids: Tensor  # (seq,) int64
     n_vision: int  # how many of them are vision tokens
-    per_token: Mapping[str, torch.Tensor] = field(default_factory=dict)  # token types: (seq,)
-    per_image: Mapping[str, torch.Tensor] = field(default_factory=dict)  # sizes, grids: (images, ...)
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)  # token types: (seq,)
+    per_image: Mapping[str, Tensor] = field(default_factory=dict)  # sizes, grids: (images, ...)
 
     def __len__(self) -> int:
         return int(self.input_ids.shape[0])
@@ -115,14 +72,96 @@ class Prompt:
 class PromptBatch:
     """Left-padded prompts."""
 
-    input_ids: torch.Tensor  # (batch, seq) int64
-    attention_mask: torch.Tensor  # (batch, seq) int64
-    per_token: Mapping[str, torch.Tensor] = field(default_factory=dict)  # (batch, seq), 0 at padding
-    per_image: Mapping[str, torch.Tensor] = field(default_factory=dict)  # (images of all prompts, ...)
+    input_ids: Tensor  # (batch, seq) int64
+    attention_mask: Tensor  # (batch, seq) int64
+    per_token: Mapping[str, Tensor] = field(default_factory=dict)  # (batch, seq), 0 at padding
+    per_image: Mapping[str, Tensor] = field(default_factory=dict)  # (images of all prompts, ...)
 
     @property
     def width(self) -> int:
         return int(self.input_ids.shape[1])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, as keyword arguments of the model."""
+        rows = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return {**rows, **self.per_token, **self.per_image}
+
+    def to(self, model: Any) -> PromptBatch:
+        """The same on a model's device."""
+        moved = on_device(model, self.tensors)
+        rows, images = ({name: moved[name] for name in names} for names in (self.per_token, self.per_image))
+        return PromptBatch(moved["input_ids"], moved["attention_mask"], rows, images)
+
+
+def pad_batch(prompts: Sequence[Prompt], pad_token_id: int, width: int = 0) -> PromptBatch:
+    """Prompts side by side, padded on the left so that all end in the last column, of at least ``width``."""
+    first = prompts[0]
+    return PromptBatch(
+        _pad([prompt.input_ids for prompt in prompts], pad_token_id, width),
+        _pad([torch.ones_like(prompt.input_ids) for prompt in prompts], 0, width),
+        {name: _pad([prompt.per_token[name] for prompt in prompts], 0, width) for name in first.per_token},
+        {name: torch.cat([prompt.per_image[name] for prompt in prompts]) for name in first.per_image},
+    )
+
+
+def _pad(rows: Sequence[Tensor], value: int, width: int = 0) -> Tensor:
+    """(seq,) each -> (batch, longest seq)."""
+    width = max(width, *map(len, rows))
+    return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=value) for row in rows])
+
+
+# -- what a forward pass takes -------------------------------------------------------------------------------
+
+
+def prompt_positions(model: Any, batch: PromptBatch) -> Tensor:
+    """Position ids of left-padded prompts on the model's device: (batch, seq), or (axes, batch, seq)."""
+    ours = getattr(type(model), _POSITIONS, None)
+    if ours is None or ours is getattr(GenerationMixin, _POSITIONS, None):
+        return (batch.attention_mask.cumsum(-1) - 1).clamp(min=0)
+    positions: Tensor = getattr(model, _POSITIONS)(batch.input_ids, batch.tensors)
+    return positions
+
+
+def batch_inputs(model: Any, batch: PromptBatch, **more: Any) -> dict[str, Any]:
+    """What the model's ``forward`` takes for whole prompts, on any device."""
+    there = batch.to(model)
+    ids, mask = there.input_ids, there.attention_mask
+    return pass_inputs(model, ids, mask, prompt_positions(model, there), token_types=there.per_token, **more)
+
+
+def pass_inputs(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    position_ids: Tensor,
+    *,
+    token_types: Mapping[str, Tensor],
+    cache: Any = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """What the model's ``forward`` takes for new tokens, the first or (with a cache) later ones.
+
+    Args:
+        input_ids: (batch, new).
+        attention_mask: (batch, all columns so far and new ones), 1 where a column may be attended to.
+        position_ids: (batch, new) or (axes, batch, new).
+        token_types: by name, (batch, new).
+    """
+    prepared: dict[str, Any] = model.prepare_inputs_for_generation(
+        input_ids,
+        # attention without a mask is faster
+        attention_mask=None if bool(attention_mask.all()) else attention_mask,
+        position_ids=position_ids,
+        is_first_iteration=cache is None,
+        **{CACHE: cache},
+        **token_types,
+        **more,
+    )
+    return prepared
+
+
+# -- what a processor is given, and gives --------------------------------------------------------------------
 
 
 def image_token(processor: Any) -> str:
@@ -147,38 +186,28 @@ def prompt_text(processor: Any, example: Example) -> str:
     """
     token, count = image_token(processor), len(example.images)
     placed = example.question.count(token)
+    places = [] if placed else list(_PLACE.finditer(example.question))
+    if (placed or places) and (placed or len(places)) != count:
+        raise BadInput(
+            f"example {example.id!r} has {count} images but its question has {placed or len(places)} "
+            f"{token if placed else '<image>'!r} tokens: give one per image, or none to put the images first"
+        )
     if placed:
-        _check_count(example, placed, repr(token))
         return _rendered(processor, example, example.question, images=0)
-    places = list(_PLACE.finditer(example.question))
     if not places:
         return _rendered(processor, example, example.question, images=count)
-    _check_places(example, [place[1] for place in places])
-    rest = example.question[places[-1].end() :]
-    if not _PLACE.sub("", example.question[: places[-1].end()]).strip():
-        return _rendered(processor, example, rest.lstrip(), images=count)  # they come first anyway
-    written = _written_image(processor, example, token)
-    return _rendered(processor, example, _PLACE.sub(lambda _: written, example.question), images=0)
-
-
-def _check_count(example: Example, placed: int, what: str) -> None:
-    if placed != len(example.images):
-        raise BadInput(
-            f"example {example.id!r} has {len(example.images)} images but its question has {placed} "
-            f"{what} tokens: give one per image, or none to put the images first"
-        )
-
-
-def _check_places(example: Example, numbers: Sequence[str | None]) -> None:
-    """Check the placeholders of a question, numbered or not, against its images."""
-    _check_count(example, len(numbers), "'<image>'")
-    in_order = [str(number) for number in range(1, len(numbers) + 1)]
-    if any(number is not None for number in numbers) and numbers != in_order:
+    numbers = [place[1] for place in places]
+    if any(numbers) and numbers != [str(number) for number in range(1, count + 1)]:
         said = ", ".join("<image>" if number is None else f"<image {number}>" for number in numbers)
         raise BadInput(
             f"example {example.id!r} places its images as {said}: number them from 1 in the order in which "
             "the question shows them, list its images in that order, and name each once"
         )
+    end = places[-1].end()
+    if not _PLACE.sub("", example.question[:end]).strip():  # they come first anyway
+        return _rendered(processor, example, example.question[end:].lstrip(), images=count)
+    written = _written_image(processor, example, token)
+    return _rendered(processor, example, _PLACE.sub(lambda _: written, example.question), images=0)
 
 
 def _rendered(processor: Any, example: Example, question: str, images: int) -> str:
@@ -260,32 +289,23 @@ def _process(processor: Any, example: Example, images: Sequence[Image.Image]) ->
 
 
 def collate(parts: Sequence[Tensor]) -> Tensor:
-    """What belongs to the images of several prompts as the processor gives it for all of them: end to end,
-    with zeros where shapes differ.
-
-    Args:
-        parts: (images, ...) of each prompt.
-    """
+    """What belongs to the images of several prompts, (images, ...) each, as the processor gives it for all of
+    them: end to end, with zeros where shapes differ."""
     shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
-    return torch.cat([part if [*part.shape[1:]] == shape else _widened(part, shape) for part in parts])
-
-
-def _widened(part: Tensor, shape: Sequence[int]) -> Tensor:
-    whole = part.new_zeros(len(part), *shape)
-    whole[tuple(slice(size) for size in part.shape)] = part
+    whole = parts[0].new_zeros(sum(map(len, parts)), *shape)
+    start = 0
+    for part in parts:
+        whole[start : start + len(part)][tuple(map(slice, part.shape))] = part
+        start += len(part)
     return whole
 
 
-def encode_prompt(model: Any, processor: Any, example: Example) -> Prompt:
-    """The example's prompt as token ids, each image token expanded to the image's vision tokens.
+def prompt_of(model: Any, example: Example, inputs: Mapping[str, Any]) -> Prompt:
+    """An example's prompt from what its processor made of it, each image token expanded to its vision tokens.
 
     Raises:
-        ThinsightError: the prompt has no image token where an image belongs, or none that the model knows.
+        ThinsightError: there is no image token that the model knows.
     """
-    return _prompt_of(model, example, _process(processor, example, example.open_images()))
-
-
-def _prompt_of(model: Any, example: Example, inputs: Mapping[str, Any]) -> Prompt:
     input_ids = inputs["input_ids"]  # (1, seq)
     n_vision = int(vision_token_mask(model, input_ids).sum())
     if n_vision == 0:
@@ -293,15 +313,13 @@ def _prompt_of(model: Any, example: Example, inputs: Mapping[str, Any]) -> Promp
             f"the prompt of example {example.id!r} has no image token that {type(model).__name__} knows: "
             "pass the processor that belongs to the model"
         )
-    taken = {**inspect.signature(base_model(model).forward).parameters}
-    rest = {name: value for name, value in inputs.items() if name in taken and isinstance(value, torch.Tensor)}
+    taken = inspect.signature(base_model(model).forward).parameters
+    rest = {name: value for name, value in inputs.items() if name in taken and isinstance(value, Tensor)}
     return Prompt(
-        input_ids=input_ids[0],
-        n_vision=n_vision,
+        input_ids[0],
+        n_vision,
         per_token={name: rest[name][0] for name in _TOKEN_TYPES if name in rest},
-        per_image={
-            name: value for name, value in rest.items() if name not in _PER_TOKEN and not name.startswith("pixel_")
-        },
+        per_image={name: rest[name] for name in rest if name not in _PER_TOKEN and not name.startswith("pixel_")},
     )
 
 
@@ -332,7 +350,7 @@ class _Pixels:
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def mapped(self, function: Callable[[str, Tensor], Tensor]) -> _Pixels:
         return _Pixels({name: function(name, each) for name, each in self.tensors.items()}, self.n_vision)
@@ -345,31 +363,20 @@ class PromptReader:
     """Reads examples once: every distinct set of images is opened and processed one time, whatever is asked
     about it, and what the encoder takes is kept until it runs.
 
-    Args:
-        model: a transformers vision-language model.
-        processor: its own processor, which stays as it is.
-        cache_gib: main memory for features, in GiB, of which a quarter is taken for pixels; more goes into
-            temporary files.
-
-    Raises:
-        ThinsightError: ``cache_gib`` is no number of at least 0.
+    A quarter of ``cache_gib``, the main memory for features, is taken for pixels; more goes into temporary files.
     """
 
     def __init__(self, model: Any, processor: Any, cache_gib: float = DEFAULT_CACHE_GIB) -> None:
         self._model = model
         self._processor = processor
-        self._pixels: FeatureStore[_Pixels] = FeatureStore(cache_gib, _PIXELS_SHARE)
+        self._pixels: Store[_Pixels] = Store(cache_gib, _PIXELS_SHARE)
         self._prompts: dict[tuple[tuple[str, ...], str], Prompt] = {}
         self._names = {name for modality in MODALITIES for name in encoder_inputs(model, modality)}
         self._warned = False
 
     def prompts(self, examples: Sequence[Example], progress: Progress | None = None) -> list[Prompt]:
-        """The examples' prompts, in their order. A prompt that is longer than the model was made for is
-        warned about once.
-
-        Args:
-            examples: what `check_examples` let pass.
-            progress: called as ``progress("images", done, total)``, in examples.
+        """The examples' prompts, in their order; ``progress("images", done, total)`` is told, in examples. A
+        prompt that is longer than the model was made for is warned about once.
 
         Raises:
             ThinsightError: an image that cannot be read, or a prompt that the model cannot take.
@@ -385,7 +392,11 @@ class PromptReader:
             if progress is not None:
                 progress("images", done, len(examples))
         prompts = [self._prompts[_identity(example)] for example in examples]
-        self._check_lengths(examples, prompts)
+        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
+        said = check_length(self._model, examples[longest], len(prompts[longest]))
+        if said and not self._warned:
+            self._warned = True
+            warnings.warn(said, stacklevel=2)
         return prompts
 
     def pixels(self, examples: Sequence[Example]) -> tuple[dict[str, Tensor], list[int]]:
@@ -394,32 +405,33 @@ class PromptReader:
         for example in examples:
             if self._pixels.outline(example.image_keys) is None:
                 self._read([example])
-        found = [self._pixels.get(example.image_keys) for example in examples]
-        parts = [each for each in found if each is not None]
-        assert len(parts) == len(found)
+        parts = [part for example in examples if (part := self._pixels.get(example.image_keys)) is not None]
         inputs = {name: collate([part.tensors[name] for part in parts]) for name in parts[0].tensors}
         return inputs, [part.n_vision for part in parts]
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What `process` makes of the examples, as far as the model takes it."""
         rows = pad_batch(self.prompts(examples), _pad_token(self._processor))
-        pixels, _ = self.pixels(examples)
-        tokens = {"input_ids": rows.input_ids, "attention_mask": rows.attention_mask}
-        return {**tokens, **rows.per_token, **rows.per_image, **pixels}
+        return {**rows.tensors, **self.pixels(examples)[0]}
 
     def _read(self, together: Sequence[Example]) -> None:
         """Read examples about the same images."""
-        images = together[0].open_images()
-        self._check_resized(together[0], images)
-        processor = _processing_once(self._processor)
+        key, images = together[0].image_keys, together[0].open_images()
+        size = getattr(getattr(self._processor, "image_processor", None), "size", None)
+        if size and "shortest_edge" in size and "longest_edge" not in size:  # with both, they bound the pixels
+            for image in images:
+                check_size(image.size, f"example {together[0].id!r}: image", int(size["shortest_edge"]))
+        processor = self._processor  # which stays as it is
+        if getattr(processor, "image_processor", None) is not None:
+            processor = copy.copy(processor)
+            processor.image_processor = _Once(processor.image_processor)
         for example in together:
             inputs = _process(processor, example, images)
-            prompt = _prompt_of(self._model, example, inputs)
-            self._prompts[_identity(example)] = prompt
-            if self._pixels.outline(example.image_keys) is None:
-                self._pixels.put(example.image_keys, self._kept(inputs, prompt.n_vision))
+            prompt = self._prompts[_identity(example)] = prompt_of(self._model, example, inputs)
+            if self._pixels.outline(key) is None:
+                self._pixels.put(key, self._encoder_inputs(inputs, prompt.n_vision))
 
-    def _kept(self, inputs: Mapping[str, Any], n_vision: int) -> _Pixels:
+    def _encoder_inputs(self, inputs: Mapping[str, Any], n_vision: int) -> _Pixels:
         tensors = {}
         for name in sorted(self._names & inputs.keys()):
             value = inputs[name]
@@ -430,20 +442,6 @@ class PromptReader:
                 )
             tensors[name] = value.to(self._model.dtype) if value.is_floating_point() else value
         return _Pixels(tensors, n_vision)
-
-    def _check_resized(self, example: Example, images: Sequence[Image.Image]) -> None:
-        size = getattr(getattr(self._processor, "image_processor", None), "size", None)
-        if not size or "shortest_edge" not in size or "longest_edge" in size:  # with both, they bound the pixels
-            return
-        for image in images:
-            check_size(image.size, f"example {example.id!r}: image", int(size["shortest_edge"]))
-
-    def _check_lengths(self, examples: Sequence[Example], prompts: Sequence[Prompt]) -> None:
-        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-        said = check_length(self._model, examples[longest], len(prompts[longest]))
-        if said and not self._warned:
-            self._warned = True
-            warnings.warn(said, stacklevel=3)
 
 
 class _Once:
@@ -462,34 +460,9 @@ class _Once:
         return getattr(self._asked, name)
 
 
-def _processing_once(processor: Any) -> Any:
-    """A processor for several texts about the same images; the given one stays as it is."""
-    if getattr(processor, "image_processor", None) is None:
-        return processor
-    other = copy.copy(processor)
-    other.image_processor = _Once(processor.image_processor)
-    return other
-
-
 def _identity(example: Example) -> tuple[tuple[str, ...], str]:
     """Examples of one identity have one prompt."""
     return example.image_keys, example.question
-
-
-def pad_batch(prompts: Sequence[Prompt], pad_token_id: int) -> PromptBatch:
-    """Prompts side by side, padded on the left so that all end in the last column."""
-    return PromptBatch(
-        _pad([prompt.input_ids for prompt in prompts], pad_token_id),
-        _pad([torch.ones_like(prompt.input_ids) for prompt in prompts], 0),
-        {name: _pad([prompt.per_token[name] for prompt in prompts], 0) for name in prompts[0].per_token},
-        {name: torch.cat([prompt.per_image[name] for prompt in prompts]) for name in prompts[0].per_image},
-    )
-
-
-def _pad(rows: Sequence[torch.Tensor], value: int) -> torch.Tensor:
-    """(seq,) each -> (batch, longest seq)."""
-    width = max(len(row) for row in rows)
-    return torch.stack([torch.nn.functional.pad(row, (width - len(row), 0), value=value) for row in rows])
 
 
 def typical_batch(
@@ -500,10 +473,8 @@ def typical_batch(
     When there are fewer examples than ``batch`` they are repeated. Tensors as the processor gives them, on
     the CPU; from ``reader`` if it has read the examples.
     """
-    texts = [prompt_text(processor, example) for example in examples]
-    lengths = [len(processor.tokenizer(text)["input_ids"]) for text in texts]
+    lengths = [len(processor.tokenizer(prompt_text(processor, example))["input_ids"]) for example in examples]
     middle = median_low(lengths)
     order = sorted(range(len(examples)), key=lambda i: (abs(lengths[i] - middle), i))
-    chosen = [order[i % len(order)] for i in range(batch)]
-    typical = [examples[i] for i in chosen]
+    typical = [examples[order[i % len(order)]] for i in range(batch)]
     return process(processor, typical) if reader is None else reader.batch(typical)

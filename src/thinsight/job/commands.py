@@ -13,11 +13,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ..errors import BadInput
-from ..evaluation.batch_size import AUTO
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.evaluator import check_metric
-from ..evaluation.examples import Example, Progress, load_examples, read_examples, validate_examples
-from ..evaluation.images import check_exists
+from ..evaluation.examples import Example, Progress, check_exists, load_examples, read_examples, validate_examples
+from ..evaluation.full_model import AUTO
 from ..evaluation.prompts import PromptReader, typical_batch
 from ..progress import Watcher
 from ..report import words

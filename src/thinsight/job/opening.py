@@ -21,12 +21,12 @@ import transformers
 from ..baselines import fastv
 from ..budget import Budget, LatencyModel, TimeBudget, make_budget
 from ..errors import BadInput, StorageError
-from ..evaluation.batch_size import AUTO, check_batch_size
 from ..evaluation.evaluator import Evaluator, check_metric
 from ..evaluation.examples import Example, Progress, check_examples, load_examples, read_examples, validate_examples
+from ..evaluation.full_model import AUTO, check_batch_size
 from ..evaluation.metrics import get_metric
 from ..evaluation.result import Evaluation
-from ..evaluation.store import DEFAULT_CACHE_GIB, DiskStore, FeatureStore
+from ..evaluation.store import DEFAULT_CACHE_GIB, Store
 from ..loading import DEMO, base_name, check_options, checkpoint_hash, load_config, load_model
 from ..progress import Watcher
 from ..ranking import get_ranker
@@ -341,9 +341,7 @@ class ScoringOptions:
         if self.metric is not None:
             get_metric(self.metric)
         check_batch_size(self.batch_size)
-        FeatureStore(self.cache_gib)
-        if self.cache_dir is not None:
-            DiskStore(self.cache_dir)
+        Store(self.cache_gib, cache_dir=self.cache_dir)
 
 
 @dataclass(frozen=True)

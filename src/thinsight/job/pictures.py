@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 
 from ..errors import BadInput, Unsupported
-from ..evaluation.examples import Example
-from ..evaluation.images import open_image
+from ..evaluation.examples import Example, open_image
 from ..evaluation.prompts import PromptReader, check_length, process
 from ..families import family_of, size_of, tower_of
 from ..reduction import Reduction

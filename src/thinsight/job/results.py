@@ -16,8 +16,7 @@ from ..budget import FlopsBudget
 from ..errors import Unsupported
 from ..evaluation.examples import Example
 from ..evaluation.metrics import metric_for
-from ..evaluation.result import Evaluation
-from ..evaluation.statistics import Interval, drop_interval
+from ..evaluation.result import Evaluation, Interval, drop_interval
 from ..report.data import Consistency, MethodRow, TaskRow, TimingRow, TrialRow
 from ..schedule import Schedule
 from ..searches.run import Trial

@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import texts
 from ..errors import MissingPackage
-from ..evaluation.statistics import Interval, drop_interval
+from ..evaluation.result import Interval, drop_interval
 from ..records import decode, write_atomically
 from . import words
 

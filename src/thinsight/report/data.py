@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import PlainValidator, ValidationInfo
 
 from ..errors import BadInput
-from ..evaluation.statistics import Interval
+from ..evaluation.result import Interval
 from ..records import Undefined, decode, encode
 from ..schedule import Schedule
 

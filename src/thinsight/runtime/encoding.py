@@ -231,7 +231,7 @@ def encode_images(model: Any, inputs: Mapping[str, Any], reduction: Any = None) 
     given = reduction.ranker if isinstance(reduction, Reduction) else reduction
     ranker = None if given is None else get_ranker(given)
     taken = {name for modality in present for name in encoder_inputs(model, modality)}
-    moved = {name: _moved(inputs[name], model) for name in taken if name in inputs}
+    moved = on_device(model, {name: inputs[name] for name in taken if name in inputs})
     with torch.no_grad(), _tapped(model, ranker is not None and VISION_ATTENTION in ranker.needs):
         parts = [_kept(vision_outputs(model, moved, name), name) for name in present]
     return EncodedImages.concat(parts)
@@ -253,13 +253,17 @@ def _kept(output: Any, modality: str) -> EncodedImages:
     )
 
 
-def _moved(value: Any, model: PreTrainedModel) -> Any:
-    """Tensors onto the model's device, floating ones in its dtype; lists of tensors too."""
-    if isinstance(value, Tensor):
-        return value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
-    if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
-        return [_moved(item, model) for item in value]
-    return value
+def on_device(model: Any, inputs: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """A processor's output on the model's device (or another), floating pixels in the model's dtype."""
+
+    def moved(value: Any, dtype: torch.dtype | None) -> Any:
+        if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
+            return [moved(item, dtype) for item in value]
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device or model.device, dtype if value.is_floating_point() else None)
+
+    return {name: moved(each, model.dtype if name.startswith("pixel_") else None) for name, each in inputs.items()}
 
 
 def _fit(received: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:

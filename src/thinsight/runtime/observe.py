@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import BadInput
 from ..ranking import VISION_ATTENTION, Context, full_precision, get_ranker
 from .call import Call, encode_pixels, read_call
-from .encoding import VisionTap
+from .encoding import VisionTap, on_device
 from .families import attention_of, check_supported, decoder_layers, model_device
 from .layout import query_columns
 from .scoring import Probe, TextRows
@@ -52,9 +52,7 @@ def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-atte
     layers = decoder_layers(model)
     tap = VisionTap(model) if VISION_ATTENTION in chosen.needs else None
     try:
-        device = model_device(model)
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        arguments = encode_pixels(model, moved)
+        arguments = encode_pixels(model, on_device(model, inputs, model_device(model)))
     finally:
         if tap is not None:
             tap.remove()
