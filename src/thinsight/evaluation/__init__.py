@@ -8,11 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .result import Evaluation
+from .result import Evaluation, RankConsistency
 from .statistics import Interval, drop_interval, paired_bootstrap
 
 if TYPE_CHECKING:
-    from .consistency import RankConsistency, attention_statistics, rank_consistency
+    from .consistency import attention_statistics, rank_consistency
     from .evaluator import Evaluator
     from .examples import Example, load_examples
     from .metrics import METRICS, get_metric
@@ -39,7 +39,6 @@ _LAZY = {
     "Evaluator": "evaluator",
     "EvaluatorPool": "pool",
     "Example": "examples",
-    "RankConsistency": "consistency",
     "attention_statistics": "consistency",
     "get_metric": "metrics",
     "load_examples": "examples",
