@@ -15,13 +15,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import thinsight as ts
+from thinsight import words
 from thinsight.evaluation import Interval
 from thinsight.job.compare import BUDGETS, CompareOptions, compare, method_names
 from thinsight.job.opening import ModelOptions
 from thinsight.job.results import MedianPrompt, drop_of
 from thinsight.job.run_folder import RunFolder
 from thinsight.loading import load_demo
-from thinsight.report.comparison import OURS, Comparison, MethodAtBudget, interval_text, markdown, table
+from thinsight.report.comparison import OURS, Comparison, MethodAtBudget, markdown, table
+from thinsight.tables import plain as ascii_only
 
 MODELS = ("demo", "demo-internvl")
 STEPS = {"demo": 32, "demo-internvl": 8}  # of G-Search's counts: an eighth of the tokens
@@ -146,7 +148,7 @@ def adaptive_lines(comparisons: dict[str, Comparison]) -> list[str]:
             lines.append(
                 f"| {name} | {100 * budget:g} % | {100 * plain.score:.1f} | {100 * own.score:.1f} | "
                 f"{plain.flops_ratio:.2f}x, {own.flops_ratio:.2f}x | "
-                f"{interval_text(Interval(-gap.mean, -gap.high, -gap.low))} |"
+                f"{_interval(Interval(-gap.mean, -gap.high, -gap.low))} |"
             )
     return lines
 
@@ -181,8 +183,12 @@ def _best(comparison: Comparison) -> ts.Reduction:
     return ts.Reduction(ts.Schedule(run.keep_rates), run.ranker)
 
 
+def _interval(value: Interval) -> str:
+    return ascii_only(words.interval(value))
+
+
 def _transfer(name: str, what: str, scored: Scored) -> str:
-    drop = interval_text(Interval(scored.drop, scored.low, scored.high))
+    drop = _interval(Interval(scored.drop, scored.low, scored.high))
     kept = f"{100 * scored.mean_keep_rate:.1f} %"
     return f"| {name} | {what} | {100 * scored.score:.1f} | {drop} | {kept} | {scored.flops_ratio:.2f}x fewer |"
 
@@ -203,7 +209,7 @@ def _verdict(holds: bool) -> str:
 
 def _gsearch_claim(found: Scored) -> str:
     holds = found.flops_ratio >= 2 and found.drop <= 0.01
-    interval = interval_text(Interval(found.drop, found.low, found.high))
+    interval = _interval(Interval(found.drop, found.low, found.high))
     return (
         f"{_verdict(holds)} G-Search's own schedule needs at least 2x fewer FLOPs at a drop of at most 1 "
         f"point: {found.flops_ratio:.2f}x, {interval}."

@@ -18,7 +18,7 @@ from thinsight.budget import Budget, FlopsBudget, KeepBudget, LatencyModel, Time
 from thinsight.errors import ThinsightError
 from thinsight.ranking import get_ranker
 from thinsight.reduction import Reduction
-from thinsight.runtime.apply import check_rankable
+from thinsight.runtime.handle import check_rankable
 from thinsight.schedule import Schedule
 
 L = 12

@@ -137,7 +137,7 @@ def everything() -> dict[str, Any]:
             [evaluator, ts.Evaluator(tiny_llava(), tiny_processor(), examples, max_new_tokens=2)]
         ),
         "Example": ts.Example(LONG, ("a.png", image) * 50, LONG, (LONG,) * 50, extra={"task": LONG}),
-        "RankConsistency": ts.RankConsistency(many, np.full((501, 501), 0.5), many, many, 0.25, 64),
+        "RankConsistency": ts.RankConsistency(many, np.full((501, 501), 0.5), many, np.full(501, 0.5), 0.25, 64),
         "Handle": ts.apply(model, ts.Schedule.step(4, 2, 0.5)),
         "LatencyModel": LATENCY,
         "KeepBudget": KeepBudget(32, 576, 0.25),

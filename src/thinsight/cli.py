@@ -256,7 +256,6 @@ def search(
 ) -> None:
     """Search a reduction, prove it on test data, write the report."""
     from .job.pipeline import SearchOptions, search_and_report
-    from .report import print_report
 
     options = SearchOptions(
         model=_model_options(model, dtype, device, attn, trust_remote_code),
@@ -287,7 +286,7 @@ def search(
         command=shell(["thinsight", *context.obj]),
     )
     outcome = _watched(lambda watcher: search_and_report(options, watcher))
-    print_report(outcome.data, Console())
+    Console().print(outcome.data)
     _print(f"Reduction: {outcome.folder}", f"Report:    {outcome.report}")
 
 
@@ -310,7 +309,6 @@ def evaluate(
     """Score full against reduced on a set of examples (default: demo:test)."""
     from .job import commands
     from .job.opening import ScoringOptions
-    from .report import print_report
 
     options = commands.JobOptions(_model_options(model, dtype, device, attn, trust_remote_code), data, limit, reduction)
     scoring = ScoringOptions(
@@ -321,7 +319,7 @@ def evaluate(
         cache_dir=cache_dir,
     )
     report = _watched(lambda watcher: commands.evaluate(options, scoring=scoring, watcher=watcher))
-    print_report(report, Console())
+    Console().print(report)
 
 
 @app.command(cls=_Command)
@@ -357,7 +355,6 @@ def compare(
     """Searches and published methods side by side at equal cost, scored on test data."""
     from .job.compare import BUDGETS, CompareOptions
     from .job.compare import compare as run
-    from .report.terminal import print_comparison
 
     options = CompareOptions(
         model=_model_options(model, dtype, device, attn, trust_remote_code),
@@ -379,7 +376,7 @@ def compare(
         resume=resume,
     )
     outcome = _watched(lambda watcher: run(options, watcher))
-    print_comparison(outcome.comparison, Console())
+    Console().print(outcome.comparison)
     _print(*(f"Written: {path}" for path in outcome.files), *filter(None, [outcome.note]))
 
 
@@ -399,12 +396,12 @@ def analyze(
     """How alike the layers rank the vision tokens (rank consistency), as a table and a plot."""
     from .job import commands
     from .job.run_folder import check_writable_file
-    from .report import print_report, write_report
+    from .report import write_report
 
     check_writable_file(out)
     options = commands.JobOptions(_model_options(model, dtype, device, attn, trust_remote_code), data, limit)
     report = _watched(lambda watcher: commands.analyze(options, watcher=watcher))
-    print_report(report, Console())
+    Console().print(report)
     _print(f"Plot: {write_report(out, report)}")
 
 
@@ -424,7 +421,6 @@ def bench(
 ) -> None:
     """Measure time, KV cache and FLOPs, full against reduced, in one run."""
     from .job import commands
-    from .report import print_report
 
     options = commands.JobOptions(_model_options(model, dtype, device, attn, trust_remote_code), data, limit, reduction)
     result = _watched(
@@ -432,7 +428,7 @@ def bench(
             options, batch_size=batch_size, runs=runs, new_tokens=new_tokens, watcher=watcher
         )
     )
-    print_report(result.data, Console())
+    Console().print(result.data)
     _print(*result.lines())
 
 
@@ -475,11 +471,11 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `thinsight search` wrote.")] = Path(_DEFAULT_OUT),
 ) -> None:
     """Write the HTML report of a finished search anew, and print its tables."""
-    from .report import load_report_data, print_report, write_report
+    from .report import load_report_data, write_report
 
     data = load_report_data(folder)
     path = write_report(folder / "report.html", data)
-    print_report(data, Console())
+    Console().print(data)
     _print(f"Report: {path}")
 
 

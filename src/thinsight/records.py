@@ -183,6 +183,8 @@ def encode(value: Any, hooks: Hooks | None = None) -> Any:
         return [encode(item, hooks) for item in value]
     if isinstance(value, Mapping):
         return {writable(str(key)): encode(item, hooks) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # an array, or a number of one
+        return encode(value.tolist(), hooks)
     raise BadInput(f"a record cannot hold a {type(value).__name__}; convert it to plain numbers or text")
 
 

@@ -12,11 +12,12 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from . import tables
 from .adaptive import Adaptive
 from .errors import BadInput, StorageError
 from .records import MAX_DEPTH, parse_json, read_object, user_path, write_atomically
@@ -223,7 +224,7 @@ def read_only(value: Any, levels: int = MAX_DEPTH) -> Any:
 
 
 @dataclass(frozen=True, init=False)
-class Reduction:
+class Reduction(tables.Shown):
     """How many tokens (a schedule) and which ones (a ranker), bound to a model family.
 
     Args:
@@ -296,6 +297,17 @@ class Reduction:
         facts += ["searched"] if self.search else []
         facts += ["measured"] if self.measured else []
         return brief(f"Reduction({', '.join(facts)})")
+
+    def _tables(self) -> Iterable[tables.Table]:
+        settings = [f"{key} {value}" for key, value in self.ranker.items() if key != "name"]
+        anew = "always" if self.rerank is True else f"once fewer than {self.rerank} of the ranked are to stay"
+        known = {
+            "ranker": ", ".join([self.ranker["name"], *settings]),
+            "ranked anew": anew if self.rerank else "never",
+            "for": " ".join(filter(None, (self.model_type, self.base_model_name_or_path))),
+            "adaptive": "" if self.adaptive is None else repr(self.adaptive),
+        }
+        return [tables.facts_table("Reduction", known.items()), tables.schedule_table(self.schedule)]
 
     def average(self, of: Callable[[Schedule], float]) -> float:
         """A function of a prompt's schedule, such as its cost, for the average prompt."""

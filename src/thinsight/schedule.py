@@ -34,7 +34,12 @@ class Schedule:
     keep_rates: tuple[float, ...]
 
     def __init__(self, keep_rates: Sequence[float]) -> None:
-        object.__setattr__(self, "keep_rates", _checked_rates(keep_rates))
+        object.__setattr__(self, "keep_rates", keep_rates)
+        self.__post_init__()
+
+    def __post_init__(self) -> None:
+        """Apart, for a record that is read back is made without ``__init__``."""
+        object.__setattr__(self, "keep_rates", _checked_rates(self.keep_rates))
 
     def __repr__(self) -> str:
         runs = [

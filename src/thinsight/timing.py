@@ -15,13 +15,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .budget import LatencyModel
 from .errors import BadInput
+from .evaluation.result import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement, Timing
 from .reduction import Reduction
 from .runtime import apply, encode_images, num_layers, vision_token_mask
 from .runtime.cache import CACHE
@@ -30,70 +30,6 @@ from .runtime.families import MODALITIES, unwrapped
 from .schedule import Schedule
 
 __all__ = ["Measurement", "Timing", "alternate", "cache_bytes", "measure", "on_device", "profile"]
-
-PREFILL = "prefill"
-PREFILL_WITH_IMAGES = "prefill with images"
-ANSWER = "whole answer"
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Wall times of one thing, full and reduced, in milliseconds, one entry per run in the order they were
-    run."""
-
-    what: str
-    full: tuple[float, ...]
-    reduced: tuple[float, ...]
-    batch: int
-
-    def __repr__(self) -> str:
-        medians = f"{self.full_ms:.4g} ms full, {self.reduced_ms:.4g} ms reduced"
-        return f"Timing({self.what!r}, {medians}, {self.runs} runs)"
-
-    @property
-    def runs(self) -> int:
-        return len(self.full)
-
-    @property
-    def full_ms(self) -> float:
-        """Median of the full model's runs."""
-        return statistics.median(self.full)
-
-    @property
-    def reduced_ms(self) -> float:
-        """Median of the reduced model's runs."""
-        return statistics.median(self.reduced)
-
-    @property
-    def ratio(self) -> float:
-        """Median full time divided by median reduced time: above 1 is faster."""
-        return self.full_ms / self.reduced_ms
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """Times and the KV cache's measured size after prefill (bytes, whole batch), full and reduced."""
-
-    timings: tuple[Timing, ...]
-    kv_full: int
-    kv_reduced: int
-    batch: int
-    new_tokens: int
-    device: str
-    dtype: str
-    threads: int
-
-    def __repr__(self) -> str:
-        times = ", ".join(f"{timing.what} {timing.ratio:.2f}x" for timing in self.timings)
-        return f"Measurement({times}, KV cache {self.kv_ratio:.2f}x, batch {self.batch}, {self.device})"
-
-    @property
-    def kv_ratio(self) -> float:
-        return self.kv_full / self.kv_reduced
-
-    def timing(self, what: str) -> Timing:
-        """The timing of that name."""
-        return next(timing for timing in self.timings if timing.what == what)
 
 
 @torch.inference_mode()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from small_run import SmallRun, make_small_run
 
 from thinsight import Reduction
@@ -18,7 +19,7 @@ from thinsight.evaluation.prompts import typical_batch
 from thinsight.job.opening import ModelOptions
 from thinsight.job.pipeline import SearchOptions, search_and_report
 from thinsight.loading import load_model
-from thinsight.report import load_report_data, print_report
+from thinsight.report import load_report_data
 from thinsight.schedule import Schedule
 from thinsight.timing import profile
 
@@ -122,7 +123,7 @@ def test_a_frontier_gives_every_cost_and_picks(
     assert taken.score == max(row.score for row in rows if row.mean_keep_rate <= 0.55)
     assert load_report_data(outcome.folder).frontier == rows
     assert "The frontier" in outcome.report.read_text()
-    print_report(outcome.data)
+    Console().print(outcome.data)
     assert "The frontier, on the calibration set" in capsys.readouterr().out
     begun = json.loads((outcome.folder / "study.jsonl").read_text().splitlines()[0])
     assert begun["settings"]["n_trials"] == 8

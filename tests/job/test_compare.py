@@ -29,7 +29,6 @@ from thinsight.loading import load_model
 from thinsight.records import encode
 from thinsight.reduction import Reduction
 from thinsight.report.comparison import Comparison, Run, markdown, table
-from thinsight.report.terminal import print_comparison
 from thinsight.schedule import Schedule
 
 BUDGETS = (0.6, 0.2)
@@ -210,7 +209,7 @@ def test_a_doubtful_score_is_said_with_the_tables() -> None:
     comparison = replace(plain, doubt="the full model scores 2 %")
     assert markdown(comparison).startswith("**Warning:** the full model scores 2 %\n")
     console = Console(file=io.StringIO(), width=100, color_system=None)
-    print_comparison(comparison, console)
+    console.print(comparison)
     assert console.file.getvalue().startswith("Warning: the full model scores 2 %")
     assert Comparison.from_dict(json.loads(json.dumps(encode(comparison))), "here") == comparison
 

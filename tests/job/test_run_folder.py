@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from damage import changes, failing_writes, full_disk, refused_or_same
 
 from thinsight.errors import BadInput, StorageError, ThinsightError
+from thinsight.evaluation.result import RankConsistency
 from thinsight.job.compare import _Found
 from thinsight.job.opening import Scores
 from thinsight.job.run_folder import RunFolder, check_writable_file
 from thinsight.records import seal
-from thinsight.report.data import Consistency
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,18 @@ def test_damaged_files(tmp_path: Path, content: str, named: str) -> None:
         (Result, {"score": 1, "parts": [], "more": 1}, ": unknown key 'more'"),
         (Scores, {"score": 1.45, "per_example": [1]}, "a score is not from 0 to 1"),
         (Scores, {"score": 1, "per_example": [1, -0.5]}, "a score is not from 0 to 1"),
-        (Consistency, {"tau": [0.5], "tau_matrix": [[1.0]]}, "tau_matrix must be 2 x 2"),
+        (
+            RankConsistency,
+            {
+                "tau": [0.5],
+                "tau_matrix": [[1.0]],
+                "topk_overlap": [1.0],
+                "tied_share": [0.0, 0.0],
+                "top_rate": 0.25,
+                "examples": 3,
+            },
+            "tau_matrix must be 2 x 2",
+        ),
     ],
 )
 def test_a_stage_is_read_strictly(tmp_path: Path, kind: Any, value: dict[str, Any], named: str) -> None:
@@ -120,7 +133,8 @@ def test_a_stage_is_read_strictly(tmp_path: Path, kind: Any, value: dict[str, An
     [
         Scores(2 / 3, (1.0, 0.0, 1.0)),
         _Found((1.0, 0.25), {"name": "random", "seed": 3, "of": [None, {}]}, 16.5, 1e-3, None),
-        Consistency((float("0.1"), 0.25), words="½ \ud800"),
+        RankConsistency([0.1, math.nan], np.eye(3), [0.5, 1.0], [0.0, 0.25, 1 / 3], 0.25, 3),
+        _Found((1.0,), {"name": "½ \ud800"}, 0.1, 0.25, 1.0, "½ \ud800"),
     ],
 )
 def test_one_changed_byte_is_told_or_changes_nothing(tmp_path: Path, result: Any) -> None:

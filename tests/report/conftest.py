@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from thinsight.evaluation.result import RankConsistency, Timing
 from thinsight.report import data as d
 from thinsight.schedule import Schedule
+from thinsight.searches.run import Trial
 
 
 def _scene(place: int, size: int = 256) -> Image.Image:
@@ -75,7 +77,8 @@ def make_report(layers: int = 16, side: int = 16, pictures: int = 3) -> d.Report
             ok = keep == rates[layer]
             count = math.ceil(keep * side**2)
             score = 0.9375 if ok else 0.9245
-            trials.append(d.TrialRow(layer, keep, count, score, ok, ok, 1.7 + 0.01 * layer))
+            tried = Schedule((*rates[:layer], *[keep] * (layers - layer)))
+            trials.append(Trial(layer, keep, count, score, ok, ok, tried, seconds=1.7 + 0.01 * layer))
     tau = tuple(np.clip(0.78 + 0.06 * np.sin(i[1:]) - 0.55 * (i[1:] == 1) + rng.normal(0, 0.01, layers - 1), -1, 1))
     far = np.abs(i[:, None] - i[None, :])
     matrix = np.clip(0.95 ** (2.4 * far) - 0.5 * ((i[:, None] == 0) ^ (i[None, :] == 0)), -1, 1)
@@ -97,17 +100,26 @@ def make_report(layers: int = 16, side: int = 16, pictures: int = 3) -> d.Report
             for place, (name, score) in enumerate(zip(tasks, full, strict=True))
         ),
         timing=(
-            d.TimingRow("prefill", 412.7, 215.8, 1.912, 8, 7),
-            d.TimingRow("whole answer", 633.2, 521.6, 1.214, 8, 7),
+            Timing("prefill", (412.7,) * 7, (215.8,) * 7, 8),
+            Timing("whole answer", (633.2,) * 7, (521.6,) * 7, 8),
         ),
         trials=tuple(trials),
-        consistency=d.Consistency(
-            tau, matrix, np.clip(np.array(tau) + 0.08, 0, 1), np.full(layers, 0.013), "Neighboring layers rank alike."
+        consistency=RankConsistency(
+            np.array(tau), matrix, np.clip(np.array(tau) + 0.08, 0, 1), np.full(layers, 0.013), 0.25, 64
         ),
         pictures=tuple(_picture(place, rates, shown, side) for place in range(pictures)),
         environment={"thinsight": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "processor": "2 cores"},
         commands=("thinsight search --max-drop 0.01 --out runs/demo", "thinsight report runs/demo"),
         created="2026-01-31 12:00 UTC",
+    )
+
+
+def alike(tau: tuple[float, ...], matrix: object = None, **parts: object) -> RankConsistency:
+    """Rank consistency with these taus, and something to go with them."""
+    layers = len(tau) + 1
+    rest = {"topk_overlap": np.full(layers - 1, 0.6), "tied_share": np.zeros(layers), **parts}
+    return RankConsistency(
+        np.array(tau), np.eye(layers) if matrix is None else matrix, **rest, top_rate=0.25, examples=3
     )
 
 

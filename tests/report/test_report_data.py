@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 from damage import changes, failing_writes, full_disk, refused_or_same
 from PIL import Image
+from report.conftest import alike
 
 from thinsight.errors import StorageError, ThinsightError
 from thinsight.records import seal, unseal
 from thinsight.report import data as d
+from thinsight.report.data import DATA_FILE, PICTURE_FOLDER, load_report_data, save_report_data
 from thinsight.report.html import render, write_report
-from thinsight.report.store import DATA_FILE, PICTURE_FOLDER, load_report_data, save_report_data
+from thinsight.schedule import Schedule
+from thinsight.searches.run import Trial
 
 IMAGE = Image.new("RGB", (32, 32), "white")
 
@@ -42,7 +45,7 @@ def test_saving_twice_leaves_no_partial_file(bare_report, tmp_path):
 
 
 def test_undefined_tau_survives_as_null(bare_report, tmp_path):
-    data = replace(bare_report, consistency=d.Consistency((math.nan, 0.5)))
+    data = replace(bare_report, consistency=alike((math.nan, 0.5)))
     path = save_report_data(tmp_path, data)
     assert json.loads(path.read_text())["consistency"]["tau"] == [None, 0.5]
     tau = load_report_data(tmp_path).consistency.tau
@@ -67,9 +70,9 @@ def test_picture_takes_arrays_and_sorts_them():
         (lambda: d.MethodRow("x", (), math.nan, None, 1.0, 1.0, 1.0), "method 'x'.score is nan"),
         (lambda: d.TaskRow("t", 1, math.inf, 0.5), "per_task.full is inf"),
         (lambda: d.Headline(0.5, 0.5, d.Interval(0.0, math.nan, 0.1), 0.3, 2.0), "headline.drop.low is nan"),
-        (lambda: d.Consistency((0.5,), ((1.0,),)), "tau_matrix must be 2 x 2"),
-        (lambda: d.Consistency((0.5,), topk_overlap=(0.1, 0.2)), "topk_overlap has 2 values; it needs 1"),
-        (lambda: d.Consistency((0.5,), tied_share=(0.1,)), "tied_share has 1 values; it needs 2"),
+        (lambda: alike((0.5,), ((1.0,),)), "tau_matrix must be 2 x 2"),
+        (lambda: alike((0.5,), topk_overlap=(0.1, 0.2)), "topk_overlap has 2 values; it needs 1"),
+        (lambda: alike((0.5,), tied_share=(0.1,)), "tied_share has 1 values; it needs 2"),
         (
             lambda: d.ReportData("t", d.ModelInfo("m", num_layers=3), keep_rates=(1.0, 0.5)),
             "the schedule has 2 layers but the model has 3",
@@ -224,7 +227,7 @@ def test_unwritable_folder(report, tmp_path):
 
 
 def test_infinite_number_is_refused(bare_report, tmp_path):
-    trial = d.TrialRow(2, 0.5, 8, math.inf, True, True, 0.1)
+    trial = Trial(2, 0.5, 8, math.inf, True, True, Schedule((1.0, 0.5)))
     with pytest.raises(ThinsightError, match="infinite"):
         save_report_data(tmp_path, replace(bare_report, trials=(trial,)))
     assert not (tmp_path / DATA_FILE).exists()

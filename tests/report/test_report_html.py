@@ -11,15 +11,17 @@ from importlib import resources
 import numpy as np
 import pytest
 from PIL import Image
+from report.conftest import alike
 from rich.console import Console
 
+from thinsight import words
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import drop_interval
+from thinsight.evaluation.result import Timing
 from thinsight.report import data as d
-from thinsight.report import print_report, words
 from thinsight.report.html import render, write_report
-from thinsight.report.markup import VOID, Markup, number, tag
 from thinsight.report.pictures import draw_kept, even_columns
+from thinsight.report.plots import VOID, Markup, number, tag
 
 
 class Page(HTMLParser):
@@ -172,7 +174,7 @@ def test_every_number_appears(page, report):
         assert words.percent(row.keep_rate) in text
     for one in (*report.environment.values(), *report.commands, report.dataset.test_hash, report.model.name):
         assert one in text
-    assert report.consistency.words in text
+    assert report.consistency.summary() in text
 
 
 def test_says_that_the_gain_is_in_prefill(page):
@@ -246,8 +248,8 @@ def hostile_report(text: str) -> d.ReportData:
             d.MethodRow(text, (1.0, 0.4), 0.8, interval, 0.75, 1e9, 2.0, text),
         ),
         per_task=(d.TaskRow(text, 3, 0.9, 0.8),),
-        timing=(d.TimingRow(text, 2.0, 1.0, 2.0, 1, 3),),
-        consistency=d.Consistency((0.5,), words=text),
+        timing=(Timing(text, (2.0,) * 3, (1.0,) * 3, 1),),
+        consistency=alike((0.5,)),
         pictures=(d.Picture(image, (2, 2), [[0]], (1,), text, text, text, text),),
         environment={text: text},
         commands=(text,),
@@ -299,8 +301,8 @@ def test_odd_shapes_still_draw(report):
         model=d.ModelInfo("m"),
         keep_rates=(1.0,),
         methods=(one,),
-        timing=(d.TimingRow("t", 0.0, 0.0, 1.0, 1, 1),),
-        consistency=d.Consistency((float("nan"), -0.4), ((1.0, -0.2, 0.1),) * 3),
+        timing=(Timing("t", (0.0,), (0.0,), 1),),
+        consistency=alike((float("nan"), -0.4), ((1.0, -0.2, 0.1),) * 3),
         pictures=(),
     )
     text = render(data)
@@ -372,7 +374,7 @@ def test_a_score_of_nothing_says_so(report):
     assert "the drop says nothing" in page.text
     assert "no loss could be told" not in page.text
     console = Console(file=io.StringIO(), width=200, color_system=None)
-    print_report(bad, console)
+    console.print(bad)
     assert "Warning: on the test set the full model scores 0.0 % <why>" in console.file.getvalue()
     assert "the drop says nothing" in console.file.getvalue()
     assert "Warning" not in Page(render(report)).text

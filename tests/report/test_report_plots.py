@@ -10,10 +10,12 @@ from pathlib import Path
 import matplotlib
 import pytest
 from PIL import ImageFont
+from report.conftest import alike
 from report.look import extreme
 
+from thinsight.evaluation.result import Timing
 from thinsight.report import plots
-from thinsight.report.data import Consistency, Interval, MethodRow, TimingRow
+from thinsight.report.data import Interval, MethodRow
 
 # a wide font, and the one that a browser without any of the page's own falls back to on Linux
 _FONTS = Path(matplotlib.get_data_path(), "fonts", "ttf")
@@ -153,14 +155,14 @@ def test_drop_plot_names_fit_narrow_and_wide(name):
 
 
 def test_timing_bars_share_one_scale():
-    timing = [TimingRow("prefill", 100.0, 50.0, 2.0, 8, 7), TimingRow("answer", 200.0, 150.0, 1.33, 8, 7)]
+    timing = [Timing("prefill", (100.0,) * 7, (50.0,) * 7, 8), Timing("answer", (200.0,) * 7, (150.0,) * 7, 8)]
     svg = plots.timing_plot(timing, width=500, ident="a")
     widths = [float(w) for w in re.findall(r'<rect [^>]*width="([\d.]+)"', svg)]
     assert [w / widths[2] for w in widths] == pytest.approx([0.5, 0.25, 1.0, 0.75], abs=1e-3)
 
 
 def test_tau_bars_skip_what_is_not_defined_and_reach_below_zero():
-    svg = plots.tau_plot(Consistency((0.5, float("nan"), -0.3)), width=500, ident="a")
+    svg = plots.tau_plot(alike((0.5, float("nan"), -0.3)), width=500, ident="a")
     assert svg.count("<rect") == 2
     assert "layer 3: tau \N{MINUS SIGN}0.30" in svg
     assert "n/a" in svg

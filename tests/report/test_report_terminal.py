@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from thinsight.report import terminal, words
+from thinsight import tables, words
 from thinsight.report.data import MethodRow
 
 
@@ -20,7 +20,7 @@ def _printed(item, width: int = 80) -> str:
 
 
 def test_all_tables_fit_eighty_columns(report):
-    text = _printed(terminal.report_tables(report))
+    text = _printed(report)
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
     assert "…" not in text
 
@@ -30,13 +30,13 @@ def test_no_text_moves_the_cursor(report):
     tasks = [replace(row, task=evil) for row in report.per_task]
     methods = [replace(row, name=evil) for row in report.methods]
     hostile = replace(report, title=evil, per_task=tasks, methods=methods)
-    text = _printed(terminal.report_tables(replace(hostile, consistency=None)), width=200)
+    text = _printed(replace(hostile, consistency=None), width=200)
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", text)
     assert text.count("a\\x1b[2Jb\\x9b31m c \\u202ed \\ud800") >= 1 + len(tasks) + len(methods)
 
 
 def test_headline_table(report):
-    text = _printed(terminal.headline_table(report.headline, report.dataset))
+    text = _printed(tables.headline_table(report.headline, report.dataset))
     assert "1,024 test questions" in text
     for cell in (
         "94.1 %",
@@ -51,13 +51,13 @@ def test_headline_table(report):
 
 
 def test_headline_table_leaves_out_what_was_not_measured(report):
-    text = _printed(terminal.headline_table(replace(report.headline, prefill_ratio=None, flops=None)))
+    text = _printed(tables.headline_table(replace(report.headline, prefill_ratio=None, flops=None)))
     assert "prefill" not in text
     assert "None" not in text
 
 
 def test_methods_table_has_every_method(report):
-    text = _printed(terminal.methods_table(report.methods))
+    text = _printed(tables.methods_table(report.methods))
     for row in report.methods:
         assert row.name in text
         assert words.percent(row.score) in text
@@ -66,17 +66,17 @@ def test_methods_table_has_every_method(report):
 
 def test_methods_of_unlike_cost_are_not_called_equal():
     rows = [MethodRow(str(cost), (), 0.5, None, 1.0, cost, 1.0) for cost in (1e9, 2e9)]
-    assert "same decoder FLOPs" not in _printed(terminal.methods_table(rows))
+    assert "same decoder FLOPs" not in _printed(tables.methods_table(rows))
 
 
 def test_timing_says_where_the_gain_is(report):
-    text = _printed(terminal.timing_table(report.timing))
+    text = _printed(tables.timing_table(report.timing))
     assert "the gain is in prefill" in text
     assert "413 ms" in text
 
 
 def test_tasks_and_consistency(report):
-    text = _printed(terminal.tasks_table(report.per_task)) + _printed(terminal.consistency_table(report.consistency))
+    text = _printed(tables.tasks_table(report.per_task)) + _printed(tables.consistency_table(report.consistency))
     for row in report.per_task:
         assert row.task in text
     for tau in report.consistency.tau:
@@ -84,20 +84,20 @@ def test_tasks_and_consistency(report):
 
 
 def test_schedule_bars():
-    assert terminal.bars([1.0, 0.5, 0.001, 0.0]) == "█▄▁·"
-    assert terminal.bars([float("nan")]) == "?"
-    text = str(terminal.schedule_text((1.0, 0.5)))
+    assert words.bars([1.0, 0.5, 0.001, 0.0]) == "█▄▁·"
+    assert words.bars([float("nan")]) == "?"
+    text = str(tables.schedule_bars((1.0, 0.5)))
     assert "100.0 % → 50.0 %, mean 75.0 %" in text
 
 
 def test_names_are_not_markup(report):
     rows = [replace(report.methods[1], name="[red]name[/red]")]
-    assert "[red]name[/red]" in _printed(terminal.methods_table(rows))
+    assert "[red]name[/red]" in _printed(tables.methods_table(rows))
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_print_report(report, bare_report, width):
     for data in (report, bare_report):
         console = Console(file=io.StringIO(), width=width, color_system=None)
-        terminal.print_report(data, console)
+        console.print(data)
         assert data.title in console.file.getvalue()

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from .result import Evaluation as Evaluation
 from .result import Interval as Interval
+from .result import RankConsistency as RankConsistency
 from .result import drop_interval as drop_interval
 from .result import paired_bootstrap as paired_bootstrap
 
 if TYPE_CHECKING:
-    from .consistency import RankConsistency as RankConsistency
     from .consistency import attention_statistics as attention_statistics
     from .consistency import rank_consistency as rank_consistency
     from .evaluator import Evaluator as Evaluator
@@ -28,7 +28,6 @@ _LAZY = {
     "EvaluatorPool": "pool",
     "Example": "examples",
     "Metric": "metrics",
-    "RankConsistency": "consistency",
     "attention_statistics": "consistency",
     "load_examples": "examples",
     "rank_consistency": "consistency",

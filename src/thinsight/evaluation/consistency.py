@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from ..schedule import Schedule
 from .examples import Example, Progress, check_examples
 from .features import VisionCache
 from .prompts import PromptReader, batch_inputs, chunks, pad_batch
+from .result import RankConsistency
 
 _CHUNK = 1 << 21  # pairs of tokens at a time: bounds the memory to 4 bytes x chunk x rows
 
@@ -155,71 +155,7 @@ def _profile(scores: Array, tokens: int) -> Array:
     return np.diff(np.stack([np.interp(want, have, layer) for layer in summed]), axis=1)
 
 
-@dataclass(frozen=True)
-class RankConsistency:
-    """How alike the rankings of L decoder layers are, averaged over examples.
-
-    Attributes:
-        tau: Kendall's tau-b of neighboring layers, shape (L - 1,): ``tau[i]`` compares layers i and i + 1.
-        tau_matrix: of every pair of layers, shape (L, L).
-        topk_overlap: share of the best quarter of the tokens that neighboring layers have in common,
-            shape (L - 1,); unrelated rankings have ``top_rate`` in common.
-        tied_share: share of the tokens whose score another has too, shape (L,); their order means nothing.
-        top_rate: which share of the tokens ``topk_overlap`` looks at.
-        examples: how many examples were averaged.
-    """
-
-    tau: Array
-    tau_matrix: Array
-    topk_overlap: Array
-    tied_share: Array
-    top_rate: float
-    examples: int
-
-    def __repr__(self) -> str:
-        return (
-            f"RankConsistency({len(self.tau) + 1} layers, {self.examples} examples, typical tau "
-            f"{self.typical_tau:.2f}, typical overlap {self.typical_overlap:.2f})"
-        )
-
-    @property
-    def typical_tau(self) -> float:
-        """Median tau of neighboring layers from layer 1 on; the first often ranks differently."""
-        return float(np.median(self.tau[1:] if len(self.tau) > 1 else self.tau))
-
-    @property
-    def typical_overlap(self) -> float:
-        """Median top-k overlap of neighboring layers from layer 1 on."""
-        return float(np.median(self.topk_overlap[1:] if len(self.topk_overlap) > 1 else self.topk_overlap))
-
-    @property
-    def is_low(self) -> bool:
-        """Whether tau is so near 0 that one layer's ranking says little about the next one's."""
-        return self.typical_tau < LOW_TAU
-
-    def summary(self) -> str:
-        """What the numbers mean, in words; starts with "Warning" when ranking by this model is doubtful."""
-        if self.is_low:
-            verdict = (
-                "Warning: the layers hardly agree on which vision tokens matter, so ranking by attention may "
-                "be no better than random on this model: compare with the random ranker before trusting it."
-            )
-        elif self.typical_tau < FAIR_TAU:
-            verdict = "The layers agree moderately on which vision tokens matter; ranking by attention should help."
-        else:
-            verdict = "The layers agree on which vision tokens matter: what an early layer ranks low stays low."
-        noted = ""
-        if (ties := self.tied_share.max()) >= 0.05:
-            noted = (
-                f" Up to {ties:.0%} of the scores of layer {self.tied_share.argmax()} are tied: "
-                "the order of those tokens is arbitrary."
-            )
-        return (
-            f"{verdict} Kendall's tau between neighboring layers is {self.typical_tau:.2f} (median after the first "
-            f"layer, which has {self.tau[0]:.2f}), and they share {self.typical_overlap:.0%} of their best "
-            f"{self.top_rate:.0%} of the vision tokens ({self.top_rate:.0%} by chance), over {self.examples} "
-            f"examples.{noted}"
-        )
+TOP_RATE = 0.25
 
 
 def rank_consistency(

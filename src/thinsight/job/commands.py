@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+from .. import words
 from ..errors import BadInput
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.evaluator import check_metric
@@ -19,7 +20,6 @@ from ..evaluation.examples import Example, Progress, check_exists, load_examples
 from ..evaluation.full_model import AUTO
 from ..evaluation.prompts import PromptReader, typical_batch
 from ..progress import Watcher
-from ..report import words
 from ..report.data import DatasetInfo, Headline, Picture, ReportData
 from ..schedule import Schedule
 from ..timing import Measurement, measure
@@ -37,16 +37,7 @@ from .opening import (
     open_model,
 )
 from .pictures import picture_of, varied
-from .results import (
-    MedianPrompt,
-    consistency_of,
-    drop_of,
-    method_row,
-    metric_words,
-    ranker_words,
-    task_rows,
-    timing_rows,
-)
+from .results import MedianPrompt, drop_of, method_row, metric_words, ranker_words, task_rows
 
 
 @dataclass(frozen=True)
@@ -165,7 +156,7 @@ def analyze(options: JobOptions, *, watcher: Watcher | None = None) -> ReportDat
     reader = PromptReader(opened.model, opened.processor)
     found = rank_consistency(opened.model, opened.processor, examples, progress=watcher.on_progress, reader=reader)
     report = _about(f"Rank consistency of {options.model.model}", opened, _median(opened, reader, examples))
-    return replace(report, dataset=_dataset(options, examples), consistency=consistency_of(found))
+    return replace(report, dataset=_dataset(options, examples), consistency=found)
 
 
 def bench(
@@ -199,7 +190,7 @@ def bench(
     data = replace(
         _about(f"{options.model.model} under {found.where}, timed", opened, prompt),
         keep_rates=found.reduction.schedule.keep_rates,
-        timing=timing_rows(measurement),
+        timing=measurement.named,
     )
     return BenchResult(data, measurement, prompt.flops(), prompt.flops(found.reduction.schedule), found)
 

@@ -18,41 +18,22 @@ from ..budget import Budget, KeepBudget
 from ..errors import BadInput, Unreachable, Unsupported
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.prompts import typical_batch
-from ..evaluation.result import Evaluation
+from ..evaluation.result import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Evaluation, Measurement, RankConsistency
 from ..loading import base_name, checkpoint_hash
 from ..progress import Watcher
 from ..reduction import Reduction, public_name
 from ..report import save_report_data, write_report
-from ..report.data import (
-    Consistency,
-    DatasetInfo,
-    FrontierRow,
-    Headline,
-    MethodRow,
-    Picture,
-    ReportData,
-    SearchInfo,
-    TrialRow,
-)
+from ..report.data import DatasetInfo, FrontierRow, Headline, MethodRow, Picture, ReportData, SearchInfo
 from ..runtime import apply
 from ..schedule import Schedule
 from ..searches import SearchResult, frontier
 from ..searches.frontier import SHARES, Frontier
+from ..searches.run import Trial
 from ..searches.search import AUTO, rankers_for
-from ..timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement, measure
+from ..timing import measure
 from .opening import Limits, Prepared, content_hash, environment, limits_of, prepare
 from .pictures import picture_of, varied
-from .results import (
-    MedianPrompt,
-    consistency_of,
-    drop_of,
-    method_row,
-    metric_words,
-    ranker_words,
-    task_rows,
-    timing_rows,
-    trial_rows,
-)
+from .results import MedianPrompt, drop_of, method_row, metric_words, ranker_words, task_rows
 from .search_options import SearchOptions
 
 
@@ -69,7 +50,7 @@ class SearchRecord:
     full_score: float
     score: float
     seconds: float
-    trials: tuple[TrialRow, ...]
+    trials: tuple[Trial, ...]
     frontier: tuple[FrontierRow, ...] = ()
     full_forwards: float | None = None
     doubt: str = ""
@@ -117,7 +98,7 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
         result.full_score,
         result.score,
         result.seconds,
-        trial_rows(result.trials),
+        result.trials,
         points,
         result.full_forwards,
         prepared.calibration.doubt,
@@ -225,7 +206,7 @@ class Findings:
     search: SearchRecord
     tested: tuple[Tested, ...]
     measurement: Measurement
-    consistency: Consistency
+    consistency: RankConsistency
     pictures: tuple[Picture, ...]
 
 
@@ -248,7 +229,7 @@ def report_of(options: SearchOptions, prepared: Prepared, findings: Findings) ->
         keep_rates=found.reduction.schedule.keep_rates,
         methods=rows,
         per_task=task_rows(full.evaluation, found.evaluation, prepared.sets.test),
-        timing=timing_rows(findings.measurement),
+        timing=findings.measurement.named,
         trials=findings.search.trials,
         frontier=findings.search.frontier,
         consistency=findings.consistency,
@@ -476,21 +457,20 @@ class _Run:
 
         return prepared.folder.once("timing", Measurement, run)
 
-    def _consistency(self) -> Consistency:
+    def _consistency(self) -> RankConsistency:
         prepared = self.prepared
 
-        def run() -> Consistency:
+        def run() -> RankConsistency:
             examples = prepared.sets.calibration[:CONSISTENCY_EXAMPLES]
-            found = rank_consistency(
+            return rank_consistency(
                 prepared.opened.model,
                 prepared.opened.processor,
                 examples,
                 progress=prepared.watcher.on_progress,
                 reader=prepared.calibration.reader,
             )
-            return consistency_of(found)
 
-        return prepared.folder.once("consistency", Consistency, run)
+        return prepared.folder.once("consistency", RankConsistency, run)
 
     def _pictures(self, reduction: Reduction) -> tuple[Picture, ...]:
         opened = self.prepared.opened

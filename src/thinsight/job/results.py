@@ -1,13 +1,10 @@
-"""Turns evaluations, trials and measurements into the rows that a report shows.
-
-Plain numbers in, plain dataclasses out. Knows nothing about models, files or how anything was computed.
-"""
+"""Turns evaluations into the rows that a report shows: plain numbers in, plain dataclasses out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,13 +14,8 @@ from ..errors import Unsupported
 from ..evaluation.examples import Example
 from ..evaluation.metrics import metric_for
 from ..evaluation.result import Evaluation, Interval, drop_interval
-from ..report.data import Consistency, MethodRow, TaskRow, TimingRow, TrialRow
+from ..report.data import MethodRow, TaskRow
 from ..schedule import Schedule
-from ..searches.run import Trial
-
-if TYPE_CHECKING:
-    from ..evaluation.consistency import RankConsistency
-    from ..timing import Measurement
 
 
 @dataclass(frozen=True)
@@ -114,48 +106,4 @@ def task_rows(full: Evaluation, reduced: Evaluation, examples: Sequence[Example]
     return tuple(
         TaskRow(task, len(at), float(full.per_example[at].mean()), float(reduced.per_example[at].mean()))
         for task, at in places.items()
-    )
-
-
-def timing_rows(measurement: Measurement) -> tuple[TimingRow, ...]:
-    """Medians and their ratio for everything that was timed."""
-    return tuple(
-        TimingRow(
-            what=f"{timing.what} ({measurement.new_tokens} tokens)" if timing.what == "whole answer" else timing.what,
-            full_ms=timing.full_ms,
-            reduced_ms=timing.reduced_ms,
-            ratio=timing.ratio,
-            batch=timing.batch,
-            runs=timing.runs,
-        )
-        for timing in measurement.timings
-    )
-
-
-def trial_rows(trials: Sequence[Trial]) -> tuple[TrialRow, ...]:
-    """The search's evaluations, in order."""
-    return tuple(
-        TrialRow(
-            layer=trial.layer,
-            keep_rate=trial.keep_rate,
-            count=trial.count,
-            score=trial.score,
-            complete=trial.complete,
-            accepted=trial.accepted,
-            seconds=trial.seconds,
-            share=trial.share,
-            why=trial.why,
-        )
-        for trial in trials
-    )
-
-
-def consistency_of(found: RankConsistency) -> Consistency:
-    """The rank-consistency measurement as a report shows it."""
-    return Consistency(
-        tau=tuple(float(v) for v in found.tau),
-        tau_matrix=tuple(tuple(float(v) for v in row) for row in found.tau_matrix),
-        topk_overlap=tuple(float(v) for v in found.topk_overlap),
-        tied_share=tuple(float(v) for v in found.tied_share),
-        words=found.summary(),
     )

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 _RUN_FILE = "run.json"
 _STAGES = "stages"
-_VERSION = 2
+_VERSION = 3
 _REMEDY = "free the disk, then resume"
 
 

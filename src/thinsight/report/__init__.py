@@ -1,13 +1,15 @@
-"""What a search, an evaluation or a measurement found, as one HTML file, as terminal tables and as pictures.
+"""What a search, an evaluation or a measurement found, as one HTML file and as pictures.
 
-Knows nothing about how the numbers were made; `data.py` holds them, and nothing here imports torch.
+Knows nothing about how the numbers were made; `data.py` holds them, `thinsight.tables` shows them in a terminal, and
+nothing here imports torch.
 """
 
 from __future__ import annotations
 
+from .. import words
 from .data import (
-    Consistency,
     DatasetInfo,
+    FrontierRow,
     Headline,
     Interval,
     MethodRow,
@@ -16,17 +18,15 @@ from .data import (
     ReportData,
     SearchInfo,
     TaskRow,
-    TimingRow,
-    TrialRow,
+    load_report_data,
+    save_report_data,
 )
 from .html import render, write_report
 from .pictures import check_picture_name, contact_strip, draw_kept, save_contact_strip
-from .store import load_report_data, save_report_data
-from .terminal import print_report
 
 __all__ = [
-    "Consistency",
     "DatasetInfo",
+    "FrontierRow",
     "Headline",
     "Interval",
     "MethodRow",
@@ -35,15 +35,13 @@ __all__ = [
     "ReportData",
     "SearchInfo",
     "TaskRow",
-    "TimingRow",
-    "TrialRow",
     "check_picture_name",
     "contact_strip",
     "draw_kept",
     "load_report_data",
-    "print_report",
     "render",
     "save_contact_strip",
     "save_report_data",
+    "words",
     "write_report",
 ]

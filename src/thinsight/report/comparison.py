@@ -1,25 +1,25 @@
-"""A comparison of methods at equal cost, as numbers: rows, intervals, tables in CSV and Markdown, a figure.
+"""A comparison of methods at equal cost, as numbers: rows, intervals, tables, a figure.
 
-Plain dataclasses and files. Knows nothing about models, nor how the scores came about.
+Knows nothing about models, nor how the scores came about.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .. import texts
+from .. import tables, texts, words
 from ..errors import MissingPackage
 from ..evaluation.result import Interval, drop_interval
 from ..records import decode, write_atomically
-from . import words
 
 OURS = "sensitivity"
 
@@ -45,7 +45,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(tables.Shown):
     """All runs of one model, with what is needed to judge them."""
 
     model: str
@@ -71,6 +71,20 @@ class Comparison:
         """
         found: Comparison = decode(cls, stored, where, "run the comparison again with --resume")
         return found
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+
+        parts: list[Any] = [tables.line(f"Warning: {self.doubt}", "bold red")] if self.doubt else []
+        return Group(*tables.spaced([*parts, *self._tables()]), "")
+
+    def _tables(self) -> Iterable[tables.Table]:
+        """One for each budget, best score first; our search stands out."""
+        full = words.percent(self.full_score)
+        for budget, lines in by_budget(self):
+            refused = [f"{line.title}: {line.refused}" for line in lines if line.refused]
+            title = f"{budget_title(budget, self.unit)}; full model {full}"
+            yield _drawn(title, [line for line in lines if not line.refused], refused)
 
 
 @dataclass(frozen=True)
@@ -150,32 +164,43 @@ def to_csv(comparison: Comparison) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The table, one per budget."""
+    """The tables under a heading for each budget, with a row for a method that was refused."""
     parts = [f"**Warning:** {texts.markdown(comparison.doubt)}", ""] if comparison.doubt else []
-    lines = table(comparison)
-    for budget in dict.fromkeys(line.budget for line in lines):
-        parts += [f"### {budget_title(budget, comparison.unit)}", ""]
-        parts += [
-            "| method | score | drop [95 %] | ours minus this [95 %] | FLOPs | evaluations |",
-            "|---|---|---|---|---|---|",
-        ]
-        for line in (line for line in lines if line.budget == budget):
-            title = texts.markdown(line.title)
-            if line.refused:
-                parts.append(f"| {title} | refused: {texts.markdown(line.refused)} | | | | |")
-                continue
-            seeds = f" ± {100 * line.spread:.1f}" if line.seeds > 1 else ""
-            cells = [
-                f"**{title}**" if line.method == OURS else title,
-                f"{100 * line.score:.1f}{seeds}",
-                interval_text(line.drop),
-                interval_text(line.behind),
-                f"{line.flops_ratio:.2f}x",
-                f"{line.evaluations:.1f}" if line.evaluations else "",
-            ]
-            parts.append(f"| {' | '.join(cells)} |")
-        parts.append("")
+    for budget, lines in by_budget(comparison):
+        title = budget_title(budget, comparison.unit)
+        parts += [f"### {title}", "", _drawn(title, lines).markdown(), ""]
     return "\n".join(parts)
+
+
+def by_budget(comparison: Comparison) -> list[tuple[float, list[MethodAtBudget]]]:
+    """The lines of `table`, apart for each budget."""
+    return [(budget, list(lines)) for budget, lines in itertools.groupby(table(comparison), lambda line: line.budget)]
+
+
+def _drawn(title: str, lines: Sequence[MethodAtBudget], notes: Sequence[str] = ()) -> tables.Table:
+    def known(show: Callable[[MethodAtBudget], str]) -> Callable[[MethodAtBudget], str]:
+        return lambda line: "" if line.refused else show(line)
+
+    def score(line: MethodAtBudget) -> str:
+        spread = f" ± {words.points(line.spread)}" if line.seeds > 1 else ""
+        return f"refused: {line.refused}" if line.refused else f"{words.points(line.score)}{spread}"
+
+    return tables.Table(
+        title,
+        lines,
+        tables.Column("method", lambda line: line.title, text=True),
+        tables.Column("score", score, "score (%)"),
+        tables.Column("drop [95 %]", known(lambda line: words.interval(line.drop))),
+        tables.Column("ours minus this [95 %]", known(lambda line: words.interval(line.behind))),
+        tables.Column("FLOPs", known(lambda line: words.ratio(line.flops_ratio)), "full / this"),
+        tables.Column(
+            "evaluations",
+            lambda line: f"{line.evaluations:.1f}" if line.evaluations else "",
+            places=("page", "markdown"),
+        ),
+        strong=lambda line: line.method == OURS and not line.refused,
+        notes=notes,
+    )
 
 
 def budget_title(budget: float, unit: str) -> str:
@@ -183,14 +208,6 @@ def budget_title(budget: float, unit: str) -> str:
     if unit == "keep":
         return f"{100 * budget:g} % of the vision tokens, averaged over the layers"
     return f"budget {budget:g} {unit}"
-
-
-def interval_text(value: Interval | None) -> str:
-    """'0.3 [-0.5, 1.1]' in points; the ends are rounded away from each other."""
-    if value is None:
-        return ""
-    low, high = words.outward(value)
-    return f"{100 * value.mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def draw(comparison: Comparison, path: Path, most: int = 8) -> None:

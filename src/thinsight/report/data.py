@@ -1,25 +1,36 @@
-"""What a report says, as plain dataclasses: numbers, texts and images, with every unit named.
+"""What a report says, as plain dataclasses, and its file: `report.json` with a folder of pictures beside it.
 
-Knows nothing about models, tensors, HTML or terminals. Scores and rates are fractions (0.94, not 94),
-FLOPs are plain counts, times are milliseconds unless the field's name says otherwise.
+Knows nothing about models, tensors, or how a report looks. Scores and rates are fractions (0.94, not 94), FLOPs are
+plain counts, times are milliseconds unless the field's name says otherwise. A report.json is the old one or the new
+one: pictures are named by what is in them, so that a new report never writes over those of an old one.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image
 from pydantic import PlainValidator, ValidationInfo
 
-from ..errors import BadInput
-from ..evaluation.result import Interval
-from ..records import Undefined, decode, encode
+from .. import tables, words
+from ..errors import BadInput, StorageError
+from ..evaluation.result import Interval, RankConsistency, Timing
+from ..records import decode, encode, read_sealed, seal, user_path, write_atomically
 from ..schedule import Schedule
+from ..searches.run import Trial
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+DATA_FILE = "report.json"
+PICTURE_FOLDER = "report_pictures"
+_REMEDY = "write the report anew"
 METHOD_KINDS = ("full", "found", "baseline")
 
 
@@ -150,69 +161,8 @@ class TaskRow:
         _check_finite(self, "per_task")
 
 
-@dataclass(frozen=True)
-class TimingRow:
-    """A measured time, full and reduced, medians of `runs` alternating runs; `ratio` is full / reduced."""
-
-    what: str
-    full_ms: float
-    reduced_ms: float
-    ratio: float
-    batch: int
-    runs: int
-
-    def __post_init__(self) -> None:
-        _check_finite(self, "timing")
-
-
-@dataclass(frozen=True)
-class TrialRow:
-    """One evaluation of the search: `complete` is False where it stopped early, its score then being
-    an upper bound. `layer` is None where a whole schedule was tried, `why` saying how it came about; `share`
-    of the examples it was run on.
-    """
-
-    layer: int | None
-    keep_rate: float
-    count: int
-    score: float
-    complete: bool
-    accepted: bool
-    seconds: float
-    share: float = 1.0
-    why: str = ""
-
-
-@dataclass(frozen=True)
-class Consistency:
-    """How alike the layers rank the vision tokens (paper, Figure 1).
-
-    `tau` and `topk_overlap` hold L - 1 values: element i compares layers i and i + 1. `tau_matrix` is L x L,
-    `tied_share` has L values. NaN marks a comparison that is not defined.
-    """
-
-    tau: tuple[Undefined, ...]
-    tau_matrix: tuple[tuple[Undefined, ...], ...] = ()
-    topk_overlap: tuple[Undefined, ...] = ()
-    tied_share: tuple[Undefined, ...] = ()
-    words: str = ""
-
-    def __post_init__(self) -> None:
-        layers = len(self.tau) + 1
-        for name in ("tau", "topk_overlap", "tied_share"):
-            object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
-        matrix = tuple(tuple(float(v) for v in row) for row in self.tau_matrix)
-        object.__setattr__(self, "tau_matrix", matrix)
-        if matrix and {len(matrix), *map(len, matrix)} != {layers}:
-            raise BadInput(f"tau_matrix must be {layers} x {layers} to go with {layers - 1} values of tau")
-        if self.topk_overlap and len(self.topk_overlap) != layers - 1:
-            raise BadInput(f"topk_overlap has {len(self.topk_overlap)} values; it needs {layers - 1}, as tau")
-        if self.tied_share and len(self.tied_share) != layers:
-            raise BadInput(f"tied_share has {len(self.tied_share)} values; it needs {layers}, one per layer")
-
-
 def _load_image(name: Any, info: ValidationInfo) -> Image.Image:
-    """The image of a name in JSON, by the function that `ReportData.from_dict` was given."""
+    """The image of a name in JSON, by the function that `load_report_data` gives."""
     load: Callable[[Any], Image.Image] = info.context  # type: ignore[assignment]
     return load(name)
 
@@ -255,7 +205,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class ReportData:
+class ReportData(tables.Shown):
     """Everything one report shows. Parts that are left out leave out their section."""
 
     title: str
@@ -266,10 +216,10 @@ class ReportData:
     keep_rates: tuple[float, ...] = ()
     methods: tuple[MethodRow, ...] = ()
     per_task: tuple[TaskRow, ...] = ()
-    timing: tuple[TimingRow, ...] = ()
-    trials: tuple[TrialRow, ...] = ()
+    timing: tuple[Timing, ...] = ()
+    trials: tuple[Trial, ...] = ()
     frontier: tuple[FrontierRow, ...] = ()
-    consistency: Consistency | None = None
+    consistency: RankConsistency | None = None
     pictures: tuple[Picture, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     commands: tuple[str, ...] = ()
@@ -277,48 +227,106 @@ class ReportData:
     doubts: tuple[str, ...] = ()  # why the full model's scores are too low to tell much
 
     def __post_init__(self) -> None:
-        for name in (
-            "keep_rates",
-            "methods",
-            "per_task",
-            "timing",
-            "trials",
-            "frontier",
-            "pictures",
-            "commands",
-            "doubts",
-        ):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for each in fields(self):
+            if isinstance(value := getattr(self, each.name), list):
+                object.__setattr__(self, each.name, tuple(value))
         if self.keep_rates:
             object.__setattr__(self, "keep_rates", Schedule(self.keep_rates).keep_rates)
         layers = self.model.num_layers
         if self.keep_rates and layers is not None and len(self.keep_rates) != layers:
             raise BadInput(f"the schedule has {len(self.keep_rates)} layers but the model has {layers}")
 
-    def to_dict(self, save_image: Callable[[Image.Image], str]) -> dict[str, Any]:
-        """The report as a JSON object; `save_image` puts an image somewhere and returns its name."""
-        return {"schema_version": SCHEMA_VERSION, **encode(self, {Image.Image: save_image})}
+    def __rich__(self) -> Any:
+        from rich.console import Group
 
-    @classmethod
-    def from_dict(
-        cls, value: dict[str, Any], load_image: Callable[[Any], Image.Image], where: str, remedy: str
-    ) -> ReportData:
-        """The report in a JSON object.
+        return Group(*tables.spaced(self._parts()), "")
 
-        Args:
-            value: from `to_dict`.
-            load_image: turns a name from there into the image.
-            where: the file, for messages.
-            remedy: what to do about damage, for messages.
+    def _tables(self) -> Iterable[tables.Table]:
+        return (part for part in self._parts() if isinstance(part, tables.Table))
 
-        Raises:
-            ThinsightError: another schema version, an unknown or missing key, a value of the wrong type.
-        """
-        version = value.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise BadInput(
-                f"{where}: schema_version {version!r} is unknown, this thinsight reads {SCHEMA_VERSION}; {remedy}"
-            )
-        rest = {key: item for key, item in value.items() if key != "schema_version"}
-        report: ReportData = decode(cls, rest, where, remedy, context=load_image)
-        return report
+    def _parts(self) -> Iterable[Any]:
+        """All of it that a terminal can show, top to bottom."""
+        title = tables.line(self.title, "bold")
+        if self.headline is None:
+            yield title
+        else:
+            yield title.append("\n").append_text(tables.line(words.headline(self.headline), "bold green"))
+            yield from (tables.line(f"Warning: {doubt}", "bold red") for doubt in self.doubts)
+            yield tables.headline_table(self.headline, self.dataset)
+            yield tables.line(words.meaning(self.headline, self.search))
+        if self.keep_rates:
+            yield tables.schedule_bars(self.keep_rates)
+        several: tuple[tuple[Any, Callable[[Any], tables.Table]], ...] = (
+            (self.methods, tables.methods_table),
+            (self.frontier, tables.frontier_table),
+            (self.per_task, tables.tasks_table),
+            (self.timing, tables.timing_table),
+        )
+        yield from (table(rows) for rows, table in several if rows)
+        if self.consistency is not None:
+            yield tables.consistency_table(self.consistency)
+
+
+def save_report_data(folder: str | Path, data: ReportData) -> Path:
+    """Writes `report.json` and its pictures (lossless PNG) into `folder`; returns the JSON's path.
+
+    Raises:
+        ThinsightError: the folder or a file cannot be written.
+    """
+    folder = user_path(folder, "folder")
+    pictures = folder / PICTURE_FOLDER
+    names: list[str] = []
+
+    def save_image(image: Image.Image) -> str:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, "PNG")
+        names.append(f"picture-{len(names):03d}-{_digest(buffer.getvalue())}.png")
+        write_atomically(pictures / names[-1], buffer.getvalue())
+        return names[-1]
+
+    record = seal({"schema_version": SCHEMA_VERSION, **encode(data, {Image.Image: save_image})})
+    write_atomically(folder / DATA_FILE, json.dumps(record, indent=1, allow_nan=False) + "\n")
+    for old in pictures.glob("picture-*.png"):
+        if old.name not in names:
+            with suppress(OSError):  # it does no harm
+                old.unlink()
+    return folder / DATA_FILE
+
+
+def load_report_data(folder: str | Path) -> ReportData:
+    """Reads what `save_report_data` wrote.
+
+    Raises:
+        ThinsightError: no report.json there, one that is no JSON, was changed, breaks the schema or is of another
+            version, or a picture file that is missing or was changed.
+    """
+    folder = user_path(folder, "folder")
+    path = folder / DATA_FILE
+    if not path.exists():
+        raise BadInput(f"no {DATA_FILE} in {folder}; name a folder that `thinsight search` wrote")
+
+    def load_image(name: Any) -> Image.Image:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise StorageError(f"{path}: picture name {name!r} is not a plain file name; {_REMEDY}")
+        file = folder / PICTURE_FOLDER / name
+        try:
+            data = file.read_bytes()
+            if not name.endswith(f"-{_digest(data)}.png"):
+                raise ValueError
+            with Image.open(io.BytesIO(data)) as image:
+                return image.convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError):
+            raise StorageError(f"cannot read picture {file}: missing or damaged; {_REMEDY}") from None
+
+    record = read_sealed(path, _REMEDY)
+    version = record.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise BadInput(
+            f"{path}: schema_version {version!r} is unknown, this thinsight reads {SCHEMA_VERSION}; {_REMEDY}"
+        )
+    report: ReportData = decode(ReportData, record, str(path), _REMEDY, context=load_image)
+    return report
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,8 +1,4 @@
-"""Draws which vision tokens were kept: dropped patches fade, kept ones keep their color and get an outline.
-
-Knows nothing about models or pages. It takes an image, the grid of its vision tokens and indices into
-that grid.
-"""
+"""Draws which vision tokens were kept: dropped patches fade, kept ones keep their color and get an outline."""
 
 from __future__ import annotations
 
@@ -15,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from .. import words
 from ..errors import BadInput
 from ..records import user_path, write_atomically
 from .data import Picture
-from .words import percent
 
 OUTLINE = (255, 176, 0)
 FADE = (30, 35, 46)  # dropped patches move toward this color
@@ -78,25 +74,13 @@ def _border(shown: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
 
 def data_uri(image: Image.Image) -> str:
     """The image as a `data:` address: PNG where that is small, JPEG for photographs."""
-    best, kind = _encoded(image, "PNG"), "png"
-    if len(best) > 24_000:
-        smaller = _encoded(image, "JPEG")
-        best, kind = (smaller, "jpeg") if len(smaller) < len(best) else (best, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(best).decode('ascii')}"
-
-
-def _encoded(image: Image.Image, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    settings = {"quality": 88} if kind == "JPEG" else {"compress_level": 6}
-    image.convert("RGB").save(buffer, kind, **settings)
-    return buffer.getvalue()
-
-
-def caption(picture: Picture, place: int) -> str:
-    """'layer 5: 96 of 256 (37.5 %)'."""
-    kept = len(picture.kept[place])
-    total = picture.num_tokens
-    return f"layer {picture.layers[place]}: {kept} of {total} ({percent(kept / total)})"
+    files = {}
+    for kind, settings in (("png", {"compress_level": 6}), ("jpeg", {"quality": 88})):
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, kind, **settings)
+        files[kind] = buffer.getvalue()
+    kind = "png" if len(files["png"]) <= 24_000 else min(files, key=lambda kind: len(files[kind]))
+    return f"data:image/{kind};base64,{base64.b64encode(files[kind]).decode('ascii')}"
 
 
 def even_columns(number: int) -> int:
@@ -114,7 +98,9 @@ def contact_strip(picture: Picture, *, side: int = 240, columns: int | None = No
     """
     drawings = [draw_kept(picture.image, picture.grid, range(picture.num_tokens), side=side)]
     drawings += [draw_kept(picture.image, picture.grid, kept, side=side) for kept in picture.kept]
-    captions = ["the image", *(caption(picture, place) for place in range(len(picture.kept)))]
+    total, captions = picture.num_tokens, ["the image"]
+    for layer, kept in zip(picture.layers, picture.kept, strict=True):
+        captions.append(f"layer {layer}: {len(kept)} of {total} ({words.percent(len(kept) / total)})")
     columns = max(1, min(len(drawings), even_columns(len(drawings)) if columns is None else columns))
     font, bold = ImageFont.load_default(13), ImageFont.load_default(17)
     pad, gap, under = 24, 16, 26
@@ -122,7 +108,9 @@ def contact_strip(picture: Picture, *, side: int = 240, columns: int | None = No
     step = max(wide, round(max(font.getlength(text) for text in captions)))
     width = max(2 * pad + columns * step + (columns - 1) * gap, 420)
     heading = [(line, bold, _INK) for line in _wrapped(picture.question, bold, width - 2 * pad)]
-    heading += [(line, font, _MUTED) for text in _answers(picture) for line in _wrapped(text, font, width - 2 * pad)]
+    named = (("full model", picture.answer_full), ("reduced", picture.answer_reduced), ("expected", picture.truth))
+    answers = " · ".join(f"{name}: {text}" for name, text in named if text)
+    heading += [(line, font, _MUTED) for line in _wrapped(answers, font, width - 2 * pad)]
     top = pad + 24 * len(heading) + (12 if heading else 0)
     lines = -(-len(drawings) // columns)
     sheet = Image.new("RGB", (width, top + lines * (tall + under) + (lines - 1) * gap + pad - 8), _PAPER)
@@ -135,12 +123,6 @@ def contact_strip(picture: Picture, *, side: int = 240, columns: int | None = No
         sheet.paste(drawing, (left, upper))
         draw.text((left, upper + tall + 6), text, fill=_MUTED, font=font)
     return sheet
-
-
-def _answers(picture: Picture) -> list[str]:
-    named = (("full model", picture.answer_full), ("reduced", picture.answer_reduced), ("expected", picture.truth))
-    line = " · ".join(f"{name}: {text}" for name, text in named if text)
-    return [line] if line else []
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> Sequence[str]:

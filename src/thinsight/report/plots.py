@@ -1,20 +1,23 @@
 """The report's plots as inline SVG, written by hand so that a report needs no script and no picture file.
 
-Knows nothing about the page around them: colors and fonts come from its style sheet by class name. Every
-plot takes its width in pixels, so that a phone gets a drawing of its own and not a shrunken one, and an
-`ident` that is unique in the page.
+Colors and fonts come from the page's style sheet by class name. Every plot takes its width in pixels, so that a phone
+gets a drawing of its own and not a shrunken one, and an `ident` that is unique in the page. Escaping is by
+construction: only `tag` makes markup, and it escapes every plain string it is given.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from . import words
-from .data import Consistency, Interval, MethodRow, TimingRow
-from .markup import Markup, number, tag
+from markupsafe import Markup
+
+from .. import words
+from ..evaluation.result import RankConsistency, Timing
+from ..texts import html
+from .data import MethodRow
 
 _SLIM, _BROAD = frozenset(" .,:;'|!()[]-fijlrtI1"), frozenset(f"%mwMW@{words.TIMES}{words.MINUS}")
 _GAP = 9.0  # distance between points of equal cost that are spread sideways
@@ -26,6 +29,27 @@ _CORNERS: dict[int, list[tuple[float, float]]] = {  # of the marker shapes that 
 }
 _MARK, _KEY_GAP, _KEY_LINE = 16.0, 18.0, 19.0  # of the key: room for a marker, between names, for a line
 _SAME_COST = 0.025  # share of the axis below which two costs are drawn as one
+
+
+VOID = frozenset({"meta", "img", "br", "hr", "link", "col"})
+
+
+def number(value: float) -> str:
+    """A coordinate: two decimals at most, no trailing zeros."""
+    text = f"{value:.2f}".rstrip("0").rstrip(".")
+    return "0" if text in ("-0", "") else text
+
+
+def tag(name: str, /, *children: object, **attributes: object) -> Markup:
+    """One element. `class_` means class, other underscores mean hyphens; what is None is left out."""
+    parts = [name]
+    for key, value in attributes.items():
+        if value is not None:
+            shown = number(value) if isinstance(value, float) else value
+            parts.append(f'{key.rstrip("_").replace("_", "-")}="{html(shown)}"')
+    within = "".join(each if isinstance(each, Markup) else html(each) for each in children if each is not None)
+    opening = f"<{' '.join(parts)}>"
+    return Markup(opening if name in VOID else f"{opening}{within}</{name}>")
 
 
 @dataclass
@@ -48,21 +72,27 @@ class _Canvas:
     def text(self, x: float, y: float, text: str, class_: str = "t", anchor: str = "start") -> None:
         self.add("text", text, x=float(x), y=float(y), class_=class_, text_anchor=anchor)
 
-    def path(self, steps: str, class_: str) -> None:
-        self.add("path", d=steps, class_=class_)
+    def rect(self, x: float, y: float, width: float, height: float, *children: object, **attributes: object) -> None:
+        self.add("rect", *children, x=float(x), y=float(y), width=float(width), height=float(height), **attributes)
+
+    def levels(self, x: _Axis, y: _Axis, labels: Mapping[float, str], base: float | None = None) -> None:
+        """Lines across the plot with their labels at the left; the one at ``base`` is the axis."""
+        for value, label in labels.items():
+            self.line(x.start, y(value), x.end, y(value), "axis" if value == base else "grid")
+            self.text(x.start - 8, y(value) + 4, label, "t muted", "end")
+
+    def layers(self, x: _Axis, y: _Axis, numbers: Sequence[int], title: str) -> None:
+        """Layer numbers below the plot."""
+        for layer in numbers:
+            self.text(x(layer), y.start + 18, str(layer), "t muted", "middle")
+        self.text((x.start + x.end) / 2, self.height - 6, title, "t muted", "middle")
 
     def close(self, class_: str | None = None) -> Markup:
-        label = f"{self.ident}-title {self.ident}-desc"
-        return tag(
-            "svg",
-            tag("title", self.title, id=f"{self.ident}-title"),
-            tag("desc", self.description, id=f"{self.ident}-desc"),
-            *self.elements,
-            viewBox=f"0 0 {number(self.width)} {number(self.height)}",
-            role="img",
-            aria_labelledby=label,
-            class_=class_,
-        )
+        names = f"{self.ident}-title", f"{self.ident}-desc"
+        about = tag("title", self.title, id=names[0]), tag("desc", self.description, id=names[1])
+        box = f"0 0 {number(self.width)} {number(self.height)}"
+        label = " ".join(names)
+        return tag("svg", *about, *self.elements, viewBox=box, role="img", aria_labelledby=label, class_=class_)
 
 
 @dataclass(frozen=True)
@@ -142,26 +172,16 @@ def schedule_plot(
     layers, height = len(keep_rates), 300 if width > 500 else 240
     x = _Axis(-0.5, layers - 0.5, 46, width - 10)
     y = _Axis(0, 1, height - 44, 14)
-    mean = sum(keep_rates) / layers
-    canvas = _Canvas(
-        width,
-        height,
-        "Keep rate of every decoder layer",
-        f"From {words.percent(keep_rates[0])} of the vision tokens at layer 0 "
-        f"down to {words.percent(keep_rates[-1])} at layer {layers - 1}; the mean is {words.percent(mean)}.",
-        ident,
-    )
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        canvas.line(x.start, y(tick), x.end, y(tick), "grid" if tick else "axis")
-        canvas.text(x.start - 8, y(tick) + 4, f"{100 * tick:.0f} %", "t muted", "end")
-    for layer in _layer_ticks(0, layers - 1, x.end - x.start):
-        canvas.text(x(layer), y.start + 18, str(layer), "t muted", "middle")
-    canvas.text((x.start + x.end) / 2, height - 6, "decoder layer", "t muted", "middle")
+    first, last, mean = map(words.percent, (keep_rates[0], keep_rates[-1], sum(keep_rates) / layers))
+    said = f"From {first} of the vision tokens at layer 0 down to {last} at layer {layers - 1}; the mean is {mean}."
+    canvas = _Canvas(width, height, "Keep rate of every decoder layer", said, ident)
+    canvas.levels(x, y, {tick: f"{100 * tick:.0f} %" for tick in (0, 0.25, 0.5, 0.75, 1)}, base=0)
+    canvas.layers(x, y, _layer_ticks(0, layers - 1, x.end - x.start), "decoder layer")
     outline = _step_path(keep_rates, x, y)
-    canvas.path(f"{outline}V{number(y.start)}H{number(x.start)}Z", "area s0")
+    canvas.add("path", d=f"{outline}V{number(y.start)}H{number(x.start)}Z", class_="area s0")
     for name, rates, series in others:
         canvas.add("path", tag("title", name), d=_step_path(rates, x, y), class_=f"step faint s{series}")
-    canvas.path(outline, "step s0")
+    canvas.add("path", d=outline, class_="step s0")
     return canvas.close()
 
 
@@ -172,21 +192,16 @@ def _score_range(method: MethodRow, full_score: float | None) -> tuple[float, fl
     return full_score - method.drop.high, method.score, full_score - method.drop.low
 
 
-def _clusters(costs: Sequence[float], close: float) -> list[list[int]]:
-    """The places of points of (nearly) the same cost, grouped, from the cheapest group to the dearest."""
-    groups: list[list[int]] = []
+def _spread(costs: Sequence[float], close: float) -> list[float]:
+    """Sideways shift in pixels of each point, so that points of (nearly) the same cost stand side by side."""
+    groups: list[list[int]] = []  # from the cheapest to the dearest
     for i in sorted(range(len(costs)), key=lambda i: costs[i]):
         if groups and costs[i] - costs[groups[-1][0]] <= close:
             groups[-1].append(i)
         else:
             groups.append([i])
-    return groups
-
-
-def _spread(costs: Sequence[float], close: float) -> list[float]:
-    """Sideways shift in pixels of each point, so that points of (nearly) the same cost stand side by side."""
     shifts = [0.0] * len(costs)
-    for group in _clusters(costs, close):
+    for group in groups:
         for place, member in enumerate(sorted(group)):
             shifts[member] = (place - (len(group) - 1) / 2) * _GAP
     return shifts
@@ -235,26 +250,24 @@ def accuracy_plot(methods: Sequence[MethodRow], *, width: int, ident: str) -> Ma
     bottom, top = min(r[0] for r in ranges), max(r[2] for r in ranges)
     pad = max(0.08 * (top - bottom), 0.005)
     y = _Axis(bottom - pad, top + pad, plot - 46, 12)
-    ticks = {tick: f"{100 * tick:g} %" for tick in _ticks(y.low, y.high, 5)}
+    ticks = {tick: f"{100 * tick:g} %".replace("-", words.MINUS) for tick in _ticks(y.low, y.high, 5)}
     x = _Axis(0, max(costs) * 1.06 or 1, 10 + max(map(_wide, ticks.values())), width - 12)
-    canvas = _Canvas(
-        width,
-        height,
-        "Score against decoder FLOPs",
-        "; ".join(f"{row.name}: {words.percent(row.score)} at {words.flops(row.flops)}" for row in methods) + ".",
-        ident,
-    )
-    for tick, label in ticks.items():
-        canvas.line(x.start, y(tick), x.end, y(tick), "grid")
-        canvas.text(x.start - 8, y(tick) + 4, label.replace("-", words.MINUS), "t muted", "end")
+    said = "; ".join(f"{row.name}: {words.percent(row.score)} at {words.flops(row.flops)}" for row in methods)
+    canvas = _Canvas(width, height, "Score against decoder FLOPs", f"{said}.", ident)
+    canvas.levels(x, y, ticks)
     canvas.line(x.start, y.start, x.end, y.start, "axis")
     for tick in _ticks(0, x.high, 5 if width > 400 else 4):
         canvas.text(x(tick), y.start + 18, f"{tick:g}", "t muted", "middle")
     canvas.text((x.start + x.end) / 2, plot - 6, f"decoder {unit} per prompt", "t muted", "middle")
     if full_score is not None:
         canvas.line(x.start, y(full_score), x.end, y(full_score), "reference")
-    _draw_points(canvas, methods, ranges, costs, x, y)
     series = series_of(methods)
+    shifts = _spread(costs, _SAME_COST * (x.high - x.low))
+    for place, (low, score, high) in enumerate(ranges):
+        at = x(costs[place]) + shifts[place]
+        if high > low:
+            canvas.line(at, y(low), at, y(high), f"whisker s{series[place]}")
+        _marker(canvas, series[place], at, y(score), f"dot s{series[place]}")
     for place, line in enumerate(lines):
         at, middle = 0.0, plot + _KEY_LINE * (place + 0.5)
         for i in line:
@@ -262,22 +275,6 @@ def accuracy_plot(methods: Sequence[MethodRow], *, width: int, ident: str) -> Ma
             canvas.text(at + _MARK, middle + 4, names[i], f"t name s{series[i]}")
             at += widths[i]
     return canvas.close()
-
-
-def _draw_points(
-    canvas: _Canvas,
-    methods: Sequence[MethodRow],
-    ranges: Sequence[tuple[float, float, float]],
-    costs: Sequence[float],
-    x: _Axis,
-    y: _Axis,
-) -> None:
-    shifts = _spread(costs, _SAME_COST * (x.high - x.low))
-    for series, (low, score, high), cost, shift in zip(series_of(methods), ranges, costs, shifts, strict=True):
-        at = x(cost) + shift
-        if high > low:
-            canvas.line(at, y(low), at, y(high), f"whisker s{series}")
-        _marker(canvas, series, at, y(score), f"dot s{series}")
 
 
 def drop_plot(methods: Sequence[MethodRow], max_drop: float | None = None, *, width: int, ident: str) -> Markup | None:
@@ -294,17 +291,11 @@ def drop_plot(methods: Sequence[MethodRow], max_drop: float | None = None, *, wi
     beside = longest + values + 130 <= width  # else a name stands above its interval
     tall, head = (32, 10) if beside else (44, 10)
     height = head + tall * len(rows) + 44
-    edges = [0.0, *(v for _, _, drop in rows for v in (drop.low, drop.high))]
-    edges += [] if max_drop is None else [max_drop]
+    edges = [0.0, max_drop or 0.0, *(v for _, _, drop in rows for v in (drop.low, drop.high))]
     pad = max(0.05 * (max(edges) - min(edges)), 0.002)
     x = _Axis(min(edges) - pad, max(edges) + pad, longest if beside else 14, width - values)
-    canvas = _Canvas(
-        width,
-        height,
-        "Drop against the full model, with its 95 % interval",
-        "; ".join(f"{row.name}: {words.interval(drop)} points" for row, _, drop in rows) + ".",
-        ident,
-    )
+    said = "; ".join(f"{row.name}: {words.interval(drop)} points" for row, _, drop in rows)
+    canvas = _Canvas(width, height, "Drop against the full model, with its 95 % interval", f"{said}.", ident)
     base = head + tall * len(rows)
     for tick in _ticks(x.low, x.high, 6 if width > 400 else 4):
         canvas.line(x(tick), head, x(tick), base, "grid")
@@ -317,116 +308,74 @@ def drop_plot(methods: Sequence[MethodRow], max_drop: float | None = None, *, wi
     canvas.text(middle, height - 6, title, "t muted", "middle")
     for place, (row, series, drop) in enumerate(rows):
         middle = head + tall * place + (16 if beside else 31)
-        name = _fitting(row.name, width)
-        _drop_row(canvas, name, drop, series, middle, middle + 4 if beside else middle - 14, x)
+        baseline = middle + 4 if beside else middle - 14
+        canvas.text(0, baseline, _fitting(row.name, width), f"t name halo s{series}")
+        canvas.text(width, middle + 4, words.interval(drop), "t halo", "end")
+        canvas.line(x(drop.low), middle, x(drop.high), middle, f"whisker s{series}")
+        _marker(canvas, series, x(drop.mean), middle, f"dot s{series}")
     return canvas.close()
-
-
-def _drop_row(
-    canvas: _Canvas, name: str, drop: Interval, series: int, middle: float, baseline: float, x: _Axis
-) -> None:
-    """One method: its interval and numbers at height `middle`, its name at height `baseline`."""
-    class_ = f"s{series}"
-    canvas.text(0, baseline, name, f"t name halo {class_}")
-    canvas.text(canvas.width, middle + 4, words.interval(drop), "t halo", "end")
-    canvas.line(x(drop.low), middle, x(drop.high), middle, f"whisker {class_}")
-    _marker(canvas, series, x(drop.mean), middle, f"dot {class_}")
 
 
 def task_bar(full: float, reduced: float, *, ident: str, task: str) -> Markup:
     """A bar of the reduced score with a mark at the full model's, for a table cell; both are fractions."""
     width, height = 120.0, 14.0
-    canvas = _Canvas(
-        width,
-        height,
-        f"{task}: full {words.percent(full)}, reduced {words.percent(reduced)}",
-        "The bar is the reduced model's score, the mark the full model's.",
-        ident,
-    )
-    canvas.add("rect", x=0.0, y=4.0, width=width, height=6.0, rx=3.0, class_="rail")
-    canvas.add("rect", x=0.0, y=4.0, width=width * min(max(reduced, 0), 1), height=6.0, rx=3.0, class_="fill s0")
+    title = f"{task}: full {words.percent(full)}, reduced {words.percent(reduced)}"
+    said = "The bar is the reduced model's score, the mark the full model's."
+    canvas = _Canvas(width, height, title, said, ident)
+    canvas.rect(0, 4, width, 6, rx=3.0, class_="rail")
+    canvas.rect(0, 4, width * min(max(reduced, 0), 1), 6, rx=3.0, class_="fill s0")
     at = min(max(full, 0), 1) * (width - 2) + 1
     canvas.line(at, 0, at, height, "tick")
     return canvas.close("task-bar")
 
 
-def timing_plot(timing: Sequence[TimingRow], *, width: int, ident: str) -> Markup:
+def timing_plot(timing: Sequence[Timing], *, width: int, ident: str) -> Markup:
     """Two bars for every measurement, full above reduced, all on one scale of milliseconds."""
     tall, head = 74, 6
     height = head + tall * len(timing)
     longest = max(max(row.full_ms, row.reduced_ms) for row in timing)
     x = _Axis(0, longest or 1, 0, width - 84)
-    canvas = _Canvas(
-        width,
-        height,
-        "Measured time, full against reduced",
-        "; ".join(
-            f"{row.what}: {words.milliseconds(row.full_ms)} full, "
-            f"{words.milliseconds(row.reduced_ms)} reduced, "
-            f"ratio {words.ratio(row.ratio)}"
-            for row in timing
-        )
-        + ".",
-        ident,
+    said = "; ".join(
+        f"{row.what}: {words.milliseconds(row.full_ms)} full, {words.milliseconds(row.reduced_ms)} reduced, "
+        f"ratio {words.ratio(row.ratio)}"
+        for row in timing
     )
+    canvas = _Canvas(width, height, "Measured time, full against reduced", f"{said}.", ident)
     for place, row in enumerate(timing):
         top = head + tall * place
         canvas.text(0, top + 12, _fitting(f"{row.what}, batch {row.batch}", width - 84), "t strong")
         canvas.text(width, top + 12, words.ratio(row.ratio), "t strong", "end")
         for offset, value, class_ in ((20, row.full_ms, "bar full"), (41, row.reduced_ms, "bar s0")):
-            canvas.add(
-                "rect", x=0.0, y=float(top + offset), width=max(x(value), 1.0), height=17.0, rx=3.0, class_=class_
-            )
+            canvas.rect(0, top + offset, max(x(value), 1.0), 17, rx=3.0, class_=class_)
             canvas.text(x(value) + 7, top + offset + 13, words.milliseconds(value), "t muted")
     return canvas.close()
 
 
-def tau_plot(consistency: Consistency, *, width: int, ident: str) -> Markup:
-    """Kendall's tau between neighboring layers, and the overlap of their top tokens where it was measured."""
-    tau, overlap = consistency.tau, consistency.topk_overlap
+def tau_plot(found: RankConsistency, *, width: int, ident: str) -> Markup:
+    """Kendall's tau between neighboring layers, and the overlap of their top tokens."""
+    tau, overlap = found.tau.tolist(), found.topk_overlap.tolist()
     layers, height = len(tau) + 1, 390 if width > 400 else 250
     known = [v for v in (*tau, *overlap) if not math.isnan(v)]
     low = min(0.0, math.floor(10 * min(known, default=0.0)) / 10)
     x = _Axis(0.5, layers - 0.5, 44, width - 10)
     y = _Axis(low, 1, height - 44, 14)
-    canvas = _Canvas(
-        width,
-        height,
-        "Rank consistency of neighboring layers",
-        "Kendall's tau by layer: " + ", ".join(f"{i + 1}: {words.plain(v)}" for i, v in enumerate(tau)) + ".",
-        ident,
-    )
-    for tick in _ticks(low, 1, 5):
-        canvas.line(x.start, y(tick), x.end, y(tick), "grid" if abs(tick) > 1e-9 else "axis")
-        canvas.text(x.start - 8, y(tick) + 4, words.plain(tick, 1), "t muted", "end")
-    for layer in _layer_ticks(1, layers - 1, x.end - x.start):
-        canvas.text(x(layer), y.start + 18, str(layer), "t muted", "middle")
-    canvas.text((x.start + x.end) / 2, height - 6, "decoder layer, compared with the one before", "t muted", "middle")
+    said = "Kendall's tau by layer: " + ", ".join(f"{i + 1}: {words.plain(v)}" for i, v in enumerate(tau))
+    canvas = _Canvas(width, height, "Rank consistency of neighboring layers", f"{said}.", ident)
+    canvas.levels(x, y, {tick: words.plain(tick, 1) for tick in _ticks(low, 1, 5)}, base=0)
+    title = "decoder layer, compared with the one before"
+    canvas.layers(x, y, _layer_ticks(1, layers - 1, x.end - x.start), title)
     half = min(0.36 * (x.end - x.start) / max(1, layers - 1), 16.0)
     for i, value in enumerate(tau):
         if not math.isnan(value):
             top, bottom = y(max(value, 0)), y(min(value, 0))
-            canvas.add(
-                "rect",
-                tag("title", f"layer {i + 1}: tau {words.plain(value)}"),
-                x=x(i + 1) - half,
-                y=top,
-                width=2 * half,
-                height=max(bottom - top, 0.5),
-                rx=2.0,
-                class_="bar s0",
-            )
-    _overlap_line(canvas, overlap, x, y)
-    return canvas.close()
-
-
-def _overlap_line(canvas: _Canvas, overlap: Sequence[float], x: _Axis, y: _Axis) -> None:
+            title = tag("title", f"layer {i + 1}: tau {words.plain(value)}")
+            canvas.rect(x(i + 1) - half, top, 2 * half, max(bottom - top, 0.5), title, rx=2.0, class_="bar s0")
     points = [(x(i + 1), y(v)) for i, v in enumerate(overlap) if not math.isnan(v)]
-    if not points:
-        return
-    canvas.path("M" + "L".join(f"{number(a)} {number(b)}" for a, b in points), "trend s2")
+    if points:
+        canvas.add("path", d="M" + "L".join(f"{number(a)} {number(b)}" for a, b in points), class_="trend s2")
     for a, b in points:
         canvas.add("circle", cx=a, cy=b, r=2.6, class_="dot s2")
+    return canvas.close()
 
 
 def matrix_plot(matrix: Sequence[Sequence[float]], *, width: int, ident: str) -> Markup:
@@ -437,53 +386,26 @@ def matrix_plot(matrix: Sequence[Sequence[float]], *, width: int, ident: str) ->
     height = top + cell * layers + foot
     values = [v for row in matrix for v in row if not math.isnan(v)]
     low = min(math.floor(10 * min(values, default=0.0)) / 10, 0.9)
-    canvas = _Canvas(
-        width,
-        height,
-        "Kendall's tau between all pairs of layers",
-        f"A {layers} by {layers} map; the lowest tau is {words.plain(min(values, default=math.nan))}.",
-        ident,
-    )
+    said = f"A {layers} by {layers} map; the lowest tau is {words.plain(min(values, default=math.nan))}."
+    canvas = _Canvas(width, height, "Kendall's tau between all pairs of layers", said, ident)
+
+    def box(x: float, y: float, wide: float, high: float, value: float, *children: object) -> None:
+        strength = 0.04 + 0.96 * min(max((value - low) / (1 - low), 0), 1)
+        canvas.rect(x, y, wide, high, *children, class_="cell", fill_opacity=strength)
+
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
-            if math.isnan(value):
-                continue
-            canvas.add(
-                "rect",
-                tag("title", f"layers {i} and {j}: {words.plain(value)}"),
-                x=left + j * cell,
-                y=top + i * cell,
-                width=cell,
-                height=cell,
-                class_="cell",
-                fill_opacity=_strength(value, low),
-            )
+            if not math.isnan(value):
+                title = tag("title", f"layers {i} and {j}: {words.plain(value)}")
+                box(left + j * cell, top + i * cell, cell, cell, value, title)
     for layer in _layer_ticks(0, layers - 1, width - left):
         middle = (layer + 0.5) * cell
         canvas.text(left + middle, top + cell * layers + 16, str(layer), "t muted", "middle")
         canvas.text(left - 8, top + middle + 4, str(layer), "t muted", "end")
     canvas.text(left + cell * layers / 2, top + cell * layers + 34, "decoder layer", "t muted", "middle")
-    _matrix_scale(canvas, low, left, height - 34)
+    for step in range(20):  # the scale, from the lowest tau to 1
+        wide = (width - left - 6) / 20
+        box(left + step * wide, height - 34, wide, 10, low + (1 - low) * step / 19)
+    canvas.text(left, height - 8, f"tau {words.plain(low, 1)}", "t muted")
+    canvas.text(width - 6, height - 8, "1.0", "t muted", "end")
     return canvas.close()
-
-
-def _strength(value: float, low: float) -> float:
-    return 0.04 + 0.96 * min(max((value - low) / (1 - low), 0), 1)
-
-
-def _matrix_scale(canvas: _Canvas, low: float, left: float, top: float) -> None:
-    """Twenty boxes from the lowest tau to 1, with both ends named."""
-    width = (canvas.width - left - 6) / 20
-    for step in range(20):
-        value = low + (1 - low) * step / 19
-        canvas.add(
-            "rect",
-            x=left + step * width,
-            y=top,
-            width=width,
-            height=10.0,
-            class_="cell",
-            fill_opacity=_strength(value, low),
-        )
-    canvas.text(left, top + 26, f"tau {words.plain(low, 1)}", "t muted")
-    canvas.text(canvas.width - 6, top + 26, "1.0", "t muted", "end")

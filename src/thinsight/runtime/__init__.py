@@ -1,6 +1,6 @@
 """Runs a transformers model under a reduction. The only room that knows transformers' insides.
 
-`apply.py` puts a reduction on a model and gives its caller a handle. `reducer.py` is the mechanism: a pass
+`handle.py` puts a reduction on a model and gives its caller a handle. `reducer.py` is the mechanism: a pass
 from top to bottom, by hooks (`hooks.py`) that drop vision tokens before layers; `call.py` reads its inputs.
 
 `layout.py` holds the two token spaces, `cache.py` and `masks.py` keep cache and masks right between them;
@@ -13,10 +13,10 @@ Knows nothing about searching, evaluating or reporting.
 
 from __future__ import annotations
 
-from .apply import Handle, apply, check_rankable, remove
 from .captured import CapturedPrefill
 from .encoding import EncodedImages, encode_images
 from .families import decoder_layers, num_layers, vision_token_mask
+from .handle import Handle, apply, check_rankable, remove
 from .observe import LayerScores, layer_scores
 from .prefix import Snapshot, can_share, resuming, snapshotting
 

@@ -24,7 +24,6 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import BadInput, Unsupported
 from ..ranking import autocasts
-from .apply import Handle, applied
 from .cache import CACHE, Kept, Thinned, cache_of, is_paged
 from .call import Plan
 from .families import (
@@ -35,6 +34,7 @@ from .families import (
     sliding_layers,
     writes_vision_after,
 )
+from .handle import Handle, applied
 from .layout import Columns
 from .masks import causal
 

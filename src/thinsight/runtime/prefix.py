@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import BadInput
-from .apply import Handle
 from .cache import Kept, ThinnedLayer, cache_of, thin
 from .families import decoder_layers, sliding_layers
+from .handle import Handle
 from .layout import Columns
 from .reducer import PassState
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from .. import tables
 from ..budget import Budget, check_budget_value
 from ..errors import BadInput, Unreachable
 from ..evaluation.base import SearchEvaluator, as_evaluator
@@ -29,7 +30,7 @@ _SLACK = 1e-9  # as in gsearch: a drop of exactly the tolerance is within it
 
 
 @dataclass(frozen=True)
-class Frontier:
+class Frontier(tables.Shown):
     """Points in the order of their cost, cheapest first; the full model is not among them.
 
     ``evaluations`` counts all that were spent, the sensitivities included.
@@ -43,6 +44,9 @@ class Frontier:
         ends = [self.points[0], self.points[-1]] if self.points else []
         range_ = " to ".join(f"{point.spent:.4g}" for point in ends if point.spent is not None)
         return f"Frontier({len(self.points)} points, cost {range_}, {self.evaluations:g} evaluations)"
+
+    def _tables(self) -> Iterable[tables.Table]:
+        return [tables.points_table(self.points)]
 
     def within(self, limit: float) -> SearchResult:
         """The best-scoring point that costs at most ``limit``, in the budgets' unit.

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .. import tables, words
 from ..adaptive import Adaptive
 from ..budget import Budget
 from ..errors import BadInput, Unreachable
@@ -79,7 +80,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(tables.Shown):
     """The outcome of a search. ``score`` and ``full_score`` are on the calibration set.
 
     ``evaluations`` counts the schedules that were run, one on a share of the examples as that share (the full
@@ -116,6 +117,17 @@ class SearchResult:
             f"SearchResult({self.method}{asked}: score {self.score:.4g} of {self.full_score:.4g} in "
             f"{self.evaluations:g} evaluations, {self.schedule!r})"
         )
+
+    def _tables(self) -> Iterable[tables.Table]:
+        known = {
+            "schedule": repr(self.schedule),
+            "calibration score": f"{words.plain(self.score, 4)}, the full model's {words.plain(self.full_score, 4)}",
+            "allowed drop": "" if self.max_drop is None else f"{self.max_drop:g}",
+            "budget": "" if self.budget is None else f"{self.budget['limit']:.4g} {self.budget['unit']}",
+            "evaluations": f"{self.evaluations:g}",
+            "time": words.duration(self.seconds),
+        }
+        return [tables.facts_table(f"Search: {self.method}", known.items()), tables.trials_table(self.trials)]
 
     @property
     def evaluations(self) -> float:

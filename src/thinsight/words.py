@@ -1,4 +1,4 @@
-"""The report's numbers and findings in words, shared by the HTML page and the terminal.
+"""Numbers and findings in words, the same on a page, in a terminal and in a table.
 
 Knows nothing about markup. Scores are fractions coming in and points of 100 going out.
 """
@@ -6,13 +6,18 @@ Knows nothing about markup. Scores are fractions coming in and points of 100 goi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from .data import Headline, Interval, MethodRow, ReportData, SearchInfo
+if TYPE_CHECKING:
+    from .evaluation.result import Interval
+    from .report.data import Headline, MethodRow, ReportData, SearchInfo
 
 MISSING = "n/a"
 NOTHING = "\N{EN DASH}"  # where there can be no number
 TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"
+_LEVELS = "·▁▂▃▄▅▆▇█"
 _NOISE = 1e-9  # of a product of two floats
 
 
@@ -44,7 +49,7 @@ def plain(value: float | None, digits: int = 2) -> str:
 
 def interval(value: Interval | None) -> str:
     """'0.3 [-0.5, 1.1]' in points, with a real minus sign."""
-    return MISSING if value is None else f"{points(value.mean)} {ends(value)}"
+    return NOTHING if value is None else f"{points(value.mean)} {ends(value)}"
 
 
 def ends(value: Interval) -> str:
@@ -77,8 +82,6 @@ def flops_unit(largest: float) -> tuple[float, str]:
 
 
 def milliseconds(value: float) -> str:
-    if math.isnan(value):
-        return MISSING
     return f"{_significant(value / 1000)} s" if value >= 10_000 else f"{_significant(value)} ms"
 
 
@@ -105,6 +108,17 @@ def parameters(value: int) -> str:
         if value >= scale:
             return f"{_significant(value / scale)}{unit}"
     return str(value)
+
+
+def bars(values: Sequence[float]) -> str:
+    """One block character per value of 0 to 1; a dot is 0, and only 0."""
+    top = len(_LEVELS) - 1
+    return "".join(_LEVELS[max(1 if v > 0 else 0, min(top, round(v * top)))] if v == v else "?" for v in values)
+
+
+def bar(value: float) -> str:
+    """A bar of up to 20 blocks for a value of 0 to 1, none where it is not known."""
+    return "█" * round(20 * max(value, 0)) if value == value else ""
 
 
 def _significant(value: float) -> str:
