@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..progress import Progress, SearchObserver, SearchPlan, Silent
 from .adaptive import adaptive_search
+from .certify import certify
 from .frontier import Frontier, frontier
 from .gsearch import Bayes, Bisect, LayerProblem, Solver, gsearch
 from .psigmoid import psigmoid
@@ -28,6 +29,7 @@ __all__ = [
     "Study",
     "Trial",
     "adaptive_search",
+    "certify",
     "frontier",
     "gsearch",
     "psigmoid",
