@@ -112,8 +112,8 @@ class _Region:
         log_choose = gammaln(self.n + 1) - gammaln(b + 1) - gammaln(rest + 1)
         of_losses = np.exp(log_choose + b * np.log(p) + rest * np.log1p(-p))
         of_wins = np.where(least == 0, 1.0, betainc(np.maximum(least, 1), rest - least + 1, q))
-        total: NDArray[np.float64] = np.bincount(row, weights=of_losses * of_wins, minlength=len(shares))
-        return total + 1e-12
+        total = np.bincount(row, weights=of_losses * of_wins, minlength=len(shares))
+        return np.asarray(total, dtype=np.float64) + 1e-12
 
 
 def largest_surplus(n: int, max_drop: float, confidence: float = 0.95) -> int:
