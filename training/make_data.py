@@ -1,7 +1,11 @@
-"""Draws the frozen calibration and test sets of the package: `python -m training.make_data`.
+"""Draws the frozen calibration, test and certification sets of the package: `python -m training.make_data`.
 
-Both come from the same generator and the same held-out fonts, but from different scenes, photographs' halves
-and digit writers, none of which training saw. The same seed gives the same files.
+All come from the same generator and the same held-out fonts, but from different scenes. Calibration has its own
+photographs' halves and digit writers; test and certification share theirs, and are two independent draws of one
+distribution. Training saw none of it. The same seed gives the same files.
+
+`--further 1000` draws so many more images of that distribution instead, into the folder of `--out`: questions by
+which to check that a certificate holds. They are not part of the package.
 """
 
 from __future__ import annotations
@@ -19,7 +23,8 @@ from training.assets import load_assets
 from training.questions import TASKS, Question
 from training.scenes import Scene, draw_scene
 
-IMAGES = {"calibration": 128, "test": 384}
+IMAGES = {"calibration": 128, "test": 384, "certification": 1000}
+FURTHER = "further"
 QUESTIONS_PER_IMAGE = 3
 DEMO = Path(__file__).parent.parent / "src" / "thinsight" / "demo"
 
@@ -31,13 +36,14 @@ def balanced_questions(rng: np.random.Generator, scene: Scene, asked: Counter[st
     return questions[:QUESTIONS_PER_IMAGE]
 
 
-def write_split(split: str, seed: int, folder: Path) -> Counter[str]:
+def write_split(split: str, seed: int, folder: Path, images: int | None = None) -> Counter[str]:
+    """Draw a set; ``images`` None: as many as the package has of it."""
     rng = np.random.default_rng((seed, zlib.crc32(split.encode())))
-    assets = load_assets(split)
+    assets = load_assets("calibration" if split == "calibration" else "test")
     asked: Counter[str] = Counter()
     lines: list[dict[str, str]] = []
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    for number in range(IMAGES[split]):
+    for number in range(IMAGES[split] if images is None else images):
         scene = draw_scene(rng, assets)
         name = f"images/{split}-{number:04d}.webp"
         Image.fromarray(scene.pixels).save(folder / name, quality=92, method=6)
@@ -61,10 +67,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=2024)
     parser.add_argument("--out", type=Path, default=DEMO)
+    parser.add_argument("--further", type=int, metavar="IMAGES", help="draw so many further images, and nothing else")
     arguments = parser.parse_args()
-    for split in IMAGES:
-        asked = write_split(split, arguments.seed, arguments.out)
-        print(f"{split}: {sum(asked.values())} questions on {IMAGES[split]} images; {dict(asked)}")
+    if arguments.further is not None and arguments.out == DEMO:
+        parser.error("--further needs --out: further images are not part of the package")
+    sets = IMAGES if arguments.further is None else {FURTHER: arguments.further}
+    for split, images in sets.items():
+        asked = write_split(split, arguments.seed, arguments.out, images)
+        print(f"{split}: {sum(asked.values())} questions on {images} images; {dict(asked)}")
 
 
 if __name__ == "__main__":

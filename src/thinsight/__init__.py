@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from . import errors as errors
     from . import timing as timing
     from .adaptive import Adaptive as Adaptive
+    from .certificate import Certificate as Certificate
     from .errors import BadInput as BadInput
     from .errors import MissingPackage as MissingPackage
     from .errors import StorageError as StorageError
@@ -51,6 +52,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .runtime import encode_images as encode_images
     from .runtime import remove as remove
     from .schedule import Schedule as Schedule
+    from .searches.certify import certify as certify
     from .searches.frontier import Frontier as Frontier
     from .searches.frontier import frontier as frontier
     from .searches.gsearch import gsearch as gsearch
@@ -64,6 +66,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
 _MODULES = ("baselines", "budget", "cost", "errors", "timing")
 _NAMES = {
     "adaptive": ("Adaptive",),
+    "certificate": ("Certificate",),
     "errors": ("BadInput", "MissingPackage", "StorageError", "ThinsightError", "Unreachable", "Unsupported"),
     "evaluation": (
         "Evaluation",
@@ -87,6 +90,7 @@ _NAMES = {
         "Frontier",
         "Search",
         "SearchResult",
+        "certify",
         "frontier",
         "gsearch",
         "psigmoid",

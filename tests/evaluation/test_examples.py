@@ -134,7 +134,8 @@ def test_a_truncated_image_is_named(folder, format_):
 
 
 @pytest.mark.parametrize(
-    ("source", "message"), [("demo:train", "use demo:calibration or demo:test"), ("nowhere.jsonl", "does not exist")]
+    ("source", "message"),
+    [("demo:train", "use demo:calibration, demo:test, demo:certification"), ("nowhere.jsonl", "does not exist")],
 )
 def test_unknown_source(source, message):
     with pytest.raises(ThinsightError, match=message):

@@ -123,10 +123,9 @@ def test_splits_share_no_digit_writer_font_or_photograph() -> None:
         assert not np.array_equal(left, right[:, : left.shape[1]])
 
 
-def test_the_frozen_questions_are_those_of_the_generator(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(make_data, "IMAGES", {"calibration": 12, "test": 12})
-    for split in ("calibration", "test"):
-        make_data.write_split(split, 2024, tmp_path)
+def test_the_frozen_questions_are_those_of_the_generator(tmp_path) -> None:
+    for split in make_data.IMAGES:
+        make_data.write_split(split, 2024, tmp_path, 12)
         drawn = (tmp_path / f"{split}.jsonl").read_text().splitlines()
         frozen = (make_data.DEMO / f"{split}.jsonl").read_text().splitlines()
         assert len(drawn) == 36
@@ -136,11 +135,29 @@ def test_the_frozen_questions_are_those_of_the_generator(tmp_path, monkeypatch: 
 def test_the_frozen_sets_are_disjoint_and_large_enough() -> None:
     sets = {
         split: [json.loads(line) for line in (make_data.DEMO / f"{split}.jsonl").read_text().splitlines()]
-        for split in ("calibration", "test")
+        for split in make_data.IMAGES
     }
     assert len(sets["calibration"]) >= 384
     assert len(sets["test"]) >= 1024
-    assert not {e["image"] for e in sets["calibration"]} & {e["image"] for e in sets["test"]}
+    assert len(sets["certification"]) == 3000
+    for one, other in itertools.combinations(sets.values(), 2):
+        assert not {e["image"] for e in one} & {e["image"] for e in other}
+    pictures = [path.read_bytes() for path in (make_data.DEMO / "images").iterdir()]
+    assert len(set(pictures)) == len(pictures) == sum(make_data.IMAGES.values())
     for examples in sets.values():
         assert {e["task"] for e in examples} == set(TASKS)
         assert {e["background"] for e in examples} == {"plain", "photograph"}
+
+
+def test_further_images_are_drawn_beside_the_package(tmp_path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["make_data", "--further", "4", "--out", str(tmp_path)])
+    make_data.main()
+    drawn = [json.loads(line) for line in (tmp_path / "further.jsonl").read_text().splitlines()]
+    assert len(drawn) == 12
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "further.jsonl"}
+    certification = {path.read_bytes() for path in (make_data.DEMO / "images").iterdir()}
+    assert not certification & {path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    monkeypatch.setattr("sys.argv", ["make_data", "--further", "4"])
+    with pytest.raises(SystemExit):
+        make_data.main()
+    assert "--out" in capsys.readouterr().err

@@ -31,7 +31,7 @@ from .metrics import get_metric, metric_for
 
 DEMO_PREFIX = "demo:"
 _DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
-_DEMO_SETS = ("calibration", "test")
+_DEMO_SETS = ("calibration", "test", "certification")
 _FIELDS = ("id", "image", "images", "question", "answer", "answers", "metric")
 _FORMAT = '{"id", "image" or "images", "question", "answer" or "answers", "metric" (optional)}'
 
@@ -289,9 +289,9 @@ def load_examples(
     """Read and check a set of examples; of the images, those that are taken are decoded.
 
     Args:
-        source: "demo:calibration", "demo:test", or the path of a JSON-lines file, one object per line:
-            ``{"id", "image" | "images", "question", "answer" | "answers", "metric"?}``, image paths relative
-            to the file. Further fields are kept in ``extra``.
+        source: "demo:calibration", "demo:test", "demo:certification", or the path of a JSON-lines file, one
+            object per line: ``{"id", "image" | "images", "question", "answer" | "answers", "metric"?}``, image
+            paths relative to the file. Further fields are kept in ``extra``.
         limit: use only so many: the first ones, or a random draw when ``seed`` is given (file order is kept).
         seed: see ``limit``.
         progress: called as ``progress("images", done, total)`` while images are decoded.
@@ -412,7 +412,7 @@ def _locate(source: str | Path) -> Path:
     if isinstance(source, str) and source.startswith(DEMO_PREFIX):
         name = source.removeprefix(DEMO_PREFIX)
         if name not in _DEMO_SETS:
-            choices = " or ".join(DEMO_PREFIX + known for known in _DEMO_SETS)
+            choices = ", ".join(DEMO_PREFIX + known for known in _DEMO_SETS)
             raise BadInput(f"unknown demo data {source!r}: use {choices}")
         return _DEMO_FOLDER / f"{name}.jsonl"
     path = Path(os.path.expanduser(source))

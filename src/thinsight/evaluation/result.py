@@ -380,7 +380,7 @@ def drop_interval(
     if sides.min() < 0.0 or sides.max() > 1.0:
         raise BadInput("full or reduced holds a score outside of [0, 1]; a metric's scores lie within")
     mean = float(drops.mean())
-    effect = _design_effect(drops, groups)
+    effect = design_effect(drops, groups)
     count = len(drops) / effect
     losses, wins = (float(np.clip(side, 0.0, None).sum()) / effect for side in (drops, -drops))
     found = [tango_interval(losses, wins, count, level=level)]
@@ -435,7 +435,7 @@ def tango_interval(losses: float, wins: float, count: float, *, level: float = 0
     return Interval(mean, edge(mean, -1.0), edge(mean, 1.0))
 
 
-def _design_effect(drops: NDArray[np.float64], groups: Sequence[Hashable] | None) -> float:
+def design_effect(drops: NDArray[np.float64], groups: Sequence[Hashable] | None) -> float:
     """How many times wider than of as many single examples the variance of the mean is, at least 1."""
     sums, sizes = _group_totals(drops, groups)
     many, members = len(sums), len(drops)

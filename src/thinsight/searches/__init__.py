@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..evaluation.base import SearchEvaluator, StandIn
 from ..progress import Progress, SearchObserver, SearchPlan, Silent
+from .certify import certify
 from .frontier import Frontier, frontier
 from .gsearch import Bayes, Bisect, LayerProblem, Solver, gsearch
 from .psigmoid import psigmoid
@@ -31,6 +32,7 @@ __all__ = [
     "StandIn",
     "Study",
     "Trial",
+    "certify",
     "frontier",
     "gsearch",
     "psigmoid",
