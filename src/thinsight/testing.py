@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .budget import KeepBudget
 from .errors import BadInput
+from .evaluation.base import SearchEvaluator
 from .evaluation.metrics import Metric, get_metric
 from .evaluation.result import Evaluation
 from .ranking import STATES, Context, Ranker, choose, get_ranker
@@ -198,11 +199,12 @@ class MetricContract:
                 assert metric(text, answers) == metric(text + rest, answers) == 0
 
 
-class Oracle:
+class Oracle(SearchEvaluator):
     """An evaluator without a model: 6 layers, 16 tokens, 24 examples, each hurt by tokens that leave before layer 4.
     It is interrupted, as by Ctrl-C, after ``left`` evaluations."""
 
-    num_layers, num_vision_tokens, full_score, first_layer = 6, 16, 1.0, 1
+    num_layers, num_vision_tokens, samples = 6, 16, True
+    full_score = 1.0
 
     def __init__(self, left: float = math.inf) -> None:
         self.left = left
