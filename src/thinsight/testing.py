@@ -3,8 +3,7 @@
 An author outside of thinsight subclasses one in a test file and says what is to be tested; pytest runs the rest::
 
     class TestMine(RankerContract):
-        @pytest.fixture
-        def ranker(self):
+        @pytest.fixture def ranker(self):
             return get_ranker("mine")
 
 The package holds its own to the same classes. Needs pytest; no model, no file, a second of the CPU.
@@ -199,8 +198,8 @@ class MetricContract:
 
 
 class Oracle:
-    """An evaluator without a model: 6 layers, 16 tokens, 24 examples, each hurt by tokens that leave before layer 4.
-    It is interrupted, as by Ctrl-C, after ``left`` evaluations."""
+    """An evaluator without a model: 6 layers, 16 tokens, 24 examples, each hurt by tokens that leave before layer 4. It
+    is interrupted, as by Ctrl-C, after ``left`` evaluations."""
 
     num_layers, num_vision_tokens, full_score, first_layer = 6, 16, 1.0, 1
 
@@ -230,8 +229,8 @@ class Oracle:
 
 
 class SearchContract:
-    """What is found holds its goal, was run, and is decided by the seed, also where the search was interrupted.
-    Give the fixture `search`."""
+    """What is found holds its goal, was run, and is decided by the seed, also where the search was interrupted. Give
+    the fixture `search`."""
 
     def run(self, search: Search, goal: Any = None, left: float = math.inf, **told: Any) -> SearchResult:
         """What it finds under a budget, or a tolerance, with three trials more than it needs."""
