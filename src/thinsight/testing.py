@@ -31,7 +31,7 @@ from .evaluation.result import Evaluation
 from .ranking import STATES, Context, Ranker, choose, get_ranker
 from .reduction import Reduction
 from .schedule import Schedule
-from .searches import SEARCHES, Search, SearchResult
+from .searches import SEARCHES, Search, SearchEvaluator, SearchResult
 
 SIZES = ((16,), (16, 9), (), (1,))  # per row of a batch, N of each image
 
@@ -197,11 +197,11 @@ class MetricContract:
                 assert metric(text, answers) == metric(text + rest, answers) == 0
 
 
-class Oracle:
+class Oracle(SearchEvaluator):
     """An evaluator without a model: 6 layers, 16 tokens, 24 examples, each hurt by tokens that leave before layer 4. It
     is interrupted, as by Ctrl-C, after ``left`` evaluations."""
 
-    num_layers, num_vision_tokens, full_score, first_layer = 6, 16, 1.0, 1
+    num_layers, num_vision_tokens, full_score, samples = 6, 16, 1.0, True
 
     def __init__(self, left: float = math.inf) -> None:
         self.left = left
@@ -212,11 +212,11 @@ class Oracle:
     def statistics(self, reduction: Reduction) -> np.ndarray:
         return np.linspace(0, 1, 24)
 
-    def sample(self, given: Schedule | Reduction, share: float) -> Evaluation:
+    def sample(self, candidate: Schedule | Reduction, /, share: float) -> Evaluation:
         if self.left <= 0:
             raise KeyboardInterrupt
         self.left -= 1
-        reduction = given if isinstance(given, Reduction) else self.reduction(given)
+        reduction = self.bind(candidate)
         family, likely = reduction.adaptive, []
         for place in np.linspace(0, 1, 24)[: max(1, round(24 * share))]:
             own = reduction.schedule if family is None else family.schedules[family.level(float(place))]
@@ -224,8 +224,8 @@ class Oracle:
         score = float(np.mean([each > 0.5 for each in likely]))
         return Evaluation(score=score, agreement=float(np.mean(likely)), share=len(likely) / 24)
 
-    def __call__(self, given: Schedule | Reduction) -> Evaluation:
-        return self.sample(given, 1.0)
+    def __call__(self, candidate: Schedule | Reduction, /) -> Evaluation:
+        return self.sample(candidate, 1.0)
 
 
 class SearchContract:
