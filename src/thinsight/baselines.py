@@ -1,12 +1,12 @@
 """The published methods as a schedule and a ranker, with their own constants or brought to a given cost.
 
-Knows cost and schedules. Knows nothing about torch, models, data or searches: a baseline is a ``Reduction``
-like any other and is run, scored and saved like one.
+Knows cost and schedules. Knows nothing about torch, models, data or searches: a baseline is a ``Reduction`` like any
+other and is run, scored and saved like one.
 
-A comparison is only worth printing at equal cost: each function takes a ``budget=`` (see budget.py) and then
-solves its one free parameter so that the cost comes to the budget within one token per layer, never above
-it. Where a paper's layers were chosen for 32 of them, the paper's numbers are the default, and
-``scale_layers=True`` brings them to the model's depth: layer K of 32 becomes ``max(1, round(K * L / 32))``.
+A comparison is only worth printing at equal cost: each function takes a ``budget=`` (see budget.py) and then solves its
+one free parameter so that the cost comes to the budget within one token per layer, never above it. Where a paper's
+layers were chosen for 32 of them, the paper's numbers are the default, and ``scale_layers=True`` brings them to the
+model's depth: layer K of 32 becomes ``max(1, round(K * L / 32))``.
 
 To add a method: write one function that returns a ``Reduction``; give it one parameter that raises its cost and, for
 ``budget=``, hand ``budget.fit`` the function from that parameter to a schedule; enter it in ``BASELINES``.
@@ -48,11 +48,10 @@ def fastv(
 ) -> Reduction:
     """FastV (Chen et al., ECCV 2024, arXiv 2403.06764): one step to ``rate`` before layer K = ``layer``.
 
-    Its constants: K = 2, 50 % kept, ranked by the attention of the last prompt token at the layer before,
-    averaged over heads. With ``budget`` the rate is solved and ``num_layers`` is the budget's. On a shallow
-    decoder the layers above K may cost more than the budget alone; it is then refused, unless
-    ``scale_layers`` takes K for one of 32 layers. ``ranker`` replaces the published one, for a comparison of
-    schedules alone.
+    Its constants: K = 2, 50 % kept, ranked by the attention of the last prompt token at the layer before, averaged over
+    heads. With ``budget`` the rate is solved and ``num_layers`` is the budget's. On a shallow decoder the layers above
+    K may cost more than the budget alone; it is then refused, unless ``scale_layers`` takes K for one of 32 layers.
+    ``ranker`` replaces the published one, for a comparison of schedules alone.
     """
     depth = _layers(num_layers, budget)
     layer = _scaled(layer, depth) if scale_layers else layer
@@ -62,13 +61,12 @@ def fastv(
 
 
 def vtw(num_layers: int | None = None, *, layer: int | None = None, budget: Budget | None = None) -> Reduction:
-    """VTW, visual tokens withdrawal (Lin et al., AAAI 2025, arXiv 2405.05803): every vision token leaves at
-    one layer.
+    """VTW, visual tokens withdrawal (Lin et al., AAAI 2025, arXiv 2405.05803): every vision token leaves at one layer.
 
-    ``layer`` is where (default: half of the depth, the paper's choice for LLaVA-1.5-7B's 32 layers being 16).
-    With ``budget`` the layer is solved; because whole layers are a coarse grid, the layer of withdrawal
-    itself may keep a part of the tokens, which is the only departure from the paper. No ranking matters when
-    the rate is 0 or 1; the partial layer is thinned evenly.
+    ``layer`` is where (default: half of the depth, the paper's choice for LLaVA-1.5-7B's 32 layers being 16). With
+    ``budget`` the layer is solved; because whole layers are a coarse grid, the layer of withdrawal itself may keep a
+    part of the tokens, which is the only departure from the paper. No ranking matters when the rate is 0 or 1; the
+    partial layer is thinned evenly.
     """
     layers = _layers(num_layers, budget)
     if budget is None:
@@ -88,12 +86,11 @@ def pyramiddrop(
     budget: Budget | None = None,
     ranker: RankerSpec | None = None,
 ) -> Reduction:
-    """PyramidDrop (Xing et al., CVPR 2025, arXiv 2410.17247): a staircase, each stage keeps ``ratio`` of the
-    last.
+    """PyramidDrop (Xing et al., CVPR 2025, arXiv 2410.17247): a staircase, each stage keeps ``ratio`` of the last.
 
-    Its constants: four stages of equal depth (steps at L/4, L/2 and 3L/4; ``layers`` overrides them), ratio
-    0.5, ranked by the attention of the last instruction token. With ``budget`` the ratio is solved; the first
-    stage is always full, so budgets below it are refused: give earlier ``layers``.
+    Its constants: four stages of equal depth (steps at L/4, L/2 and 3L/4; ``layers`` overrides them), ratio 0.5, ranked
+    by the attention of the last instruction token. With ``budget`` the ratio is solved; the first stage is always full,
+    so budgets below it are refused: give earlier ``layers``.
     """
     depth = _layers(num_layers, budget)
     steps = tuple(layers) if layers is not None else tuple(sorted({depth * s // 4 for s in (1, 2, 3)}))
@@ -101,20 +98,18 @@ def pyramiddrop(
     def staircase(r: float) -> Schedule:
         return Schedule.stages(depth, {start: r ** (i + 1) for i, start in enumerate(steps)})
 
-    schedule = (
-        staircase(ratio) if budget is None else fit(budget, staircase, 0.0, 1.0, f"PyramidDrop (steps at {steps})")
-    )
+    name = f"PyramidDrop (steps at {steps})"
+    schedule = staircase(ratio) if budget is None else fit(budget, staircase, 0.0, 1.0, name)
     return Reduction(schedule, ranker or {"name": "text-attention", "queries": "last"})
 
 
 def sparsevlm(num_layers: int | None = None, *, budget: Budget | None = None, scale_layers: bool = True) -> Reduction:
     """SparseVLM (Zhang et al., ICML 2025, arXiv 2410.04417): a staircase, ranked by selected text tokens.
 
-    Its constants: steps at layers 2, 6 and 15 of 32, to 300, 200 and 110 of 576 tokens (the setting of 192
-    tokens on average). With ``budget`` the three rates keep these proportions, none above 1. The layers are
-    brought to the model's depth, as they span half of it; ``scale_layers=False`` takes them as they are.
-    Departures: steps lie before those layers, where the public code runs them in full and drops behind them;
-    and those of the `sparsevlm` ranker.
+    Its constants: steps at layers 2, 6 and 15 of 32, to 300, 200 and 110 of 576 tokens (the setting of 192 tokens on
+    average). With ``budget`` the three rates keep these proportions, none above 1. The layers are brought to the
+    model's depth, as they span half of it; ``scale_layers=False`` takes them as they are. Departures: steps lie before
+    those layers, where the public code runs them in full and drops behind them; and those of the `sparsevlm` ranker.
     """
     depth = _layers(num_layers, budget)
     steps = {_scaled(layer, depth) if scale_layers else layer: rate for layer, rate in _SPARSEVLM.items()}
@@ -130,19 +125,18 @@ def sparsevlm(num_layers: int | None = None, *, budget: Budget | None = None, sc
 def fitprune(statistics: Iterable[Iterable[float]], budget: Budget) -> Reduction:
     """FitPrune (Ye et al., AAAI 2025, arXiv 2409.10197): counts per layer from attention statistics.
 
-    One threshold serves all layers: as many of the least attended tokens go at each layer as leave at least
-    1 - threshold of the attention that the vision tokens receive there. It is bisected until the budget is
-    met. What a layer's attention says takes effect in the next one, so layer 0 keeps all tokens. Ranked by
-    text attention.
+    One threshold serves all layers: as many of the least attended tokens go at each layer as leave at least 1 -
+    threshold of the attention that the vision tokens receive there. It is bisected until the budget is met. What a
+    layer's attention says takes effect in the next one, so layer 0 keeps all tokens. Ranked by text attention.
 
-    Departures: the paper watches attention from the text and from vision tokens and drops what both would
-    drop, with the highest head's attention, of each example; here it is the text's, mean over heads, averaged
-    over examples, and the layers' rankings count as one (a dropped token is among the least attended ones of
-    later layers too). What the threshold leaves of the budget is spent one token at a time.
+    Departures: the paper watches attention from the text and from vision tokens and drops what both would drop, with
+    the highest head's attention, of each example; here it is the text's, mean over heads, averaged over examples, and
+    the layers' rankings count as one (a dropped token is among the least attended ones of later layers too). What the
+    threshold leaves of the budget is spent one token at a time.
 
     Args:
-        statistics: per layer, the attention that its vision tokens receive: ``attention_statistics(model,
-            processor, examples)``. In any order and at any scale.
+        statistics: per layer, the attention that its vision tokens receive: ``attention_statistics(model, processor,
+            examples)``. In any order and at any scale.
         budget: what the reduction may cost.
 
     Raises:
@@ -159,37 +153,35 @@ def fitprune(statistics: Iterable[Iterable[float]], budget: Budget) -> Reduction
 
 def visionzip(*, budget: Budget) -> Reduction:
     """VisionZip (Yang et al., CVPR 2025, arXiv 2412.04467): all at layer 0, by the `visionzip` ranker."""
-    rate = _step_rate(budget, 0, "VisionZip")
-    return _at_layer_0(budget, rate, {"name": "visionzip", "keep": rate})
+    return _at_layer_0(budget, "VisionZip", "visionzip", told=True)
 
 
 def fastervlm(*, budget: Budget) -> Reduction:
-    """FasterVLM (Zhang et al., 2024, arXiv 2412.01818, first version): all at layer 0, by the attention of
-    the vision tower's CLS token (of the average token where there is none)."""
-    return _at_layer_0(budget, _step_rate(budget, 0, "FasterVLM"), "vision-attention")
+    """FasterVLM (Zhang et al., 2024, arXiv 2412.01818, first version): all at layer 0, by the attention of the vision
+    tower's CLS token (of the average token where there is none)."""
+    return _at_layer_0(budget, "FasterVLM", "vision-attention")
 
 
 def vispruner(*, budget: Budget) -> Reduction:
     """VisPruner (Zhang et al., ICCV 2025, arXiv 2412.01818): all at layer 0, by the `vispruner` ranker."""
-    rate = _step_rate(budget, 0, "VisPruner")
-    return _at_layer_0(budget, rate, {"name": "vispruner", "keep": rate})
+    return _at_layer_0(budget, "VisPruner", "vispruner", told=True)
 
 
 def divprune(*, budget: Budget) -> Reduction:
     """DivPrune (Alvar et al., CVPR 2025, arXiv 2503.02175): all at layer 0, by the `divprune` ranker."""
-    return _at_layer_0(budget, _step_rate(budget, 0, "DivPrune"), "divprune")
+    return _at_layer_0(budget, "DivPrune", "divprune")
 
 
 def cdpruner(*, budget: Budget) -> Reduction:
     """CDPruner (Zhang et al., NeurIPS 2025, arXiv 2506.10967): all at layer 0, by the `cdpruner` ranker."""
-    return _at_layer_0(budget, _step_rate(budget, 0, "CDPruner"), "cdpruner")
+    return _at_layer_0(budget, "CDPruner", "cdpruner")
 
 
 def dart(*, budget: Budget, layer: int = 2, scale_layers: bool = False) -> Reduction:
     """DART (Wen et al., 2025, arXiv 2502.11494): one step, by the `dart` ranker.
 
-    Its constants: the step is before layer 2. On a shallow decoder the layers above may cost more than the
-    budget alone; it is then refused, unless ``scale_layers`` takes ``layer`` for one of 32.
+    Its constants: the step is before layer 2. On a shallow decoder the layers above may cost more than the budget
+    alone; it is then refused, unless ``scale_layers`` takes ``layer`` for one of 32.
     """
     layer = _scaled(layer, budget.num_layers) if scale_layers else layer
     rate = _step_rate(budget, layer, f"DART (one step at layer {layer})")
@@ -201,15 +193,14 @@ def autoprune(
 ) -> Reduction:
     """AutoPrune (Wang et al., NeurIPS 2025, arXiv 2509.23931): a logistic whose slope each prompt sets.
 
-    Its constants: after layer 0 ``initial`` times the mean keep rate; then, after each layer i of 32, rates
-    in proportion to ``1 / (1 + exp(k (i - x0 - k)))``, scaled until every prompt spends the budget, with
-    ``k = max(k0 - gamma x I, 0)`` and I the mutual information of text and vision tokens in layer 1's
-    attention, summed over 32 heads. Layers are scaled to the model's depth and I to 32 heads. Ranked by text
-    attention.
+    Its constants: after layer 0 ``initial`` times the mean keep rate; then, after each layer i of 32, rates in
+    proportion to ``1 / (1 + exp(k (i - x0 - k)))``, scaled until every prompt spends the budget, with ``k = max(k0 -
+    gamma x I, 0)`` and I the mutual information of text and vision tokens in layer 1's attention, summed over 32 heads.
+    Layers are scaled to the model's depth and I to 32 heads. Ranked by text attention.
 
-    Departures: k in steps of 0.05, so that there are nine schedules; the first selection is by text attention
-    too, where the paper adds the vision tower's; dropped tokens are not clustered into new ones. All prompts
-    cost the same, so ``shares`` of the schedules are given as alike.
+    Departures: k in steps of 0.05, so that there are nine schedules; the first selection is by text attention too,
+    where the paper adds the vision tower's; dropped tokens are not clustered into new ones. All prompts cost the same,
+    so ``shares`` of the schedules are given as alike.
     """
     depth = budget.num_layers
     layer = min(2, depth - 1)
@@ -252,7 +243,7 @@ def uniform(schedule: Schedule | None = None, *, budget: Budget | None = None) -
 
 def downsample(*, budget: Budget) -> Reduction:
     """The image at a lower resolution, by pooling its tokens before layer 0: the `downsample` ranker."""
-    return _at_layer_0(budget, _step_rate(budget, 0, "Downsampling"), "downsample")
+    return _at_layer_0(budget, "Downsampling", "downsample")
 
 
 @dataclass(frozen=True)
@@ -360,17 +351,18 @@ def _step_rate(budget: Budget, layer: int, name: str) -> float:
     return fit_rate(budget, lambda rate: Schedule.step(budget.num_layers, layer, rate), name)
 
 
-def _at_layer_0(budget: Budget, rate: float, ranker: RankerSpec) -> Reduction:
-    return Reduction(Schedule.step(budget.num_layers, 0, rate), ranker)
+def _at_layer_0(budget: Budget, title: str, ranker: str, told: bool = False) -> Reduction:
+    """All at layer 0; the ranker is ``told`` the rate where its choice depends on it."""
+    rate = _step_rate(budget, 0, title)
+    return Reduction(Schedule.step(budget.num_layers, 0, rate), {"name": ranker, "keep": rate} if told else ranker)
 
 
 def _given(schedule: Schedule | None, budget: Budget | None, name: str) -> Schedule:
-    if (schedule is None) == (budget is None):
-        raise BadInput(f"{name} dropping needs either a schedule or budget=")
-    if schedule is not None:
+    if schedule is not None and budget is None:
         return schedule
-    assert budget is not None
-    return Schedule.step(budget.num_layers, 0, _step_rate(budget, 0, name))
+    if schedule is None and budget is not None:
+        return Schedule.step(budget.num_layers, 0, _step_rate(budget, 0, name))
+    raise BadInput(f"{name} dropping needs either a schedule or budget=")
 
 
 def _profiles(statistics: Iterable[Iterable[float]], depth: int) -> list[list[float]]:

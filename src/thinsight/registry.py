@@ -1,7 +1,7 @@
 """What thinsight knows by name: rankers, metrics, searches, baselines, and whatever else a user may add to.
 
-An item enters by one call from a file of this package, or by an entry point of another distribution. Knows
-nothing about what the items are.
+An item enters by one call from a file of this package, or by an entry point of another distribution. Knows nothing
+about what the items are.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Registry(Generic[T]):
 
     Args:
         kind: what an item is called in messages, such as "ranker".
-        group: the entry-point group by which other distributions add items, such as "thinsight.rankers"; None:
-            there is none. An entry point has the item's name, and names the item or a module that enters it.
-            It is loaded when a name is asked for that is not known, or all names are. One that fails, or whose
-            name is taken, is a warning that names it, and leaves the others as they are.
+        group: the entry-point group by which other distributions add items, such as "thinsight.rankers"; None: there is
+            none. An entry point has the item's name, and names the item or a module that enters it. It is loaded when a
+            name is asked for that is not known, or all names are. One that fails, or whose name is taken, is a warning
+            that names it, and leaves the others as they are.
         builtin: modules that enter items when they are imported, which happens when the first name is asked for.
         code: the class or function that an item stands for, or its name, by which a reloaded module's is known again.
         key: the attribute that holds an item's name.
@@ -49,8 +49,8 @@ class Registry(Generic[T]):
         """Enter an item by its own name or the given one; also a class decorator.
 
         Raises:
-            BadInput: the name is not a text that can be written on a command line, or is taken. The same item,
-                as a reloaded module makes it again, takes its old place.
+            BadInput: the name is not a text that can be written on a command line, or is taken. The same item, as a
+                reloaded module makes it again, takes its old place.
         """
         known_as: Any = getattr(item, self._key, None) if name is None else name
         if not isinstance(known_as, str) or not known_as.isprintable() or not known_as or set(known_as) & set(" ,:="):

@@ -3,8 +3,7 @@
 An author outside of thinsight subclasses one in a test file and says what is to be tested; pytest runs the rest::
 
     class TestMine(RankerContract):
-        @pytest.fixture
-        def ranker(self):
+        @pytest.fixture def ranker(self):
             return get_ranker("mine")
 
 The package holds its own to the same classes. Needs pytest; no model, no file, a second of the CPU.
@@ -27,13 +26,12 @@ from torch import Tensor
 
 from .budget import KeepBudget
 from .errors import BadInput
-from .evaluation.base import SearchEvaluator
 from .evaluation.metrics import Metric, get_metric
 from .evaluation.result import Evaluation
 from .ranking import STATES, Context, Ranker, choose, get_ranker
 from .reduction import Reduction
 from .schedule import Schedule
-from .searches import SEARCHES, Search, SearchResult
+from .searches import SEARCHES, Search, SearchEvaluator, SearchResult
 
 SIZES = ((16,), (16, 9), (), (1,))  # per row of a batch, N of each image
 
@@ -200,11 +198,10 @@ class MetricContract:
 
 
 class Oracle(SearchEvaluator):
-    """An evaluator without a model: 6 layers, 16 tokens, 24 examples, each hurt by tokens that leave before layer 4.
-    It is interrupted, as by Ctrl-C, after ``left`` evaluations."""
+    """An evaluator without a model: 6 layers, 16 tokens, 24 examples, each hurt by tokens that leave before layer 4. It
+    is interrupted, as by Ctrl-C, after ``left`` evaluations."""
 
-    num_layers, num_vision_tokens, samples = 6, 16, True
-    full_score = 1.0
+    num_layers, num_vision_tokens, full_score, samples = 6, 16, 1.0, True
 
     def __init__(self, left: float = math.inf) -> None:
         self.left = left
@@ -215,11 +212,11 @@ class Oracle(SearchEvaluator):
     def statistics(self, reduction: Reduction) -> np.ndarray:
         return np.linspace(0, 1, 24)
 
-    def sample(self, given: Schedule | Reduction, share: float) -> Evaluation:
+    def sample(self, candidate: Schedule | Reduction, /, share: float) -> Evaluation:
         if self.left <= 0:
             raise KeyboardInterrupt
         self.left -= 1
-        reduction = given if isinstance(given, Reduction) else self.reduction(given)
+        reduction = self.bind(candidate)
         family, likely = reduction.adaptive, []
         for place in np.linspace(0, 1, 24)[: max(1, round(24 * share))]:
             own = reduction.schedule if family is None else family.schedules[family.level(float(place))]
@@ -227,13 +224,13 @@ class Oracle(SearchEvaluator):
         score = float(np.mean([each > 0.5 for each in likely]))
         return Evaluation(score=score, agreement=float(np.mean(likely)), share=len(likely) / 24)
 
-    def __call__(self, given: Schedule | Reduction) -> Evaluation:
-        return self.sample(given, 1.0)
+    def __call__(self, candidate: Schedule | Reduction, /) -> Evaluation:
+        return self.sample(candidate, 1.0)
 
 
 class SearchContract:
-    """What is found holds its goal, was run, and is decided by the seed, also where the search was interrupted.
-    Give the fixture `search`."""
+    """What is found holds its goal, was run, and is decided by the seed, also where the search was interrupted. Give
+    the fixture `search`."""
 
     def run(self, search: Search, goal: Any = None, left: float = math.inf, **told: Any) -> SearchResult:
         """What it finds under a budget, or a tolerance, with three trials more than it needs."""

@@ -1,11 +1,10 @@
-"""Metrics: how good one predicted text is, given the answers that count as right. Each returns a number in
-[0, 1].
+"""Metrics: how good one predicted text is, given the answers that count as right. Each returns a number in [0, 1].
 
 Pure functions of strings. Knows nothing about models, tokens, images or how a prediction came about.
 
 Texts are compared after Unicode normalisation: NFKC (full-width letters and ligatures are the plain ones) in
-`exact_match` and `multiple_choice`; the canonical NFC, which changes no character's look, in the metrics that
-a benchmark has published, so that text in NFC, as nearly all is, scores as there; none in `agreement`.
+`exact_match` and `multiple_choice`; the canonical NFC, which changes no character's look, in the metrics that a
+benchmark has published, so that text in NFC, as nearly all is, scores as there; none in `agreement`.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ RELATIVE_TOLERANCE = 0.05
 class Metric:
     """A named scoring rule: ``metric(prediction, answers, question) -> float`` in [0, 1], higher is better.
 
-    ``answers`` holds at least one text; with several, the prediction is compared with each as the rule says.
-    Of the question only the options that it lists are read, and only where ``reads_options``.
+    ``answers`` holds at least one text; with several, the prediction is compared with each as the rule says. Of the
+    question only the options that it lists are read, and only where ``reads_options``.
     `thinsight.testing.MetricContract` holds a metric to all this.
 
     Attributes:
@@ -37,12 +36,11 @@ class Metric:
         rule: ``rule(prediction, answers)``, and the options by letter as a third where ``reads_options``.
         reads_options: whether an option's text counts as its letter.
         ceiling: ``ceiling(answers)``, the highest score that any prediction can get on these answers.
-        lost: ``lost(beginning, answers)``, whether it is certain that no prediction that begins so scores
-            anything. The beginning's last characters may be those of a character that is not whole yet
-            (U+FFFD).
+        lost: ``lost(beginning, answers)``, whether it is certain that no prediction that begins so scores anything. The
+            beginning's last characters may be those of a character that is not whole yet (U+FFFD).
         needs_answers: whether it compares with labels; if not, ``answers`` is the full model's own answer.
-        by_tokens: whether the answers' tokens must be the full model's: the rule is not asked, and decoding
-            stops where they part.
+        by_tokens: whether the answers' tokens must be the full model's: the rule is not asked, and decoding stops where
+            they part.
     """
 
     name: str
@@ -67,8 +65,8 @@ class Metric:
     def chance(self, answers: Sequence[str], question: str = "") -> float:
         """What guessing scores on average, by the form of the answers.
 
-        1 / n where all of them are among the n options that the question lists, 1/2 for yes or no and true or
-        false, else 0.
+        1 / n where all of them are among the n options that the question lists, 1/2 for yes or no and true or false,
+        else 0.
         """
         if not self.needs_answers or not answers:
             return 0.0
@@ -82,20 +80,18 @@ class Metric:
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction equals one of the answers, else 0.
 
-    Accuracy by string equality as GQA counts it (arXiv 1902.09506), ignoring case, outer and repeated white
-    space, a final full stop and how Unicode writes a character (NFKC), as evaluation harnesses do. Other
-    punctuation counts: "3.5" is not "35".
+    Accuracy by string equality as GQA counts it (arXiv 1902.09506), ignoring case, outer and repeated white space, a
+    final full stop and how Unicode writes a character (NFKC), as evaluation harnesses do. Other punctuation counts:
+    "3.5" is not "35".
     """
     return float(_plain(prediction) in {_plain(answer) for answer in answers})
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """The VQA challenge's accuracy (Antol et al., arXiv 1505.00468; official ``vqaEval``): leave one
-    annotator out.
+    """The VQA challenge's accuracy (Antol et al., arXiv 1505.00468; official ``vqaEval``): leave one annotator out.
 
-    For each annotator, min(1, matches among the *others* / 3); the mean over annotators. Both sides are
-    normalized as the official script does (``normalize_vqa``). A single answer has no others to compare with:
-    then equality counts.
+    For each annotator, min(1, matches among the *others* / 3); the mean over annotators. Both sides are normalized as
+    the official script does (``normalize_vqa``). A single answer has no others to compare with: then equality counts.
     """
     said = normalize_vqa(prediction)
     matches = [normalize_vqa(answer) == said for answer in answers]
@@ -105,29 +101,26 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return math.fsum(min(1.0, (total - match) / 3) for match in matches) / len(matches)
 
 
-def _best_of_its_own(answers: Sequence[str]) -> float:
-    """Fewer agreeing annotators allow less than 1, and only their own answers score at all."""
-    return max(vqa_accuracy(answer, answers) for answer in answers)
-
-
 def anls(prediction: str, answers: Sequence[str]) -> float:
     """Average normalized Levenshtein similarity (Biten et al., arXiv 1905.13648, eq. 1), of one prediction.
 
-    The best answer's 1 - distance / longer length, ignoring case and repeated white space; below the
-    threshold of 0.5 it counts 0. Exactly 0.5 counts, as in the official scorer of ST-VQA and DocVQA.
+    The best answer's 1 - distance / longer length, ignoring case and repeated white space; below the threshold of 0.5
+    it counts 0. Exactly 0.5 counts, as in the official scorer of ST-VQA and DocVQA.
     """
-    said = _squeezed(_composed(prediction).lower())
-    best = max(_similarity(said, _squeezed(_composed(answer).lower())) for answer in answers)
+    said, best = _squeezed(_composed(prediction).lower()), 0.0
+    for answer in answers:
+        right = _squeezed(_composed(answer).lower())
+        longest = max(len(said), len(right))
+        best = max(best, 1.0 - edit_distance(said, right) / longest if longest else 1.0)
     return best if best >= ANLS_THRESHOLD else 0.0
 
 
 def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """ChartQA's relaxed accuracy (Masry et al., arXiv 2203.10244, section 5.1, after PlotQA, arXiv
-    1909.00997), by the rules of the scorer that is in use (``relaxed_correctness`` of Pix2Struct, arXiv
-    2210.03347).
+    """ChartQA's relaxed accuracy (Masry et al., arXiv 2203.10244, section 5.1, after PlotQA, arXiv 1909.00997), by the
+    rules of the scorer that is in use (``relaxed_correctness`` of Pix2Struct, arXiv 2210.03347).
 
-    A number may be off by 5 % of the true one; anything else must match but for case. "12%" is read as 0.12.
-    As there, "1,200" is no number, a final full stop of a word counts, and a true 0 must be matched as text.
+    A number may be off by 5 % of the true one; anything else must match but for case. "12%" is read as 0.12. As there,
+    "1,200" is no number, a final full stop of a word counts, and a true 0 must be matched as text.
     """
     return float(any(_relaxed_equal(_composed(prediction), _composed(answer)) for answer in answers))
 
@@ -135,17 +128,15 @@ def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
 def multiple_choice(prediction: str, answers: Sequence[str], options: Mapping[str, str] | None = None) -> float:
     """1 if the option that the prediction names is the answer's, else 0.
 
-    Options are found by fixed rules (see `option_letter`) in the manner of MMBench (arXiv 2307.06281) and
-    MMMU (arXiv 2311.16502), without a judge model and without guessing when there is none. An answer that
-    names no option is compared as ``exact_match`` does.
+    Options are found by fixed rules (see `option_letter`) in the manner of MMBench (arXiv 2307.06281) and MMMU (arXiv
+    2311.16502), without a judge model and without guessing when there is none. An answer that names no option is
+    compared as ``exact_match`` does.
     """
     known = options or {}
-    said = option_letter(prediction, known)
+    said, text = option_letter(prediction, known), _plain(prediction)
     for answer in answers:
         letter = _label_letter(answer, known)
-        if letter is not None and letter == said:
-            return 1.0
-        if letter is None and _plain(answer) == _plain(prediction):
+        if (text == _plain(answer)) if letter is None else (letter == said):
             return 1.0
     return 0.0
 
@@ -154,8 +145,6 @@ def agreement(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction is the full model's own answer, letter by letter, else 0. Needs no labels."""
     return float(prediction in answers)
 
-
-# -- text equality -------------------------------------------------------------------------------------------
 
 _FULL_STOPS = (".", "\u3002")
 _EITHER_OR = (frozenset({"yes", "no"}), frozenset({"true", "false"}))
@@ -169,20 +158,16 @@ def _squeezed(text: str) -> str:
     return " ".join(text.split())
 
 
-def _folded(text: str) -> str:
-    """Two texts that differ by case or are one in NFKC are one here. Decomposed, and folded character by
-    character, so that the beginning of a text stays one, see `_cannot_match`."""
-    return unicodedata.normalize("NFKD", text).casefold()
-
-
 def _plain(text: str) -> str:
-    flat = _squeezed(_folded(text))
+    """Texts that `exact_match` takes for one. Decomposed, and folded character by character, so that the beginning of a
+    text stays one, see `_cannot_match`."""
+    flat = _squeezed(unicodedata.normalize("NFKD", text).casefold())
     return flat[:-1].rstrip() if flat.endswith(_FULL_STOPS) else flat
 
 
 def _cannot_match(beginning: str, answers: Sequence[str]) -> bool:
-    """Whether `exact_match` is lost. White space is left out, which a tokenizer may take back before the next
-    word, and accents at the end, which what follows may still reorder."""
+    """Whether `exact_match` is lost. White space is left out, which a tokenizer may take back before the next word, and
+    accents at the end, which what follows may still reorder."""
     whole = unicodedata.normalize("NFKD", beginning.rstrip("\ufffd"))
     while whole and unicodedata.combining(whole[-1]):
         whole = whole[:-1]
@@ -194,7 +179,8 @@ def _cannot_match(beginning: str, answers: Sequence[str]) -> bool:
 METRICS: Registry[Metric] = Registry("metric", "thinsight.metrics", code=attrgetter("rule"))
 for _metric in (
     Metric("exact_match", exact_match, lost=_cannot_match),
-    Metric("vqa_accuracy", vqa_accuracy, ceiling=_best_of_its_own),
+    # fewer agreeing annotators allow less than 1, and only their own answers score at all
+    Metric("vqa_accuracy", vqa_accuracy, ceiling=lambda answers: max(vqa_accuracy(each, answers) for each in answers)),
     Metric("anls", anls),
     Metric("relaxed_accuracy", relaxed_accuracy),
     Metric("multiple_choice", multiple_choice, reads_options=True),
@@ -204,20 +190,13 @@ for _metric in (
 
 
 def get_metric(metric: str | Metric) -> Metric:
-    """The metric of that name, or itself.
-
-    Raises:
-        BadInput: there is none; the message lists the names.
-    """
+    """The metric of that name, or itself; `BadInput` lists the names where there is none."""
     return metric if isinstance(metric, Metric) else METRICS[metric]
 
 
 def metric_for(answers: Sequence[str], metric: str | Metric | None, where: str) -> Metric:
-    """The metric asked for; None: exact_match where there are answers, else agreement with the full model.
-
-    Raises:
-        BadInput: there is no such metric, or it needs answers and ``where`` has none.
-    """
+    """The metric asked for; None: exact_match where there are answers, else agreement with the full model. `BadInput`
+    where there is no such metric, or where it needs answers and ``where`` has none."""
     chosen = get_metric(("exact_match" if answers else "agreement") if metric is None else metric)
     if chosen.needs_answers and not answers:
         raise BadInput(f"{where} has no answer, which metric {chosen.name!r} needs: add one, or use metric='agreement'")
@@ -245,18 +224,16 @@ _CONTRACTED = (
 )
 
 
-def _without_one_apostrophe(word: str) -> list[str]:
-    return [word[:i] + word[i + 1 :] for i, letter in enumerate(word) if letter == "'"]
-
-
-_CONTRACTIONS = {short: word for word in _CONTRACTED.split() for short in _without_one_apostrophe(word)}
+_CONTRACTIONS = {
+    word[:i] + word[i + 1 :]: word for word in _CONTRACTED.split() for i, letter in enumerate(word) if letter == "'"
+}
 
 
 def normalize_vqa(text: str) -> str:
     """A text as the official VQA script compares it: no punctuation, digits for number words, no articles.
 
-    Lower case; an apostrophe that was left out of a contraction is put back. The official script skips parts
-    of this for answers that its data set ships normalized already; here every text gets all of it.
+    Lower case; an apostrophe that was left out of a contraction is put back. The official script skips parts of this
+    for answers that its data set ships normalized already; here every text gets all of it.
     """
     flat = _composed(text).replace("\n", " ").replace("\t", " ").strip()
     drop_all = _DIGIT_COMMA.search(flat) is not None
@@ -268,9 +245,6 @@ def normalize_vqa(text: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
-# -- edit distance -------------------------------------------------------------------------------------------
-
-
 def edit_distance(a: str, b: str) -> int:
     """Levenshtein distance: the fewest insertions, deletions and substitutions that turn ``a`` into ``b``."""
     row = list(range(len(b) + 1))  # distances from a[:i] to every prefix of b
@@ -279,14 +253,6 @@ def edit_distance(a: str, b: str) -> int:
         for j, right in enumerate(b, start=1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
     return row[-1]
-
-
-def _similarity(a: str, b: str) -> float:
-    longest = max(len(a), len(b))
-    return 1.0 - edit_distance(a, b) / longest if longest else 1.0
-
-
-# -- numbers -------------------------------------------------------------------------------------------------
 
 
 def _number(text: str) -> float | None:
@@ -349,8 +315,8 @@ _SAYS = re.compile(rf"(?is).*\b(?:answer|option|choice){_COPULA}(.+)")
 def options_of(question: str) -> dict[str, str]:
     """The texts of the options that a question lists, by letter; empty where it lists none.
 
-    A list is A, B and so on, as "A. red", "A) red", "A: red" or "(A) red", each on a line of its own or
-    behind one another; of several lists the last one.
+    A list is A, B and so on, as "A. red", "A) red", "A: red" or "(A) red", each on a line of its own or behind one
+    another; of several lists the last one.
     """
     text = _tidy(question)
     lists: list[list[re.Match[str]]] = [[]]
@@ -371,11 +337,10 @@ def options_of(question: str) -> dict[str, str]:
 def option_letter(text: str, options: Mapping[str, str] | None = None) -> str | None:
     """The option that an answer names, as an upper-case letter, or None. "A dog" names none.
 
-    Read in this order: what stands in ``<answer>...</answer>`` or ``\\boxed{...}``; an answer that is a
-    letter and nothing else; an answer that is an option's text; the last conclusion ("the correct option is
-    B", "so B", "B is correct"); the letter that it begins with ("B. a dog"); the one letter that it mentions
-    in brackets. Brackets may be full-width, marks of Markdown and LaTeX do not count, nor does what stands
-    before ``</think>``.
+    Read in this order: what stands in ``<answer>...</answer>`` or ``\\boxed{...}``; an answer that is a letter and
+    nothing else; an answer that is an option's text; the last conclusion ("the correct option is B", "so B", "B is
+    correct"); the letter that it begins with ("B. a dog"); the one letter that it mentions in brackets. Brackets may be
+    full-width, marks of Markdown and LaTeX do not count, nor does what stands before ``</think>``.
 
     Args:
         text: a model's answer.
@@ -384,9 +349,7 @@ def option_letter(text: str, options: Mapping[str, str] | None = None) -> str | 
     known = options or {}
     said = _THOUGHT.sub("", _tidy(text))
     for box in _BOXES:
-        inside = box.match(said)
-        letter = _named(inside[1], known) if inside else None
-        if letter is not None:
+        if (inside := box.match(said)) and (letter := _named(inside[1], known)) is not None:
             return letter
     return _named(said, known)
 
@@ -399,26 +362,23 @@ def _tidy(text: str) -> str:
 
 def _named(text: str, options: Mapping[str, str]) -> str | None:
     said = _MARKUP.sub("", text)
-    whole = _whole(said, options)
-    if whole is not None:
+    if (whole := _whole(said, options)) is not None:
         return whole
     concluded = [found for rule in _CONCLUSIONS for found in _letters(rule.finditer(said), options)]
     if concluded:
         return max(concluded)[1]
     told = _SAYS.match(said)
-    letter = _letter_of_text(told[1], options) if told else None
-    if letter is not None:
+    if told and (letter := _letter_of_text(told[1], options)) is not None:
         return letter
-    for rule in _LEADING:
-        for _, first in _letters(filter(None, [rule.match(said)]), options):
-            return first
+    for _, first in _letters((rule.match(said) for rule in _LEADING), options):
+        return first
     mentioned = {letter for _, letter in _letters(_MENTION.finditer(said), options)}
     return mentioned.pop() if len(mentioned) == 1 else None
 
 
 def _whole(text: str, options: Mapping[str, str]) -> str | None:
     """The option whose letter or text is all that is said."""
-    found = _letters(filter(None, [_BARE.fullmatch(text)]), options)
+    found = _letters([_BARE.fullmatch(text)], options)
     return next((letter for _, letter in found), None) or _letter_of_text(text, options)
 
 
@@ -428,9 +388,9 @@ def _letter_of_text(text: str, options: Mapping[str, str]) -> str | None:
     return same[0] if len(same) == 1 else None
 
 
-def _letters(found: Iterable[re.Match[str]], options: Mapping[str, str]) -> Iterator[tuple[int, str]]:
+def _letters(found: Iterable[re.Match[str] | None], options: Mapping[str, str]) -> Iterator[tuple[int, str]]:
     """The letters that were found, each with its place; only those of options where these are known."""
-    for match in found:
+    for match in filter(None, found):
         letter = next(group for group in match.groups() if group).upper()
         if not options or letter in options:
             yield match.start(match.lastindex or 0), letter
@@ -439,10 +399,8 @@ def _letters(found: Iterable[re.Match[str]], options: Mapping[str, str]) -> Iter
 def _label_letter(answer: str, options: Mapping[str, str]) -> str | None:
     """The option that a label names: its letter, its text, or both as "B. a dog"."""
     said = _tidy(answer)
-    whole = _whole(said, options)
-    if whole is not None:
+    if (whole := _whole(said, options)) is not None:
         return whole
-    for rule in _LEADING[:2]:
-        for _, letter in _letters(filter(None, [rule.match(said)]), options):
-            return letter
+    for _, letter in _letters((rule.match(said) for rule in _LEADING[:2]), options):
+        return letter
     return None

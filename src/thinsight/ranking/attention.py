@@ -18,10 +18,9 @@ ROWS = 16
 class TextAttention(Ranker):
     """The paper's "prompt-aware" score (arXiv 2412.00556 section 3: S of layer i-1 ranks before layer i).
 
-    Mean over heads and query rows of the softmax attention. The paper does not say which rows;
-    ``queries="last"`` is FastV's choice (arXiv 2403.06764), ``"instruction"`` averages all text tokens after
-    the last image: `rows` of them at most, evenly spaced with the last among them, so that ranking stays
-    cheap where the text is long (None for all).
+    Mean over heads and query rows of the softmax attention. The paper does not say which rows; ``queries="last"`` is
+    FastV's choice (arXiv 2403.06764), ``"instruction"`` averages all text tokens after the last image: `rows` of them
+    at most, evenly spaced with the last among them, so that ranking stays cheap where the text is long (None for all).
     """
 
     name = "text-attention"
@@ -38,28 +37,21 @@ class TextAttention(Ranker):
         self.rows = rows
 
     def score(self, context: Context) -> Tensor:
-        received = context.mean_attention()
-        if received is None:
-            raise BadInput("text-attention needs attention rows of the layer before; supply them")
-        return received
+        return self.given(context.mean_attention(), "attention rows of the layer before; supply them")
 
 
 @register
 class VisionAttention(Ranker):
     """Attention inside the vision tower: from the CLS token where the tower has one, otherwise from the average token.
 
-    Mean over heads, taken at the tower's layer whose output the projector reads, as VisionZip (arXiv
-    2412.04467) and FasterVLM (arXiv 2412.01818) do. Works at any decoder layer, layer 0 included; an
-    image is ranked alike whatever is asked about it.
+    Mean over heads, taken at the tower's layer whose output the projector reads, as VisionZip (arXiv 2412.04467) and
+    FasterVLM (arXiv 2412.01818) do. Works at any decoder layer, layer 0 included; an image is ranked alike whatever is
+    asked about it.
     """
 
     name = "vision-attention"
     needs = frozenset({VISION_ATTENTION})
 
     def score(self, context: Context) -> Tensor:
-        if context.vision_attention is None:
-            raise BadInput(
-                "vision-attention needs attention of the vision tower; "
-                "pass pixel_values, or features from encode_images(model, inputs, reduction)"
-            )
-        return context.vision_attention
+        how = "pass pixel_values, or features from encode_images(model, inputs, reduction)"
+        return self.given(context.vision_attention, f"attention of the vision tower; {how}")

@@ -1,15 +1,11 @@
 """The contract of a ranker, and the rankers by name.
 
-Knows nothing about models, hooks or schedules: a ranker is given tensors about the vision tokens that are still
-there and returns a score for each. How many are kept, and how they are taken out, is decided elsewhere.
+Knows nothing about models, hooks or schedules: a ranker is given tensors about the vision tokens that are still there
+and returns a score for each. How many are kept, and how they are taken out, is decided elsewhere.
 
-To add a ranker:
-1. write one small file with a subclass of `Ranker`: a `name`, what it `needs`, its settings as keywords of `__init__`;
-2. put `@register` on the class;
-3. import it in `ranking/__init__.py`, or, outside of this package, name it as an entry point of `thinsight.rankers`.
-The only hard contract (`thinsight.testing.RankerContract` holds a ranker to it): `score` returns a finite (batch,
-tokens) tensor, and depends on nothing but the context and the settings, so that a prompt is ranked alike whether
-alone or in a batch.
+CONTRIBUTING says how to add one. The only hard contract (`thinsight.testing.RankerContract` holds a ranker to it):
+`score` returns a finite (batch, tokens) tensor, and depends on nothing but the context and the settings, so that a
+prompt is ranked alike whether alone or in a batch.
 """
 
 from __future__ import annotations
@@ -43,9 +39,8 @@ QUERIES = ("last", "instruction")
 class Context:
     """What a ranker may look at when layer `layer` is about to get fewer vision tokens.
 
-    `tokens` counts all vision tokens of the longest row of the batch, in the order of the prompt. Entries
-    that are padding or were dropped by an earlier reduction have `valid` False; what a ranker returns there
-    is ignored.
+    `tokens` counts all vision tokens of the longest row of the batch, in the order of the prompt. Entries that are
+    padding or were dropped by an earlier reduction have `valid` False; what a ranker returns there is ignored.
     """
 
     layer: int
@@ -61,8 +56,8 @@ class Context:
     pooled: Tensor | None = None  # (batch, tokens) float32, in place of `attention` for rankers that pool it
 
     def mean_attention(self) -> Tensor | None:
-        """Text attention that each token receives, (batch, tokens) float32: the mean over heads and real
-        queries. None where none was read."""
+        """Text attention that each token receives, (batch, tokens) float32: the mean over heads and real queries. None
+        where none was read."""
         if self.pooled is not None or self.attention is None or self.queries is None:
             return self.pooled
         return mean_rows(self.attention, self.queries)
@@ -74,15 +69,15 @@ def mean_rows(attention: Tensor, queries: Tensor) -> Tensor:
 
 
 def row_weights(queries: Tensor) -> Tensor:
-    """What each query weighs in a mean over the real ones: (batch, queries) bool -> float32, rows sum to 1
-    (0 where none is real)."""
+    """What each query weighs in a mean over the real ones: (batch, queries) bool -> float32, rows sum to 1 (0 where
+    none is real)."""
     weight = queries.float()
     return weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def weighted_rows(attention: Tensor, weights: Tensor) -> Tensor:
-    """The mean over heads of (batch, heads, queries, tokens), its queries summed with weights (batch,
-    queries): (batch, tokens). Queries of weight 0 have no part in it, whatever stands there."""
+    """The mean over heads of (batch, heads, queries, tokens), its queries summed with weights (batch, queries): (batch,
+    tokens). Queries of weight 0 have no part in it, whatever stands there."""
     weights = weights[:, :, None]
     return (attention.mean(dim=1) * weights).masked_fill(weights == 0, 0).sum(dim=1)
 
@@ -96,9 +91,9 @@ def autocasts(device: torch.device) -> bool:
 def full_precision(device: torch.device) -> Iterator[None]:
     """Autocast is off for what is computed on a device, or on the CPU.
 
-    Reading attention and ranking by it are a small part of a pass and no place to save: masks are added as
-    float32's lowest number, which bfloat16 and float16 round to -inf, so that a row which sees nothing comes
-    out of its softmax as NaN; and an order turns on differences that they do not hold.
+    Reading attention and ranking by it are a small part of a pass and no place to save: masks are added as float32's
+    lowest number, which bfloat16 and float16 round to -inf, so that a row which sees nothing comes out of its softmax
+    as NaN; and an order turns on differences that they do not hold.
     """
     with ExitStack() as stack:
         for each in {torch.device("cpu"), device}:
@@ -110,10 +105,9 @@ def full_precision(device: torch.device) -> Iterator[None]:
 class Ranker(ABC):
     """Gives every vision token a score; the higher ones are kept.
 
-    Subclasses set `name` and `needs`, take their settings as keyword arguments and hand them to
-    `super().__init__`. `queries` says which rows of text attention are wanted, for rankers that need it:
-    ``"last"`` (the last prompt token) or ``"instruction"`` (all text tokens after the last image; the last
-    prompt token if there are none).
+    Subclasses set `name` and `needs`, take their settings as keyword arguments and hand them to `super().__init__`.
+    `queries` says which rows of text attention are wanted, for rankers that need it: ``"last"`` (the last prompt token)
+    or ``"instruction"`` (all text tokens after the last image; the last prompt token if there are none).
     """
 
     name: ClassVar[str]
@@ -147,6 +141,12 @@ class Ranker(ABC):
             (batch, tokens, hidden), read where `kept` is True; None: every kept token stays as it is.
         """
         return None
+
+    def given(self, value: Tensor | None, what: str) -> Tensor:
+        """A tensor of the context, or the error that says what to supply."""
+        if value is None:
+            raise BadInput(f"{self.name} needs {what}")
+        return value
 
     def to_dict(self) -> dict[str, Any]:
         """``{"name": ..., **settings}``: what a reduction stores, and `get_ranker` reads."""
@@ -221,13 +221,12 @@ def choose(scores: Tensor, valid: Tensor, group: Tensor, count: Tensor) -> Tenso
     Args:
         scores: (batch, tokens) float, higher is better; ignored where `valid` is False.
         valid: (batch, tokens) bool, the tokens to choose from.
-        group: (batch, tokens) int64, tokens with one number compete with each other (an image, or the whole
-            prompt).
+        group: (batch, tokens) int64, tokens with one number compete with each other (an image, or the whole prompt).
         count: (batch, tokens) int64, how many of the token's group are to be chosen.
 
     Returns:
-        (batch, tokens) bool. Exactly `count` tokens of each group, or all its valid ones if they are fewer.
-        Equal scores fall to the earlier token; NaN is lower than any number.
+        (batch, tokens) bool. Exactly `count` tokens of each group, or all its valid ones if they are fewer. Equal
+        scores fall to the earlier token; NaN is lower than any number.
     """
     order = _comparable(scores, valid).argsort(dim=1, descending=True, stable=True)  # (batch, tokens)
     by_group = group.gather(1, order).argsort(dim=1, stable=True)

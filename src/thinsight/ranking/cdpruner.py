@@ -11,26 +11,26 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .base import STATES, Context, Ranker, register
-from .images import image_states, images, in_order, unit
+from .images import STATES_OF_TEXT, STATES_OF_TOKENS, Image, in_order, text_of, unit
 
 _LEAST = 1e-6  # the relevance of the least relevant token, after scaling
 
 
 @register
 class CDPruner(Ranker):
-    """CDPruner (Zhang et al., NeurIPS 2025, arXiv 2506.10967): a determinantal point process conditioned on
-    the instruction.
+    """CDPruner (Zhang et al., NeurIPS 2025, arXiv 2506.10967): a determinantal point process conditioned on the
+    instruction.
 
-    The kernel is ``diag(r) S diag(r)``: S the cosines between vision tokens, r their relevance, scaled to
-    [0, 1] over the image (1e-6 is added, as published). Greedy MAP inference adds at each step the token that
-    adds most volume; its order is the ranking, so that the k best are the set of size k.
+    The kernel is ``diag(r) S diag(r)``: S the cosines between vision tokens, r their relevance, scaled to [0, 1] over
+    the image (1e-6 is added, as published). Greedy MAP inference adds at each step the token that adds most volume; its
+    order is the ranking, so that the k best are the set of size k.
 
-    Relevance is the mean cosine between a vision token and the instruction's tokens, both as they enter the
-    layer. Departures: the paper takes CLIP's text encoder and CLIP's own projection of the patches where the
-    tower has them; a decoder's embeddings stand in for both here, for every model alike. The public code
-    turns the sign of CLIP's cosines, which run against relevance for patches; ``invert=True`` does so here.
-    A token that adds no volume to float64's resolution is ranked behind all that do, by relevance, where the
-    public code would divide by rounding errors.
+    Relevance is the mean cosine between a vision token and the instruction's tokens, both as they enter the layer.
+    Departures: the paper takes CLIP's text encoder and CLIP's own projection of the patches where the tower has them; a
+    decoder's embeddings stand in for both here, for every model alike. The public code turns the sign of CLIP's
+    cosines, which run against relevance for patches; ``invert=True`` does so here. A token that adds no volume to
+    float64's resolution is ranked behind all that do, by relevance, where the public code would divide by rounding
+    errors.
     """
 
     name = "cdpruner"
@@ -43,18 +43,18 @@ class CDPruner(Ranker):
         self.invert = invert
 
     def score(self, context: Context) -> Tensor:
-        states = image_states(context, self.name)
-        if context.text_states is None or context.queries is None:
-            raise BadInput("cdpruner needs hidden states of the text; supply Context.text_states")
-        orders = []
-        for image in images(context):
-            text = unit(
-                context.text_states[image.row, context.queries[image.row].to(states.device)]
-            )  # (queries, hidden)
-            tokens = unit(image.pick(states))  # (n, hidden)
+        states = self.given(context.states, STATES_OF_TOKENS)
+        text_states = self.given(context.text_states, STATES_OF_TEXT)
+
+        def order_of(image: Image) -> Tensor:
+            text, tokens = (
+                unit(text_of(context, image, text_states)),
+                unit(image.pick(states)),
+            )  # (queries or n, hidden)
             cosine = (tokens @ text.to(tokens.device).T).mean(dim=1)  # (n,)
-            orders.append((image, greedy_map(tokens, _scaled(-cosine if self.invert else cosine))))
-        return in_order(context, iter(orders))
+            return greedy_map(tokens, _scaled(-cosine if self.invert else cosine))
+
+        return in_order(context, order_of)
 
 
 def _scaled(cosine: Tensor) -> Tensor:
@@ -65,15 +65,8 @@ def _scaled(cosine: Tensor) -> Tensor:
 
 
 def greedy_map(vectors: Tensor, relevance: Tensor) -> Tensor:
-    """The greedy order of a determinantal point process.
-
-    Args:
-        vectors: (n, hidden), unit length.
-        relevance: (n,), above 0.
-
-    Returns:
-        (n,) int64.
-    """
+    """The greedy order of a determinantal point process, (n,) int64, of unit vectors (n, hidden) and their relevance
+    (n,), above 0."""
     kernel = (relevance[:, None] * (vectors @ vectors.T) * relevance[None, :]).cpu().numpy()  # (n, n)
     left = kernel.diagonal().copy()  # (n,) volume that each token would add; many small steps, hence the CPU
     nothing = 1000 * np.finfo(kernel.dtype).eps

@@ -13,22 +13,22 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .base import STATES, Context, Ranker, register
-from .images import image_states, images, in_order, unit
+from .images import STATES_OF_TEXT, STATES_OF_TOKENS, Image, in_order, text_of, unit
 
 
 @register
 class Dart(Ranker):
     """DART (Wen et al., 2025, arXiv 2502.11494): pivot tokens, and what is least similar to them.
 
-    Pivots are the ``vision_pivots`` vision tokens and ``text_pivots`` text tokens of the largest L1 norm (4
-    and 4, before layer 2, in the public code). Vision pivots are kept; then each pivot keeps the tokens of
-    the lowest cosine to it among those not taken.
+    Pivots are the ``vision_pivots`` vision tokens and ``text_pivots`` text tokens of the largest L1 norm (4 and 4,
+    before layer 2, in the public code). Vision pivots are kept; then each pivot keeps the tokens of the lowest cosine
+    to it among those not taken.
 
-    Departures: the norm is that of the hidden states that enter the layer, where the paper takes the keys of
-    the layer before; the cosine is between the same states, where the public code applies the decoder's last
-    norm first; text is the instruction after the last image. The public code lets one pivot after the other
-    take its whole share; here they take turns, one token each, so that fewer tokens are a subset of more and
-    the ranking does not depend on how many are kept.
+    Departures: the norm is that of the hidden states that enter the layer, where the paper takes the keys of the layer
+    before; the cosine is between the same states, where the public code applies the decoder's last norm first; text is
+    the instruction after the last image. The public code lets one pivot after the other take its whole share; here they
+    take turns, one token each, so that fewer tokens are a subset of more and the ranking does not depend on how many
+    are kept.
     """
 
     name = "dart"
@@ -42,31 +42,21 @@ class Dart(Ranker):
         super().__init__(vision_pivots=self.vision_pivots, text_pivots=self.text_pivots)
 
     def score(self, context: Context) -> Tensor:
-        states = image_states(context, self.name)
-        if context.text_states is None or context.queries is None:
-            raise BadInput("dart needs hidden states of the text; supply Context.text_states")
-        orders = []
-        for image in images(context):
-            text = context.text_states[image.row, context.queries[image.row].to(states.device)]  # (queries, hidden)
-            tokens = image.pick(states)  # (n, hidden)
+        states = self.given(context.states, STATES_OF_TOKENS)
+        text_states = self.given(context.text_states, STATES_OF_TEXT)
+
+        def order_of(image: Image) -> Tensor:
+            text, tokens = text_of(context, image, text_states), image.pick(states)  # (queries or n, hidden)
             own = _largest(tokens, self.vision_pivots)
             asked = text[_largest(text, self.text_pivots)].to(tokens.device)
-            pivots = torch.cat([tokens[own], asked])
-            similarity = unit(pivots) @ unit(tokens).T  # (pivots, n)
-            orders.append((image, least_duplicated(similarity, own)))
-        return in_order(context, iter(orders))
+            similarity = unit(torch.cat([tokens[own], asked])) @ unit(tokens).T  # (pivots, n)
+            return least_duplicated(similarity, own)
+
+        return in_order(context, order_of)
 
 
 def least_duplicated(similarity: Tensor, first: Tensor) -> Tensor:
-    """The tokens of `first`, then each pivot's least similar one in turn.
-
-    Args:
-        similarity: (pivots, n).
-        first: (any,) int64, tokens taken already.
-
-    Returns:
-        (n,) int64.
-    """
+    """The tokens of `first`, int64, then each pivot's least similar one in turn: (pivots, n) -> (n,) int64."""
     n = similarity.shape[1]
     order: list[int] = first.tolist()
     taken = set(order)

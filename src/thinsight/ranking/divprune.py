@@ -10,28 +10,27 @@ import torch
 from torch import Tensor
 
 from .base import STATES, Context, Ranker, register
-from .images import image_states, images, in_order, unit
+from .images import STATES_OF_TOKENS, in_order, unit
 
 
 @register
 class DivPrune(Ranker):
     """DivPrune (Alvar et al., CVPR 2025, arXiv 2503.02175): greedy max-min diversity.
 
-    Distance is 1 - cosine. The first token is the one farthest from its nearest neighbor; each further one is
-    the token whose nearest chosen token is farthest away. Before layer 0, as in the paper, the tokens are the
-    projector's output. The order of choice is the ranking, so that the k best are the paper's set of size k.
+    Distance is 1 - cosine. The first token is the one farthest from its nearest neighbor; each further one is the token
+    whose nearest chosen token is farthest away. Before layer 0, as in the paper, the tokens are the projector's output.
+    The order of choice is the ranking, so that the k best are the paper's set of size k.
 
-    Departures: a token is never chosen twice (the public code can do so where tokens are equal), and several
-    images of a prompt are each thinned by themselves.
+    Departures: a token is never chosen twice (the public code can do so where tokens are equal), and several images of
+    a prompt are each thinned by themselves.
     """
 
     name = "divprune"
     needs = frozenset({STATES})
 
     def score(self, context: Context) -> Tensor:
-        states = image_states(context, self.name)
-        orders = ((image, farthest_first(unit(image.pick(states)))) for image in images(context))
-        return in_order(context, orders)
+        states = self.given(context.states, STATES_OF_TOKENS)
+        return in_order(context, lambda image: farthest_first(unit(image.pick(states))))
 
 
 def farthest_first(vectors: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ Knows nothing about any one method.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import BadInput
-from ..schedule import real
+from ..schedule import Schedule, real
 from .base import Context
+
+STATES_OF_TOKENS = "hidden states of the vision tokens; supply Context.states"
+STATES_OF_TEXT = "hidden states of the text; supply Context.text_states"
+TOWER = "attention of the vision tower; supply vision_attention"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Image:
 
     row: int  # of the batch
     places: Tensor  # (n,) int64, columns of the context's tensors
+    size: int  # N, its tokens at first
 
     def pick(self, values: Tensor) -> Tensor:
         """This image's part of (batch, tokens, ...): (n, ...)."""
@@ -40,41 +44,36 @@ def images(context: Context) -> Iterator[Image]:
         places = context.valid[row].nonzero().flatten()
         number = context.image[row, places]
         for image in torch.unique(number).tolist():
-            yield Image(row, places[number == image])
+            own = places[number == image]
+            yield Image(row, own, int(context.size[row, own[0]]))
 
 
-def in_order(context: Context, orders: Iterator[tuple[Image, Tensor]]) -> Tensor:
-    """Scores under which the tokens come in the given orders.
+def in_order(context: Context, order_of: Callable[[Image], Tensor]) -> Tensor:
+    """Scores, (batch, tokens) float32, under which each image's tokens come in an order: minus the turn, so that images
+    which compete (``per="prompt"``) get equal shares.
 
     Args:
         context: what is ranked.
-        orders: images, and their tokens best first: (n,) int64, a permutation of 0..n-1.
-
-    Returns:
-        (batch, tokens) float32: minus the turn, so that images which compete (``per="prompt"``) get equal
-        shares.
+        order_of: an image's tokens best first: (n,) int64, a permutation of 0..n-1.
     """
     scores = torch.zeros(context.valid.shape, dtype=torch.float32, device=context.valid.device)
-    for image, order in orders:
+    for image in images(context):
+        order = order_of(image)
         turns = torch.arange(len(order), dtype=torch.float32, device=scores.device)
         scores[image.row, image.places[order.to(scores.device)]] = -turns
     return scores
 
 
-def image_states(context: Context, name: str) -> Tensor:
-    """The context's hidden states, (batch, tokens, hidden).
-
-    Raises:
-        ThinsightError: there are none; `name` is the ranker that asks.
-    """
-    if context.states is None:
-        raise BadInput(f"{name} needs hidden states of the vision tokens; supply Context.states")
-    return context.states
+def text_of(context: Context, image: Image, states: Tensor) -> Tensor:
+    """The hidden states of the real text tokens that rank an image: (queries, hidden)."""
+    if context.queries is None:
+        raise BadInput("hidden states of the text come with Context.queries, which says which are real; supply it")
+    return states[image.row, context.queries[image.row].to(states.device)]
 
 
 def unit(states: Tensor) -> Tensor:
-    """Rows of (..., hidden) at length 1, so that products are cosines; zeros stay zeros. float64 where the
-    device has it."""
+    """Rows of (..., hidden) at length 1, so that products are cosines; zeros stay zeros. float64 where the device has
+    it."""
     exact = torch.float32 if states.device.type == "mps" else torch.float64
     return functional.normalize(states.detach().to(exact), dim=-1)
 
@@ -96,17 +95,13 @@ def average_into(states: Tensor, target: Tensor) -> Tensor:
 
 
 def share(value: Any, field: str) -> float:
-    """A setting in [0, 1].
-
-    Raises:
-        ThinsightError: it is not.
-    """
+    """A setting in [0, 1]."""
     found = real(value)
     if not 0 <= found <= 1:
         raise BadInput(f"{field} is {value!r}; it must be a number from 0 to 1")
     return found
 
 
-def count_of(rate: float, n: int) -> int:
-    """How many of n tokens a keep rate stands for: rounded up, as in a schedule."""
-    return max(0, math.ceil(rate * n - 1e-9))
+def count_of(rate: float, image: Image) -> int:
+    """How many of an image's tokens that are left a keep rate stands for, as in a schedule."""
+    return min(Schedule([rate]).counts(image.size)[0], len(image.places))

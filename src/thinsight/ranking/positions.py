@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from .base import STATES, Context, Ranker, register
-from .images import average_into, image_states, images
+from .images import STATES_OF_TOKENS, average_into, images
 
 _SEEDS = 2**31
 _SIZES = 2**32  # above any number of tokens
@@ -27,9 +27,9 @@ _MIRROR = 0.4  # at 0 the border is taken too early, at 1 too late
 class Random(Ranker):
     """A random permutation of each image's tokens.
 
-    Drawn from `seed`, the image's place in the prompt and its size. The order is the same at every layer (so
-    kept sets are nested) and for every prompt of one shape (so a prompt's answer does not depend on what it
-    is batched with). Vary `seed` to average over draws.
+    Drawn from `seed`, the image's place in the prompt and its size. The order is the same at every layer (so kept sets
+    are nested) and for every prompt of one shape (so a prompt's answer does not depend on what it is batched with).
+    Vary `seed` to average over draws.
     """
 
     name = "random"
@@ -50,11 +50,10 @@ class Random(Ranker):
 class Uniform(Ranker):
     """A blue-noise order of the image's token grid: any number of leading tokens is spread evenly.
 
-    Each token in turn fills the largest void, as in void-and-cluster dithering (Ulichney 1993): the least sum
-    of Gaussians around the tokens taken already and around all mirror images at the borders. The order is
-    fixed, so fewer tokens are always a subset of more. An image's grid is taken as the rows x columns nearest
-    to a square that hold its tokens exactly; if that is longer than 4 : 1 (no true grid), tokens are spread
-    along their sequence.
+    Each token in turn fills the largest void, as in void-and-cluster dithering (Ulichney 1993): the least sum of
+    Gaussians around the tokens taken already and around all mirror images at the borders. The order is fixed, so fewer
+    tokens are always a subset of more. An image's grid is taken as the rows x columns nearest to a square that hold its
+    tokens exactly; if that is longer than 4 : 1 (no true grid), tokens are spread along their sequence.
     """
 
     name = "uniform"
@@ -67,25 +66,24 @@ class Uniform(Ranker):
 class Downsample(Uniform):
     """The image at a lower resolution: a coarser grid, whose tokens are means of their cells.
 
-    The `uniform` ranker says which tokens stay, so that any number of them can be kept; each takes the mean
-    of all tokens that lie nearer to it than to any other one kept (the earlier one where two are equally
-    near), on the same grid. What is averaged are the projector's outputs: pixels are not resized and the
-    vision tower runs at full resolution, so this is what pooling its features keeps of an image, not what a
-    smaller picture would give, and it saves nothing in the tower.
+    The `uniform` ranker says which tokens stay, so that any number of them can be kept; each takes the mean of all
+    tokens that lie nearer to it than to any other one kept (the earlier one where two are equally near), on the same
+    grid. What is averaged are the projector's outputs: pixels are not resized and the vision tower runs at full
+    resolution, so this is what pooling its features keeps of an image, not what a smaller picture would give, and it
+    saves nothing in the tower.
     """
 
     name = "downsample"
     needs = frozenset({STATES})
 
     def merge(self, context: Context, kept: Tensor) -> Tensor | None:
-        states = image_states(context, self.name)
+        states = self.given(context.states, STATES_OF_TOKENS)
         merged = states.clone()
         for image in images(context):
             chosen = image.pick(kept)  # (n,) bool
             if not chosen.any():
                 continue
-            size = int(context.size[image.row, image.places[0]])
-            target = nearest_kept(image.pick(context.index), chosen, size).to(states.device)
+            target = nearest_kept(image.pick(context.index), chosen, image.size).to(states.device)
             merged[image.row, image.places.to(states.device)] = average_into(image.pick(states), target)
         return merged
 
@@ -141,14 +139,11 @@ def _pull(length: int) -> Tensor:
 
 
 def nearest_kept(index: Tensor, kept: Tensor, size: int) -> Tensor:
-    """The kept token that is nearest to each token on the image's grid.
+    """The kept token, of 0..n-1, that is nearest to each token: (n,) int64.
 
     Args:
         index: (n,) int64, places on the grid of an image of `size` tokens.
         kept: (n,) bool, at least one True.
-
-    Returns:
-        (n,) int64, numbers 0..n-1.
     """
     _, columns = grid(size)
     place = torch.stack([index // columns, index % columns], dim=1)  # (n, 2)

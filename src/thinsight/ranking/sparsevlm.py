@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
 from .base import STATES, TEXT_ATTENTION, Context, Ranker, mean_rows, register
 
 _ROUNDING = 1e-5  # equal shares are no more than their mean
@@ -18,39 +17,34 @@ _ROUNDING = 1e-5  # equal shares are no more than their mean
 class SparseVLM(Ranker):
     """SparseVLM (Zhang et al., ICML 2025, arXiv 2410.04417): selected text tokens rate the vision tokens.
 
-    Raters are the text tokens that get more than the mean share of the vision tokens: for each vision token a
-    softmax over its products with all text tokens, averaged over the vision tokens, above the mean. A vision
-    token's score is the attention that it receives from the raters at the layer before, mean over heads and
-    raters.
+    Raters are the text tokens that get more than the mean share of the vision tokens: for each vision token a softmax
+    over its products with all text tokens, averaged over the vision tokens, above the mean. A vision token's score is
+    the attention that it receives from the raters at the layer before, mean over heads and raters.
 
-    Departures: the paper selects raters once, from the embeddings; here they are selected from the hidden
-    states where tokens are dropped, which is what a ranker sees. Token recycling (dropped tokens clustered
-    into a few new ones) and the rank-based number of dropped tokens are left out: a schedule says how many.
-    Text is the instruction after the last image. Cannot rank before layer 0.
+    Departures: the paper selects raters once, from the embeddings; here they are selected from the hidden states where
+    tokens are dropped, which is what a ranker sees. Token recycling (dropped tokens clustered into a few new ones) and
+    the rank-based number of dropped tokens are left out: a schedule says how many. Text is the instruction after the
+    last image. Cannot rank before layer 0.
     """
 
     name = "sparsevlm"
     needs = frozenset({STATES, TEXT_ATTENTION})
 
     def score(self, context: Context) -> Tensor:
-        attention, queries = context.attention, context.queries
-        if attention is None or queries is None:
-            raise BadInput("sparsevlm needs attention rows of the layer before; supply them")
-        if context.states is None or context.text_states is None:
-            raise BadInput("sparsevlm needs hidden states; supply Context.states and text_states")
-        chosen = raters(context.states, context.valid, context.text_states, queries)
+        attention = self.given(context.attention, "attention rows of the layer before; supply them")
+        queries = self.given(context.queries, "attention rows of the layer before; supply them")
+        how = "hidden states; supply Context.states and text_states"
+        states, text_states = self.given(context.states, how), self.given(context.text_states, how)
+        chosen = raters(states, context.valid, text_states, queries)
         return mean_rows(attention, chosen.to(attention.device))
 
 
 def raters(states: Tensor, valid: Tensor, text: Tensor, queries: Tensor) -> Tensor:
-    """Which text tokens rate.
+    """Which text tokens rate, (batch, queries) bool: all real ones where none stands out, or without a vision token.
 
     Args:
         states: (batch, tokens, hidden), `valid` (batch, tokens) bool says which count.
         text: (batch, queries, hidden), `queries` (batch, queries) bool says which are real.
-
-    Returns:
-        (batch, queries) bool. All real ones where none stands out, or where there is no vision token.
     """
     queries, valid = queries.to(states.device), valid.to(states.device)
     product = states.detach().float() @ text.detach().float().transpose(1, 2)  # (batch, tokens, queries)

@@ -18,8 +18,8 @@ from .base import TEXT_ATTENTION, Context, Ranker, get_ranker, register
 class Staged(Ranker):
     """`first` ranks at layer 0, where no attention has been paid yet, `then` at all later layers.
 
-    With it a schedule may drop tokens before the first layer and go on by the text's attention, which budgets
-    below 1 / L need.
+    With it a schedule may drop tokens before the first layer and go on by the text's attention, which budgets below 1 /
+    L need.
     """
 
     name = "staged"

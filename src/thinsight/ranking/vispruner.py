@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
 from .base import STATES, VISION_ATTENTION, Context, Ranker, register
-from .images import count_of, image_states, images, in_order, share, unit
+from .images import STATES_OF_TOKENS, TOWER, Image, count_of, in_order, share, unit
 
 _AT_ONCE = 8  # tokens removed per round, as published
 
@@ -20,15 +19,14 @@ class VisPruner(Ranker):
     """VisPruner (Zhang et al., ICCV 2025, arXiv 2412.01818; its first version is FasterVLM, which is the
     vision-attention ranker): important tokens, then diverse ones.
 
-    Of the T tokens kept, ``int(T * important)`` are those that receive most attention from the tower's CLS
-    token. The rest come from the other tokens, in the order of their attention: every second one is compared
-    with the ones between, and the up to 8 that are most similar (cosine) to any of them are removed, until
-    T are left in all.
+    Of the T tokens kept, ``int(T * important)`` are those that receive most attention from the tower's CLS token. The
+    rest come from the other tokens, in the order of their attention: every second one is compared with the ones
+    between, and the up to 8 that are most similar (cosine) to any of them are removed, until T are left in all.
 
     How many are important depends on T, so the ranker has to be told: ``keep`` is T / N, the keep rate of the
-    reduction. Another number of tokens may be kept by its order all the same: important ones first, then the
-    diverse ones that survived longest. Departures: similarity is between the projector's outputs, where the
-    paper compares what goes into the projector; a tower without CLS token is read by the average token.
+    reduction. Another number of tokens may be kept by its order all the same: important ones first, then the diverse
+    ones that survived longest. Departures: similarity is between the projector's outputs, where the paper compares what
+    goes into the projector; a tower without CLS token is read by the average token.
     """
 
     name = "vispruner"
@@ -39,32 +37,27 @@ class VisPruner(Ranker):
         super().__init__(keep=self.keep, important=self.important)
 
     def score(self, context: Context) -> Tensor:
-        states = image_states(context, self.name)
-        received = context.vision_attention
-        if received is None:
-            raise BadInput("vispruner needs attention of the vision tower; supply vision_attention")
-        orders = []
-        for image in images(context):
+        states = self.given(context.states, STATES_OF_TOKENS)
+        received = self.given(context.vision_attention, TOWER)
+
+        def order_of(image: Image) -> Tensor:
             ranked = image.pick(received).argsort(descending=True, stable=True)  # (n,)
-            size = int(context.size[image.row, image.places[0]])
-            wanted = min(count_of(self.keep, size), len(ranked))
+            wanted = count_of(self.keep, image)
             important = int(wanted * self.important + 1e-9)
             tokens = unit(image.pick(states))  # (n, hidden)
             rest = distinct_last(tokens, ranked[important:].to(tokens.device), wanted - important)
-            orders.append((image, torch.cat([ranked[:important].cpu(), rest])))
-        return in_order(context, iter(orders))
+            return torch.cat([ranked[:important].cpu(), rest])
+
+        return in_order(context, order_of)
 
 
 def distinct_last(vectors: Tensor, given: Tensor, wanted: int) -> Tensor:
-    """Tokens, those that survive the removal of duplicates first.
+    """Tokens, (m,) int64: the survivors of the removal of duplicates, then the removed ones, last removed first.
 
     Args:
         vectors: (n, hidden), unit length.
         given: (m,) int64, the tokens to choose from, most important first.
         wanted: how many are to survive.
-
-    Returns:
-        (m,) int64: the survivors, most important first, then the removed ones, last removed first.
     """
     left, removed = given, []
     while len(left) > max(wanted, 1):
