@@ -1,7 +1,7 @@
 """What is known of every family of models: one row each, and the one place that says how families differ.
 
 A family joins by its row, from outside as an entry point of the group ``thinsight.families``. Knows nothing about
-torch; where the parts of a loaded model are is `runtime/families.py`'s subject.
+torch; where the parts of a loaded model are is `runtime/anatomy.py`'s subject.
 """
 
 from __future__ import annotations
