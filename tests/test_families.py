@@ -23,7 +23,7 @@ from thinsight.families import FAMILIES as ROWS
 from thinsight.families import NOT_KNOWN, TOWERS, Family, Tower, family_of, has_roles, tower_of
 from thinsight.job.pictures import grid_of
 from thinsight.runtime import apply
-from thinsight.runtime.families import refusal, vision_placeholders
+from thinsight.runtime.anatomy import refusal, vision_placeholders
 
 MAY_BE_NONE = {"tower", "video_placeholder"}  # for each of them the row's comment says what None means
 KNOWN = {"fixed", "any"}

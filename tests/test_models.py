@@ -18,7 +18,7 @@ import thinsight as ts
 from thinsight.cli import app
 from thinsight.errors import Unsupported
 from thinsight.families import FAMILIES as ROWS
-from thinsight.runtime.families import refusal
+from thinsight.runtime.anatomy import refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "models.md"

@@ -1,7 +1,7 @@
 """What is known of every family of models: one row each, and the one place that says how families differ.
 
 A family joins by its row, from outside as an entry point of the group ``thinsight.families``. Knows nothing about
-torch; where the parts of a loaded model are is `runtime/families.py`'s subject.
+torch; where the parts of a loaded model are is `runtime/anatomy.py`'s subject.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ class Family(SupportedModel):
     "resampled" tokens have each looked at all of the image.
     """
 
-    since: tuple[int, int] = OLDEST  # the first transformers that has it
+    since: tuple[int, int] = OLDEST  # the first transformers that has it, of those that can be used
     image_placeholder: str = "image_token_id"  # of its config: the token that images stand behind
     video_placeholder: str | None = "video_token_id"  # None: videos stand behind the images' one
     runs: bool = False  # an image is a run of vision tokens: the encoder lists tiles, or a row's images as one
@@ -217,6 +217,7 @@ _WINDOWS = "static caches are refused: the text model's windowed layers keep the
 _MISTRAL = "static caches are refused on Mistral 7B v0.1 text"
 _CONVERT = "original checkpoints: `thinsight convert`"
 
+# What rows share, and what makes a family's own kind.
 _llava = partial(Family, projector=two_matrices)
 _unpadded = partial(_llava, tiles="unpadded")
 _tiled = partial(Family, tiles="overview last")

@@ -28,7 +28,7 @@ from transformers.utils import (
 
 from .errors import BadInput, MissingPackage, StorageError, ThinsightError
 from .reduction import public_name
-from .runtime.families import ATTENTION, check_version, refusal, unwrapped
+from .runtime.anatomy import ATTENTION, check_version, refusal, unwrapped
 
 DEMO = "demo"
 _EMBEDDED = Path(__file__).resolve().parent / "demo"

@@ -24,9 +24,9 @@ from .errors import BadInput
 from .evaluation.result import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement, Timing
 from .reduction import Reduction
 from .runtime import apply, encode_images, num_layers, vision_token_mask
+from .runtime.anatomy import MODALITIES, unwrapped
 from .runtime.cache import CACHE
 from .runtime.encoding import has_pixels, on_device
-from .runtime.families import MODALITIES, unwrapped
 from .schedule import Schedule
 
 __all__ = ["Measurement", "Timing", "alternate", "cache_bytes", "measure", "on_device", "profile"]

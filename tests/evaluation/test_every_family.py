@@ -20,7 +20,7 @@ from thinsight.evaluation.prompts import pad_batch, process, prompt_of
 from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
-from thinsight.runtime.families import sliding_layers
+from thinsight.runtime.anatomy import sliding_layers
 from thinsight.schedule import Schedule
 from thinsight.searches.search import rankers_for
 

@@ -18,7 +18,7 @@ from tiny import tiny_llava
 from torch import nn
 
 from thinsight.evaluation.features import hash_model
-from thinsight.runtime.families import decoder
+from thinsight.runtime.anatomy import decoder
 
 
 def hash_of(model: Any, without: tuple[Any, ...] = ()) -> str:

@@ -24,7 +24,7 @@ from thinsight.evaluation.store import Store
 from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply, can_share, resuming, snapshotting
-from thinsight.runtime.families import sliding_layers
+from thinsight.runtime.anatomy import sliding_layers
 from thinsight.schedule import Schedule
 from thinsight.searches import gsearch, random_search, sensitivity_search
 from thinsight.searches.run import budget_of

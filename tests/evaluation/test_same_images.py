@@ -18,7 +18,7 @@ from thinsight.evaluation.full_model import Siblings, siblings_of
 from thinsight.evaluation.prompts import Prompt, process, prompt_of
 from thinsight.families import FAMILIES as ROWS
 from thinsight.runtime import can_share
-from thinsight.runtime.families import reads_prompt_both_ways
+from thinsight.runtime.anatomy import reads_prompt_both_ways
 
 HELD = [family for family in FAMILIES.values() if family.model_type in ROWS]
 SPECS = ([3, 5], [2, 3, 9], [4, 1, 2, 2])

@@ -21,7 +21,7 @@ from thinsight.families import FAMILIES as ROWS
 from thinsight.job.pictures import Grid, grid_of, picture_of
 from thinsight.reduction import Reduction
 from thinsight.runtime import vision_token_mask
-from thinsight.runtime.families import sliding_layers
+from thinsight.runtime.anatomy import sliding_layers
 from thinsight.schedule import Schedule
 from thinsight.timing import ANSWER, PREFILL, measure
 

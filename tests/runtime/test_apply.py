@@ -15,8 +15,8 @@ from thinsight.errors import ThinsightError
 from thinsight.ranking import Ranker
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply, decoder_layers, encode_images, num_layers, remove, vision_token_mask
+from thinsight.runtime.anatomy import attention_of
 from thinsight.runtime.cache import CACHE
-from thinsight.runtime.families import attention_of
 from thinsight.schedule import Schedule
 
 SCHEDULE = Schedule([1, 0.7, 0.7, 0.2])

@@ -30,7 +30,7 @@ from thinsight.ranking import (
 )
 from thinsight.reduction import Reduction
 from thinsight.runtime import CapturedPrefill, apply, layer_scores
-from thinsight.runtime.families import attention_of, decoder_layers
+from thinsight.runtime.anatomy import attention_of, decoder_layers
 from thinsight.runtime.scoring import Probe, TextRows, attention_rows
 from thinsight.schedule import Schedule
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from thinsight.errors import ThinsightError
 from thinsight.families import FAMILIES as ROWS
 from thinsight.runtime import EncodedImages, encode_images
+from thinsight.runtime.anatomy import MODALITIES
 from thinsight.runtime.encoding import _fit, encoder_inputs, on_device
-from thinsight.runtime.families import MODALITIES
 
 HELD = {name: family for name, family in FAMILIES.items() if family.model_type in ROWS}
 WITH_VIDEO = [name for name, family in HELD.items() if family.video is not None]

@@ -10,7 +10,7 @@ from tiny import IMAGE, tiny_inputs, tiny_llava
 
 from thinsight.errors import Unsupported
 from thinsight.runtime import apply, encode_images, layer_scores
-from thinsight.runtime.families import attention_of, decoder_layers
+from thinsight.runtime.anatomy import attention_of, decoder_layers
 from thinsight.runtime.scoring import Probe, TextRows, attention_rows
 from thinsight.schedule import Schedule
 

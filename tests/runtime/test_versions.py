@@ -23,9 +23,9 @@ from thinsight.evaluation import Evaluator, Example
 from thinsight.families import OLDEST, UNTESTED
 from thinsight.loading import load_config
 from thinsight.runtime import CapturedPrefill, apply, encode_images, resuming, snapshotting
+from thinsight.runtime.anatomy import check_version
 from thinsight.runtime.cache import CACHE, cache_of, is_paged
 from thinsight.runtime.captured import EagerReplay
-from thinsight.runtime.families import check_version
 from thinsight.schedule import Schedule
 from thinsight.timing import measure
 

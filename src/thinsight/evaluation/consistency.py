@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput
 from ..runtime import apply, layer_scores, num_layers
-from ..runtime.families import check_supported
+from ..runtime.anatomy import check_supported
 from ..schedule import Schedule
 from .examples import Example, Progress, check_examples
 from .features import VisionCache

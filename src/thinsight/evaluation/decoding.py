@@ -24,8 +24,8 @@ from transformers.cache_utils import Cache
 
 from ..errors import Unsupported
 from ..runtime import vision_token_mask
+from ..runtime.anatomy import reads_prompt_both_ways, sliding_layers
 from ..runtime.cache import CACHE
-from ..runtime.families import reads_prompt_both_ways, sliding_layers
 from .prompts import PromptBatch, pass_inputs, prompt_positions
 
 # Settings of a generation config that change greedy answers and are not supported, by their neutral values.

@@ -30,7 +30,7 @@ from ..loading import base_name
 from ..ranking import get_ranker
 from ..reduction import Reduction
 from ..runtime import EncodedImages, Handle, apply, num_layers
-from ..runtime.families import check_supported
+from ..runtime.anatomy import check_supported
 from ..schedule import Schedule
 from ..texts import brief
 from ..version import __version__

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from ..errors import BadInput
 from ..ranking import VISION_ATTENTION, autocasts, get_ranker
 from ..runtime import EncodedImages, encode_images
-from ..runtime.families import decoder
+from ..runtime.anatomy import decoder
 from ..version import __version__
 from .examples import READING, Example, ImageSource, image_key
 from .prompts import PromptReader, chunks

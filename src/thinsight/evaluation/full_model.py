@@ -22,8 +22,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from .. import cost
 from ..errors import BadInput
 from ..runtime import EncodedImages, apply, can_share, num_layers, vision_token_mask
+from ..runtime.anatomy import reads_prompt_both_ways
 from ..runtime.cache import CACHE
-from ..runtime.families import reads_prompt_both_ways
 from ..schedule import Schedule
 from .decoding import Beginning, DecodingRules, GreedyAnswer, decode
 from .examples import Example

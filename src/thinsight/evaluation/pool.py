@@ -18,7 +18,7 @@ import torch
 
 from ..errors import BadInput
 from ..reduction import Reduction
-from ..runtime.families import unwrapped
+from ..runtime.anatomy import unwrapped
 from ..schedule import Schedule
 from .base import SearchEvaluator, StandIn, as_evaluator
 from .evaluator import Evaluator, Progress

@@ -22,9 +22,9 @@ from transformers import GenerationMixin
 from ..errors import BadInput, Unsupported
 from ..families import has_roles
 from ..runtime import vision_token_mask
+from ..runtime.anatomy import MODALITIES, base_model
 from ..runtime.cache import CACHE
 from ..runtime.encoding import encoder_inputs, on_device
-from ..runtime.families import MODALITIES, base_model
 from .examples import Example, Progress, check_size
 from .store import DEFAULT_CACHE_GIB, Store
 

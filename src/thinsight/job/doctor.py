@@ -159,7 +159,7 @@ def _devices(torch: Any) -> Iterator[str]:
 
 def _attention() -> dict[str, str]:
     from ..loading import check_options
-    from ..runtime.families import ATTENTION
+    from ..runtime.anatomy import ATTENTION
 
     found = {}
     for name in ATTENTION:

@@ -17,9 +17,9 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..errors import BadInput, Unsupported
+from .anatomy import MODALITIES, tiles_stand_apart, vision_placeholders
 from .cache import cache_of
 from .encoding import received_of, vision_outputs
-from .families import MODALITIES, tiles_stand_apart, vision_placeholders
 from .layout import Layout, Vision, build_layout
 
 

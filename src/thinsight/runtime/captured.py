@@ -24,9 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import BadInput, Unsupported
 from ..ranking import autocasts
-from .cache import CACHE, Kept, Thinned, cache_of, is_paged
-from .call import Plan
-from .families import (
+from .anatomy import (
     attention_implementation,
     check_supported,
     decoder,
@@ -34,6 +32,8 @@ from .families import (
     sliding_layers,
     writes_vision_after,
 )
+from .cache import CACHE, Kept, Thinned, cache_of, is_paged
+from .call import Plan
 from .handle import Handle, applied
 from .layout import Columns
 from .masks import causal

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ..errors import Unsupported
 from ..ranking import VISION_ATTENTION, get_ranker
 from ..reduction import Reduction
-from .families import MODALITIES, base_model, unwrapped, vision_source
+from .anatomy import MODALITIES, base_model, unwrapped, vision_source
 from .scoring import Probe, VisionReceived
 
 _MARKERS = "visual_indicator_features"  # attribute of Ovis2's encoder output

@@ -21,8 +21,8 @@ from ..ranking import Ranker, get_ranker
 from ..reduction import Reduction, check_rerank
 from ..schedule import Schedule
 from ..texts import brief
+from .anatomy import attention_implementation, base_model, check_supported, decoder_layers, sliding_layers, unwrapped
 from .call import Plan, encode_pixels
-from .families import attention_implementation, base_model, check_supported, decoder_layers, sliding_layers, unwrapped
 from .reducer import Pass, PassState, Quotas, Reducer, ThreadState
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..ranking import VISION_ATTENTION, Context, full_precision, get_ranker
+from .anatomy import attention_of, check_supported, decoder_layers, model_device
 from .call import Call, encode_pixels, read_call
 from .encoding import VisionTap, on_device
-from .families import attention_of, check_supported, decoder_layers, model_device
 from .layout import query_columns
 from .scoring import Probe, TextRows
 

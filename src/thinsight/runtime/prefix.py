@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import BadInput
+from .anatomy import decoder_layers, sliding_layers
 from .cache import Kept, ThinnedLayer, cache_of, thin
-from .families import decoder_layers, sliding_layers
 from .handle import Handle
 from .layout import Columns
 from .reducer import PassState

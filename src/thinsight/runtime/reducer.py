@@ -33,10 +33,7 @@ from ..ranking import (
     row_weights,
 )
 from ..schedule import Schedule
-from .cache import Kept, Thinned, append, cache_of, filled, is_paged, kept_before, thin, thinned
-from .call import Plan, Said, encode_pixels, named_arguments, read_call, same_shape
-from .encoding import VisionTap
-from .families import (
+from .anatomy import (
     attention_implementation,
     attention_of,
     base_model,
@@ -46,6 +43,9 @@ from .families import (
     decoder_layers,
     writes_vision_after,
 )
+from .cache import Kept, Thinned, append, cache_of, filled, is_paged, kept_before, thin, thinned
+from .call import Plan, Said, encode_pixels, named_arguments, read_call, same_shape
+from .encoding import VisionTap
 from .hooks import Hooks, forget_compiled
 from .layout import Columns, Layout, last_of_prompt, query_columns, shrink, text_marks
 from .masks import causal, gather_tokens, reduce_mask, replace_tokens, scatter_tokens
