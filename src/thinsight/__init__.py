@@ -35,13 +35,13 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .evaluation import load_examples as load_examples
     from .evaluation import paired_bootstrap as paired_bootstrap
     from .evaluation import rank_consistency as rank_consistency
+    from .experimental.captured import CapturedPrefill as CapturedPrefill
     from .loading import load_demo as load_demo
     from .loading import load_model as load_model
     from .ranking import Ranker as Ranker
     from .ranking import get_ranker as get_ranker
     from .ranking import list_rankers as list_rankers
     from .reduction import Reduction as Reduction
-    from .runtime import CapturedPrefill as CapturedPrefill
     from .runtime import Handle as Handle
     from .runtime import apply as apply
     from .runtime import encode_images as encode_images
@@ -74,10 +74,11 @@ _NAMES = {
         "paired_bootstrap",
         "rank_consistency",
     ),
+    "experimental.captured": ("CapturedPrefill",),
     "loading": ("load_demo", "load_model"),
     "ranking": ("Ranker", "get_ranker", "list_rankers"),
     "reduction": ("Reduction",),
-    "runtime": ("CapturedPrefill", "Handle", "apply", "encode_images", "remove"),
+    "runtime": ("Handle", "apply", "encode_images", "remove"),
     "schedule": ("Schedule",),
     "searches": (
         "Frontier",

@@ -20,10 +20,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 import thinsight
 from thinsight.errors import MissingPackage, Unsupported
 from thinsight.evaluation import Evaluator, Example
+from thinsight.experimental.captured import CapturedPrefill, EagerReplay
 from thinsight.loading import load_config
-from thinsight.runtime import CapturedPrefill, apply, encode_images, resuming, snapshotting
+from thinsight.runtime import apply, encode_images, resuming, snapshotting
 from thinsight.runtime.cache import CACHE, cache_of, is_paged
-from thinsight.runtime.captured import EagerReplay
 from thinsight.runtime.families import OLDEST, UNTESTED, check_version
 from thinsight.schedule import Schedule
 from thinsight.timing import measure
