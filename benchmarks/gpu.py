@@ -40,8 +40,8 @@ from benchmarks.prefill import MEASURED, SCHEDULES, TEXT_TOKENS, Runs, Workload,
 from benchmarks.table import RESULTS, Columns, Results, Row, about, setting
 from thinsight import Reduction, apply
 from thinsight.cost import kv_bytes
-from thinsight.runtime import CapturedPrefill, Handle, num_layers
-from thinsight.runtime.captured import EagerReplay
+from thinsight.experimental.captured import CapturedPrefill, EagerReplay
+from thinsight.runtime import Handle, num_layers
 
 IMAGE_TOKEN = 5
 BEFORE_IMAGE = 4  # text tokens

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 
-from thinsight.runtime.hooks import Hook
+from thinsight.runtime.reducer import Hook
 from thinsight.runtime.scoring import TextRows
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -15,8 +15,8 @@ from torch import nn
 import thinsight as ts
 from thinsight.evaluation import Example
 from thinsight.evaluation.consistency import attention_statistics
+from thinsight.experimental.captured import EagerReplay
 from thinsight.runtime import layer_scores
-from thinsight.runtime.captured import EagerReplay
 from thinsight.timing import measure, profile
 
 SCHEDULE = ts.Schedule([1, 0.7, 0.5, 0.2])

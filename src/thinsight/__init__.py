@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .evaluation import paired_bootstrap as paired_bootstrap
     from .evaluation import rank_consistency as rank_consistency
     from .experimental.adaptive import adaptive_search as adaptive_search
+    from .experimental.captured import CapturedPrefill as CapturedPrefill
     from .families import SupportedModel as SupportedModel
     from .families import models as models
     from .loading import load_demo as load_demo
@@ -46,7 +47,6 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .ranking import get_ranker as get_ranker
     from .ranking import list_rankers as list_rankers
     from .reduction import Reduction as Reduction
-    from .runtime import CapturedPrefill as CapturedPrefill
     from .runtime import Handle as Handle
     from .runtime import apply as apply
     from .runtime import encode_images as encode_images
@@ -81,10 +81,11 @@ _NAMES = {
         "rank_consistency",
     ),
     "experimental.adaptive": ("adaptive_search",),
+    "experimental.captured": ("CapturedPrefill",),
     "loading": ("load_demo", "load_model"),
     "ranking": ("Ranker", "get_ranker", "list_rankers"),
     "reduction": ("Reduction",),
-    "runtime": ("CapturedPrefill", "Handle", "apply", "encode_images", "remove"),
+    "runtime": ("Handle", "apply", "encode_images", "remove"),
     "schedule": ("Schedule",),
     "searches": (
         "Frontier",

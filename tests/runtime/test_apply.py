@@ -505,8 +505,8 @@ def test_passes_of_threads_that_are_gone_do_not_hold_the_model() -> None:
 def test_a_start_inside_a_start_gives_way_to_the_outer_one() -> None:
     model, batch = tiny_llava(), tiny_inputs([[3, 5]])
     with apply(model, SCHEDULE) as handle, torch.no_grad():
-        with handle.starting_at(2):
-            with handle.starting_at(3):
+        with handle.local.having(first=2):
+            with handle.local.having(first=3):
                 pass
             model(**batch)
             assert [len(handle.kept(layer)[0]) for layer in (1, 3)] == [16, 4]  # nothing fell at layer 1

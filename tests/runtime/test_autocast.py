@@ -17,6 +17,7 @@ import thinsight.runtime.scoring as scoring
 from thinsight.adaptive import Adaptive
 from thinsight.evaluation.examples import load_examples
 from thinsight.evaluation.prompts import process
+from thinsight.experimental.captured import CapturedPrefill
 from thinsight.loading import load_demo
 from thinsight.ranking import (
     STATISTICS,
@@ -29,7 +30,7 @@ from thinsight.ranking import (
     weighted_rows,
 )
 from thinsight.reduction import Reduction
-from thinsight.runtime import CapturedPrefill, apply, layer_scores
+from thinsight.runtime import apply, layer_scores
 from thinsight.runtime.anatomy import attention_of, decoder_layers
 from thinsight.runtime.scoring import Probe, TextRows, attention_rows
 from thinsight.schedule import Schedule

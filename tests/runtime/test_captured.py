@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from thinsight import Adaptive
 from thinsight.errors import ThinsightError
+from thinsight.experimental.captured import CapturedPrefill, EagerReplay
 from thinsight.ranking import Context, Ranker
 from thinsight.reduction import Reduction
-from thinsight.runtime import CapturedPrefill, Handle, apply
+from thinsight.runtime import Handle, apply
 from thinsight.runtime.cache import CACHE
-from thinsight.runtime.captured import EagerReplay
 from thinsight.schedule import Schedule
 
 SCHEDULE = Schedule([1, 0.7, 0.4, 0.2])

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from thinsight.runtime.cache import Kept, append
-from thinsight.runtime.layout import Columns, Vision, build_layout, query_columns, shrink, text_marks
-from thinsight.runtime.masks import causal, gather_tokens, reduce_mask, scatter_tokens
+from thinsight.runtime.call import Vision, build_layout, query_columns
+from thinsight.runtime.reducer import shrink
+from thinsight.runtime.tensors import Columns, causal, gather_tokens, reduce_mask, scatter_tokens
 
 # row 0: pad pad t v v v t t; row 1: t v v v v v t t (images of 2 and 3); row 2: text and padding
 VISION = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 0, 0], [0] * 8]).bool()
@@ -81,7 +82,7 @@ def test_of_many_queries_some_evenly_spaced(most: int | None, wanted: list[int])
 def test_shrinking_twice() -> None:
     made = layout()
     alive = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 1, 1, 1], [0] * 5]).bool()
-    take, columns = shrink(made, text_marks(made), alive, [2, 4, 0], None)
+    take, columns = shrink(made, alive, [2, 4, 0], None)
     assert columns.length == 7
     assert columns.valid is not None
     real = [c[v].tolist() for c, v in zip(columns.index, columns.valid, strict=True)]
@@ -90,7 +91,7 @@ def test_shrinking_twice() -> None:
     states = torch.arange(24.0).view(3, 8, 1)
     first = gather_tokens(states, take)
     alive = torch.tensor([[0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0] * 5]).bool()
-    take, later = shrink(made, text_marks(made), alive, [1, 0, 0], columns)
+    take, later = shrink(made, alive, [1, 0, 0], columns)
     assert later.length == 4
     assert later.valid is not None
     assert [c[v].tolist() for c, v in zip(later.index, later.valid, strict=True)] == [
@@ -111,11 +112,11 @@ def test_shrinking_rows_of_one_length_needs_no_filling() -> None:
     made = build_layout([Vision(VISION[:1].expand(2, -1))], REAL[:1].expand(2, -1))
     assert made is not None
     alive = torch.tensor([[True, False, True], [False, True, True]])
-    take, columns = shrink(made, text_marks(made), alive, [2, 2], None)
+    take, columns = shrink(made, alive, [2, 2], None)
     assert take.tolist() == [[2, 3, 5, 6, 7], [2, 4, 5, 6, 7]]
     assert columns.valid is None
     alive = torch.tensor([[False, False, True], [False, True, False]])
-    take, columns = shrink(made, text_marks(made), alive, [1, 1], columns)
+    take, columns = shrink(made, alive, [1, 1], columns)
     assert take.tolist() == [[0, 2, 3, 4], [0, 1, 3, 4]]
     assert columns.index.tolist() == [[2, 5, 6, 7], [2, 4, 6, 7]]
 

@@ -15,9 +15,9 @@ from conformance.family import IMAGES, PADDED, Family
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from thinsight.errors import ThinsightError
+from thinsight.experimental.captured import NeverWaiting
 from thinsight.runtime import apply, decoder_layers, vision_token_mask
 from thinsight.runtime.cache import CACHE
-from thinsight.runtime.captured import NeverWaiting
 from thinsight.schedule import Schedule
 
 SCHEDULE = Schedule([1, 0.7, 0.4, 0.2])
@@ -107,7 +107,7 @@ def planned_pass(family: Family, ranker: Any, per: str, plan: bool) -> list[int]
     with apply(model, SCHEDULE, ranker=ranker, per=per) as handle, torch.no_grad():
         made = handle.plan(**inputs)
         assert made is not None
-        made = made.mapped(lambda tensor: tensor.to("meta"))
+        made = made.mapped(lambda _, tensor: tensor.to("meta"))
         vision = vision_token_mask(model, inputs["input_ids"])
         embeds = model.get_input_embeddings()(inputs["input_ids"]).to("meta")
         model.to("meta")

@@ -20,12 +20,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 import thinsight
 from thinsight.errors import MissingPackage, Unsupported
 from thinsight.evaluation import Evaluator, Example
+from thinsight.experimental.captured import CapturedPrefill, EagerReplay
 from thinsight.families import OLDEST, UNTESTED
 from thinsight.loading import load_config
-from thinsight.runtime import CapturedPrefill, apply, encode_images, resuming, snapshotting
+from thinsight.runtime import apply, encode_images, resuming, snapshotting
 from thinsight.runtime.anatomy import check_version
 from thinsight.runtime.cache import CACHE, cache_of, is_paged
-from thinsight.runtime.captured import EagerReplay
 from thinsight.schedule import Schedule
 from thinsight.timing import measure
 

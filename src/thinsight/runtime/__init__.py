@@ -1,40 +1,25 @@
 """Runs a transformers model under a reduction. The only room that knows transformers' insides.
 
-`handle.py` puts a reduction on a model and gives its caller a handle. `reducer.py` is the mechanism: a pass
-from top to bottom, by hooks (`hooks.py`) that drop vision tokens before layers; `call.py` reads its inputs.
-
-`layout.py` holds the two token spaces, `cache.py` and `masks.py` keep cache and masks right between them;
-`scoring.py` reads attention, `encoding.py` the vision tower, `anatomy.py` knows a model's parts. On top of it all,
-`prefix.py` lets reductions share the layers in which they agree, `captured.py` records prefills and replays
-them, and `observe.py` ranks where nothing is dropped.
-
-Knows nothing about searching, evaluating or reporting.
+`handle.py` puts a reduction on a model; `reducer.py` is the mechanism, a pass from top to bottom. Under it:
+`call.py` reads a call, `encoding.py` the vision tower, `scoring.py` attention; `tensors.py` and `cache.py` keep
+the two token spaces apart; `anatomy.py` knows models. On top, `prefix.py` lets reductions share layers in which
+they agree, and `observe.py` ranks where nothing is dropped. Knows nothing about searching or evaluating.
 """
 
 from __future__ import annotations
 
-from .anatomy import decoder_layers, num_layers, vision_token_mask
-from .captured import CapturedPrefill
-from .encoding import EncodedImages, encode_images
-from .handle import Handle, apply, check_rankable, remove
-from .observe import LayerScores, layer_scores
-from .prefix import Snapshot, can_share, resuming, snapshotting
-
-__all__ = [
-    "CapturedPrefill",
-    "EncodedImages",
-    "Handle",
-    "LayerScores",
-    "Snapshot",
-    "apply",
-    "can_share",
-    "check_rankable",
-    "decoder_layers",
-    "encode_images",
-    "layer_scores",
-    "num_layers",
-    "remove",
-    "resuming",
-    "snapshotting",
-    "vision_token_mask",
-]
+from .anatomy import decoder_layers as decoder_layers
+from .anatomy import num_layers as num_layers
+from .anatomy import vision_token_mask as vision_token_mask
+from .encoding import EncodedImages as EncodedImages
+from .encoding import encode_images as encode_images
+from .handle import Handle as Handle
+from .handle import apply as apply
+from .handle import check_rankable as check_rankable
+from .handle import remove as remove
+from .observe import LayerScores as LayerScores
+from .observe import layer_scores as layer_scores
+from .prefix import Snapshot as Snapshot
+from .prefix import can_share as can_share
+from .prefix import resuming as resuming
+from .prefix import snapshotting as snapshotting

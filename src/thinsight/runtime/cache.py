@@ -1,13 +1,11 @@
 """Cache layers that hold fewer tokens than they report: keys and values physical, lengths logical.
 
-What was kept lives on the cache itself, so that decoding, beam search, copies and later turns find it. Also
-the only place that knows by which name a call carries its cache. Knows nothing about models, hooks or how
-tokens were chosen.
+What was kept lives on the cache itself, so that decoding, beam search, copies and later turns find it. Knows
+by which name a call carries its cache; knows nothing about models, hooks or how tokens were chosen.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -27,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..errors import BadInput, Unsupported
 from ..schedule import Schedule
-from .layout import Columns
+from .tensors import Columns, Mapped
 
 _RENAMED = "past_key_values"  # by transformers 5.24, whose models take either name
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else _RENAMED
@@ -47,7 +45,7 @@ def is_paged(call: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Kept:
+class Kept(Mapped):
     """The first columns of a thinned cache layer. Everything cached after them was kept in full."""
 
     columns: Columns  # (batch, physical): logical columns of the cache
@@ -56,18 +54,14 @@ class Kept:
     def until(self, total: int) -> Columns:
         """What a cache of `total` logical columns holds."""
         index = self.columns.index
-        later = torch.arange(self.covered, total, device=index.device).expand(index.shape[0], -1)
-        return self.columns.join(later)
+        return self.columns.join(torch.arange(self.covered, total, device=index.device).expand(index.shape[0], -1))
 
     def beyond(self, length: int) -> int:
-        """How many physical columns stand at or behind a logical column.
-
-        Raises:
-            ThinsightError: the rows differ in it.
-        """
+        """How many physical columns stand at or behind a logical column; refuses where rows differ in it."""
         if length >= self.covered:
             return 0
         counts = (self.columns.index >= length).sum(1)
+        # keys are one rectangle for all rows: only a cut at the same physical place in each can be made
         if self.columns.valid is not None or bool((counts != counts[0]).any()):
             raise Unsupported(
                 f"cannot crop the cache to {length} tokens: its rows kept different numbers of vision tokens "
@@ -79,18 +73,29 @@ class Kept:
         """The record of a cache cut to `length` logical columns."""
         if length >= self.covered:
             return self
-        width = self.columns.length - self.beyond(length)
-        return Kept(Columns(self.columns.index[:, :width], None), length)
+        return Kept(self.columns.part(slice(self.columns.length - self.beyond(length))), length)
 
     def select(self, rows: Tensor) -> Kept:
         """The record of the given batch rows (repeats allowed)."""
         return replace(self, columns=self.columns.select(rows))
 
 
+def append(before: Kept | None, past: int, new: Columns, seq: int) -> Kept:
+    """The record after a pass that kept `new` of its `seq` tokens, behind `past` logical columns; `before`: the
+    record until then, None where nothing was dropped."""
+    if not past:
+        return Kept(new, seq)
+    if before is None:
+        before = Kept(Columns(new.index[:, :0], None), 0)
+    return Kept(before.until(past).join(new.index + past, new.valid), past + seq)
+
+
 class Thinned(CacheLayerMixin):
     """What is common to cache layers some of whose tokens were never cached. Made by `thin` of stock ones.
 
-    Layers of one stage of a schedule (a run of equal keep rates) hold the same columns and share the record.
+    Every layer of a cache reports the same logical length, which is what the model derives masks and positions
+    from, while each stage of a schedule (a run of layers of one keep rate) holds another number of tokens.
+    Layers of a stage hold the same columns and share the record.
     """
 
     schedule: Schedule
@@ -106,14 +111,8 @@ class Thinned(CacheLayerMixin):
         self._forget()
 
     def expect(self, batch: int, seq: int, new: Columns | None = None, kept: Kept | None = None) -> None:
-        """Announce an update of `seq` logical columns.
-
-        Args:
-            batch: rows.
-            seq: logical columns.
-            new: which of them are there; None for all.
-            kept: the record as it will be then; None leaves it.
-        """
+        """Announce an update of `seq` logical columns, of which `new` are there (None: all), and what will be
+        `kept` then (None: as before). The update itself sees keys and values alone, not what is missing."""
         self.expected = True
         self.coming = seq if new is None else new.length
         self.dropped += seq - self.coming
@@ -130,16 +129,28 @@ class Thinned(CacheLayerMixin):
         return self.kept is not None and self.kept.columns.valid is not None
 
     def check(self, schedule: Schedule) -> None:
-        """Refuse another schedule than the one the layer was filled under.
-
-        Raises:
-            ThinsightError: it is another one.
-        """
+        """Refuse another schedule than the one the layer was filled under."""
         if self.schedule is not schedule and self.schedule != schedule:
             raise BadInput("this cache was filled under another schedule; start a new cache")
 
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._claim()
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def _claim(self) -> None:
+        if not self.expected:
+            raise BadInput(
+                "this cache was filled under a reduction that is not applied now; "
+                "continue it inside the same `apply`, or start a new cache"
+            )
+        self.expected = False
+
     def crop(self, tokens: int) -> None:
-        """Remove the last `-tokens`; a positive number is the length to leave (transformers before 5.20)."""
+        """Remove the last `-tokens`; a positive number is the length to leave (transformers before 5.20).
+
+        A logical length is cut to, and how many keys that removes depends on what was kept behind it. What
+        was dropped in front of it stays dropped; `dropped` forgets only what lies behind.
+        """
         total = int(self.get_seq_length())
         length = max(0, total + tokens if tokens <= 0 else min(tokens, total))
         if length < total and self.is_initialized:
@@ -150,30 +161,25 @@ class Thinned(CacheLayerMixin):
         raise NotImplementedError
 
     def _beyond(self, total: int, length: int) -> int:
-        """How many physical columns stand at or behind a logical column."""
+        """How many of `total` columns' physical ones stand at or behind a logical column."""
         covered = total if self.kept is None else min(total, self.kept.covered)
         return total - max(length, covered) + (0 if self.kept is None else self.kept.beyond(length))
 
-    def _claim(self) -> None:
-        if not self.expected:
-            raise BadInput(
-                "this cache was filled under a reduction that is not applied now; "
-                "continue it inside the same `apply`, or start a new cache"
-            )
-        self.expected = False
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
 
     def _forget(self) -> None:
         self.kept, self.expected = None, False
         self.dropped = self.coming = self.offset = 0
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
     def _select(self, rows: Tensor) -> None:
         if self.kept is not None:
             self.kept = self.kept.select(rows)
-
-    def _repeat(self, repeats: int) -> None:
-        if self.kept is not None:
-            index = self.kept.columns.index
-            self._select(torch.arange(index.shape[0], device=index.device).repeat_interleave(repeats))
 
 
 class ThinnedLayer(Thinned, DynamicLayer):
@@ -181,10 +187,6 @@ class ThinnedLayer(Thinned, DynamicLayer):
 
     keys: Tensor
     values: Tensor
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._claim()
-        return super().update(key_states, value_states, *args, **kwargs)
 
     def columns(self) -> Columns:
         assert self.kept is not None
@@ -199,46 +201,53 @@ class ThinnedLayer(Thinned, DynamicLayer):
         removed = self._beyond(total, length)
         if self.kept is not None:
             self.kept = self.kept.crop(length)
+        # of the columns cut off, those without a key were counted as dropped
         self.dropped -= total - length - removed
-        self.keys = self.keys[..., : self.keys.shape[-2] - removed, :]
-        self.values = self.values[..., : self.values.shape[-2] - removed, :]
-
-    def reset(self) -> None:
-        super().reset()
-        self._forget()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._select(beam_idx)
+        left = self.keys.shape[-2] - removed
+        self.keys, self.values = self.keys[..., :left, :], self.values[..., :left, :]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._select(torch.arange(self.keys.shape[0]).repeat_interleave(repeats))
         super().batch_repeat_interleave(repeats)
-        self._repeat(repeats)
 
 
 class ThinnedSlidingLayer(ThinnedLayer, DynamicSlidingWindowLayer):
     """A thinned `DynamicSlidingWindowLayer`: the window is one of logical columns, as the full model's is.
 
-    What no row's window reaches any more is removed before the next update, so that a crop in between finds
-    everything.
+    The stock layer forgets by counting keys. Here the last `sliding_window` keys reach further back than the
+    window does, each row's by as much as it dropped, so that every key's logical column is held beside it and
+    says when it goes. What no row's window reaches any more is removed before the next update, not after the
+    last: a crop in between finds everything.
     """
 
     held: Columns | None  # the logical columns of `keys`, after the announced update
-    ends: deque[int]  # the last logical column, over the rows, of each of them
+    ends: list[int]  # the last logical column, over the rows, of each of them: known on the host
     cumulative_length: int
 
     def expect(self, batch: int, seq: int, new: Columns | None = None, kept: Kept | None = None) -> None:
         super().expect(batch, seq, new, kept)
         start = self.cumulative_length
         self.offset = max(start - self.sliding_window + 1, 0)
-        self._adopt()
-        self._evict()
+        if self.held is None and self.is_initialized and self.keys.numel():
+            # what the stock layer held before it was thinned: the last of its logical columns
+            past = range(start - self.keys.shape[-2], start)
+            self._hold(torch.tensor(past, device=self.keys.device).expand(self.keys.shape[0], -1), None, past)
+        if not self.record_past and self.held is not None:
+            gone = 0
+            while gone < len(self.ends) and self.ends[gone] < self.offset:  # they ascend
+                gone += 1
+            if gone:
+                self.keys, self.values = self.keys[..., gone:, :], self.values[..., gone:, :]
+                self.held = self.held.part(slice(gone, None))
+                del self.ends[:gone]
         if new is None:
-            index = torch.arange(start, start + seq, device=self._device()).expand(batch, -1)
+            device = None if self.held is None else self.held.index.device
+            index = torch.arange(start, start + seq, device=device).expand(batch, -1)
             self._hold(index, None, range(start, start + seq))
         else:
             index = new.index + start
@@ -260,65 +269,34 @@ class ThinnedSlidingLayer(ThinnedLayer, DynamicSlidingWindowLayer):
         self._claim()
         return DynamicLayer.update(self, key_states, value_states, *args, **kwargs)
 
-    def _device(self) -> torch.device | None:
-        return None if self.held is None else self.held.index.device
-
     def _hold(self, index: Tensor, valid: Tensor | None, ends: Iterable[int]) -> None:
         self.held = Columns(index, valid) if self.held is None else self.held.join(index, valid)
         self.ends.extend(ends)
 
-    def _adopt(self) -> None:
-        """The columns that the stock layer held before it was thinned: the last of its logical ones."""
-        if self.held is not None or not self.is_initialized or self.keys.numel() == 0:
-            return
-        count = self.keys.shape[-2]
-        columns = range(self.cumulative_length - count, self.cumulative_length)
-        index = torch.tensor(columns, device=self.keys.device).expand(self.keys.shape[0], -1)
-        self._hold(index, None, columns)
-
-    def _evict(self) -> None:
-        if self.record_past or self.held is None:
-            return
-        before = len(self.ends)
-        while self.ends and self.ends[0] < self.offset:  # they ascend
-            self.ends.popleft()
-        gone = before - len(self.ends)
-        if gone:
-            self.keys, self.values = self.keys[..., gone:, :], self.values[..., gone:, :]
-            self.held = self.held.drop_first(gone)
+    def _beyond(self, total: int, length: int) -> int:
+        assert self.held is not None
+        return Kept(self.held, total).beyond(length)
 
     def _cut(self, total: int, length: int) -> None:
+        super()._cut(total, length)
         assert self.held is not None
-        whole = Kept(self.held, total)
-        removed = whole.beyond(length)
-        self.held = whole.crop(length).columns
-        for _ in range(removed):
-            self.ends.pop()
-        if self.kept is not None:
-            self.kept = self.kept.crop(length)
-        self.dropped -= total - length - removed
+        self.held = Kept(self.held, total).crop(length).columns
+        del self.ends[self.held.length :]
         self.cumulative_length = length
-        self.keys = self.keys[..., : self.keys.shape[-2] - removed, :]
-        self.values = self.values[..., : self.values.shape[-2] - removed, :]
 
     def _forget(self) -> None:
         super()._forget()
-        self.held, self.ends = None, deque()
+        self.held, self.ends = None, []
 
     def _select(self, rows: Tensor) -> None:
         super()._select(rows)
         if self.held is not None:
             self.held = self.held.select(rows)
 
-    def _repeat(self, repeats: int) -> None:
-        super()._repeat(repeats)
-        if self.held is not None and self.kept is None:
-            index = self.held.index
-            self.held = self.held.select(torch.arange(index.shape[0], device=index.device).repeat_interleave(repeats))
-
 
 class ThinnedStaticLayer(Thinned, StaticLayer):
-    """A thinned `StaticLayer`: its buffer is allocated without room for what the first prompt drops."""
+    """A thinned `StaticLayer`: its buffer is allocated without room for what the first prompt drops, so a crop to
+    in front of that, which would leave more to be filled than there is room, cannot be had."""
 
     cumulative_length: Tensor  # physical columns that are filled
     logical_length: int  # of the stock layer's buffer
@@ -340,6 +318,10 @@ class ThinnedStaticLayer(Thinned, StaticLayer):
         assert self.fixed is not None
         return self.fixed
 
+    def _lay_out(self, kept: Kept) -> None:
+        # columns that are not filled yet have no query that sees them
+        self.fixed = kept.until(kept.covered + self.max_cache_len - kept.columns.length)
+
     def _cut(self, total: int, length: int) -> None:
         removed = self._beyond(total, length)
         if removed < total - length:
@@ -352,14 +334,6 @@ class ThinnedStaticLayer(Thinned, StaticLayer):
             self.kept = self.kept.crop(length)
             self._lay_out(self.kept)
 
-    def _lay_out(self, kept: Kept) -> None:
-        # columns that are not filled yet have no query that sees them
-        self.fixed = kept.until(kept.covered + self.max_cache_len - kept.columns.length)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._claim()
-        return super().update(key_states, value_states, *args, **kwargs)
-
     def get_seq_length(self) -> Any:
         return self.cumulative_length + self.dropped if self.is_initialized else 0
 
@@ -371,15 +345,13 @@ class ThinnedStaticLayer(Thinned, StaticLayer):
 
     def reset(self) -> None:
         super().reset()
-        self._forget()
         # the next prompt may drop fewer tokens, and then needs a larger buffer
         self.max_cache_len, self.fixed, self.is_initialized = self.logical_length, None, False
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._select(beam_idx)
+    def _select(self, rows: Tensor) -> None:
+        super()._select(rows)
         if self.fixed is not None:
-            self.fixed = self.fixed.select(beam_idx)
+            self.fixed = self.fixed.select(rows)
 
 
 _THINNED: dict[type, type[Thinned]] = {
@@ -389,43 +361,36 @@ _THINNED: dict[type, type[Thinned]] = {
 }
 
 
+def _layer_of(cache: Cache | None, layer: int) -> Any:
+    return None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
+
+
 def thinned(cache: Cache | None, layer: int) -> Thinned | None:
     """The layer of a cache if it is thinned."""
-    held = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
+    held = _layer_of(cache, layer)
     return held if isinstance(held, Thinned) else None
 
 
 def filled(cache: Cache | None, layer: int) -> int | None:
     """How many tokens a static cache layer has been given; None where its keys end with the last one."""
-    held = None if cache is None or layer >= len(cache.layers) else cache.layers[layer]
+    held = _layer_of(cache, layer)
     if isinstance(held, StaticSlidingWindowLayer):
         return int(held.cumulative_length_int)
     return int(held.cumulative_length) if isinstance(held, StaticLayer) else None
 
 
-def kept_before(cache: Cache | None, layer: int, schedule: Schedule) -> Kept | None:
-    """What the cache records for a layer; None when it holds every column.
-
-    Raises:
-        ThinsightError: the cache was filled under another schedule.
-    """
-    held = thinned(cache, layer)
-    if held is None:
-        return None
-    held.check(schedule)
-    return held.kept
+def lazy_layer(cache: Cache, layer: int) -> Any:
+    """The layer of a cache, which may be built only as far as layers have run."""
+    while layer >= len(cache.layers) and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return cache.layers[layer]
 
 
 def thin(cache: Cache, layer: int, schedule: Schedule) -> Thinned:
-    """The layer of a cache, made one that can be thinned.
-
-    Raises:
-        ThinsightError: the cache keeps its tokens in a way that cannot be thinned.
-    """
-    while layer >= len(cache.layers) and cache.layer_class_to_replicate is not None:
-        cache.layers.append(cache.layer_class_to_replicate())  # a lazily built cache
-    held = cache.layers[layer]
+    """The layer of a cache, made one that can be thinned; refuses a kind that cannot, and another schedule."""
+    held = lazy_layer(cache, layer)
     if type(held) in _THINNED:
+        # the same object, since cache and caller hold on to it, and maybe tokens in it
         held.__class__ = _THINNED[type(held)]
         held.become(schedule)
     if not isinstance(held, Thinned):
@@ -435,13 +400,3 @@ def thin(cache: Cache, layer: int, schedule: Schedule) -> Thinned:
         )
     held.check(schedule)
     return held
-
-
-def append(before: Kept | None, past: int, new: Columns, seq: int) -> Kept:
-    """The record after a pass that kept `new` of its `seq` tokens, behind `past` logical columns."""
-    if not past:
-        return Kept(new, seq)
-    if before is None:
-        cached = torch.arange(past, device=new.index.device).expand(new.index.shape[0], -1)
-        return Kept(Columns(cached, None).join(new.index + past, new.valid), past + seq)
-    return Kept(before.until(past).join(new.index + past, new.valid), past + seq)

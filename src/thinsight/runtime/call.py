@@ -6,30 +6,48 @@ Knows nothing about schedules, or about what is done with the tokens.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from ..errors import BadInput, Unsupported
+from ..ranking import Context
 from .anatomy import MODALITIES, tiles_stand_apart, vision_placeholders
 from .cache import cache_of
 from .encoding import received_of, vision_outputs
-from .layout import Layout, Vision, build_layout
+from .tensors import Mapped
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the caller says of the inputs beyond what is in them."""
+class Layout:
+    """Which new tokens of a pass are vision tokens, and of which image; `tokens` is the most in one row."""
 
-    prompt: Tensor | None = None  # (batch, seq) bool: False at a continuation of the prompt
-    vision: Tensor | None = None  # (batch, seq) bool or int64: vision positions of `inputs_embeds`
-    candidates: int = 0  # last columns that an assistant proposed
+    real: Tensor  # (batch, seq) bool: not padding
+    column: Tensor  # (batch, tokens) int64: logical column of each vision token, 0 at padding
+    valid: Tensor  # (batch, tokens) bool: not padding
+    image: Tensor  # (batch, tokens) int64: which image of its row
+    index: Tensor  # (batch, tokens) int64: place within that image
+    size: Tensor  # (batch, tokens) int64: N of that image
+    sizes: tuple[tuple[int, ...], ...]  # per row, N of each of its images
+    text: tuple[int, ...]  # per row, how many tokens are neither vision nor padding
+
+    @cached_property
+    def vision(self) -> Tensor:
+        """(batch, seq) bool: the vision tokens."""
+        marks = torch.zeros(self.real.shape, dtype=torch.long, device=self.real.device)
+        return marks.scatter_add(1, self.column, self.valid.long()) > 0
+
+    @cached_property
+    def text_marks(self) -> Tensor:
+        """(batch, seq) int64: 1 at tokens that are neither vision nor padding."""
+        return (self.real & ~self.vision).long()
 
 
 @dataclass(frozen=True)
@@ -42,9 +60,14 @@ class Call:
     prompt: Tensor  # (batch, seq) bool: not padding, not a continuation
     received: Tensor | None  # (batch, tokens) float32: attention inside the vision tower, if it was read
 
+    def context(self, **more: Any) -> Context:
+        """What a ranker is told."""
+        layout = self.layout
+        return Context(image=layout.image, index=layout.index, size=layout.size, vision_attention=self.received, **more)
+
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Mapped):
     """All that a pass needs to know of its inputs: with it, the pass asks the device for nothing.
 
     Attributes:
@@ -63,108 +86,45 @@ class Plan:
     ends: tuple[int, ...] | None
     quota: Tensor | None
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What passes must have in common for one to run on the other's tensors: all that is on the host."""
-        layout = self.call.layout
-        absent = tuple(each is None for each in (self.queries, self.last, self.quota, self.call.received))
-        shapes = (tuple(tensor.shape) for tensor in self.tensors())
-        return (self.call.seq, self.call.past, layout.sizes, layout.text, self.ends, absent, *shapes)
 
-    def tensors(self) -> list[Tensor]:
-        """Every tensor, in the order of `mapped`."""
-        found: list[Tensor] = []
+@dataclass(frozen=True)
+class Said:
+    """What the caller says of the inputs beyond what is in them."""
 
-        def take(tensor: Tensor) -> Tensor:
-            found.append(tensor)
-            return tensor
-
-        self.mapped(take)
-        return found
-
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> Plan:
-        """With every tensor changed, always in the same order."""
-
-        def optional(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else change(tensor)
-
-        layout = self.call.layout
-        names = ("real", "column", "valid", "image", "index", "size")
-        layout = replace(layout, **{name: change(getattr(layout, name)) for name in names})
-        call = replace(self.call, layout=layout, prompt=change(self.call.prompt), received=optional(self.call.received))
-        queries = None if self.queries is None else (change(self.queries[0]), change(self.queries[1]))
-        return Plan(call, queries, optional(self.last), self.ends, optional(self.quota))
-
-    @property
-    def padded(self) -> bool:
-        """Whether any row has padding."""
-        layout = self.call.layout
-        rows = zip(layout.text, layout.sizes, strict=True)
-        return any(text + sum(sizes) < self.call.seq for text, sizes in rows)
-
-    def bucketed(self, seq: int, multiple: int) -> Plan:
-        """The plan of the same prompts with columns behind them up to `seq`, of a shape that few things set.
-
-        All that is not vision counts as text, padding and the new columns included, so that how many columns
-        a layer gets does not hang on it; they neither rank nor, by the mask, are seen by the prompt. More
-        than one query column becomes a multiple of `multiple`.
-        """
-        layout, more = self.call.layout, seq - self.call.seq
-        layout = replace(
-            layout,
-            real=layout.real.new_ones(layout.real.shape[0], seq),
-            text=tuple(seq - sum(sizes) for sizes in layout.sizes),
-        )
-        call = replace(self.call, seq=seq, layout=layout, prompt=pad(self.call.prompt, (0, more)))
-        queries = self.queries
-        if queries is not None and queries[0].shape[1] > 1:
-            unread = -queries[0].shape[1] % multiple
-            queries = (pad(queries[0], (0, unread)), pad(queries[1], (0, unread)))
-        return replace(self, call=call, queries=queries)
+    prompt: Tensor | None = None  # (batch, seq) bool: False at a continuation of the prompt
+    vision: Tensor | None = None  # (batch, seq) bool or int64: vision positions of `inputs_embeds`
+    candidates: int = 0  # last columns that an assistant proposed
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name."""
-    if not args:
-        return kwargs
-    bound = inspect.signature(module.forward).bind_partial(*args)
-    return {**bound.arguments, **kwargs}
+    return {**inspect.signature(module.forward).bind_partial(*args).arguments, **kwargs} if args else kwargs
 
 
 def encode_pixels(model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
     """The call with its pixels replaced by the tower's output, so that each image's token count is known."""
     outputs = dict(call.get("mm_encoder_outputs") or {})
-    pixels = {
-        modality: name
-        for modality, name in MODALITIES.items()
-        if call.get(name) is not None and outputs.get(modality) is None
-    }
-    if not pixels:
+    raw = [name for name, pixels in MODALITIES.items() if call.get(pixels) is not None and outputs.get(name) is None]
+    if not raw:
         return call
-    outputs.update({modality: vision_outputs(model, call, modality) for modality in pixels})
-    return {**call, **dict.fromkeys(pixels.values()), "mm_encoder_outputs": outputs}
+    outputs.update({name: vision_outputs(model, call, name) for name in raw})
+    return {**call, **{MODALITIES[name]: None for name in raw}, "mm_encoder_outputs": outputs}
 
 
 def read_call(model: PreTrainedModel, call: Mapping[str, Any], said: Said | None = None) -> Call | None:
-    """Describe a call; None when there is no vision token in it (decoding, text).
-
-    Args:
-        model: the multimodal model.
-        call: its arguments, pixels already encoded.
-        said: what the caller says of them.
+    """Describe a call, pixels already encoded; None when there is no vision token in it (decoding, text).
 
     Raises:
         ThinsightError: vision tokens cannot be told from the arguments, or a mask has another shape.
     """
     said = said or Said()
-    ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-    given = ids if ids is not None else embeds
-    if given is None or given.shape[1] == 1:
-        return None  # without any input, the model itself says what is missing
+    given = _given(call)
+    if given is None:
+        return None
     batch, seq = given.shape[:2]
     past = _length(cache_of(call))
     real = _real(call.get("attention_mask"), batch, seq, past, given.device)
-    layout = build_layout(_vision(model, call, ids, said, real), real, tiles_stand_apart(model))
+    layout = build_layout(_vision(model, call, said, real), real, tiles_stand_apart(model))
     if layout is None:
         return None
     prompt = real if said.prompt is None else real & _rows(said.prompt, real, "prompt").bool()
@@ -175,13 +135,10 @@ def read_call(model: PreTrainedModel, call: Mapping[str, Any], said: Said | None
 
 
 def same_shape(plan: Plan, call: Mapping[str, Any]) -> bool:
-    """Whether a call is one that a plan describes; False for one new token per row, which no plan does.
-
-    Raises:
-        ThinsightError: its new tokens are not as many as the plan's, or stand behind a cache of other length.
-    """
-    given = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
-    if given is None or given.shape[1] == 1:
+    """Whether a call is one that a plan describes; False for one new token per row, which no plan does. Refuses
+    more or fewer tokens than the plan's, or a cache of other length."""
+    given = _given(call)
+    if given is None:
         return False
     wanted = (plan.call.prompt.shape[0], plan.call.seq, plan.call.past)
     found = (*given.shape[:2], _length(cache_of(call)))
@@ -193,6 +150,13 @@ def same_shape(plan: Plan, call: Mapping[str, Any]) -> bool:
     return True
 
 
+def _given(call: Mapping[str, Any]) -> Any:
+    """The ids or embeddings of a call's new tokens; None where there is one per row, as in decoding, or no
+    input at all, of which the model itself says what is missing."""
+    given = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
+    return None if given is None or given.shape[1] == 1 else given
+
+
 def _length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
@@ -201,7 +165,7 @@ def _real(mask: Any, batch: int, seq: int, past: int, device: torch.device) -> T
     """(batch, seq) bool: not padding. `generate` hands over finished masks where the cache is static."""
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention", next(iter(mask.values())))
-    if isinstance(mask, BlockMask):
+    if isinstance(mask, BlockMask):  # the last query sees all that is not padding
         rows = torch.arange(batch, device=device)[:, None]
         keys = torch.arange(past, past + seq, device=device)[None]
         return mask.mask_mod(rows, rows * 0, torch.full_like(keys, seq - 1), keys).expand(batch, seq)
@@ -215,31 +179,33 @@ def _real(mask: Any, batch: int, seq: int, past: int, device: torch.device) -> T
     return seen.any(1).expand(batch, -1)
 
 
-def _vision(
-    model: PreTrainedModel, call: Mapping[str, Any], ids: Tensor | None, said: Said, real: Tensor
-) -> list[Vision]:
+@dataclass(frozen=True)
+class Vision:
+    """Vision tokens of one modality in a pass."""
+
+    mask: Tensor  # (batch, seq) bool
+    lengths: list[int] | None = None  # tokens of each image or video over the whole batch, where known
+
+
+def _vision(model: PreTrainedModel, call: Mapping[str, Any], said: Said, real: Tensor) -> list[Vision]:
+    ids = call.get("input_ids")
     if ids is None:
         if said.vision is None:
             raise BadInput(
                 "inputs_embeds without input_ids does not say where vision tokens are; pass input_ids, or "
                 "say it: `with handle.vision(mask):`, mask (batch, seq) bool"
             )
-        return [_by_hand(said.vision, real)]
+        rows = _rows(said.vision, real, "vision")
+        if rows.dtype == torch.bool:
+            return [Vision(rows)]
+        counts = [row[row > 0].unique(return_counts=True)[1].tolist() for row in rows]
+        return [Vision(rows > 0, [count for row in counts for count in row])]
     masks = vision_placeholders(model, ids)
     outputs = call.get("mm_encoder_outputs") or {}
     found = {name: [len(f) for f in output.pooler_output] for name, output in outputs.items() if output}
     if set(masks) == {"image"} and "video" in found:  # both stand behind one placeholder
         found = {} if "image" in found else {"image": found["video"]}
     return [Vision(mask, found.get(name)) for name, mask in masks.items()]
-
-
-def _by_hand(mask: Tensor, real: Tensor) -> Vision:
-    """Vision tokens that the caller pointed out: a bool mask, or the number of each token's image."""
-    rows = _rows(mask, real, "vision")
-    if rows.dtype == torch.bool:
-        return Vision(rows)
-    counts = [row[row > 0].unique(return_counts=True)[1].tolist() for row in rows]
-    return Vision(rows > 0, [count for row in counts for count in row])
 
 
 def _rows(mask: Tensor, real: Tensor, name: str) -> Tensor:
@@ -270,3 +236,110 @@ def _per_row(layout: Layout, received: list[Tensor] | None) -> Tensor | None:
         if (row + 1) % copies == 0:
             first += count
     return result
+
+
+def build_layout(parts: Sequence[Vision], real: Tensor, by_run: bool = False) -> Layout | None:
+    """Describe a pass from its vision positions.
+
+    Args:
+        parts: the vision tokens, by modality; no position belongs to two.
+        real: (batch, seq) bool, False at padding.
+        by_run: an image is an unbroken run of vision tokens, as it is where lengths are not known or do not fit.
+
+    Returns:
+        The layout, or None when there is no vision token.
+    """
+    device, batch = real.device, real.shape[0]
+    sizes: list[list[int]] = [[] for _ in range(batch)]
+    tables: list[list[np.ndarray]] = [[] for _ in range(batch)]  # (4, n) each: column, image, index, size
+    for part in parts:
+        # on the host, so that no count has to be asked of the device again in the whole pass
+        marks = (part.mask & real).cpu().numpy()
+        columns = [row.nonzero()[0] for row in marks]
+        split = None if by_run else _split([len(c) for c in columns], part.lengths)
+        for row, places in enumerate(columns):
+            groups = _runs(places) if split is None else split[row]
+            lengths, first = np.array(groups, dtype=np.int64), len(sizes[row])
+            image = np.repeat(np.arange(first, first + len(groups)), lengths)
+            start = np.repeat(lengths.cumsum() - lengths, lengths)
+            tables[row].append(np.stack([places, image, np.arange(len(places)) - start, np.repeat(lengths, lengths)]))
+            sizes[row] += groups
+    rows = [np.concatenate(row, axis=1) for row in tables]
+    counts = [row.shape[1] for row in rows]
+    tokens = max(counts)
+    if tokens == 0:
+        return None
+    table = np.zeros((4, batch, tokens), dtype=np.int64)
+    for number, found in enumerate(rows):
+        table[:, number, : counts[number]] = found[:, found[0].argsort()]
+    text = (real.sum(1).cpu() - torch.tensor(counts)).tolist()
+    valid = (torch.arange(tokens) < torch.tensor(counts)[:, None]).to(device)
+    column, image, index, size = torch.from_numpy(table).to(device)
+    return Layout(real, column, valid, image, index, size, tuple(map(tuple, sizes)), tuple(text))
+
+
+def _split(per_row: list[int], lengths: list[int] | None) -> list[list[int]] | None:
+    """Image sizes per row, from sizes over the whole batch; None when they do not fit the rows."""
+    if lengths is None:
+        return None
+    queue = [length for length in lengths if length]
+    rows: list[list[int]] = []
+    for wanted in per_row:
+        row: list[int] = []
+        while sum(row) < wanted and queue:
+            row.append(queue.pop(0))
+        if sum(row) != wanted:
+            return None
+        rows.append(row)
+    return None if queue else rows
+
+
+def _runs(columns: np.ndarray) -> list[int]:
+    """Lengths of the unbroken runs in ascending columns."""
+    ends = (np.diff(columns) != 1).nonzero()[0] + 1
+    return [len(run) for run in np.split(columns, ends) if len(run)]
+
+
+def query_columns(layout: Layout, prompt: Tensor, queries: str, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """The prompt's text tokens whose attention ranks.
+
+    Args:
+        layout: of the pass.
+        prompt: (batch, seq) bool, as `Call` has it.
+        queries: "last", or "instruction" (text after the row's last vision token; the last token if there is none).
+        most: of a row with more such tokens, this many, evenly spaced from the first to the last; None: all.
+
+    Returns:
+        Logical columns (batch, queries) int64, and which of them are real (batch, queries) bool.
+    """
+    place = torch.arange(prompt.shape[1], device=prompt.device).expand_as(prompt)  # (batch, seq)
+    last = _last(prompt)
+    if queries == "last":
+        last = last.clamp(min=0)
+        return last, torch.ones_like(last, dtype=torch.bool)
+    image_end = _last(layout.vision)
+    asked = prompt & ~layout.vision & (place > image_end)
+    # a row without text after its image, or without an image, is read at its last token
+    single = ~asked.any(dim=1, keepdim=True) | (image_end < 0)
+    asked = torch.where(single, place == last.clamp(min=0), asked)
+    width = int(asked.sum(1).max())
+    columns = (~asked).long().argsort(dim=1, stable=True)[:, :width]
+    if most is not None and most < width:
+        found = asked.sum(dim=1, keepdim=True)
+        number = torch.arange(most, device=asked.device).expand(len(asked), -1)
+        # evenly spaced by each row's own count, so that a prompt asks alike alone and in a batch
+        spaced = torch.where(found > most, (number + 1) * found // most - 1, number)
+        columns = columns.gather(1, spaced)
+    return columns, asked.gather(1, columns)
+
+
+def _last(marks: Tensor) -> Tensor:
+    """The last column that is marked in each row of (batch, seq) bool, -1 where none is: (batch, 1) int64."""
+    place = torch.arange(marks.shape[1], device=marks.device).expand_as(marks)
+    return torch.where(marks, place, -1).amax(dim=1, keepdim=True)
+
+
+def last_of_prompt(layout: Layout, prompt: Tensor) -> Tensor | None:
+    """Which vision token is the last token of its prompt: (batch, tokens) bool, or None if none is."""
+    found = layout.valid & (layout.column == _last(prompt))
+    return found if bool(found.any()) else None

@@ -1,16 +1,15 @@
 """Vision features computed once: the encoder's output for some images and videos, kept and passed in again.
 
-Also carries what the tower's attention says of each token, for rankers that want it. Knows nothing about the
-decoder, schedules or hooks there.
+Also carries what the tower's attention says of each token, for rankers that want it.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,13 +22,14 @@ from ..ranking import VISION_ATTENTION, get_ranker
 from ..reduction import Reduction
 from .anatomy import MODALITIES, base_model, unwrapped, vision_source
 from .scoring import Probe, VisionReceived
+from .tensors import Mapped
 
 _MARKERS = "visual_indicator_features"  # attribute of Ovis2's encoder output
 _RECEIVED = "thinsight_received"  # attribute of an encoder's output: attention received, per entry
 
 
 @dataclass(frozen=True)
-class EncodedImages:
+class EncodedImages(Mapped):
     """Features of some images (and videos), ready for the decoder.
 
     Pass them instead of pixels: ``model.generate(input_ids=..., attention_mask=...,
@@ -51,15 +51,13 @@ class EncodedImages:
         """Some of the entries, by number, slice or list of numbers."""
         if isinstance(images, slice):
             images = range(len(self))[images]
-        elif isinstance(images, int):
-            images = [images]
-        return EncodedImages(
-            tuple(self.features[i] for i in images),
-            None if self.received is None else tuple(self.received[i] for i in images),
-            tuple(self.deepstack[i] for i in images) if self.deepstack else (),
-            tuple(self.modalities[i] for i in images) if self.modalities else (),
-            self.stacked,
-            self.markers,
+        chosen = [images] if isinstance(images, int) else images
+        return replace(
+            self,
+            features=tuple(self.features[i] for i in chosen),
+            received=None if self.received is None else tuple(self.received[i] for i in chosen),
+            deepstack=tuple(self.deepstack[i] for i in chosen) if self.deepstack else (),
+            modalities=tuple(self.modalities[i] for i in chosen) if self.modalities else (),
         )
 
     @staticmethod
@@ -76,62 +74,32 @@ class EncodedImages:
             next((part.markers for part in listed if part.markers is not None), None),
         )
 
-    def to(self, device: torch.device | str) -> EncodedImages:
-        """The same on another device."""
-        return self.mapped(lambda _, tensor: tensor.to(device))
-
-    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> EncodedImages:
-        """The same with every tensor changed; ``change`` gets its name, which no other tensor here has."""
-        return EncodedImages(
-            tuple(change(f"features.{i}", feature) for i, feature in enumerate(self.features)),
-            None
-            if self.received is None
-            else tuple(change(f"received.{i}", row) for i, row in enumerate(self.received)),
-            tuple(
-                tuple(change(f"deepstack.{i}.{j}", layer) for j, layer in enumerate(layers))
-                for i, layers in enumerate(self.deepstack)
-            ),
-            self.modalities,
-            self.stacked,
-            None if self.markers is None else change("markers", self.markers),
-        )
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory that the tensors take."""
-        deepstack = [layer for layers in self.deepstack for layer in layers]
-        markers = [] if self.markers is None else [self.markers]
-        tensors = (*self.features, *(self.received or ()), *deepstack, *markers)
-        return sum(t.numel() * t.element_size() for t in tensors)
-
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments for the model's `forward` or `generate`, in place of `pixel_values`."""
         outputs = {}
         for modality in dict.fromkeys(self._names):
-            mine = [i for i, name in enumerate(self._names) if name == modality]
-            outputs[modality] = self._output(mine, modality in self.stacked)
+            entries = [i for i, name in enumerate(self._names) if name == modality]
+            features: Any = [self.features[i] for i in entries]
+            if modality in self.stacked:
+                if len({len(feature) for feature in features}) > 1:
+                    raise Unsupported(
+                        "the model takes all images or videos as one tensor, but their token counts differ: give "
+                        "each the same number of tiles or frames"
+                    )
+                features = torch.stack(features)
+            outputs[modality] = output = BaseModelOutputWithPooling(pooler_output=features)
+            if self.deepstack:
+                layers = zip(*(self.deepstack[i] for i in entries), strict=True)
+                setattr(output, "deepstack_features", [list(layer) for layer in layers])  # noqa: B010
+            if self.markers is not None:
+                setattr(output, _MARKERS, self.markers)
+            if self.received is not None:
+                setattr(output, _RECEIVED, [self.received[i] for i in entries])
         return {"mm_encoder_outputs": outputs} if outputs else {}
 
     @property
     def _names(self) -> tuple[str, ...]:
         return self.modalities or ("image",) * len(self)
-
-    def _output(self, entries: list[int], stacked: bool) -> BaseModelOutputWithPooling:
-        features = [self.features[i] for i in entries]
-        if stacked and len({len(feature) for feature in features}) > 1:
-            raise Unsupported(
-                "the model takes all images or videos as one tensor, but their token counts differ: give "
-                "each the same number of tiles or frames"
-            )
-        output = BaseModelOutputWithPooling(pooler_output=torch.stack(features) if stacked else features)
-        if self.deepstack:
-            layers = zip(*(self.deepstack[i] for i in entries), strict=True)
-            setattr(output, "deepstack_features", [list(layer) for layer in layers])  # noqa: B010
-        if self.markers is not None:
-            setattr(output, _MARKERS, self.markers)
-        if self.received is not None:
-            setattr(output, _RECEIVED, [self.received[i] for i in entries])
-        return output
 
 
 class VisionTap:
@@ -162,26 +130,27 @@ class VisionTap:
             setattr(output, _RECEIVED, list(received[:, 1:] if self.source.drops_first else received))
 
 
+@contextmanager
+def tapped(model: PreTrainedModel, wanted: bool) -> Iterator[None]:
+    """The tower's attention is read for as long as it lasts, if it is wanted."""
+    tap = VisionTap(model) if wanted else None
+    try:
+        yield
+    finally:
+        if tap is not None:
+            tap.remove()
+
+
 def received_of(output: Any) -> list[Tensor] | None:
     """The attention that a `VisionTap` left on an encoder's output: one (tokens,) float32 per entry."""
     return getattr(output, _RECEIVED, None)
 
 
 def vision_outputs(model: PreTrainedModel, call: Mapping[str, Any], modality: str) -> Any:
-    """Run the vision encoder on a call's images or videos, as the model itself would.
+    """Run the vision encoder on a call's images or videos ("image" or "video"), as the model itself would.
 
-    Args:
-        model: the multimodal model.
-        call: keyword arguments of its forward pass, with the pixels.
-        modality: "image" or "video".
-
-    Returns:
-        The encoder's output. `pooler_output` holds entries of (tokens, hidden), as a list, a tuple or one
-        tensor; attention that a `VisionTap` read is there for each entry's tokens.
-
-    Raises:
-        ThinsightError: attention was read, but the tower's rows cannot be told apart in the projector's
-            tokens.
+    Of the output, `pooler_output` holds entries of (tokens, hidden), as a list, a tuple or one tensor; attention
+    that a `VisionTap` read is there for each entry's tokens, or refused where these are not the tower's rows.
     """
     encoder = getattr(base_model(model), f"get_{modality}_features")
     given = {name: call[name] for name in encoder_inputs(model, modality) if call.get(name) is not None}
@@ -232,7 +201,7 @@ def encode_images(model: Any, inputs: Mapping[str, Any], reduction: Any = None) 
     ranker = None if given is None else get_ranker(given)
     taken = {name for modality in present for name in encoder_inputs(model, modality)}
     moved = on_device(model, {name: inputs[name] for name in taken if name in inputs})
-    with torch.no_grad(), _tapped(model, ranker is not None and VISION_ATTENTION in ranker.needs):
+    with torch.no_grad(), tapped(model, ranker is not None and VISION_ATTENTION in ranker.needs):
         parts = [_kept(vision_outputs(model, moved, name), name) for name in present]
     return EncodedImages.concat(parts)
 
@@ -267,18 +236,9 @@ def on_device(model: Any, inputs: Mapping[str, Any], device: torch.device | None
 
 
 def _fit(received: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
-    """Attention per row of the tower -> per token of the projector.
-
-    Args:
-        received: (rows,) float32 for each image that the tower saw.
-        lengths: tokens of each entry of the projector's output; an entry holds one or more whole images.
-
-    Returns:
-        (tokens,) float32 for each entry. A token that stands for a block of rows (pixel shuffle, average
-        pooling) gets their mean.
-
-    Raises:
-        ThinsightError: the tokens are no grid of such blocks.
+    """Attention per row of the tower, (rows,) float32 for each image, -> per token of the projector, (tokens,) for
+    each of its entries, which hold one or more whole images and are so long. A token that stands for a block of
+    rows (pixel shuffle, average pooling) gets their mean.
     """
     rows, tokens = len(received[0]), sum(lengths) // len(received)
     block = math.isqrt(rows // tokens) if tokens else 0
@@ -298,13 +258,3 @@ def _no_fit(why: str) -> Unsupported:
     return Unsupported(
         f"the vision tower's tokens do not match the projector's ({why}); rank with text-attention instead"
     )
-
-
-@contextmanager
-def _tapped(model: PreTrainedModel, wanted: bool) -> Any:
-    tap = VisionTap(model) if wanted else None
-    try:
-        yield
-    finally:
-        if tap is not None:
-            tap.remove()

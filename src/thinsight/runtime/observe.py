@@ -1,7 +1,4 @@
-"""What a ranker would say at every layer of the full model: for the rank-consistency finding.
-
-Nothing is dropped. Knows nothing about schedules or statistics.
-"""
+"""What a ranker would say at every layer of the full model, where nothing is dropped: for rank consistency."""
 
 from __future__ import annotations
 
@@ -13,11 +10,10 @@ import torch
 from torch import Tensor
 
 from ..errors import BadInput
-from ..ranking import VISION_ATTENTION, Context, full_precision, get_ranker
+from ..ranking import VISION_ATTENTION, full_precision, get_ranker
 from .anatomy import attention_of, check_supported, decoder_layers, model_device
-from .call import Call, encode_pixels, read_call
-from .encoding import VisionTap, on_device
-from .layout import query_columns
+from .call import encode_pixels, query_columns, read_call
+from .encoding import on_device, tapped
 from .scoring import Probe, TextRows
 
 
@@ -49,19 +45,15 @@ def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-atte
     """
     model = check_supported(model)
     chosen = get_ranker(ranker)
-    layers = decoder_layers(model)
-    tap = VisionTap(model) if VISION_ATTENTION in chosen.needs else None
-    try:
+    with tapped(model, VISION_ATTENTION in chosen.needs):
         arguments = encode_pixels(model, on_device(model, inputs, model_device(model)))
-    finally:
-        if tap is not None:
-            tap.remove()
     call = read_call(model, arguments)
     if call is None:
         raise BadInput("no prompt has an image; layer_scores needs vision tokens to score")
-    rows, real = query_columns(call.layout, call.prompt, chosen.queries, chosen.rows)
-    probes = [Probe(attention_of(layer)) for layer in layers]
-    requests = [TextRows(rows, call.layout.column, call.layout.valid) for _ in layers]
+    layout = call.layout
+    rows, real = query_columns(layout, call.prompt, chosen.queries, chosen.rows)
+    probes = [Probe(attention_of(layer)) for layer in decoder_layers(model)]
+    requests = [TextRows(rows, layout.column, layout.valid) for _ in probes]
     try:
         for probe, request in zip(probes, requests, strict=True):
             probe.arm(request)
@@ -69,21 +61,9 @@ def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-atte
     finally:
         for probe in probes:
             probe.restore()
-    scores = [_score(chosen, call, layer + 1, request.result, real) for layer, request in enumerate(requests)]
-    return LayerScores(torch.stack(scores), call.layout.valid)
-
-
-def _score(ranker: Any, call: Call, layer: int, attention: Tensor | None, queries: Tensor) -> Tensor:
-    layout = call.layout
-    context = Context(
-        layer=layer,
-        valid=layout.valid,
-        image=layout.image,
-        index=layout.index,
-        size=layout.size,
-        attention=attention,
-        queries=queries,
-        vision_attention=call.received,
-    )
-    with full_precision(layout.valid.device):
-        return ranker.score(context).float()
+    scores = []
+    for layer, request in enumerate(requests):
+        context = call.context(layer=layer + 1, valid=layout.valid, attention=request.result, queries=real)
+        with full_precision(model_device(model)):
+            scores.append(chosen.score(context).float())
+    return LayerScores(torch.stack(scores), layout.valid)

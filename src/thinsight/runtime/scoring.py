@@ -1,9 +1,10 @@
 """Reads a few rows of one attention module's softmax, whatever attention implementation runs.
 
-A module is *armed* for one call: its config says "thinsight_scoring" for that long, a registered attention
-function that sees queries and keys as attention does (rotated, normalised, cached), computes the wanted rows
-and then calls the real implementation, whose result is returned untouched. Knows nothing about vision tokens,
-ranking or schedules.
+Fused kernels return no weights, and asking for all of them (`output_attentions`) would cost a matrix of
+queries x keys per head. So a module is *armed* for one call: its config says "thinsight_scoring" for that long,
+a registered attention function that sees queries and keys as attention does (rotated, normalised, cached),
+computes the wanted rows and then calls the real implementation, whose result is returned untouched.
+Knows nothing about vision tokens, ranking or schedules.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,7 +29,6 @@ from ..ranking import full_precision, weighted_rows
 
 _NAME = "thinsight_scoring"
 _ROWS_AT_ONCE = 128  # bounds the memory of whole-matrix requests
-_wanted = threading.local()  # .requests: {id(module): [Request]}, of this thread
 
 
 def attention_rows(
@@ -41,21 +42,17 @@ def attention_rows(
     cached: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """The softmax of some query rows over all keys.
+    """The softmax of some query rows over all keys: (batch, heads, rows, keys) float32.
 
     Args:
         query: (batch, heads, queries, dim), as the attention implementation gets it.
         key: (batch, key heads, keys, dim); key heads divide heads.
-        mask: (batch or 1, heads or 1, queries, keys) bool or float, (batch, keys) bool or int, a
-            `BlockMask`, or None.
+        mask: (batch or 1, heads or 1, queries, keys) bool or float, (batch, keys) bool or int, or a `BlockMask`.
         scaling: factor of the dot products.
         rows: (batch, rows) int64, which queries.
         is_causal: whether a query sees only keys up to its own place, where the mask does not say.
         cached: the place of the first query among the keys; the last queries' if not given.
         softcap: tanh limit of the logits, for models that have one.
-
-    Returns:
-        (batch, heads, rows, keys) float32.
     """
     batch, heads, _, dim = query.shape
     if batch == 1:
@@ -63,8 +60,11 @@ def attention_rows(
     else:
         place = torch.arange(batch, device=rows.device)[:, None]
         picked = query[place, :, rows].transpose(1, 2)
+    # Float32 whatever the model runs in: tokens are ordered by what comes out, and the two or three digits
+    # of bfloat16 would make ties of them. It is a few rows; the layer itself stays as it is.
     picked = picked.float() * scaling  # (batch, heads, rows, dim)
-    # heads that share a key head are put in one group, so that keys need not be repeated
+    # Heads that share a key head (grouped-query attention) follow each other, so they can be taken for more
+    # rows of that one head, and keys need not be repeated for each of them.
     grouped = picked.reshape(batch * key.shape[1], -1, dim)  # (batch * key heads, heads of each * rows, dim)
     # flat before it is transposed: the product would copy a transposed batch of keys element by element
     logits = grouped @ key.float().flatten(0, 1).transpose(1, 2)
@@ -79,25 +79,29 @@ def _added(
     mask: Tensor | BlockMask | None, query: Tensor, key: Tensor, rows: Tensor, is_causal: bool, cached: int | None
 ) -> Tensor | None:
     """What the mask adds to the logits of some query rows, (batch, heads or 1, rows, keys) float32; None
-    where it hides nothing.
-
-    Filling the logits themselves, which are as many times larger as there are heads, takes longer than their
-    product.
+    where it hides nothing. Added, for filling the logits, larger by the number of heads, takes longer than
+    their product.
     """
     batch, keys = query.shape[0], key.shape[2]
     lowest = torch.finfo(torch.float32).min
     if isinstance(mask, BlockMask):
-        return _zeros(~_seen(mask, rows, keys), lowest)
+        # a function of row, head, query and key
+        row = torch.arange(batch, device=rows.device)[:, None, None]
+        key_place = torch.arange(keys, device=rows.device).expand(*rows.shape, keys)
+        seen = mask.mask_mod(row, torch.zeros_like(row), rows[:, :, None], key_place)
+        return _zeros(~seen.expand_as(key_place)[:, None], lowest)
     if mask is not None and mask.ndim == 4:
         mask = mask[..., :keys].expand(batch, -1, -1, -1)
         mask = mask.gather(2, rows[:, None, :, None].expand(batch, mask.shape[1], -1, keys))
         return _zeros(~mask, lowest) if mask.dtype == torch.bool else mask.float().clamp(min=lowest)
     added = None
     if is_causal:
+        # A mask of two dimensions, or none, leaves order to the kernel (`is_causal`), which never saw it.
         last_seen = rows + (keys - query.shape[2] if cached is None else cached)  # (batch, rows)
         later = torch.arange(keys, device=key.device) > last_seen[:, :, None]
         added = _zeros(later, -torch.inf)[:, None]
     if mask is not None:
+        # not -inf: a row of padding sees padding alone, and must not come out of the softmax as NaN
         padding = ~mask.bool()[:, None, None, :keys]
         added = _zeros(padding, lowest) if added is None else added.masked_fill_(padding, lowest)
     return added
@@ -106,15 +110,6 @@ def _added(
 def _zeros(hidden: Tensor, fill: float) -> Tensor:
     """Float32 zeros, but for `fill` where `hidden` (bool) is True."""
     return torch.where(hidden, fill, torch.zeros((), dtype=torch.float32, device=hidden.device))
-
-
-def _seen(mask: BlockMask, rows: Tensor, keys: int) -> Tensor:
-    """What some query rows (batch, rows) see by flex attention's mask, a function: (batch, 1, rows, keys)."""
-    key = torch.arange(keys, device=rows.device)
-    row = torch.arange(rows.shape[0], device=rows.device)[:, None, None]
-    shape = (*rows.shape, keys)
-    seen = mask.mask_mod(row, torch.zeros_like(row), rows[:, :, None], key.expand(shape))
-    return seen.expand(shape)[:, None]
 
 
 class Request:
@@ -133,18 +128,16 @@ class Request:
         raise NotImplementedError
 
 
+@dataclass(eq=False)
 class TextRows(Request):
     """Rows of new tokens over columns of new tokens: result (batch, heads, rows, columns) float32, or, with
     ``weights``, its mean over heads and weighted rows (batch, columns)."""
 
-    def __init__(
-        self, rows: Tensor, columns: Tensor, valid: Tensor, filled: int | None = None, weights: Tensor | None = None
-    ) -> None:
-        self.rows = rows  # (batch, rows) physical columns of this pass
-        self.weights = weights  # (batch, rows) float32, see `row_weights`
-        self.columns = columns  # (batch, columns) likewise
-        self.valid = valid  # (batch, columns) bool: the others receive nothing
-        self.filled = filled
+    rows: Tensor  # (batch, rows) physical columns of this pass
+    columns: Tensor  # (batch, columns) likewise
+    valid: Tensor  # (batch, columns) bool: the others receive nothing
+    filled: int | None = None
+    weights: Tensor | None = None  # (batch, rows) float32, see `row_weights`
 
     def read(self, rows_of: Callable[[Tensor], Tensor], query: Tensor, key: Tensor) -> None:
         rows = rows_of(self.rows.to(query.device))
@@ -160,14 +153,12 @@ class TextRows(Request):
         self.result = torch.where(valid[:, None, None, :], rows.gather(3, columns), 0)
 
 
+@dataclass(eq=False)
 class VisionReceived(Request):
-    """What each column receives, mean over heads: from row 0 (a CLS token), or from the average row.
+    """What each column receives, mean over heads, (batch, columns) float32: from row 0 (a CLS token), or from the
+    average row."""
 
-    Result (batch, columns) float32.
-    """
-
-    def __init__(self, from_class_token: bool) -> None:
-        self.from_class_token = from_class_token
+    from_class_token: bool
 
     def read(self, rows_of: Callable[[Tensor], Tensor], query: Tensor, key: Tensor) -> None:
         batch, _, queries, _ = query.shape
@@ -179,47 +170,55 @@ class VisionReceived(Request):
 
 
 class _Arming:
-    """How many calls have one module armed; swaps its config for the first and back after the last."""
+    """How many calls have one module armed; swaps its config for the first and back after the last.
+
+    The config is of the module, and so of all threads and of every `Probe` on it: it may go back only when the
+    last of them is done. That a thread without a request runs into an armed module does no harm, for the
+    scoring function then goes straight to the real one.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.calls: Counter[Probe] = Counter()  # armed and not disarmed, by whom; of all threads
         self.original: Any = None
         self.implementation = ""  # outlives `down`: another thread may still be inside a call that it armed
-        self._armed: Any = None  # a copy of the config as it was when last armed
+        self._armed: Any = None  # a copy of the config as it was when last armed, for copying takes long
         self._settings: dict[str, Any] = {}
 
     def up(self, attention: nn.Module, probe: Probe) -> None:
         with self.lock:
             self.calls[probe] += 1
-            if self.calls.total() == 1:
-                self.original = attention.config
-                settings = vars(self.original)
-                if self._armed is None or settings != self._settings:
-                    self._copy(settings)
-                _put_config(attention, self._armed)
-
-    def _copy(self, settings: dict[str, Any]) -> None:
-        self.implementation = self.original._attn_implementation
-        self._armed = copy.copy(self.original)
-        # not through the public setter: that one also writes to the shared configs inside
-        self._armed._attn_implementation_internal = _NAME
-        self._settings = dict(settings)
+            if self.calls.total() > 1:
+                return
+            self.original = attention.config
+            settings = vars(self.original)
+            if self._armed is None or settings != self._settings:
+                self._settings = dict(settings)
+                self.implementation = self.original._attn_implementation
+                # The decoder's layers share one config, which the model asks for masks: only this module may
+                # see another. Not through the public setter: that one also writes to the configs inside.
+                self._armed = copy.copy(self.original)
+                self._armed._attn_implementation_internal = _NAME
+            # past nn.Module's own way of setting attributes, whose questions take longer than all else here
+            attention.__dict__["config"] = self._armed
 
     def down(self, attention: nn.Module, probe: Probe, *, all_of_it: bool = False) -> None:
         with self.lock:
             calls = self.calls[probe] if all_of_it else 1
             self.calls -= Counter({probe: calls})  # which leaves nothing of it behind at 0
             if calls and not self.calls:
-                _put_config(attention, self.original)
-
-
-def _put_config(attention: nn.Module, config: Any) -> None:
-    """Without nn.Module's own way of setting attributes, whose questions take longer than all else here."""
-    attention.__dict__["config"] = config
+                attention.__dict__["config"] = self.original
 
 
 _armings: weakref.WeakKeyDictionary[nn.Module, _Arming] = weakref.WeakKeyDictionary()
+
+
+class _Wanted(threading.local):
+    def __init__(self) -> None:
+        self.requests: dict[int, list[Request]] = {}  # of this thread, by id of the module
+
+
+_wanted = _Wanted()
 
 
 class Probe:
@@ -235,20 +234,15 @@ class Probe:
         """From now on, this thread's calls of the module answer `request`."""
         self.disarm()
         self._own.request = request
-        _requests().setdefault(id(self.attention), []).append(request)
+        _wanted.requests.setdefault(id(self.attention), []).append(request)
         self._arming.up(self.attention, self)
-
-    def answer(self) -> Tensor | None:
-        """What the armed call has read so far, in this thread."""
-        request: Request | None = getattr(self._own, "request", None)
-        return None if request is None else request.result
 
     def disarm(self) -> Request | None:
         """Undo `arm`; the request with its answer, or None when this thread had not armed the module."""
         request: Request | None = getattr(self._own, "request", None)
         if request is not None:
             self._own.request = None
-            _requests()[id(self.attention)].remove(request)
+            _wanted.requests[id(self.attention)].remove(request)
             self._arming.down(self.attention, self)
         return request
 
@@ -258,19 +252,15 @@ class Probe:
         self._arming.down(self.attention, self, all_of_it=True)
 
 
-def _requests() -> dict[int, list[Request]]:
-    if not hasattr(_wanted, "requests"):
-        _wanted.requests = {}
-    return _wanted.requests
-
-
 @torch.compiler.disable
 def _scoring_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The registered attention function: reads what is wanted, then lets the real implementation run."""
-    requests = _requests().get(id(module))
+    requests = _wanted.requests.get(id(module))
     if requests:
+        # Queries and keys are here as the kernel gets them: rotated, normalised, and keys with the cache in
+        # front. Rows computed from hidden states would have to know each family's way there.
         scaling = kwargs.get("scaling")
         is_causal = kwargs.get("is_causal")
 
@@ -297,6 +287,7 @@ def _real_attention(module: nn.Module) -> Callable[..., Any]:
     name = _armings[module].implementation
     if name != "eager":
         return AttentionInterface()[name]
+    # eager attention is in no table: each modelling file has a function of its own under this name
     for cls in type(module).__mro__:
         eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
         if eager is not None:

@@ -1,8 +1,7 @@
 """Prefills recorded once per shape and replayed: one launch in the place of thousands.
 
 The model's own forward and `generate` run as ever, encoder and embeddings included; what is replayed is the
-decoder, from its input to its last hidden state and its cache. Knows how the decoder is called and what a
-plan is. Knows nothing about how a pass is reduced.
+decoder, from its input to its last hidden state and its cache. Knows nothing about how a pass is reduced.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import BadInput, Unsupported
 from ..ranking import autocasts
-from .anatomy import (
+from ..runtime.anatomy import (
     attention_implementation,
     check_supported,
     decoder,
@@ -32,29 +31,28 @@ from .anatomy import (
     sliding_layers,
     writes_vision_after,
 )
-from .cache import CACHE, Kept, Thinned, cache_of, is_paged
-from .call import Plan
-from .handle import Handle, applied
-from .layout import Columns
-from .masks import causal
+from ..runtime.cache import CACHE, Kept, Thinned, cache_of, is_paged
+from ..runtime.call import Plan
+from ..runtime.handle import Handle, applied
+from ..runtime.reducer import Pass
+from ..runtime.tensors import causal
 
-WARM_UP = 3  # passes before a capture, as torch's documentation asks
+ATTENTION = ("sdpa", "eager")
 T = TypeVar("T")
 
 # what makes the host wait for the device: a number read, or a shape that depends on numbers
 _READING = {
-    "aten::_local_scalar_dense",
-    "aten::_unique2",
-    "aten::bincount",
-    "aten::equal",
-    "aten::masked_select",
-    "aten::nonzero",
-    "aten::repeat_interleave",
-    "aten::unique_consecutive",
-    "aten::unique_dim",
+    f"aten::{name}"
+    for name in (
+        *("_local_scalar_dense", "_unique2", "bincount", "equal", "masked_select", "nonzero"),
+        *("repeat_interleave", "unique_consecutive", "unique_dim"),
+    )
 }
 _INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 _COPYING = {"aten::_to_copy", "aten::copy_"}
+_TENSORS = ("inputs_embeds", "position_ids", "attention_mask", CACHE)
+_PLAIN = (bool, int, float, str)
+_Result = tuple[Any, tuple[tuple[int, Tensor], ...]]  # the decoder's output, and what a pass traces
 
 
 class Recorder(Protocol):
@@ -80,10 +78,11 @@ class CudaGraphs:
 
     def record(self, job: Callable[[], T]) -> Callable[[], T]:
         with torch.cuda.device(self.device):
+            # libraries make their workspaces in the first passes, which no capture can hold
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
+                for _ in range(3):  # as torch's documentation has it
                     job()
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
@@ -98,12 +97,8 @@ class CudaGraphs:
 
 
 class NeverWaiting(TorchDispatchMode):
-    """Refuses operations that a recording cannot hold: those for which the host waits for the device, and
-    those that bring numbers of the host to it.
-
-    Raises:
-        ThinsightError: from inside the operation, with its name.
-    """
+    """Refuses, from inside, operations that a recording cannot hold: those for which the host waits for the device,
+    and those that bring numbers of the host to it. A replay would go on with the first pass's, silently."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function.name().split(".")[0]
@@ -129,9 +124,6 @@ def _waits(name: str, args: Any, result: Any) -> bool:
     return bool(source.numel()) and source.device != result.device
 
 
-ATTENTION = ("sdpa", "eager")
-
-
 class CapturedPrefill:
     """Records the decoder's prefills on a model, reduced or not, and replays them: same results, less time.
 
@@ -144,9 +136,8 @@ class CapturedPrefill:
     that is filled, a finished mask of more than two dimensions that would have to grow) run as they do
     without this.
 
-    Hooks on the decoder's modules run when a pass is recorded, not when it is replayed. Results are copies of
-    what is replayed, so they stay as they are. Hidden states at padding have no meaning. Remove it before the
-    model is moved, changed, copied or pickled.
+    Hooks on the decoder's modules run when a pass is recorded, not when it is replayed. Results are copies, so they
+    stay as they are; hidden states at padding have no meaning. Remove it before the model is moved, changed or copied.
 
     Args:
         model: a supported model, on one CUDA device.
@@ -169,11 +160,10 @@ class CapturedPrefill:
         most: int = 16,
         recorder: Recorder | None = None,
     ) -> None:
-        model = _checked(model, handle, recorder)
+        self._model = model = _checked(model, handle, recorder)
         for name, value in (("multiple", multiple), ("most", most)):
             if not isinstance(value, int) or value < 1:
                 raise BadInput(f"{name} is {value!r}; make it a whole number from 1")
-        self._model = model
         self.handle = handle
         self.multiple = multiple
         self.most = most
@@ -214,26 +204,34 @@ class CapturedPrefill:
 
     def _pass(self, *args: Any, **kwargs: Any) -> Any:
         """The decoder's forward."""
-        plan = None if self.handle is None else self.handle.reading()
+        # 1) What the reduction's hooks have read of the inputs on the way here says where vision tokens are.
+        run = None if self.handle is None else self.handle.local.run
+        plan = None if run is None or run.first else run.plan
         if args or not self._recordable(kwargs, plan):
             return self._forward(*args, **kwargs)
+
+        # 2) Bring the inputs to a length that few prompts do not share.
         seq = kwargs["inputs_embeds"].shape[1]
-        inputs = self._inputs(kwargs, plan)
+        tensors, constants = self._inputs(kwargs, plan)
+
+        # 3) Copy them into the buffers that the recording of this shape reads, and replay. Recorded tensors
+        # outlive this pass, so they may not be inference tensors, which cannot be written to outside.
         with torch.inference_mode(False), torch.no_grad(), self._lock:
-            recorded = self._ready(inputs, plan)
-            output, trace = recorded.replay()
+            output, trace = self._ready(tensors, constants, plan).replay()
             self.replayed += 1
+            # 4) The next replay writes over what this one gives: the caller gets copies.
             result = _own_output(output, seq, cache_of(kwargs))
-            kept = [(layer, alive.clone()) for layer, alive in trace]
-        if self.handle is not None:
-            self.handle.trace(kept)
+            if run is not None:
+                run.trace = tuple((layer, alive.clone()) for layer, alive in trace)
         return result
 
     def _recordable(self, kwargs: dict[str, Any], plan: Plan | None) -> bool:
         """Whether a call of the decoder is a plain prefill."""
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        if plan is None and not self._stock():
-            return False
+        if plan is None:  # the layers must run as without a reduction
+            stock = not applied(self._model) if self.handle is None else self.handle.on
+            if not stock or (self.handle is not None and not self.handle.schedule.is_full):
+                return False
         if autocasts(model_device(self._model)):
             return False  # weights that it has cast live as long as its context, not as the recording
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -250,17 +248,12 @@ class CapturedPrefill:
             and not is_paged(kwargs)
             and _empty(cache_of(kwargs))
             and (mask is None or (isinstance(mask, Tensor) and (mask.ndim == 2 or not grows)))
-            and all(name in _TENSORS or _plain(value) for name, value in kwargs.items())
+            # what is no tensor must be the same for every pass that says the same: it is part of the shape
+            and all(name in _TENSORS or value is None or isinstance(value, _PLAIN) for name, value in kwargs.items())
         )
 
-    def _stock(self) -> bool:
-        """Whether the layers run as without a reduction."""
-        if self.handle is None:
-            return not applied(self._model)
-        return self.handle.on and self.handle.schedule.is_full
-
-    def _inputs(self, kwargs: dict[str, Any], plan: Plan | None) -> _Inputs:
-        """The call with its columns brought to the bucket's length."""
+    def _inputs(self, kwargs: dict[str, Any], plan: Plan | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The call with its columns brought to the bucket's length, without its cache: tensors, and the rest."""
         embeds, positions, mask = (kwargs.get(name) for name in _TENSORS[:3])
         assert embeds is not None
         more = -embeds.shape[1] % self.multiple
@@ -269,17 +262,21 @@ class CapturedPrefill:
             "position_ids": None if positions is None else pad(positions, (0, more)),
             "attention_mask": self._mask(mask, embeds, more, plan),
         }
-        return _Inputs(
-            {name: tensor for name, tensor in tensors.items() if tensor is not None},
-            {name: value for name, value in kwargs.items() if name not in _TENSORS and value is not None},
-        )
+        constants = {name: value for name, value in kwargs.items() if name not in _TENSORS and value is not None}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}, constants
 
     def _mask(self, mask: Tensor | None, embeds: Tensor, more: int, plan: Plan | None) -> Tensor | None:
         """The mask as attention takes it; None where nothing but what comes later is hidden."""
         if mask is None or mask.ndim != 2:
             return mask
         real = mask.to(embeds.device, torch.bool)
-        if not plan.padded if plan is not None else bool(real.all()):
+        if plan is None:
+            full = bool(real.all())
+        else:  # which knows on the host whether any row has padding
+            layout = plan.call.layout
+            rows = zip(layout.text, layout.sizes, strict=True)
+            full = all(text + sum(sizes) == plan.call.seq for text, sizes in rows)
+        if full:
             return None
         length = embeds.shape[1] + more
         seen = pad(real, (0, more))[:, None, None] & causal(length, length, "sdpa", embeds.device)
@@ -291,81 +288,85 @@ class CapturedPrefill:
 
     # --- recordings
 
-    def _ready(self, inputs: _Inputs, plan: Plan | None) -> _Recorded:
+    def _ready(self, tensors: dict[str, Tensor], constants: dict[str, Any], plan: Plan | None) -> _Recorded:
         """The recording of this shape, with this pass's numbers in its buffers."""
-        shaped, shape = self._shape(plan)
-        key = (self._decoder.config._attn_implementation, inputs.key, shape)
+        if plan is not self._shaped[0]:  # one that the caller made serves many passes
+            shaped = None if plan is None else _bucketed(plan, self.multiple)
+            self._shaped = plan, shaped, None if shaped is None else _shape_of(shaped)
+        _, shaped, shape = self._shaped
+        shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())
+        key = (self._decoder.config._attn_implementation, shapes, tuple(sorted(constants.items())), shape)
         recorded = self._recorded.get(key)
         if recorded is None:
-            recorded = self._record(inputs, shaped)
-            self._recorded[key] = recorded
+            recorded = self._recorded[key] = self._record(tensors, constants, shaped)
             if len(self._recorded) > self.most:
                 self._recorded.popitem(last=False)
         else:
             self._recorded.move_to_end(key)
-            for name, tensor in inputs.tensors.items():
-                recorded.inputs.tensors[name].copy_(tensor)
+            for name, tensor in tensors.items():
+                recorded.tensors[name].copy_(tensor)
             if recorded.plan is not None and shaped is not None and recorded.read is not plan:
                 for buffer, tensor in zip(recorded.plan.tensors(), shaped.tensors(), strict=True):
                     buffer.copy_(tensor)
         recorded.read = plan
         return recorded
 
-    def _shape(self, plan: Plan | None) -> tuple[Plan | None, Any]:
-        """The plan at its bucket's length, and what its shape is known by."""
-        if plan is None:
-            return None, None
-        if plan is not self._shaped[0]:  # one that the caller made serves many passes
-            shaped = plan.bucketed(plan.call.seq + -plan.call.seq % self.multiple, self.multiple)
-            self._shaped = plan, shaped, shaped.key
-        return self._shaped[1:]
-
-    def _record(self, inputs: _Inputs, plan: Plan | None) -> _Recorded:
-        tensors = {name: tensor.clone() for name, tensor in inputs.tensors.items()}
-        inputs = replace(inputs, tensors=tensors)
-        plan = None if plan is None else plan.mapped(torch.clone)
+    def _record(self, tensors: dict[str, Tensor], constants: dict[str, Any], plan: Plan | None) -> _Recorded:
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        plan = None if plan is None else plan.mapped(lambda _, tensor: tensor.clone())
 
         def job() -> _Result:
             cache = DynamicCache(config=self._decoder.config)
+            # a plan of its own: what it derives from its tensors belongs to one run
+            run = None if plan is None else Pass(plan.mapped(lambda _, tensor: tensor))
             with ExitStack() as stack:
-                if self.handle is not None and plan is not None:
-                    # a plan of its own: what it derives from its tensors belongs to one run
-                    stack.enter_context(self.handle.running(plan.mapped(lambda tensor: tensor)))
-                output = self._forward(**inputs.tensors, **{**inputs.constants, "use_cache": True, CACHE: cache})
-                state = None if self.handle is None else self.handle.state()
-            return output, () if state is None else state.trace
+                if self.handle is not None and run is not None:
+                    stack.enter_context(self.handle.local.having(run=run, made={}))
+                    stack.callback(run.disarm)
+                output = self._forward(**tensors, **{**constants, "use_cache": True, CACHE: cache})
+            return output, () if run is None else run.trace
 
         with NeverWaiting():
             job()
-        return _Recorded(inputs, plan, self._recorder.record(job))
-
-
-_TENSORS = ("inputs_embeds", "position_ids", "attention_mask", CACHE)
-_Result = tuple[Any, tuple[tuple[int, Tensor], ...]]  # the decoder's output, and what a handle traces
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """A call of the decoder, but for its cache."""
-
-    tensors: dict[str, Tensor]
-    constants: dict[str, Any]
-
-    @property
-    def key(self) -> Any:
-        """What two calls have in common that differ in their numbers alone."""
-        tensors = tuple((name, tuple(t.shape), t.dtype) for name, t in self.tensors.items())
-        return tensors, tuple(sorted(self.constants.items()))
+        return _Recorded(tensors, plan, self._recorder.record(job))
 
 
 @dataclass
 class _Recorded:
     """A recording and the tensors that it reads."""
 
-    inputs: _Inputs
+    tensors: dict[str, Tensor]
     plan: Plan | None
     replay: Callable[[], _Result]
     read: Plan | None = None  # the pass's own plan whose numbers are in `plan`
+
+
+def _shape_of(plan: Plan) -> tuple[Any, ...]:
+    """What passes must have in common for one to run on the other's tensors: all that is on the host."""
+    call, absent = plan.call, [each is None for each in (plan.queries, plan.last, plan.quota, plan.call.received)]
+    shapes = (tuple(tensor.shape) for tensor in plan.tensors())
+    return (call.seq, call.past, call.layout.sizes, call.layout.text, plan.ends, *absent, *shapes)
+
+
+def _bucketed(plan: Plan, multiple: int) -> Plan:
+    """The plan of the same prompts with columns behind them up to a multiple, of a shape that few things set.
+
+    All that is not vision counts as text, padding and the new columns included, so that how many columns a
+    layer gets does not hang on it; they neither rank nor, by the mask, are seen by the prompt. More than one
+    query column becomes a multiple, too.
+    """
+    call, queries = plan.call, plan.queries
+    more = -call.seq % multiple
+    seq = call.seq + more
+    real = call.layout.real.new_ones(call.layout.real.shape[0], seq)
+    text = tuple(seq - sum(sizes) for sizes in call.layout.sizes)
+    layout = replace(call.layout, real=real, text=text)
+    if queries is not None and queries[0].shape[1] > 1:
+        unread = (0, -queries[0].shape[1] % multiple)
+        queries = (pad(queries[0], unread), pad(queries[1], unread))
+    return replace(
+        plan, call=replace(call, seq=seq, layout=layout, prompt=pad(call.prompt, (0, more))), queries=queries
+    )
 
 
 def _checked(model: Any, handle: Handle | None, recorder: Recorder | None) -> PreTrainedModel:
@@ -412,11 +413,6 @@ def _empty(cache: Any) -> bool:
     return plain and not cache.get_seq_length() and all(type(held) is DynamicLayer for held in cache.layers)
 
 
-def _plain(value: Any) -> bool:
-    """Whether an argument is the same for every pass that says the same."""
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
 def _own_output(output: Any, seq: int, cache: DynamicCache | None) -> Any:
     """A copy of the decoder's output for its first `seq` columns, with the caller's cache filled."""
     found = output[CACHE]
@@ -435,8 +431,7 @@ def _own_layer(held: Any, more: int, records: dict[int, Kept]) -> Any:
     if isinstance(held, Thinned) and held.kept is not None:
         kept = held.kept
         if id(kept) not in records:
-            index, valid = kept.columns.index[:, :length].clone(), kept.columns.valid
-            columns = Columns(index, None if valid is None else valid[:, :length].clone())
-            records[id(kept)] = Kept(columns, kept.covered - more)
+            cut = kept.mapped(lambda _, tensor: tensor[:, :length].clone())
+            records[id(kept)] = replace(cut, covered=kept.covered - more)
         mine.kept = records[id(kept)]
     return mine
