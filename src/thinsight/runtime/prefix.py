@@ -55,19 +55,6 @@ class Snapshot:
     cache: tuple[_CacheLayer, ...] | None
     outputs: int
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the numbers."""
-        total = 0
-
-        def count(_: str, tensor: Tensor) -> Tensor:
-            nonlocal total
-            total += tensor.numel() * tensor.element_size()
-            return tensor
-
-        self.mapped(count)
-        return total
-
     def to(self, device: torch.device | str) -> Snapshot:
         """On another device."""
         return self.mapped(lambda _, tensor: tensor.to(device))
