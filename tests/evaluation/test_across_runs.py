@@ -23,6 +23,7 @@ from thinsight import records
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator, Example
 from thinsight.evaluation.features import VisionCache
+from thinsight.evaluation.prompts import PromptReader
 from thinsight.evaluation.store import Store
 from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
@@ -268,7 +269,7 @@ def test_images_always_have_the_same_company() -> None:
     seen = []
     for order in (examples, examples[::-1], examples[7:8] + examples):
         model = tiny_llava()
-        cache = VisionCache(model, tiny_processor())
+        cache = VisionCache(PromptReader(model, tiny_processor()))
         cache.arrange(examples, 4)
         with batches_of(model.model.vision_tower) as batches:
             for example in order:
@@ -290,8 +291,8 @@ def test_features_of_every_family_come_back_to_the_bit(family: Family, tmp_path:
     model, processor = family.model(), TellingProcessor(family, ([3, 5], [2, 3, 9], [1, 1]))
     entries: list[list[tuple[str, torch.Tensor]]] = []
     shapes = []
-    for store in (None, Store(cache_dir=tmp_path), Store(cache_dir=tmp_path)):
-        cache = VisionCache(model, processor, store)
+    for store in (Store(), Store(cache_dir=tmp_path), Store(cache_dir=tmp_path)):
+        cache = VisionCache(PromptReader(model, processor), store)
         cache.inputs(processor.examples)
         found: list[tuple[str, torch.Tensor]] = []
         for example in processor.examples:

@@ -18,6 +18,7 @@ from family_processor import RowProcessor
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator
 from thinsight.evaluation.features import VisionCache
+from thinsight.evaluation.prompts import PromptReader
 from thinsight.evaluation.store import Store
 from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
@@ -139,7 +140,7 @@ def test_features_from_files_are_bit_identical_in_the_forward_pass(folder: Path)
     model, processor = family.model(), RowProcessor(family, ([3, 5], [2, 3, 9]))
     outputs = []
     for bound in (4.0, 0):
-        cache = VisionCache(model, processor, Store(bound))
+        cache = VisionCache(PromptReader(model, processor), Store(bound))
         cache.inputs(processor.examples)
         ranker = Reduction(SCHEDULES[0], "vision-attention").ranker
         vision = cache.inputs(processor.examples, ranker)

@@ -23,23 +23,15 @@ _STAKES = np.array([0.05, 0.1, 0.2, 0.4, 0.8])  # shares of the capital; no one 
 
 
 def check_confidence(confidence: Any) -> None:
-    """Check a confidence level.
-
-    Raises:
-        ThinsightError: it is not a number between 0 and 1.
-    """
+    """Refuse a confidence level that is not a number between 0 and 1."""
     number = isinstance(confidence, Real) and not isinstance(confidence, bool)
     if not number or not 0 < confidence < 1:
         raise BadInput(f"confidence is {confidence!r}; it must be between 0 and 1, such as 0.99")
 
 
 def random_order(weights: ArrayLike, seed: int | list[int]) -> list[int]:
-    """All parts in the order of draws without replacement, each with a chance in proportion to its weight.
-
-    Args:
-        weights: shape (parts,), positive.
-        seed: of ``numpy.random.default_rng``; the same seed gives the same order.
-    """
+    """All parts in the order of draws without replacement, each with a chance in proportion to its weight, (parts,)
+    and positive; ``seed`` is that of ``numpy.random.default_rng``."""
     heavy = np.asarray(weights, dtype=np.float64)
     # the largest of log weight + Gumbel noise is such a draw, the second largest the next one, and so on
     keys = np.log(heavy) + np.random.default_rng(seed).gumbel(size=len(heavy))

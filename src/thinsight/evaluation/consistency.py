@@ -129,7 +129,7 @@ def prompt_scores(
     if prompts[smallest].n_vision < least_tokens:
         raise BadInput(f"example {examples[smallest].id!r} has one vision token: give an image with more")
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    images = VisionCache(model, processor, reader=reader)
+    images = VisionCache(reader)
     done = 0
     for rows in chunks(order, batch_size):
         vision = images.inputs([examples[index] for index in rows], ranker)

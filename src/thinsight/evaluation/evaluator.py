@@ -39,7 +39,7 @@ from .bounds import LossTest, Order, check_confidence
 from .decoding import DecodingRules, GreedyAnswer, PromptScope, decode
 from .examples import Example, Progress, check_examples
 from .features import hash_image, hash_json, hash_model, hash_processor, hash_reading
-from .full_model import FullModel, check_batch_size
+from .full_model import BatchSize, FullModel
 from .metrics import Metric, metric_for
 from .prefix_cache import PrefixCache
 from .prompts import Prompt, PromptReader, chunks, pad_batch, typical_batch
@@ -112,7 +112,7 @@ class Evaluator(SearchEvaluator):
         reuse: bool = True,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        check_batch_size(batch_size)
+        sizes = BatchSize(batch_size)
         model = check_supported(model)
         if model.training:
             raise BadInput("the model is in training mode, where answers may be random: call model.eval() first")
@@ -133,15 +133,13 @@ class Evaluator(SearchEvaluator):
         self.reader = PromptReader(model, processor, cache_gib)
         self._prompts = self.reader.prompts(self.examples, progress)
         self._full_model = FullModel(
-            model,
-            processor,
+            self.reader,
             self.examples,
             self._prompts,
-            self.reader,
             self.rules,
             store,
-            batch_size=batch_size,
-            reuse=reuse,
+            sizes,
+            reuse,
             report=partial(self._report, "full model"),
         )
         self._prefixes = PrefixCache(model, cache_gib) if reuse else None
@@ -446,8 +444,9 @@ class Evaluator(SearchEvaluator):
     @cached_property
     def _order(self) -> Order:
         assert self.full.per_example is not None
+        ceilings = [metric.ceiling(right) for metric, right in zip(self._metrics, self._right, strict=True)]
         margins = [answer.margin for answer in self._full]
-        return Order(self._batches, self._ceilings, self.full.per_example, margins, self._failures)
+        return Order(self._batches, np.array(ceilings), self.full.per_example, margins, self._failures)
 
     # -- reduced models --------------------------------------------------------------------------------------
 
@@ -586,11 +585,6 @@ class Evaluator(SearchEvaluator):
     def _text(self, tokens: Sequence[int]) -> str:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
-
-    @cached_property
-    def _ceilings(self) -> NDArray[np.float64]:
-        """The highest score that any answer to each example can get."""
-        return np.array([metric.ceiling(right) for metric, right in zip(self._metrics, self._right, strict=True)])
 
     def _flops(self, run: Sequence[int], schedule: Schedule | None, drafted: bool = True) -> float:
         """Decoder prefill FLOPs of passes over prompts and drafts, of layers that ran; later steps are left

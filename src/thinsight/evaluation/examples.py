@@ -387,11 +387,7 @@ def check_images(examples: Sequence[Example], source: str = "the examples", prog
 
 def read_examples(source: str | Path) -> list[Example]:
     """The examples of a file, line by line: nothing is checked that takes more than one line, and no image is
-    looked at.
-
-    Raises:
-        ThinsightError: no such file, or a bad line (with its number).
-    """
+    looked at."""
     path = _locate(source)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would break at U+2028 too

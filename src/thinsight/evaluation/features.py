@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,8 @@ def hash_image(digest: Any, image: ImageSource) -> None:
 
 
 def hash_processor(digest: Any, processor: Any) -> None:
-    """A processor's settings, its image processor's among them; the tokenizer is left out.
-
-    Raises:
-        ThinsightError: a processor that does not tell its settings.
-    """
+    """A processor's settings, its image processor's among them; the tokenizer is left out. One that does not tell
+    them is refused."""
     if not callable(getattr(processor, "to_dict", None)):
         raise BadInput(
             f"cache_dir is given, but the processor {type(processor).__name__} has no to_dict() to tell its "
@@ -122,11 +120,8 @@ def hash_processor(digest: Any, processor: Any) -> None:
 
 
 def hash_reading(digest: Any, model: Any, processor: Any) -> None:
-    """How pixels become inputs and tokens become text, and the attention implementation: what a score depends
-    on besides weights and prompts.
-
-    Of a processor or tokenizer that is not transformers' own only its class enters.
-    """
+    """How pixels become inputs and tokens become text, and the attention implementation: what a score depends on
+    besides weights and prompts. Of a processor or tokenizer not of transformers only its class enters."""
     tokenizer = getattr(processor, "tokenizer", processor)
     told: list[Any] = [_kinds(processor), type(tokenizer).__name__, _kernels(model)]
     if isinstance(processor, ProcessorMixin):
@@ -166,34 +161,25 @@ _ENCODE_BATCH = 8  # examples per run of the encoder
 _FORMAT = 1  # of the files kept on disk
 
 
+@dataclass(eq=False)
 class VisionCache:
     """Encoded images by identity, handed out as a batch of prompts needs them.
 
     Attention inside the tower is read only once a ranker asks for it; what was encoded before is then encoded
-    again, and replaced.
-
-    Args:
-        model: a transformers vision-language model.
-        processor: its own processor.
-        store: where features are kept, for later runs too if it is persistent; None: a new one, for this run.
-        reader: what has read the examples, or reads them when their features are asked for; None: a new one.
+    again, and replaced. Where the store is persistent, later runs find what was encoded.
     """
 
-    def __init__(
-        self, model: Any, processor: Any, store: Store[EncodedImages] | None = None, reader: PromptReader | None = None
-    ) -> None:
-        self._model = model
-        self._processor = processor
-        self._store: Store[EncodedImages] = store or Store()
-        self._reader = reader or PromptReader(model, processor)
+    reader: PromptReader  # has read the examples, or reads them when their features are asked for
+    store: Store[EncodedImages] = field(default_factory=Store)
+
+    def __post_init__(self) -> None:
+        self._model = self.reader.model
         self._groups: list[list[Example]] = []  # examples that share a run of the encoder
         self._group_of: dict[tuple[str, ...], int] = {}  # by images
 
     def arrange(self, examples: Sequence[Example], together: int = _ENCODE_BATCH) -> None:
-        """Fix which examples share a run of the encoder: at most ``together``, in their order.
-
-        Images that are asked for without it are arranged as they come.
-        """
+        """Fix which examples share a run of the encoder: at most ``together``, in their order. Images that are asked
+        for without it are arranged as they come."""
         by_images = {example.image_keys: example for example in examples}
         fresh = [key for key in by_images if key not in self._group_of]
         for keys in chunks(fresh, min(together, _ENCODE_BATCH)):
@@ -202,27 +188,17 @@ class VisionCache:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that the features of the images arranged so far depend on.
-
-        Raises:
-            ThinsightError: the processor does not tell its settings.
-        """
+        """A hash of all that the features of the images arranged so far depend on."""
         return " ".join(self._name(group, received=False) for group in self._groups)
 
     def inputs(self, examples: Sequence[Example], ranker: Any = None) -> dict[str, Any]:
-        """Keyword arguments for a forward pass over these examples' prompts, in place of their pixels.
-
-        ``ranker`` is the one that will rank their tokens, None if none will.
-
-        Raises:
-            ThinsightError: the encoder makes other token counts than the processor writes into the prompts,
-                or a temporary file cannot be written.
-        """
+        """Keyword arguments for a forward pass over these examples' prompts, in place of their pixels; ``ranker`` is
+        the one that will rank their tokens, None if none will."""
         ranked = ranker is not None and VISION_ATTENTION in get_ranker(ranker).needs
         self.arrange(examples)
         missing = []
         for example in examples:
-            entry = self._store.outline(example.image_keys)
+            entry = self.store.outline(example.image_keys)
             if entry is None or (ranked and entry.received is None):
                 missing.append(self._group_of[example.image_keys])
         for number in dict.fromkeys(missing):
@@ -231,27 +207,27 @@ class VisionCache:
         return EncodedImages.concat(wanted).to(self._model.device).model_inputs()
 
     def _entry(self, example: Example) -> EncodedImages:
-        entry = self._store.get(example.image_keys)
+        entry = self.store.get(example.image_keys)
         assert entry is not None
         return entry
 
     def _fill(self, group: Sequence[Example], ranker: Any) -> None:
         """Put a group's features into the store: as an earlier run left them, or else encoded now."""
-        name = self._name(group, received=ranker is not None) if self._store.persistent else ""
-        found = self._store.tensors(name)
+        name = self._name(group, received=ranker is not None) if self.store.persistent else ""
+        found = self.store.tensors(name)
         if found is not None:
             encoded, shares = _unpacked(*found)
         else:
             encoded, shares = self._encode(group, ranker)
             about = {"shares": shares, "modalities": encoded.modalities, "stacked": sorted(encoded.stacked)}
-            if self._store.persistent:
-                self._store.keep_tensors(name, separate_tensors(encoded), about)
+            if self.store.persistent:
+                self.store.keep_tensors(name, separate_tensors(encoded), about)
         for example, entries in zip(group, shares, strict=True):
-            self._store.put(example.image_keys, encoded.rows(entries))
+            self.store.put(example.image_keys, encoded.rows(entries))
 
     def _encode(self, group: Sequence[Example], ranker: Any) -> tuple[EncodedImages, list[list[int]]]:
         """A group's features on the CPU, and which entries belong to each example."""
-        pixels, counts = self._reader.pixels(group)
+        pixels, counts = self.reader.pixels(group)
         encoded = encode_images(self._model, pixels, ranker).to("cpu")
         return encoded, _split(encoded, counts)
 
@@ -270,7 +246,7 @@ class VisionCache:
         digest = hashlib.sha256()
         hash_json(digest, _FORMAT)
         hash_machine(digest, self._model)
-        hash_processor(digest, self._processor)
+        hash_processor(digest, self.reader.processor)
         hash_model(digest, self._model, without=[decoder(self._model), self._model.get_output_embeddings()])
         return digest.hexdigest()
 

@@ -43,11 +43,7 @@ _FORMAT = 1  # of the answers kept on disk
 
 
 def check_batch_size(wanted: Any) -> None:
-    """Check a batch size.
-
-    Raises:
-        ThinsightError: it is neither a whole number of at least 1 nor "auto".
-    """
+    """Refuse a batch size that is neither a whole number of at least 1 nor "auto"."""
     whole = isinstance(wanted, int) and not isinstance(wanted, bool)
     if wanted != AUTO and (not whole or wanted < 1):
         raise BadInput(f"batch_size is {wanted!r}: it must be a whole number of at least 1, or 'auto'")
@@ -55,14 +51,7 @@ def check_batch_size(wanted: Any) -> None:
 
 class BatchSize:
     """The batch size of all that must run in the same batches: a number, the fastest one ("auto"), or half of
-    what did not fit.
-
-    Attributes:
-        size: None as long as it is still to be found.
-
-    Raises:
-        ThinsightError: ``wanted`` is neither.
-    """
+    what did not fit; its ``size`` is None as long as it is still to be found."""
 
     def __init__(self, wanted: int | str) -> None:
         check_batch_size(wanted)
@@ -78,10 +67,8 @@ class BatchSize:
         """What ``run`` returns, which goes through all prompts in batches of the settled size.
 
         As long as it runs out of the device's memory the size is halved, with a warning, ``halved`` is told,
-        and it is run again from the start, so that the outcome is that of the size it ends with.
-
-        Raises:
-            ThinsightError: single prompts do not fit either.
+        and it is run again from the start, so that the outcome is that of the size it ends with. Where single
+        prompts do not fit either, that is an error.
         """
         assert self.size is not None
         while True:
@@ -165,15 +152,10 @@ def free_bytes() -> float:
 
 @dataclass(frozen=True)
 class Siblings:
-    """Prompts with the same images and the same first tokens.
+    """Prompts with the same images and the same first tokens."""
 
-    Attributes:
-        members: their numbers, at least two.
-        shared: how many tokens they begin with alike, all vision tokens among them.
-    """
-
-    members: tuple[int, ...]
-    shared: int
+    members: tuple[int, ...]  # their numbers, at least two
+    shared: int  # how many tokens they begin with alike, all vision tokens among them
 
 
 def siblings_of(model: Any, prompts: Sequence[Prompt], images: Sequence[Hashable]) -> list[Siblings]:
@@ -217,12 +199,13 @@ def read_once(
     """
     heads = [_cut(prompts[each.members[0]], 0, each.shared) for each in siblings]
     batch = pad_batch(heads, pad_token)
+    width = batch.input_ids.shape[1]
     images = vision([each.members[0] for each in siblings])
     cache = model(**batch_inputs(model, batch, use_cache=True, logits_to_keep=1, **images))[CACHE]
     rows = sorted((len(prompts[i]) - each.shared, i, row) for row, each in enumerate(siblings) for i in each.members)
     for chosen in chunks(rows, batch_size):
         sources = [row for _, _, row in chosen]
-        left = pad_batch([heads[row] for row in sources], pad_token, batch.width)
+        left = pad_batch([heads[row] for row in sources], pad_token, width)
         right = pad_batch([_cut(prompts[i], siblings[row].shared, None) for _, i, row in chosen], pad_token)
         joined = PromptBatch(
             torch.cat([left.input_ids, right.input_ids], 1),
@@ -230,7 +213,7 @@ def read_once(
             {name: torch.cat([types, right.per_token[name]], 1) for name, types in left.per_token.items()},
             left.per_image,
         )
-        yield [i for _, i, _ in chosen], joined, Beginning(_rows_of(cache, sources), batch.width)
+        yield [i for _, i, _ in chosen], joined, Beginning(_rows_of(cache, sources), width)
 
 
 def _cut(prompt: Prompt, start: int, end: int | None) -> Prompt:
@@ -250,89 +233,54 @@ def _rows_of(cache: Cache, rows: Sequence[int]) -> Cache:
     return chosen
 
 
+@dataclass(eq=False)
 class FullModel:
-    """Answers of a model in eval mode without a reduction, computed when they are first asked for.
+    """Answers of a supported model in eval mode without a reduction, computed when they are first asked for."""
 
-    Args:
-        model: a supported model, and ``processor`` its own.
-        examples: what is asked, ``prompts`` as ``reader`` has read them.
-        rules: of decoding.
-        store: where vision features are kept, and if it is persistent, answers.
-        batch_size: prompts per pass, or "auto".
-        reuse: whether prompts about the same images share what they begin with.
-        report: told how many answers there are, after each batch.
+    reader: PromptReader  # of the model and its processor
+    examples: Sequence[Example]
+    prompts: Sequence[Prompt]  # of the examples, as the reader has read them
+    rules: DecodingRules
+    store: Store[EncodedImages]  # of vision features, and if it is persistent, of answers
+    sizes: BatchSize
+    reuse: bool  # whether prompts about the same images share what they begin with
+    report: Callable[[int], None]  # told how many answers there are, after each batch
 
-    Attributes:
-        vision: the images' features; replaced where the batch size changes.
-
-    Raises:
-        ThinsightError: ``batch_size`` is neither a whole number of at least 1 nor "auto".
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        examples: Sequence[Example],
-        prompts: Sequence[Prompt],
-        reader: PromptReader,
-        rules: DecodingRules,
-        store: Store[EncodedImages],
-        *,
-        batch_size: int | str,
-        reuse: bool,
-        report: Callable[[int], None],
-    ) -> None:
-        self._batch_size = BatchSize(batch_size)
-        self._model = model
-        self._processor = processor
-        self._examples = examples
-        self._prompts = prompts
-        self._reader = reader
-        self._rules = rules
-        self._store = store
-        self._reuse = reuse
-        self._report = report
+    def __post_init__(self) -> None:
+        self.model = self.reader.model
         self._answers: list[GreedyAnswer] | None = None
-        self.vision = self._new_vision(examples, self._batch_size.size)
+        self.vision = self._new_vision(self.examples, self.sizes.size)  # replaced where the batch size changes
 
     @property
     def batch_size(self) -> int:
         """Prompts per forward pass; "auto" is measured when first asked for."""
-        return self._batch_size.settle(self._fastest_batch)
+        return self.sizes.settle(self._fastest_batch)
 
     def fix_batch_size(self, size: int) -> None:
-        """Take the size that an earlier run found, before anything is computed.
-
-        Raises:
-            ThinsightError: it is not a whole number of at least 1.
-        """
-        if self._batch_size.size != size:
+        """Take the size that an earlier run found, before anything is computed."""
+        if self.sizes.size != size:
             check_batch_size(size)
-            self._batch_size.size = size
+            self.sizes.size = size
             self._rearrange(size)
 
     def answers(self, fingerprint: Callable[[], str]) -> list[GreedyAnswer]:
-        """The answers, in the order of the examples.
-
-        ``fingerprint`` names the model and the set among those that share a folder.
-        """
+        """The answers; ``fingerprint`` names the model and the set among those that share a folder."""
         if self._answers is None:
-            kept = self._store.value(self._name(fingerprint())) if self._store.persistent else None
+            kept = self.store.value(self._name(fingerprint())) if self.store.persistent else None
             if kept is not None:
                 self._answers = [GreedyAnswer(**{**each, "tokens": tuple(each["tokens"])}) for each in kept]
                 return self._answers
-            self._batch_size.settle(self._fastest_batch)
-            self._answers = self._batch_size.first_pass(self._answer_all, self._rearrange)
-            if self._store.persistent:  # the name anew: the batch size may have been halved
-                self._store.keep_value(self._name(fingerprint()), [asdict(answer) for answer in self._answers])
+            self.sizes.settle(self._fastest_batch)
+            self._answers = self.sizes.first_pass(self._answer_all, self._rearrange)
+            if self.store.persistent:  # the name anew: the batch size may have been halved
+                self.store.keep_value(self._name(fingerprint()), [asdict(answer) for answer in self._answers])
         return self._answers
 
     def _name(self, fingerprint: str) -> str:
         """What the answers are called on disk: answers that may differ have another name."""
-        passes = [self.batch_size, self._reuse]  # which prompts share a pass
+        passes = [self.batch_size, self.reuse]  # which prompts share a pass
         digest = hashlib.sha256()
-        hash_json(digest, [_FORMAT, fingerprint, self.vision.fingerprint, self._rules.to_dict(), passes])
+        hash_json(digest, [_FORMAT, fingerprint, self.vision.fingerprint, self.rules.to_dict(), passes])
         return f"answers-{digest.hexdigest()}"
 
     # -- passes ----------------------------------------------------------------------------------------------
@@ -340,24 +288,24 @@ class FullModel:
     def _answer_all(self) -> list[GreedyAnswer]:
         answers: dict[int, GreedyAnswer] = {}
         # a full schedule leaves the model as it is, and makes sure that no other reduction is on it
-        with apply(self._model, Schedule.full(num_layers(self._model))):
+        with apply(self.model, Schedule.full(num_layers(self.model))):
             for batch, found in self._passes():
                 answers.update(zip(batch, found, strict=True))
-                self._report(len(answers))
-        return [answers[index] for index in range(len(self._examples))]
+                self.report(len(answers))
+        return [answers[index] for index in range(len(self.examples))]
 
     def _passes(self) -> Iterator[tuple[list[int], list[GreedyAnswer]]]:
         """Batches with their answers; prompts about the same images share what they begin with."""
-        keys = [tuple(example.image_keys) for example in self._examples]
-        siblings = siblings_of(self._model, self._prompts, keys) if self._reuse else []
-        rest = set(range(len(self._examples))).difference(*(each.members for each in siblings))
-        pad_token = self._rules.pad_token
-        by_length = sorted(rest, key=lambda index: (*self._prompts[index].size, index))
+        keys = [example.image_keys for example in self.examples]
+        siblings = siblings_of(self.model, self.prompts, keys) if self.reuse else []
+        rest = set(range(len(self.examples))).difference(*(each.members for each in siblings))
+        pad_token = self.rules.pad_token
+        by_length = sorted(rest, key=lambda index: (*self.prompts[index].size, index))
         for batch in chunks(by_length, self.batch_size):
-            prompts = pad_batch([self._prompts[index] for index in batch], pad_token)
+            prompts = pad_batch([self.prompts[index] for index in batch], pad_token)
             yield batch, self._answer(batch, prompts, self._images(batch))
         for together in chunks(siblings, self.batch_size):
-            read = read_once(self._model, self._prompts, together, self._images, pad_token, self.batch_size)
+            read = read_once(self.model, self.prompts, together, self._images, pad_token, self.batch_size)
             for batch, prompts, beginning in read:
                 yield batch, self._answer(batch, prompts, {}, beginning)
 
@@ -366,55 +314,55 @@ class FullModel:
     ) -> list[GreedyAnswer]:
         """The model's answers, on the guess that they are right: what is guessed needs no steps."""
         guesses = [self._right[index] for index in batch]
-        return decode(self._model, prompts, vision, self._rules, drafts=guesses, guessed=True, beginning=beginning)
+        return decode(self.model, prompts, vision, self.rules, drafts=guesses, guessed=True, beginning=beginning)
 
     @cached_property
     def _right(self) -> list[tuple[int, ...]]:
         """Per example, the tokens of its first right answer as the model may write it; () if it has none."""
-        tokenizer = getattr(self._processor, "tokenizer", self._processor)
-        texts = [example.answers[0] if example.answers else "" for example in self._examples]
+        tokenizer = getattr(self.reader.processor, "tokenizer", self.reader.processor)
+        texts = [example.answers[0] if example.answers else "" for example in self.examples]
         found = tokenizer(texts, add_special_tokens=False)["input_ids"]
         stop = getattr(tokenizer, "eos_token_id", None)
-        return [self._rules.cut(tokens, stop) if text else () for text, tokens in zip(texts, found, strict=True)]
+        return [self.rules.cut(tokens, stop) if text else () for text, tokens in zip(texts, found, strict=True)]
 
     def _images(self, batch: Sequence[int]) -> dict[str, Any]:
-        return self.vision.inputs([self._examples[index] for index in batch])
+        return self.vision.inputs([self.examples[index] for index in batch])
 
     # -- batches ---------------------------------------------------------------------------------------------
 
     def _new_vision(self, examples: Sequence[Example], together: int | None) -> VisionCache:
         """Nothing encoded yet; images in the groups of a model that was given this batch size."""
-        self._store.clear()
-        vision = VisionCache(self._model, self._processor, self._store, self._reader)
+        self.store.clear()
+        vision = VisionCache(self.reader, self.store)
         if together is not None:
             vision.arrange(examples, together)
         return vision
 
     def _rearrange(self, batch_size: int) -> None:
-        self.vision = self._new_vision(self._examples, batch_size)
+        self.vision = self._new_vision(self.examples, batch_size)
 
     def _fastest_batch(self) -> int:
         """The batch size that takes the most tokens of the longest prompts per second."""
-        order = sorted(range(len(self._examples)), key=lambda index: (-len(self._prompts[index]), index))
-        prompts = [self._prompts[index] for index in order]
-        examples = [self._examples[index] for index in order]
+        order = sorted(range(len(self.examples)), key=lambda index: (-len(self.prompts[index]), index))
+        prompts = [self.prompts[index] for index in order]
+        examples = [self.examples[index] for index in order]
         tokens = [len(prompt) for prompt in prompts]
         vision = self._new_vision(examples, 1)
-        rules = replace(self._rules, max_new_tokens=1)
-        shape = cost.decoder_shape(self._model.config)
+        rules = replace(self.rules, max_new_tokens=1)
+        shape = cost.decoder_shape(self.model.config)
 
         def run(size: int) -> None:
             batch = pad_batch(prompts[:size], rules.pad_token)
-            decode(self._model, batch, vision.inputs(examples[:size]), rules)
+            decode(self.model, batch, vision.inputs(examples[:size]), rules)
 
         def fits(size: int) -> bool:
-            if self._model.device.type != "cpu":  # it tells when it is full
+            if self.model.device.type != "cpu":  # it tells when it is full
                 return True
-            answer = self._rules.max_new_tokens
-            needed = pass_bytes(shape, size, tokens[0] + answer, answer, self._model.dtype.itemsize)
+            answer = self.rules.max_new_tokens
+            needed = pass_bytes(shape, size, tokens[0] + answer, answer, self.model.dtype.itemsize)
             return needed <= free_bytes()
 
-        with apply(self._model, Schedule.full(num_layers(self._model))):
+        with apply(self.model, Schedule.full(num_layers(self.model))):
             found = fastest(tokens, run, fits)
         self._rearrange(found)
         return found

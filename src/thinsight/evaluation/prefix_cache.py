@@ -65,13 +65,8 @@ class PrefixCache:
             self._forget()
 
     def start(self, reduction: Reduction, batch: Sequence[int], cached: bool) -> int:
-        """The layer at which a pass would begin: 0 where there is no snapshot for it.
-
-        Args:
-            reduction: the candidate.
-            batch: its examples.
-            cached: whether keys and values are needed after the pass.
-        """
+        """The layer at which a candidate's pass over a batch would begin: 0 where there is no snapshot for it.
+        ``cached`` tells whether keys and values are needed after the pass."""
         known = self._prefixes.get(tuple(batch))
         if known is None or reduction.adaptive is not None:
             return 0
@@ -88,11 +83,8 @@ class PrefixCache:
     def scope(
         self, handle: Handle, reduction: Reduction, batch: Sequence[int], cached: bool
     ) -> Iterator[Callable[[Tensor], AbstractContextManager[None]]]:
-        """A scope for a batch's first pass under a reduction: begins where a snapshot is, and leaves one.
-
-        Yields:
-            What `decode` takes as ``prompt_scope``.
-        """
+        """A scope for a batch's first pass under a reduction, which `decode` takes as ``prompt_scope``: the pass
+        begins where a snapshot is, and leaves one."""
         key, start = tuple(batch), self.start(reduction, batch, cached)
         wanted = self._wanted(reduction, start)
         taken: list[Snapshot] = []

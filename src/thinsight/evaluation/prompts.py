@@ -78,10 +78,6 @@ class PromptBatch:
     per_image: Mapping[str, Tensor] = field(default_factory=dict)  # (images of all prompts, ...)
 
     @property
-    def width(self) -> int:
-        return int(self.input_ids.shape[1])
-
-    @property
     def tensors(self) -> dict[str, Tensor]:
         """All of it, as keyword arguments of the model."""
         rows = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
@@ -243,11 +239,7 @@ def _written_image(processor: Any, example: Example, token: str) -> str:
 
 
 def process(processor: Any, examples: Sequence[Example]) -> dict[str, Any]:
-    """What the processor makes of the examples' prompts and images: one left-padded batch, on the CPU.
-
-    Raises:
-        ThinsightError: a question with too many or too few image tokens, or an image that cannot be read.
-    """
+    """What the processor makes of the examples' prompts and images: one left-padded batch, on the CPU."""
     made = [_process(processor, example, example.open_images()) for example in examples]
     if len(made) == 1:
         return made[0]
@@ -301,11 +293,7 @@ def collate(parts: Sequence[Tensor]) -> Tensor:
 
 
 def prompt_of(model: Any, example: Example, inputs: Mapping[str, Any]) -> Prompt:
-    """An example's prompt from what its processor made of it, each image token expanded to its vision tokens.
-
-    Raises:
-        ThinsightError: there is no image token that the model knows.
-    """
+    """An example's prompt from what its processor made of it, each image token expanded to its vision tokens."""
     input_ids = inputs["input_ids"]  # (1, seq)
     n_vision = int(vision_token_mask(model, input_ids).sum())
     if n_vision == 0:
@@ -324,11 +312,8 @@ def prompt_of(model: Any, example: Example, inputs: Mapping[str, Any]) -> Prompt
 
 
 def check_length(model: Any, example: Example, tokens: int) -> str:
-    """What to say of a prompt that is longer than the model was made for; "" if it is not.
-
-    Raises:
-        ThinsightError: it is so much longer that its answer would mean nothing, and take hours.
-    """
+    """What to say of a prompt that is longer than the model was made for; "" if it is not. One that is so much
+    longer that its answer would mean nothing, and take hours, is refused."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is None or tokens <= most:
         return ""
@@ -348,15 +333,8 @@ class _Pixels:
     tensors: Mapping[str, Tensor]
     n_vision: int
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
     def mapped(self, function: Callable[[str, Tensor], Tensor]) -> _Pixels:
         return _Pixels({name: function(name, each) for name, each in self.tensors.items()}, self.n_vision)
-
-    def to(self, device: str) -> _Pixels:
-        return self.mapped(lambda _, tensor: tensor.to(device))
 
 
 class PromptReader:
@@ -367,8 +345,8 @@ class PromptReader:
     """
 
     def __init__(self, model: Any, processor: Any, cache_gib: float = DEFAULT_CACHE_GIB) -> None:
-        self._model = model
-        self._processor = processor
+        self.model = model
+        self.processor = processor
         self._pixels: Store[_Pixels] = Store(cache_gib, _PIXELS_SHARE)
         self._prompts: dict[tuple[tuple[str, ...], str], Prompt] = {}
         self._names = {name for modality in MODALITIES for name in encoder_inputs(model, modality)}
@@ -376,14 +354,10 @@ class PromptReader:
 
     def prompts(self, examples: Sequence[Example], progress: Progress | None = None) -> list[Prompt]:
         """The examples' prompts, in their order; ``progress("images", done, total)`` is told, in examples. A
-        prompt that is longer than the model was made for is warned about once.
-
-        Raises:
-            ThinsightError: an image that cannot be read, or a prompt that the model cannot take.
-        """
+        prompt that is longer than the model was made for is warned about once."""
         by_images: dict[tuple[str, ...], list[Example]] = {}
         for example in examples:
-            if _identity(example) not in self._prompts:
+            if (example.image_keys, example.question) not in self._prompts:
                 by_images.setdefault(example.image_keys, []).append(example)
         done = len(examples) - sum(map(len, by_images.values()))
         for together in by_images.values():
@@ -391,9 +365,9 @@ class PromptReader:
             done += len(together)
             if progress is not None:
                 progress("images", done, len(examples))
-        prompts = [self._prompts[_identity(example)] for example in examples]
+        prompts = [self._prompts[example.image_keys, example.question] for example in examples]
         longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-        said = check_length(self._model, examples[longest], len(prompts[longest]))
+        said = check_length(self.model, examples[longest], len(prompts[longest]))
         if said and not self._warned:
             self._warned = True
             warnings.warn(said, stacklevel=2)
@@ -411,23 +385,23 @@ class PromptReader:
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What `process` makes of the examples, as far as the model takes it."""
-        rows = pad_batch(self.prompts(examples), _pad_token(self._processor))
+        rows = pad_batch(self.prompts(examples), _pad_token(self.processor))
         return {**rows.tensors, **self.pixels(examples)[0]}
 
     def _read(self, together: Sequence[Example]) -> None:
         """Read examples about the same images."""
         key, images = together[0].image_keys, together[0].open_images()
-        size = getattr(getattr(self._processor, "image_processor", None), "size", None)
+        size = getattr(getattr(self.processor, "image_processor", None), "size", None)
         if size and "shortest_edge" in size and "longest_edge" not in size:  # with both, they bound the pixels
             for image in images:
                 check_size(image.size, f"example {together[0].id!r}: image", int(size["shortest_edge"]))
-        processor = self._processor  # which stays as it is
+        processor = self.processor  # which stays as it is
         if getattr(processor, "image_processor", None) is not None:
             processor = copy.copy(processor)
             processor.image_processor = _Once(processor.image_processor)
         for example in together:
             inputs = _process(processor, example, images)
-            prompt = self._prompts[_identity(example)] = prompt_of(self._model, example, inputs)
+            prompt = self._prompts[example.image_keys, example.question] = prompt_of(self.model, example, inputs)
             if self._pixels.outline(key) is None:
                 self._pixels.put(key, self._encoder_inputs(inputs, prompt.n_vision))
 
@@ -440,7 +414,7 @@ class PromptReader:
                     f"the processor gives {name!r} as a {type(value).__name__}, not as a tensor: use the one "
                     "that transformers has for this model"
                 )
-            tensors[name] = value.to(self._model.dtype) if value.is_floating_point() else value
+            tensors[name] = value.to(self.model.dtype) if value.is_floating_point() else value
         return _Pixels(tensors, n_vision)
 
 
@@ -460,19 +434,11 @@ class _Once:
         return getattr(self._asked, name)
 
 
-def _identity(example: Example) -> tuple[tuple[str, ...], str]:
-    """Examples of one identity have one prompt."""
-    return example.image_keys, example.question
-
-
 def typical_batch(
     processor: Any, examples: Sequence[Example], batch: int, reader: PromptReader | None = None
 ) -> dict[str, Any]:
-    """One left-padded batch of the examples whose prompts are closest to the median length.
-
-    When there are fewer examples than ``batch`` they are repeated. Tensors as the processor gives them, on
-    the CPU; from ``reader`` if it has read the examples.
-    """
+    """One left-padded batch of the examples whose prompts are closest to the median length, repeated where there
+    are too few: tensors as the processor gives them, on the CPU; from ``reader`` if it has read the examples."""
     lengths = [len(processor.tokenizer(prompt_text(processor, example))["input_ids"]) for example in examples]
     middle = median_low(lengths)
     order = sorted(range(len(examples)), key=lambda i: (abs(lengths[i] - middle), i))

@@ -287,7 +287,7 @@ def _finite(value: float, name: str) -> float:
     except (TypeError, ValueError):
         raise BadInput(f"{name} is {value!r}; an evaluation needs a finite number") from None
     except OverflowError:
-        raise BadInput(f"{name} is too large a number; an evaluation needs a finite one") from None
+        number = math.inf
     if not math.isfinite(number):
         raise BadInput(f"{name} is {number}; an evaluation needs a finite number")
     return number

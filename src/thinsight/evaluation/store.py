@@ -32,15 +32,8 @@ DEFAULT_CACHE_GIB = 4.0
 class Stored(Protocol):
     """What can be kept: a value whose numbers are tensors with names."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the numbers."""
-
-    def mapped(self, function: Callable[[str, Tensor], Tensor]) -> Any:
+    def mapped(self, function: Callable[[str, Tensor], Tensor], /) -> Any:
         """The value with every tensor replaced by ``function(name, tensor)``; names are unique."""
-
-    def to(self, device: str) -> Any:
-        """The value on another device."""
 
 
 S = TypeVar("S", bound=Stored)
@@ -53,8 +46,7 @@ class Store(Generic[S]):
     temporary files go with the store, the files of ``cache_dir`` when somebody deletes them.
 
     Args:
-        cache_gib: how much may stay in main memory, in GiB.
-        share: of that, how much this store may take.
+        cache_gib: how much may stay in main memory, in GiB; ``share`` is this store's part of that.
         cache_dir: the folder for later runs, made where needed; None: nothing outlives this run.
 
     Raises:
@@ -96,8 +88,9 @@ class Store(Generic[S]):
             ThinsightError: it has to go into a file, which cannot be written.
         """
         self._forget(key)
-        if entry.num_bytes <= self._room:
-            self._room -= entry.num_bytes
+        size = _size(entry)
+        if size <= self._room:
+            self._room -= size
             self._entries[key] = entry, None
             return
         try:
@@ -108,11 +101,11 @@ class Store(Generic[S]):
             save_file(separate_tensors(entry), path)
         except (OSError, SafetensorError) as error:
             raise StorageError(
-                f"a cache entry of {entry.num_bytes} bytes cannot be written to a temporary file "
+                f"a cache entry of {size} bytes cannot be written to a temporary file "
                 f"({error}): free some space, set TMPDIR to another folder, or raise cache_gib"
             ) from error
         self._files += 1
-        self._entries[key] = entry.to("meta"), path
+        self._entries[key] = entry.mapped(lambda _, tensor: tensor.to("meta")), path
 
     def clear(self) -> None:
         """Forget the entries of this run."""
@@ -125,7 +118,7 @@ class Store(Generic[S]):
             with suppress(OSError):  # where a file in use cannot go, it goes with the folder
                 path.unlink()
         elif entry is not None:
-            self._room += entry.num_bytes
+            self._room += _size(entry)
 
     # -- later runs ------------------------------------------------------------------------------------------
 
@@ -222,16 +215,28 @@ def _hash_value(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def separate_tensors(entry: Stored) -> dict[str, Tensor]:
-    """An entry's tensors by name, contiguous and without shared memory, which files cannot hold."""
+def _tensors(entry: Stored) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    memory: set[int] = set()
 
     def gather(name: str, tensor: Tensor) -> Tensor:
-        own = tensor.untyped_storage().data_ptr() not in memory
-        tensors[name] = tensor.contiguous() if own else tensor.clone(memory_format=torch.contiguous_format)
-        memory.add(tensors[name].untyped_storage().data_ptr())
+        tensors[name] = tensor
         return tensor
 
     entry.mapped(gather)
     return tensors
+
+
+def _size(entry: Stored) -> int:
+    """Bytes of an entry's numbers."""
+    return sum(tensor.nbytes for tensor in _tensors(entry).values())
+
+
+def separate_tensors(entry: Stored) -> dict[str, Tensor]:
+    """An entry's tensors by name, contiguous and without shared memory, which files cannot hold."""
+    found: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for name, tensor in _tensors(entry).items():
+        own = tensor.untyped_storage().data_ptr() not in memory
+        found[name] = tensor.contiguous() if own else tensor.clone(memory_format=torch.contiguous_format)
+        memory.add(found[name].untyped_storage().data_ptr())
+    return found
