@@ -1,9 +1,11 @@
-"""A ranker, a metric and a search from a package of somebody else: installed, named, and held to the contracts."""
+"""A ranker, a metric and a search from a package of somebody else, written as CONTRIBUTING says: installed, named, and
+held to the contracts."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -15,104 +17,16 @@ from small_run import SmallRun, make_small_run
 
 import thinsight
 
-PROJECT = """
-[build-system]
-requires = ["setuptools>=77"]
-build-backend = "setuptools.build_meta"
-
-[project]
-name = "garden"
-version = "1.0"
-
-[project.entry-points."thinsight.rankers"]
-corner = "garden:Corner"
-
-[project.entry-points."thinsight.metrics"]
-first-letter = "garden:FIRST_LETTER"
-
-[project.entry-points."thinsight.searches"]
-steps = "garden:STEPS"
-
-[tool.setuptools]
-py-modules = ["garden"]
-"""
-
-MODULE = '''
-from thinsight import Metric, Ranker, Schedule, Search
-from thinsight.budget import fit
-from thinsight.searches.run import Run, check_count
-
-
-class Corner(Ranker):
-    """The tokens nearest to the corner of the image."""
-
-    name = "corner"
-
-    def __init__(self, weight: float = 1.0) -> None:
-        super().__init__(weight=weight)
-        self.weight = weight
-
-    def score(self, context):
-        return -self.weight * context.index.float()
-
-
-def first_letter(prediction, answers):
-    return float(prediction[:1] in {answer[:1] for answer in answers})
-
-
-FIRST_LETTER = Metric("first-letter", first_letter, needs_answers=False)
-
-
-def steps(evaluator, budget, *, n_trials=4, seed=0, study=None, resume=False, observer=None):
-    """One step at each of the first layers."""
-    check_count(n_trials, "n_trials", 1)
-    first, layers = evaluator.first_layer, budget.num_layers
-    settings = {"method": "steps", "n_trials": n_trials, "seed": seed, "first_layer": first}
-    run = Run(evaluator, settings, budget=budget, expected=n_trials, study=study, resume=resume, observer=observer)
-    trials = []
-    for layer in range(first, layers):
-        step = Schedule.step(layers, layer, 0.0)
-        if len(trials) < n_trials and budget.holds(step):
-            rate = fit(budget, lambda rate: Schedule.step(layers, layer, rate), 0.0, 1.0, "steps")
-            trials.append(run.run(rate, f"step at {layer}"))
-    return run.finish_with(max(trials, key=lambda trial: trial.merit))
-
-
-STEPS = Search("steps", steps, "Steps of a garden")
-'''
-
-TESTS = """
-import pytest
-from garden import FIRST_LETTER, STEPS, Corner
-from thinsight.testing import MetricContract, RankerContract, SearchContract
-
-
-class TestCorner(RankerContract):
-    @pytest.fixture
-    def ranker(self):
-        return Corner(weight=0.5)
-
-
-class TestFirstLetter(MetricContract):
-    @pytest.fixture
-    def metric(self):
-        return FIRST_LETTER
-
-
-class TestSteps(SearchContract):
-    @pytest.fixture
-    def search(self):
-        return STEPS
-"""
+PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 
 
 @pytest.fixture(scope="module")
 def garden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The package's folder, installed into an environment of its own, `env` in it, that has all that this one has."""
     folder = tmp_path_factory.mktemp("garden")
-    (folder / "pyproject.toml").write_text(PROJECT)
-    (folder / "garden.py").write_text(MODULE)
-    (folder / "test_garden.py").write_text(TESTS)
+    for file, code in re.findall(r"```\w+\n# (\S+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        with (folder / file).open("a", encoding="utf-8") as written:
+            written.write(code)
     venv.create(folder / "env", with_pip=False, symlinks=os.name != "nt")
     python = interpreter(folder)
     where = "import sysconfig; print(sysconfig.get_path('purelib'))"

@@ -9,34 +9,7 @@ from .frontier import Frontier, frontier
 from .gsearch import Bayes, Bisect, LayerProblem, Solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
-from .run import Run, SearchResult, Trial
+from .run import Run, SearchResult, Trial, check_count
 from .search import SEARCHES, Search, search
 from .sensitivity import sensitivity_search
 from .study import Study
-
-__all__ = [
-    "SEARCHES",
-    "Bayes",
-    "Bisect",
-    "Frontier",
-    "LayerProblem",
-    "Progress",
-    "Run",
-    "Search",
-    "SearchEvaluator",
-    "SearchObserver",
-    "SearchPlan",
-    "SearchResult",
-    "Silent",
-    "Solver",
-    "StandIn",
-    "Study",
-    "Trial",
-    "certify",
-    "frontier",
-    "gsearch",
-    "psigmoid",
-    "random_search",
-    "search",
-    "sensitivity_search",
-]
