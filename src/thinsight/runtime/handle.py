@@ -26,7 +26,7 @@ from .families import attention_implementation, base_model, check_supported, dec
 from .reducer import Pass, PassState, Quotas, Reducer, ThreadState
 
 if TYPE_CHECKING:
-    from ..adaptive import Adaptive
+    from ..schedule import Adaptive
 
 # by base model; hooks hold on to what reduces, so that it lives as long as it is on
 _applied: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Reducer]] = weakref.WeakKeyDictionary()

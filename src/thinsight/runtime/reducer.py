@@ -52,9 +52,9 @@ from .masks import causal, gather_tokens, reduce_mask, replace_tokens, scatter_t
 from .scoring import Probe, TextRows
 
 if TYPE_CHECKING:
-    from ..adaptive import Adaptive
+    from ..schedule import Adaptive
 if TYPE_CHECKING:
-    from ..adaptive import Adaptive
+    from ..schedule import Adaptive
 
 
 class Quotas:
