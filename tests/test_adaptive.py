@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from thinsight.adaptive import Adaptive
 from thinsight.budget import KeepBudget
 from thinsight.errors import ThinsightError
 from thinsight.reduction import Reduction
-from thinsight.schedule import Schedule
+from thinsight.schedule import Adaptive, Schedule
 
 LOW, MIDDLE, HIGH = (Schedule([1, 0.8, *tail]) for tail in ([0.6, 0.4], [0.4, 0.2], [0.2, 0.0]))
 FAMILY = Adaptive("concentration", 2, (0.25, 0.5), (LOW, MIDDLE, HIGH), (0.25, 0.5, 0.25))

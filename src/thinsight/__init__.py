@@ -19,7 +19,6 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from . import cost as cost
     from . import errors as errors
     from . import timing as timing
-    from .adaptive import Adaptive as Adaptive
     from .certificate import Certificate as Certificate
     from .errors import BadInput as BadInput
     from .errors import MissingPackage as MissingPackage
@@ -51,6 +50,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .runtime import apply as apply
     from .runtime import encode_images as encode_images
     from .runtime import remove as remove
+    from .schedule import Adaptive as Adaptive
     from .schedule import Schedule as Schedule
     from .searches.certify import certify as certify
     from .searches.frontier import Frontier as Frontier
@@ -65,7 +65,6 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
 
 _MODULES = ("baselines", "budget", "cost", "errors", "timing")
 _NAMES = {
-    "adaptive": ("Adaptive",),
     "certificate": ("Certificate",),
     "errors": ("BadInput", "MissingPackage", "StorageError", "ThinsightError", "Unreachable", "Unsupported"),
     "evaluation": (
@@ -86,7 +85,7 @@ _NAMES = {
     "ranking": ("Ranker", "get_ranker", "list_rankers"),
     "reduction": ("Reduction",),
     "runtime": ("Handle", "apply", "encode_images", "remove"),
-    "schedule": ("Schedule",),
+    "schedule": ("Adaptive", "Schedule"),
     "searches": (
         "Frontier",
         "Search",

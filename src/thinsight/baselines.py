@@ -22,19 +22,17 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
-from .adaptive import Adaptive
 from .budget import Budget, fill, fit, fit_rate
 from .errors import BadInput
 from .reduction import Reduction
 from .registry import Registry
-from .schedule import Schedule
+from .schedule import Adaptive, Schedule, solve
 
 RankerSpec = str | Mapping[str, Any]
 
 _PAPER_DEPTH = 32  # layers of the decoders for which the papers chose theirs
 _SPARSEVLM = {2: 300 / 576, 6: 200 / 576, 15: 110 / 576}  # its setting of 192 tokens on average
 _SLOPES = 8  # steps between AutoPrune's steepest curve and its flattest
-_HALVINGS = 60  # down to float64's resolution
 
 
 def fastv(
@@ -326,11 +324,8 @@ def _scaled_curve(mean: float, initial: float, curve: Sequence[float], layer: in
     def tail(scale: float) -> list[float]:
         return [min(head[-1], scale * rate) for rate in curve]
 
-    low, high = 0.0, head[-1] / min(curve)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(tail(middle)) <= left else (low, middle)
-    return Schedule([*head, *tail(low)])
+    scale, _ = solve(lambda scale: sum(tail(scale)) <= left, 0.0, head[-1] / min(curve))
+    return Schedule([*head, *tail(scale)])
 
 
 def _layers(num_layers: int | None, budget: Budget | None) -> int:

@@ -12,87 +12,57 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 from . import cost
 from .errors import BadInput, Unreachable
-from .schedule import Schedule, real
-
-__all__ = [
-    "UNITS",
-    "Budget",
-    "FlopsBudget",
-    "KeepBudget",
-    "LatencyModel",
-    "TimeBudget",
-    "check_budget_value",
-    "fill",
-    "fit",
-    "fit_rate",
-    "make_budget",
-    "refuse_unreachable",
-    "schedule_of",
-]
+from .schedule import Schedule, real, solve
 
 UNITS = ("keep", "flops", "ms")
-_HALVINGS = 60  # down to float64's resolution
 _ROUNDING = 1e-12
 
 
-@runtime_checkable
-class Budget(Protocol):
-    """What any budget says. Cost never falls when a layer gets more tokens."""
+class Budget:
+    """What any budget says; subclass it. Cost never falls when a layer gets more tokens.
 
-    @property
-    def num_layers(self) -> int:
-        """L of the schedules it is for."""
+    Attributes:
+        num_layers: L of the schedules it is for.
+        n_vision: N of the prompt on which cost is counted.
+        limit: the most a schedule may cost, in the budget's unit.
+        unit: one of `UNITS`.
+    """
 
-    @property
-    def n_vision(self) -> int:
-        """N of the prompt on which cost is counted."""
-
-    @property
-    def limit(self) -> float:
-        """The most a schedule may cost, in the budget's unit."""
-
-    @property
-    def unit(self) -> str:
-        """One of `UNITS`."""
+    num_layers: int
+    n_vision: int
+    limit: float
+    unit: ClassVar[str]
 
     def spent(self, schedule: Schedule) -> float:
         """What a schedule costs, in the budget's unit."""
-
-    def holds(self, schedule: Schedule) -> bool:
-        """Whether a schedule costs no more than the limit."""
-
-    def limited(self, limit: float) -> Budget:
-        """The same kind of budget on the same prompt with another limit."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """What a result keeps of it, as JSON values."""
-
-
-class _Limited:
-    """What all budgets share."""
-
-    limit: float
-
-    def spent(self, schedule: Schedule) -> float:
         raise NotImplementedError
 
     def holds(self, schedule: Schedule) -> bool:
-        """Whether ``schedule`` stays within the budget (float rounding of one part in 10^12 allowed)."""
+        """Whether a schedule costs no more than the limit (float rounding of one part in 10^12 allowed)."""
         return self.spent(schedule) <= self.limit * (1 + _ROUNDING)
+
+    def limited(self, limit: float) -> Budget:
+        """The same kind of budget on the same prompt with another limit."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a result keeps of it, as JSON values."""
+        return {"unit": self.unit, "limit": self.limit, "n_vision": self.n_vision}
 
 
 @dataclass(frozen=True)
-class KeepBudget(_Limited):
+class KeepBudget(Budget):
     """A mean keep rate over all layers (the paper's "memory cost"), counted in whole tokens.
 
     Raises:
         ThinsightError: a rate outside (0, 1].
     """
 
+    unit = "keep"
     num_layers: int
     n_vision: int
     rate: float
@@ -105,10 +75,6 @@ class KeepBudget(_Limited):
     def limit(self) -> float:  # type: ignore[override]
         return float(self.rate)
 
-    @property
-    def unit(self) -> str:
-        return "keep"
-
     def spent(self, schedule: Schedule) -> float:
         """Mean share of the N tokens that enter a layer, after rounding to whole tokens."""
         counts = schedule.counts(self.n_vision)
@@ -118,18 +84,16 @@ class KeepBudget(_Limited):
         """Another mean keep rate; above 1 it is 1."""
         return replace(self, rate=min(1.0, limit))
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"unit": "keep", "limit": self.limit, "n_vision": self.n_vision}
-
 
 @dataclass(frozen=True)
-class FlopsBudget(_Limited):
+class FlopsBudget(Budget):
     """Decoder prefill FLOPs that a schedule may cost on one stated prompt.
 
     ``shape`` is the decoder, ``n_vision`` and ``n_text`` the prompt's tokens (medians over a data set, as a
     rule), ``flops`` the limit. Build one with ``like`` or ``ratio``.
     """
 
+    unit = "flops"
     shape: cost.DecoderShape
     n_vision: int
     n_text: int
@@ -153,16 +117,12 @@ class FlopsBudget(_Limited):
         return cls(shape, n_vision, n_text, shape.prefill_flops(n_vision, n_text) / ratio)
 
     @property
-    def num_layers(self) -> int:
+    def num_layers(self) -> int:  # type: ignore[override]
         return self.shape.num_layers
 
     @property
     def limit(self) -> float:  # type: ignore[override]
         return self.flops
-
-    @property
-    def unit(self) -> str:
-        return "flops"
 
     def spent(self, schedule: Schedule) -> float:
         """Decoder FLOPs of ``schedule`` on this prompt."""
@@ -173,7 +133,7 @@ class FlopsBudget(_Limited):
         return replace(self, flops=limit)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"unit": "flops", "limit": self.flops, "n_vision": self.n_vision, "n_text": self.n_text}
+        return {**super().to_dict(), "n_text": self.n_text}
 
 
 @dataclass(frozen=True)
@@ -222,14 +182,7 @@ class LatencyModel:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        return {
-            "device": self.device,
-            "dtype": self.dtype,
-            "batch": self.batch,
-            "constant": self.constant,
-            "tokens": list(self.tokens),
-            "seconds": list(self.seconds),
-        }
+        return {**vars(self), "tokens": list(self.tokens), "seconds": list(self.seconds)}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> LatencyModel:
@@ -238,9 +191,10 @@ class LatencyModel:
 
 
 @dataclass(frozen=True)
-class TimeBudget(_Limited):
+class TimeBudget(Budget):
     """Milliseconds of one prefill of the stated prompt, as a latency model of the device predicts them."""
 
+    unit = "ms"
     latency: LatencyModel
     num_layers: int
     n_vision: int
@@ -250,10 +204,6 @@ class TimeBudget(_Limited):
     @property
     def limit(self) -> float:  # type: ignore[override]
         return self.milliseconds
-
-    @property
-    def unit(self) -> str:
-        return "ms"
 
     def spent(self, schedule: Schedule) -> float:
         """Predicted milliseconds of a prefill under ``schedule``."""
@@ -265,13 +215,7 @@ class TimeBudget(_Limited):
         return replace(self, milliseconds=limit)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "unit": "ms",
-            "limit": self.milliseconds,
-            "n_vision": self.n_vision,
-            "n_text": self.n_text,
-            "latency": self.latency.to_dict(),
-        }
+        return {**super().to_dict(), "n_text": self.n_text, "latency": self.latency.to_dict()}
 
 
 def make_budget(
@@ -329,10 +273,7 @@ def fit(
     refuse_unreachable(budget, make(low), name)
     if budget.holds(make(high)):
         return make(high)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if budget.holds(make(middle)) else (low, middle)
-    return make(low)
+    return make(solve(lambda x: budget.holds(make(x)), low, high)[0])
 
 
 def fit_rate(budget: Budget, make: Callable[[float], Schedule], name: str = "the schedule") -> float:
@@ -342,12 +283,9 @@ def fit_rate(budget: Budget, make: Callable[[float], Schedule], name: str = "the
         ThinsightError: even rate 0 costs more.
     """
     n = budget.n_vision
-    low, high = 0, n
     refuse_unreachable(budget, make(0.0), name)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if budget.holds(make(middle / n)) else (low, middle - 1)
-    return low / n if n else 0.0
+    count, _ = solve(lambda count: budget.holds(make(count / n)), 0, n + 1, lambda low, high: (low + high) // 2)
+    return count / n if n else 0.0
 
 
 def fill(budget: Budget, schedule: Schedule, first_layer: int = 0) -> Schedule:

@@ -18,10 +18,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from . import tables
-from .adaptive import Adaptive
 from .errors import BadInput, StorageError
 from .records import MAX_DEPTH, parse_json, read_object, user_path, write_atomically
-from .schedule import Schedule, real
+from .schedule import Adaptive, Schedule, real
 from .texts import brief, code, markdown, python, yaml
 from .version import __version__
 

@@ -1,10 +1,12 @@
-"""Schedule: how many of a prompt's vision tokens enter each decoder layer.
+"""Schedules: how many of a prompt's vision tokens enter each decoder layer, for all prompts or by prompt.
 
 Knows nothing about which tokens those are, about models, or about what a schedule costs.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +14,13 @@ from numbers import Integral, Real
 from typing import Any
 
 from .errors import BadInput
+from .texts import brief
 
+_ADAPTIVE_KEYS = ("statistic", "layer", "edges", "keep_rates", "shares")
+_SHARES_SLACK = 1e-6  # shares are written with all their digits, yet are sums of fractions
 _ROUNDING_SLACK = 1e-9  # so that 0.3 * 10 = 3.0000000000000004 counts as 3 tokens, not as 4
 _STEEPEST = 1000.0  # a single step for any depth; beyond it floats no longer resolve alpha
+_HALVINGS, _FAR = 60, 700.0  # exp of more is infinite
 _SHOWN = 8  # runs of layers in a repr
 _WANTED = "pass a list of numbers in [0, 1], one per decoder layer"
 
@@ -157,48 +163,148 @@ class Schedule:
             raise BadInput(f"k is {k!r}; the sigmoid's steepness must be above 0 and at most {_STEEPEST:g}")
         if target in (0.0, 1.0):
             return cls([target] * depth)
-        return cls(_solve_sigmoid(depth, float(k), target))
+
+        def fits(shift: float) -> bool:
+            return math.fsum(sigmoid_rates(depth, k, shift)) / depth <= target
+
+        # the first layer's rate is at least the mean, the last one's at most: both ends bracket the budget
+        logit = math.log(target) - math.log1p(-target)
+        return cls(sigmoid_rates(depth, k, solve(fits, logit - 1.0, logit + k * depth + 1.0)[0]))
 
 
-def _solve_sigmoid(depth: int, k: float, budget: float) -> list[float]:
-    """Keep rates of the sigmoid of steepness ``k`` whose mean is ``budget``, from below."""
-
-    def rates(shift: float) -> list[float]:  # shift = k * alpha keeps the search range free of k
-        return _falling([_logistic(shift - k * layer) for layer in range(depth)])
-
-    def mean(shift: float) -> float:
-        return math.fsum(rates(shift)) / depth
-
-    # the first layer's rate is at least the mean, the last one's at most: both ends bracket the budget
-    logit = math.log(budget) - math.log1p(-budget)
-    return rates(_bisect(lambda shift: mean(shift) <= budget, logit - 1.0, logit + k * depth + 1.0))
+def sigmoid_rates(depth: int, k: float, shift: float, top: float = 1.0, low: float = 0.0) -> list[float]:
+    """P-Sigmoid's falling rates, ``low + (top - low) / (1 + exp(k i - shift))``; shift = k alpha, so that its
+    range does not depend on k."""
+    return list(itertools.accumulate((low + (top - low) * logistic(shift - k * i) for i in range(depth)), min))
 
 
-def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """The largest float found between ``low``, where ``holds`` is true, and ``high``, where it is not."""
-    while True:
-        middle = (low + high) / 2
-        if middle in (low, high):
-            return low
-        if holds(middle):
-            low = middle
-        else:
-            high = middle
-
-
-def _logistic(x: float) -> float:
+def logistic(x: float) -> float:
     """1 / (1 + exp(-x)) without overflow."""
     if x >= 0:
-        return 1.0 / (1.0 + math.exp(-x))
-    power = math.exp(x)
+        return 1.0 / (1.0 + math.exp(-min(x, _FAR)))
+    power = math.exp(max(x, -_FAR))
     return power / (1.0 + power)
 
 
-def _falling(rates: list[float]) -> list[float]:
-    """The rates with any rise of a last bit removed."""
-    for i in range(1, len(rates)):
-        rates[i] = min(rates[i], rates[i - 1])
-    return rates
+def solve(
+    holds: Callable[[float], bool],
+    low: float,
+    high: float,
+    middle: Callable[[float, float], float] = lambda low, high: (low + high) / 2,
+) -> tuple[float, float]:
+    """Two neighbours between ``low``, where ``holds`` is true, and ``high``, where it is not: bisected to the
+    resolution of floats, as far as 60 halvings lead there."""
+    for _ in range(_HALVINGS):
+        between = middle(low, high)
+        if between in (low, high):
+            break
+        low, high = (between, high) if holds(between) else (low, between)
+    return low, high
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """A family of schedules, and the rule that picks one for each prompt by its text's attention.
+
+    Attributes:
+        statistic: the name of a statistic, see `thinsight.ranking.STATISTICS`.
+        layer: the first layer in which prompts may differ, at least 1; the statistic reads the attention of
+            the layer before.
+        edges: where one schedule ends and the next begins, rising; a value at an edge belongs above it.
+        schedules: one more than there are edges, for rising values; all alike before ``layer``.
+        shares: what part of the calibration prompts got each schedule; they sum to 1.
+
+    Raises:
+        ThinsightError: parts that do not fit each other.
+    """
+
+    statistic: str
+    layer: int
+    edges: tuple[float, ...]
+    schedules: tuple[Schedule, ...]
+    shares: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("edges", "schedules", "shares"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not isinstance(self.statistic, str) or not self.statistic:
+            raise BadInput(f"adaptive.statistic is {self.statistic!r}; it must be a name")
+        depths = {schedule.num_layers for schedule in self.schedules}
+        if len(depths) != 1:
+            raise BadInput(f"adaptive.schedules have {sorted(depths)} layers; give schedules of one depth")
+        whole(self.layer, "adaptive.layer", 1, self.num_layers - 1)
+        if not len(self.schedules) == len(self.shares) == len(self.edges) + 1:
+            raise BadInput(
+                f"adaptive has {len(self.schedules)} schedules, {len(self.edges)} edges and "
+                f"{len(self.shares)} shares; there must be one schedule and one share more than edges"
+            )
+        finite = all(math.isfinite(real(edge)) for edge in self.edges)
+        if not finite or any(b <= a for a, b in itertools.pairwise(self.edges)):
+            raise BadInput(f"adaptive.edges is {self.edges!r}; they must be finite numbers that rise")
+        parts = all(0 <= real(share) <= 1 for share in self.shares)
+        if not parts or not math.isclose(math.fsum(self.shares), 1, abs_tol=_SHARES_SLACK):
+            raise BadInput(f"adaptive.shares is {self.shares!r}; they must be from 0 to 1 and sum to 1")
+        if len({schedule.keep_rates[: self.layer] for schedule in self.schedules}) != 1:
+            raise BadInput(f"adaptive.schedules differ before layer {self.layer}, where the statistic is not known")
+
+    def __repr__(self) -> str:
+        means = ", ".join(f"{schedule.mean_keep_rate:.4g}" for schedule in self.schedules)
+        return brief(
+            f"Adaptive({self.statistic!r} at layer {self.layer} of {self.num_layers}, "
+            f"{len(self.schedules)} schedules, means {means})"
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """L of all its schedules."""
+        return self.schedules[0].num_layers
+
+    def level(self, value: float) -> int:
+        """Which of the schedules a prompt with this statistic gets."""
+        return bisect.bisect_right(self.edges, value)
+
+    def mean(self) -> Schedule:
+        """The keep rates of the average calibration prompt."""
+        rates = [self.average(lambda schedule, at=i: schedule.keep_rates[at]) for i in range(self.num_layers)]
+        # where all agree, rounding may not make a difference; nor may it make a rate rise
+        head = self.schedules[0].keep_rates[: self.layer]
+        return Schedule(list(itertools.accumulate([*head, *(min(1.0, rate) for rate in rates[self.layer :])], min)))
+
+    def average(self, of: Callable[..., float]) -> float:
+        """The mean over calibration prompts of a function of their schedule, such as its cost."""
+        return math.fsum(
+            share * of(schedule) for share, schedule in zip(self.shares, self.schedules, strict=True) if share
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "statistic": self.statistic,
+            "layer": self.layer,
+            "edges": list(self.edges),
+            "keep_rates": [list(schedule.keep_rates) for schedule in self.schedules],
+            "shares": list(self.shares),
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Any) -> Adaptive:
+        """Back from `to_dict`.
+
+        Raises:
+            ThinsightError: missing, unknown or damaged entries.
+        """
+        if not isinstance(stored, Mapping) or set(stored) != set(_ADAPTIVE_KEYS):
+            raise BadInput(f"adaptive is {stored!r}; it must be an object with {', '.join(_ADAPTIVE_KEYS)}")
+        for key in ("edges", "keep_rates", "shares"):
+            if not isinstance(stored[key], Sequence) or isinstance(stored[key], str):
+                raise BadInput(f"adaptive.{key} is {stored[key]!r}; it must be a list")
+        return cls(
+            stored["statistic"],
+            stored["layer"],
+            tuple(stored["edges"]),
+            tuple(Schedule(rates) for rates in stored["keep_rates"]),
+            tuple(stored["shares"]),
+        )
 
 
 def _checked_rates(keep_rates: Any) -> tuple[float, ...]:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from thinsight.adaptive import Adaptive
 from thinsight.errors import ThinsightError
 from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
-from thinsight.schedule import Schedule
+from thinsight.schedule import Adaptive, Schedule
 
 from .behaviours import behaviour
 from .checks import FULL, NEARLY_FULL, Case, check_steps, close, generate

@@ -9,12 +9,11 @@ import pytest
 import torch
 from tiny import tiny_images, tiny_llava, tiny_processor
 
-from thinsight.adaptive import Adaptive
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator, Example
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
-from thinsight.schedule import Schedule
+from thinsight.schedule import Adaptive, Schedule
 
 LAYERS, NEW_TOKENS = 4, 4
 STAIRS = Schedule([1, 1, 0.6, 0.3])

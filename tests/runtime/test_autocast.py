@@ -14,7 +14,6 @@ from tiny import tiny_inputs, tiny_llava
 from torch import Tensor
 
 import thinsight.runtime.scoring as scoring
-from thinsight.adaptive import Adaptive
 from thinsight.evaluation.examples import load_examples
 from thinsight.evaluation.prompts import process
 from thinsight.experimental.captured import CapturedPrefill
@@ -33,7 +32,7 @@ from thinsight.reduction import Reduction
 from thinsight.runtime import apply, layer_scores
 from thinsight.runtime.anatomy import attention_of, decoder_layers
 from thinsight.runtime.scoring import Probe, TextRows, attention_rows
-from thinsight.schedule import Schedule
+from thinsight.schedule import Adaptive, Schedule
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 UNEQUAL = [[3, 9], [2, 3, 1], [7], [1, 2]]  # rows that rank stand beside filling

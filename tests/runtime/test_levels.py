@@ -9,12 +9,11 @@ import torch
 from reference import unpadded
 from tiny import tiny_inputs, tiny_llava
 
-from thinsight.adaptive import Adaptive
 from thinsight.errors import ThinsightError
 from thinsight.ranking import get_statistic
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
-from thinsight.schedule import Schedule
+from thinsight.schedule import Adaptive, Schedule
 
 ROWS = [[3, 5], [2, 3, 9], [7], [1, 2], [4, 4, 6]]
 MANY, FEW = Schedule([1, 0.75, 0.75, 0.5]), Schedule([1, 0.75, 0.25, 0.125])

@@ -12,12 +12,11 @@ import torch
 from reference import unpadded
 from tiny import tiny_inputs, tiny_llava
 
-from thinsight.adaptive import Adaptive
 from thinsight.errors import ThinsightError
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.runtime.scoring import TextRows
-from thinsight.schedule import Schedule
+from thinsight.schedule import Adaptive, Schedule
 
 N = 16  # tokens of an image
 SCHEDULE = Schedule([1, 0.75, 0.625, 0.5, 0.25, 0.125])  # 16 12 10 8 4 2

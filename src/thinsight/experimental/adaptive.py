@@ -14,13 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adaptive import Adaptive
 from ..budget import Budget
 from ..errors import BadInput, Unreachable
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
 from ..reduction import Reduction
-from ..schedule import Schedule
+from ..schedule import Adaptive, Schedule
 from ..searches.run import Run, SearchResult, Trial, budget_of, check_count, first_layers
 from ..searches.search import SEARCHES, Search
 from ..searches.sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adaptive import Adaptive
 from ..baselines import BASELINES
 from ..budget import Budget, check_budget_value
 from ..errors import BadInput, MissingPackage, Unreachable, Unsupported
@@ -20,7 +19,7 @@ from ..ranking import get_ranker
 from ..records import write_atomically
 from ..reduction import Reduction
 from ..report.comparison import Comparison, Run, draw, markdown, to_csv
-from ..schedule import Schedule
+from ..schedule import Adaptive, Schedule
 from ..searches.search import SEARCHES, choosing, rankers_for, under_budget
 from .opening import Limits, Prepared, RunOptions, Scores, content_hash, environment, limits_of, prepare
 

@@ -26,7 +26,7 @@ from .call import Plan, encode_pixels
 from .reducer import Quotas, Reducer
 
 if TYPE_CHECKING:
-    from ..adaptive import Adaptive
+    from ..schedule import Adaptive
 
 PER = ("image", "prompt")
 

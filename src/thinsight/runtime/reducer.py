@@ -61,7 +61,7 @@ from .scoring import Probe, TextRows
 from .tensors import Columns, causal, gather_tokens, reduce_mask, replace_tokens, scatter_tokens
 
 if TYPE_CHECKING:
-    from ..adaptive import Adaptive
+    from ..schedule import Adaptive
 
 
 class Quotas:

@@ -20,7 +20,9 @@ from ..progress import SearchObserver
 from ..registry import Registry
 from ..schedule import Schedule, whole
 from .run import Run, SearchResult, Trial
-from .shapes import quiet
+from .shapes import propose
+
+_STARTUP = 3  # random proposals of *bayes* at first, the known point included
 
 
 @dataclass(frozen=True)
@@ -173,17 +175,18 @@ class Bayes:
         return min(self.n_trials, upper)
 
     def solve(self, problem: LayerProblem) -> int:
-        seen = [(problem.upper, self._objective(problem, problem.upper, problem.upper_score))]
-        accepted = list(seen)
+        accepted = [(problem.upper, self._objective(problem, problem.upper, problem.upper_score))]
+        seen = [({"count": problem.upper}, accepted[0][1])]
         scores = {problem.upper: problem.upper_score}
         for number in range(self.n_trials):
-            count = _propose(seen, problem.upper, problem.seed + number)
+            space = {"count": (0, problem.upper)}
+            count = int(propose(seen, space, problem.seed + number, _STARTUP)["count"])
             if count not in scores:
                 trial = problem.probe(count, exact=True)
                 scores[count] = trial.score
                 if trial.accepted:
                     accepted.append((count, self._objective(problem, count, trial.score)))
-            seen.append((count, self._objective(problem, count, scores[count])))
+            seen.append(({"count": count}, self._objective(problem, count, scores[count])))
         # equal objectives: the smaller count
         return max(accepted, key=lambda pair: (pair[1], -pair[0]))[0]
 
@@ -246,22 +249,6 @@ def check_early_stop(solver: Solver, confidence: float | None) -> None:
             f"confidence is {confidence!r}, but solver {name!r} scores every candidate on all examples: "
             "leave it out, or choose 'bisect'"
         )
-
-
-_STARTUP = 3  # random proposals before the Gaussian process takes over, the known point included
-
-
-def _propose(seen: list[tuple[int, float]], upper: int, seed: int) -> int:
-    """The next count in [0, upper] to try, a pure function of what was seen: ``(count, objective)`` pairs."""
-    import optuna
-
-    with quiet(optuna):
-        sampler = optuna.samplers.GPSampler(seed=seed % 2**32, n_startup_trials=_STARTUP)
-        study = optuna.create_study(direction="maximize", sampler=sampler)
-        space = {"count": optuna.distributions.IntDistribution(0, upper)}
-        for count, value in seen:
-            study.add_trial(optuna.trial.create_trial(params={"count": count}, distributions=dict(space), value=value))
-        return int(study.ask(dict(space)).params["count"])
 
 
 _SLACK = 1e-9  # a score of 0.99 is within 0.01 of 1.0, whatever the last bit of the mean says

@@ -20,6 +20,7 @@ from .shapes import first_layer_for, fit_sigmoid, propose, sigmoid
 _STEEPNESS = (0.03, 20.0)
 _REFERENCE_DEPTH = 32
 _LEAST_AMPLITUDE, _MOST_FLOOR = 0.3, 0.3
+_STARTUP, _SEEDS = 4, 10_007  # random proposals at first; more than the trials of any search
 _TIE_BREAK = 1e-3  # of an agreement of 1, in score units: less than one example in 1,000
 
 
@@ -83,7 +84,7 @@ def psigmoid(
     seen: list[tuple[dict[str, float], float]] = []
     tried: list[Trial] = []
     for number in range(n_trials):
-        parameters = start if start is not None and not seen else propose(seen, space, seed, number)
+        parameters = start if start is not None and not seen else propose(seen, space, seed * _SEEDS + number, _STARTUP)
         schedule = sigmoid(budget, **parameters, first_layer=first)
         trial = run.run(schedule, " ".join(f"{name}={value:.4g}" for name, value in parameters.items()))
         tried.append(trial)

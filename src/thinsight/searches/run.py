@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .. import tables, words
-from ..adaptive import Adaptive
 from ..budget import Budget
 from ..errors import BadInput, Unreachable
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import Progress, SearchObserver, SearchPlan, Silent
 from ..reduction import Reduction, read_only
-from ..schedule import Schedule
+from ..schedule import Adaptive, Schedule
 from ..texts import brief
 from .shapes import first_layer_for
 from .study import Study

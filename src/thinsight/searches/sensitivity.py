@@ -8,6 +8,7 @@ is bent a little and mixed with others, again and again. Knows nothing about mod
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +22,11 @@ from ..errors import Unreachable
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
 from ..reduction import Reduction
-from ..schedule import Schedule
+from ..schedule import Schedule, solve
 from .run import Run, SearchResult, Trial, budget_of, check_count, first_layers
 from .shapes import blend, deform, random_staircase, sigmoid
 
-_LIGHT, _HEAVY, _HALVINGS = 1e-9, 1e6, 60  # prices between which the right one lies
+_PRICES = 1e-9, 1e6  # between which the right one lies
 
 
 def grid(num_layers: int, first_layer: int, layers: int = 5) -> tuple[list[int], list[float]]:
@@ -68,10 +69,9 @@ class ExitModel:
 
     def schedule(self, budget: Budget) -> Schedule:
         """The schedule that loses least within a budget, which is spent to the last token."""
-        light, heavy = _LIGHT, _HEAVY
-        for _ in range(_HALVINGS):
-            price = float(np.sqrt(light * heavy))
-            light, heavy = (light, price) if budget.holds(self._best(price)) else (price, heavy)
+        light, heavy = solve(
+            lambda price: not budget.holds(self._best(price)), *_PRICES, lambda low, high: math.sqrt(low * high)
+        )
         cheap, dear = self._best(heavy).keep_rates, self._best(light).keep_rates
 
         def between(share: float) -> Schedule:

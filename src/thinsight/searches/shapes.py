@@ -16,40 +16,35 @@ from numpy.typing import NDArray
 
 from ..budget import Budget, fill, fit, refuse_unreachable
 from ..errors import BadInput, Unreachable
-from ..schedule import Schedule
+from ..schedule import Schedule, logistic, sigmoid_rates
 
-_STARTUP = 4  # random proposals before the Gaussian process takes over
-_SEEDS = 10_007  # more than the trials of any search
+Space = Mapping[str, tuple[float, float, bool] | tuple[int, int]]
 
 
-def propose(
-    seen: Sequence[tuple[Mapping[str, float], float]],
-    space: Mapping[str, tuple[float, float, bool]],
-    seed: int,
-    number: int,
-) -> dict[str, float]:
-    """Parameters to try, each a float.
+def propose(seen: Sequence[tuple[Mapping[str, float], float]], space: Space, seed: int, startup: int) -> dict[str, Any]:
+    """Parameters to try next, a pure function of what was seen (Optuna's Gaussian process, seeded anew).
 
     Args:
         seen: parameters and the value each gave; higher is better, and values are taken as noisy.
-        space: per parameter its lowest and highest value, and whether its scale is logarithmic.
-        seed: of the search.
-        number: of the proposal within it.
+        space: per parameter its lowest and highest value: two whole numbers, or two floats and whether its scale
+            is logarithmic.
+        seed: of this proposal.
+        startup: values seen before the Gaussian process takes over from random proposals.
     """
     import optuna
 
     with quiet(optuna):
-        sampler = optuna.samplers.GPSampler(seed=(seed * _SEEDS + number) % 2**32, n_startup_trials=_STARTUP)
+        sampler = optuna.samplers.GPSampler(seed=seed % 2**32, n_startup_trials=startup)
         study = optuna.create_study(direction="maximize", sampler=sampler)
-        distributions = {
-            name: optuna.distributions.FloatDistribution(low, high, log=log) for name, (low, high, log) in space.items()
+        kinds: dict[str, Any] = {
+            name: optuna.distributions.IntDistribution(*limits)
+            if len(limits) == 2
+            else optuna.distributions.FloatDistribution(*limits[:2], log=limits[2])
+            for name, limits in space.items()
         }
         for parameters, value in seen:
-            study.add_trial(
-                optuna.trial.create_trial(params=dict(parameters), distributions=dict(distributions), value=value)
-            )
-        asked = study.ask(dict(distributions)).params
-        return {name: float(asked[name]) for name in space}
+            study.add_trial(optuna.trial.create_trial(params=dict(parameters), distributions=dict(kinds), value=value))
+        return dict(study.ask(kinds).params)
 
 
 @contextmanager
@@ -126,8 +121,7 @@ def sigmoid(budget: Budget, k: float, *, amplitude: float = 1.0, floor: float = 
         over, under = max(0.0, shift - reach), max(0.0, -_FURTHEST - shift)
         top = min(1.0, amplitude + over)
         low = max(0.0, floor - under) if under else min(top, floor)
-        rates = [low + (top - low) * _logistic(shift - k * i) for i in range(budget.num_layers)]
-        return _with_head(rates, first_layer)
+        return _with_head(sigmoid_rates(budget.num_layers, k, shift, top, low), first_layer)
 
     reach = _FURTHEST + k * budget.num_layers
     return fit(budget, curve, -_FURTHEST - 1.0, reach + 1.0, "P-Sigmoid")
@@ -183,7 +177,7 @@ def from_scores(budget: Budget, logits: Sequence[float] | NDArray[np.float64], f
     falling = np.minimum.accumulate(np.asarray(logits, dtype=float))
 
     def curve(shift: float) -> Schedule:
-        return _with_head([1.0] * first_layer + [_logistic(x + shift) for x in falling], first_layer)
+        return _with_head([1.0] * first_layer + [logistic(x + shift) for x in falling], first_layer)
 
     reach = _FURTHEST + float(np.abs(falling).max(initial=0.0))
     return fill(budget, fit(budget, curve, -reach, reach), first_layer)
@@ -237,7 +231,7 @@ def bend(budget: Budget, schedule: Schedule, layer: int) -> Schedule:
     logits = _logits(budget, schedule, layer)
 
     def curve(shift: float) -> Schedule:
-        return Schedule([*head, *(min(limit, _logistic(x + shift)) for x in logits)])
+        return Schedule([*head, *(min(limit, logistic(x + shift)) for x in logits)])
 
     reach = _FURTHEST + float(np.abs(logits).max(initial=0.0))
     lowest = Schedule([*head, *[0.0] * len(logits)])
@@ -249,10 +243,3 @@ def bend(budget: Budget, schedule: Schedule, layer: int) -> Schedule:
 def _with_head(rates: Sequence[float], first_layer: int) -> Schedule:
     falling = np.minimum.accumulate([1.0] * first_layer + list(rates[first_layer:]))
     return Schedule([float(rate) for rate in np.clip(falling, 0.0, 1.0)])
-
-
-def _logistic(x: float) -> float:
-    if x >= 0:
-        return 1.0 / (1.0 + math.exp(-min(x, 700.0)))
-    power = math.exp(max(x, -700.0))
-    return power / (1.0 + power)

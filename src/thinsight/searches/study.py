@@ -18,13 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..adaptive import Adaptive
 from ..errors import BadInput, StorageError
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..evaluation.result import Evaluation
 from ..records import append_line, decode, encode, parse_json, probe, seal, unseal, user_path, write_atomically
 from ..reduction import Reduction
-from ..schedule import Schedule
+from ..schedule import Adaptive, Schedule
 
 JOURNAL_VERSION = 2
 _VERSION_KEY = "thinsight_study"
