@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -77,39 +78,24 @@ class LossTest:
         return self._left < 0 or capital >= self._goal
 
 
+@dataclass(eq=False)
 class Order:
-    """The orders in which the batches of a set are scored, and when that can end.
+    """The orders in which the batches of a set are scored, and when that can end."""
 
-    Args:
-        batches: the examples of each.
-        ceilings: (examples,), the highest score that any answer to each can get.
-        full: (examples,), the full model's scores.
-        margins: (examples,), how sure the full model is of its answers, see `GreedyAnswer.margin`.
-        failures: (examples,), what each lost in earlier evaluations; added to.
-    """
-
-    def __init__(
-        self,
-        batches: Sequence[list[int]],
-        ceilings: NDArray[np.float64],
-        full: NDArray[np.float64],
-        margins: ArrayLike,
-        failures: NDArray[np.float64],
-    ) -> None:
-        self._batches = batches
-        self._ceilings = ceilings
-        self._lost = ceilings - full
-        self._hardness = self._lost + np.exp(-np.asarray(margins)) + _LEAST_HARDNESS
-        self._failures = failures
+    batches: Sequence[list[int]]  # the examples of each
+    ceilings: NDArray[np.float64]  # (examples,), the highest score that any answer to each can get
+    full: NDArray[np.float64]  # (examples,), the full model's scores
+    margins: NDArray[np.float64]  # (examples,), how sure it is of its answers, see `GreedyAnswer`
+    failures: NDArray[np.float64]  # (examples,), what each lost in earlier evaluations; added to
 
     def note(self, scores: NDArray[np.float64]) -> None:
         """Take an evaluation's scores, NaN where an example was not run."""
-        self._failures += np.where(np.isnan(scores), 0.0, self._ceilings - scores)
+        self.failures += np.where(np.isnan(scores), 0.0, self.ceilings - scores)
 
     def hardest_first(self) -> list[list[int]]:
         """Batches by the score they lost so far, most first; the full model's losses count as one call."""
-        lost = self._failures + self._lost
-        return sorted(self._batches, key=lambda batch: -float(np.mean(lost[batch])))
+        lost = self.failures + self.ceilings - self.full
+        return sorted(self.batches, key=lambda batch: -float(np.mean(lost[batch])))
 
     def drawn(self, floor: float, confidence: float, seed: list[int]) -> tuple[list[list[int]], LossTest]:
         """All batches in a random order, and the test of their losses that keep the mean score at ``floor``.
@@ -117,26 +103,27 @@ class Order:
         The order must not depend on how the reduction does, nor on what was evaluated before (a resumed
         search takes the same one), so only the full model's answers say what is hard.
         """
-        weights = np.array([self._hardness[batch].sum() ** 2 for batch in self._batches])  # nearly hardest first
+        hardness = self.ceilings - self.full + np.exp(-self.margins) + _LEAST_HARDNESS
+        weights = np.array([hardness[batch].sum() ** 2 for batch in self.batches])  # nearly hardest first
         order = random_order(weights, seed)
-        allowed = float((self._ceilings - floor + _ROUNDING_SLACK).sum())
-        return [self._batches[number] for number in order], LossTest(weights[order], allowed, confidence)
+        allowed = float((self.ceilings - floor + _ROUNDING_SLACK).sum())
+        return [self.batches[number] for number in order], LossTest(weights[order], allowed, confidence)
 
     def sample(self, share: float) -> list[list[int]]:
         """About that share of the batches, evenly spread over all of them, in their order; the same ones every
         time, and all of a smaller share."""
-        bits = max(1, (len(self._batches) - 1).bit_length())
+        bits = max(1, (len(self.batches) - 1).bit_length())
         mirrored = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
-        spread = [number for number in mirrored if number < len(self._batches)]
-        count = max(1, round(share * len(self._batches)))
-        return [self._batches[number] for number in sorted(spread[:count])]
+        spread = [number for number in mirrored if number < len(self.batches)]
+        count = max(1, round(share * len(self.batches)))
+        return [self.batches[number] for number in sorted(spread[:count])]
 
     def upper_bound(self, scores: NDArray[np.float64]) -> float:
         """The highest mean that scores can come to, NaN where one is not known yet."""
-        return float(np.mean(np.where(np.isnan(scores), self._ceilings, scores)))
+        return float(np.mean(np.where(np.isnan(scores), self.ceilings, scores)))
 
     def is_lost(self, scores: NDArray[np.float64], batch: list[int], floor: float, test: LossTest | None) -> bool:
         """Whether the mean is below ``floor``, for certain or as ``test`` sees it after the latest batch."""
         if self.upper_bound(scores) < floor - _ROUNDING_SLACK:
             return True
-        return test is not None and test.sees(float((self._ceilings - scores)[batch].sum()))
+        return test is not None and test.sees(float((self.ceilings - scores)[batch].sum()))

@@ -55,11 +55,8 @@ class DecodingRules:
 
     @classmethod
     def of(cls, generation_config: Any, max_new_tokens: int) -> DecodingRules:
-        """The rules in a model's generation config (sampling and beams are ignored: decoding is greedy).
-
-        Raises:
-            ThinsightError: it has a setting that would change greedy answers and is not supported.
-        """
+        """The rules in a model's generation config, where sampling and beams are ignored: decoding is greedy. A
+        setting that would change greedy answers and is not supported is refused."""
         for name, neutral in _REFUSED.items():
             value = getattr(generation_config, name, None)
             if value not in neutral:

@@ -3,7 +3,6 @@
 What makes it cheap changes no score: the vision tower runs once per image, the full model reads an image once
 for all questions about it, its answer is drafted so that one forward pass decides whether a reduced model
 says the same, and answers once computed are kept.
-Knows nothing about searches, nor about how the runtime drops tokens.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from .features import hash_image, hash_json, hash_model, hash_processor, hash_re
 from .full_model import BatchSize, FullModel
 from .metrics import Metric, metric_for
 from .prefix_cache import PrefixCache
-from .prompts import Prompt, PromptReader, chunks, pad_batch, typical_batch
+from .prompts import PromptReader, chunks, pad_batch, typical_batch
 from .result import Evaluation, score_to_expect
 from .store import DEFAULT_CACHE_GIB, Store
 
@@ -132,16 +131,8 @@ class Evaluator(SearchEvaluator):
             hash_processor(hashlib.sha256(), processor)  # refused before images are read
         self.reader = PromptReader(model, processor, cache_gib)
         self._prompts = self.reader.prompts(self.examples, progress)
-        self._full_model = FullModel(
-            self.reader,
-            self.examples,
-            self._prompts,
-            self.rules,
-            store,
-            sizes,
-            reuse,
-            report=partial(self._report, "full model"),
-        )
+        report = partial(self._report, "full model")
+        self._full_model = FullModel(self.reader, self.examples, self._prompts, self.rules, store, sizes, reuse, report)
         self._prefixes = PrefixCache(model, cache_gib) if reuse else None
         self._began: dict[int, int] = {}  # the layer at which each example's last pass began
         self._shape = cost.decoder_shape(model.config)
@@ -175,11 +166,8 @@ class Evaluator(SearchEvaluator):
         return self._full_model.batch_size
 
     def fix_batch_size(self, size: int | None = None) -> int:
-        """The batch size for good.
-
-        Args:
-            size: what an earlier run found; call it before anything is evaluated. None: the one with which
-                the full model's answers, computed now if they are not known, fit into memory.
+        """The batch size for good: ``size``, which an earlier run found, before anything is evaluated; or (None) the
+        one with which the full model's answers, computed now if they are not known, fit into memory.
 
         Raises:
             ThinsightError: ``size`` is not a whole number of at least 1.
@@ -224,12 +212,10 @@ class Evaluator(SearchEvaluator):
     @cached_property
     def full(self) -> Evaluation:
         """The full model's evaluation; its answers are computed when first asked for."""
-        scores = [self._score(index, answer) for index, answer in enumerate(self._full)]
-        score = float(np.mean(scores))
+        scores = np.array([self._score(index, answer) for index, answer in enumerate(self._full)])
+        score, likely = float(np.mean(scores)), _agreement(self._full)
         spent = self._flops(range(len(self.examples)), None, drafted=False)
-        return Evaluation(
-            score=score, per_example=np.array(scores), full_score=score, cost=spent, agreement=_agreement(self._full)
-        )
+        return Evaluation(score, scores, full_score=score, cost=spent, agreement=likely)
 
     @cached_property
     def doubt(self) -> str:  # type: ignore[override]
@@ -242,20 +228,20 @@ class Evaluator(SearchEvaluator):
         chances = [metric.chance(example.answers, example.question) for metric, example in asked]
         if self.full_score >= score_to_expect(chances):
             return ""
-        guessed = f"{100 * float(np.mean(chances)):.1f} %"
-        why = (
-            "nothing can be lost, whatever is dropped"
-            if self.full_score == 0
-            else f"guessing gets {guessed}, so hardly any loss can show"
-        )
+        why = "nothing can be lost, whatever is dropped"
+        if self.full_score > 0:
+            why = f"guessing gets {100 * float(np.mean(chances)):.1f} %, so hardly any loss can show"
         # an answer that scores least, beside its label
         assert self.full.per_example is not None
         index = int(np.argmin(self.full.per_example))
         example = self.examples[index]
-        label = "" if not example.answers else f", the label is {_short(example.answers[0])}"
+        said, *label = (
+            repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+            for text in (self._text(self._full[index].tokens), *example.answers[:1])
+        )
         return (
             f"the full model scores {100 * self.full_score:.1f} % (number of examples: {len(chances)}): {why}. "
-            f"To example {example.id!r} it says {_short(self._text(self._full[index].tokens))}{label} "
+            f"To example {example.id!r} it says {said}{f', the label is {label[0]}' if label else ''} "
             f"({self._metrics[index].name}); check labels and metric (metric='agreement' needs no labels)"
         )
 
@@ -316,11 +302,8 @@ class Evaluator(SearchEvaluator):
         return self._evaluate(self._bind(schedule), self._order.sample(share))
 
     def share(self, schedule: Schedule, layer: int) -> None:
-        """Say that the candidates to come have this schedule's rates before ``layer``, and differ from there.
-
-        What enters the layer is then kept per batch, and later candidates begin there. A hint: whatever is
-        asked for next, scores are the same.
-        """
+        """Say that the candidates to come have this schedule's rates before ``layer``, and differ from there: what
+        enters the layer is then kept, and they begin there. Whatever is asked for next, scores are the same."""
         if self._prefixes is not None:
             self._prefixes.share(schedule, layer)
 
@@ -333,22 +316,16 @@ class Evaluator(SearchEvaluator):
         if reduction.adaptive is None:
             raise BadInput("the reduction is not adaptive: it has no statistic of a prompt")
         values = np.full(len(self.examples), np.nan)
-        known = self._known(self._bind(reduction))
-        batches = self._batches  # the full model's answers come first
+        known, batches = self._known(self._bind(reduction)), self._batches  # the full model's answers come first
         with apply(self.model, reduction) as handle:
             for batch in batches:
-                answers = self._decode(batch, handle, reduction)
-                known.update(zip(batch, answers, strict=True))
+                known.update(zip(batch, self._decode(batch, handle, reduction), strict=True))
                 values[batch] = handle.statistic()
                 self._report("statistics", int(np.isfinite(values).sum()))
         return values
 
     def with_ranker(self, ranker: Any) -> Evaluator:
-        """This evaluator with another ranker for bare schedules; what was computed is shared.
-
-        Raises:
-            ThinsightError: no such ranker.
-        """
+        """This evaluator with another ranker for bare schedules; what was computed is shared."""
         other = copy.copy(self)
         other.ranker = get_ranker(ranker)
         other.__dict__.pop("fingerprint", None)
@@ -376,8 +353,7 @@ class Evaluator(SearchEvaluator):
         """Decoder prefill FLOPs of all prompts, as a share of the full model's."""
 
         def flops(schedule: Schedule | None = None) -> float:
-            sizes = self.prompt_sizes
-            return sum(self._shape.prefill_flops(n_vision, n_text, schedule) for n_vision, n_text in sizes)
+            return sum(self._shape.prefill_flops(*sizes, schedule) for sizes in self.prompt_sizes)
 
         return self._bind(schedule).average(flops) / flops()
 
@@ -390,7 +366,7 @@ class Evaluator(SearchEvaluator):
         if unit == "ms":
             from ..timing import profile
 
-            latency = profile(self.model, typical_batch(self.processor, self.examples, self.batch_size))
+            latency = profile(self.model, typical_batch(self.processor, self.examples, self.batch_size, self.reader))
         n_text = median_low(n_text for _, n_text in self.prompt_sizes)
         n_vision, config = self.num_vision_tokens, self.model.config
         return make_budget(float(value), unit, config=config, n_vision=n_vision, n_text=n_text, latency=latency)
@@ -433,19 +409,17 @@ class Evaluator(SearchEvaluator):
     @cached_property
     def _batches(self) -> list[list[int]]:
         """Example indices in batches of like length, those the full model is least sure of together."""
-        scores = self.full.per_example
+        scores, full = self.full.per_example, self._full
         assert scores is not None
-
-        def place(index: int) -> tuple[Any, ...]:
-            return (*self._prompts[index].size, scores[index], self._full[index].margin, index)
-
-        return list(chunks(sorted(range(len(self.examples)), key=place), self.batch_size))
+        asked = enumerate(zip(self._prompts, scores.tolist(), full, strict=True))
+        order = sorted((*prompt.size, score, answer.margin, index) for index, (prompt, score, answer) in asked)
+        return list(chunks([index for *_, index in order], self.batch_size))
 
     @cached_property
     def _order(self) -> Order:
         assert self.full.per_example is not None
         ceilings = [metric.ceiling(right) for metric, right in zip(self._metrics, self._right, strict=True)]
-        margins = [answer.margin for answer in self._full]
+        margins = np.array([answer.margin for answer in self._full])
         return Order(self._batches, np.array(ceilings), self.full.per_example, margins, self._failures)
 
     # -- reduced models --------------------------------------------------------------------------------------
@@ -591,7 +565,7 @@ class Evaluator(SearchEvaluator):
         out."""
         total = 0.0
         for index in run:
-            prompt: Prompt = self._prompts[index]
+            prompt = self._prompts[index]
             draft = max(len(self._full[index].tokens) - 1, 0) if drafted else 0
             first = self._began.get(index, 0) if drafted else 0
             total += self._shape.prefill_flops(prompt.n_vision, prompt.n_text + draft, schedule, first)
@@ -600,10 +574,6 @@ class Evaluator(SearchEvaluator):
     def _report(self, what: str, done: int) -> None:
         if self.progress is not None:
             self.progress(what, done, len(self.examples))
-
-
-def _short(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
 
 
 def _agreement(answers: Sequence[GreedyAnswer]) -> float:

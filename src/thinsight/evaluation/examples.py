@@ -313,7 +313,7 @@ def load_examples(
 def validate_examples(
     examples: Sequence[Example], source: str = "the examples", progress: Progress | None = None
 ) -> None:
-    """Check a whole set, its images included, before long work starts: `check_examples` and `check_images`."""
+    """Check a whole set, its images included, before long work starts."""
     check_examples(examples, source)
     check_images(examples, source, progress)
 
@@ -388,7 +388,17 @@ def check_images(examples: Sequence[Example], source: str = "the examples", prog
 def read_examples(source: str | Path) -> list[Example]:
     """The examples of a file, line by line: nothing is checked that takes more than one line, and no image is
     looked at."""
-    path = _locate(source)
+    path = Path(os.path.expanduser(source))
+    if isinstance(source, str) and source.startswith(DEMO_PREFIX):
+        name = source.removeprefix(DEMO_PREFIX)
+        if name not in _DEMO_SETS:
+            choices = " or ".join(DEMO_PREFIX + known for known in _DEMO_SETS)
+            raise BadInput(f"unknown demo data {source!r}: use {choices}")
+        path = _DEMO_FOLDER / f"{name}.jsonl"
+    elif path.is_dir():
+        raise BadInput(f"data {str(source)!r} is a folder: give the JSON-lines file in it, each line {_FORMAT}")
+    elif not path.is_file():
+        raise BadInput(f"data {str(source)!r} does not exist: give a JSON-lines file, demo:calibration or demo:test")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would break at U+2028 too
     except (OSError, UnicodeDecodeError) as error:
@@ -402,21 +412,6 @@ def read_examples(source: str | Path) -> list[Example]:
         except RecursionError:
             raise BadInput(f"{where} is not JSON (nested too deep): each line is {_FORMAT}") from None
     return examples
-
-
-def _locate(source: str | Path) -> Path:
-    if isinstance(source, str) and source.startswith(DEMO_PREFIX):
-        name = source.removeprefix(DEMO_PREFIX)
-        if name not in _DEMO_SETS:
-            choices = ", ".join(DEMO_PREFIX + known for known in _DEMO_SETS)
-            raise BadInput(f"unknown demo data {source!r}: use {choices}")
-        return _DEMO_FOLDER / f"{name}.jsonl"
-    path = Path(os.path.expanduser(source))
-    if path.is_dir():
-        raise BadInput(f"data {str(source)!r} is a folder: give the JSON-lines file in it, each line {_FORMAT}")
-    if not path.is_file():
-        raise BadInput(f"data {str(source)!r} does not exist: give a JSON-lines file, demo:calibration or demo:test")
-    return path
 
 
 def _record(line: str, where: str) -> dict[str, Any]:

@@ -73,11 +73,8 @@ class EvaluatorPool(StandIn):
 
         Args:
             devices: names or torch devices, such as ``["cuda:0", "cuda:1"]``.
-            model: as for `thinsight.Evaluator`, on one device.
-            processor: likewise.
-            examples: likewise.
-            progress: likewise; told what the first evaluator does.
-            **options: what else `thinsight.Evaluator` takes.
+            model: as for `thinsight.Evaluator`, on one device; likewise all else.
+            progress: told what the first evaluator does.
 
         Raises:
             ThinsightError: no devices, a model that ``device_map`` has spread over several, or as for
@@ -117,7 +114,7 @@ class EvaluatorPool(StandIn):
         for each in others:
             each.fix_batch_size(first.batch_size)
         scores: dict[int, float] = {}
-        self._all_at_once([_full_score] * len(self._members), scores.__setitem__)
+        self._all_at_once([lambda member: float(member.full_score)] * len(self._members), scores.__setitem__)
         for place, each in enumerate(others, start=1):
             _same(place, "full_score", scores[place], scores[0], "use devices of one kind and one dtype")
             remedy = "build all of them with the smaller one, which fits"
@@ -135,19 +132,17 @@ class EvaluatorPool(StandIn):
         as there are evaluators, then the next ones.
 
         Where an evaluation fails, those beside it finish and are handed over before its error is raised. An
-        interrupt (Ctrl-C) ends them after their current batch. No thread is left running.
-
-        Args:
-            candidates: what to score.
-            floor: an evaluation may stop early below this score, see `Evaluator.at_least`; None: all are
-                complete.
-            done: called in the calling thread as ``done(place, evaluation)``, as soon as each is finished.
-            **early: what else `Evaluator.at_least` takes.
+        interrupt (Ctrl-C) ends them after their current batch. No thread is left running. Arguments as for
+        `SearchEvaluator.several`.
         """
+
+        def score(member: SearchEvaluator, candidate: Schedule | Reduction) -> Evaluation:
+            return member(candidate) if floor is None else member.at_least(candidate, floor, **early)
+
         _ = self.full_score  # all of them need the full model's answers, and must agree in them
         for start in range(0, len(candidates), self.at_once):
             part = candidates[start : start + self.at_once]
-            work = [partial(_score, candidate=each, floor=floor, early=early) for each in part]
+            work = [partial(score, candidate=each) for each in part]
             self._all_at_once(work, done, start)
 
     def share(self, schedule: Schedule, layer: int) -> None:
@@ -178,10 +173,8 @@ class EvaluatorPool(StandIn):
     def _all_at_once(
         self, work: Sequence[Callable[[Any], T]], done: Callable[[int, T], object], first: int = 0
     ) -> None:
-        """Let each evaluator do one thing in a thread of its own, and hand over what comes of it at once.
-
-        Places begin at ``first``.
-        """
+        """Let each evaluator do one thing in a thread of its own, and hand over what comes of it at once, as
+        ``done(place, result)``; places begin at ``first``."""
         stop = threading.Event()
         members = self._members[: len(work)]
         futures: dict[Future[T], int] = {}
@@ -206,17 +199,13 @@ class EvaluatorPool(StandIn):
                         if future.exception() is None:
                             done(place, future.result())
                 raise
-        if failed:
-            raise failed[min(failed, key=lambda place: (_gravity(failed[place]), place))]
+        if failed:  # of several one is told: an interrupt, else an error, else what was stopped for it
+            told = {i: (isinstance(each, Exception), isinstance(each, _Stopped), i) for i, each in failed.items()}
+            raise failed[min(failed, key=told.__getitem__)]
 
 
 class _Stopped(Exception):
     """What ends an evaluation that nobody waits for any more."""
-
-
-def _gravity(failure: BaseException) -> int:
-    """Of several failures the least is told: an interrupt, then an error, then what was stopped for it."""
-    return 0 if not isinstance(failure, Exception) else 2 if isinstance(failure, _Stopped) else 1
 
 
 @contextmanager
@@ -250,47 +239,28 @@ def _on_its_device(member: Any, work: Callable[[Any], T]) -> T:
         return work(member)
 
 
-def _full_score(member: Any) -> float:
-    return float(member.full_score)
-
-
-def _score(member: SearchEvaluator, candidate: Any, floor: float | None, early: dict[str, Any]) -> Evaluation:
-    return member(candidate) if floor is None else member.at_least(candidate, floor, **early)
-
-
 def _check(members: Sequence[Any]) -> None:
     """Refuse evaluators that cannot run at the same time, or not in place of each other."""
     if not members:
         raise BadInput("evaluators is empty; give one for each device")
     for place, each in enumerate(members[1:], start=1):
         for earlier, other in enumerate(members[:place]):
-            _apart(place, each, earlier, other)
+            if each is other or (each.model is not None and each.model is other.model):
+                raise BadInput(
+                    f"evaluators[{place}].model is that of evaluators[{earlier}] too, and a model runs one schedule "
+                    "at a time: give each a model of its own, such as copy.deepcopy(model).to(device)"
+                )
+            if each.processor is not None and each.processor is other.processor:
+                raise BadInput(
+                    f"evaluators[{place}].processor is that of evaluators[{earlier}] too, and a tokenizer serves one "
+                    "thread at a time: give each a processor of its own, such as copy.deepcopy(processor)"
+                )
         for name in ("num_layers", "num_vision_tokens", "fingerprint"):
-            found, expected = (getattr(one, name) for one in (each, members[0]))
             remedy = "build all of them on the same weights, examples, metric and ranker"
-            _same(place, name, found, expected, remedy)
-
-
-def _apart(place: int, each: Any, earlier: int, other: Any) -> None:
-    """Two evaluators must not share what runs one thing at a time."""
-    if each is other or (each.model is not None and each.model is other.model):
-        raise BadInput(
-            f"evaluators[{place}].model is that of evaluators[{earlier}] too, and a model runs one schedule "
-            "at a time: give each a model of its own, such as copy.deepcopy(model).to(device)"
-        )
-    if each.processor is not None and each.processor is other.processor:
-        raise BadInput(
-            f"evaluators[{place}].processor is that of evaluators[{earlier}] too, and a tokenizer serves one "
-            "thread at a time: give each a processor of its own, such as copy.deepcopy(processor)"
-        )
+            _same(place, name, getattr(each, name), getattr(members[0], name), remedy)
 
 
 def _same(place: int, name: str, found: Any, expected: Any, remedy: str) -> None:
     if found != expected:
-        raise BadInput(
-            f"evaluators[{place}].{name} is {_short(found)}, that of evaluators[0] is {_short(expected)}: {remedy}"
-        )
-
-
-def _short(value: Any) -> str:
-    return repr(value[:_SHOWN]) if isinstance(value, str) else repr(value)
+        here, first = (each[:_SHOWN] if isinstance(each, str) else each for each in (found, expected))
+        raise BadInput(f"evaluators[{place}].{name} is {here!r}, that of evaluators[0] is {first!r}: {remedy}")

@@ -251,31 +251,27 @@ class RankConsistency(tables.Shown):
 
     def summary(self) -> str:
         """What the numbers mean, in words; starts with "Warning" when ranking by this model is doubtful."""
-        by_chance = f"{self.top_rate:.0%} by chance"
-        typical, first = words.plain(self.typical_tau), words.plain(float(self.tau[0]))
-        facts = (
-            f"Kendall's tau between neighboring layers is {typical} (median after the first "
-            f"layer, which has {first}), and they share {self.typical_overlap:.0%} of their best "
-            f"{self.top_rate:.0%} of the vision tokens ({by_chance}), over {self.examples} examples."
-        )
-        ties = self.tied_share.max()
+        if self.is_low:
+            verdict = (
+                "Warning: the layers hardly agree on which vision tokens matter, so ranking by attention may "
+                "be no better than random on this model: compare with the random ranker before trusting it."
+            )
+        elif self.typical_tau < FAIR_TAU:
+            verdict = "The layers agree moderately on which vision tokens matter; ranking by attention should help."
+        else:
+            verdict = "The layers agree on which vision tokens matter: what an early layer ranks low stays low."
         noted = ""
-        if ties >= 0.05:
+        if (ties := self.tied_share.max()) >= 0.05:
             noted = (
                 f" Up to {ties:.0%} of the scores of layer {self.tied_share.argmax()} are tied: "
                 "the order of those tokens is arbitrary."
             )
-        return f"{self._verdict()} {facts}{noted}"
-
-    def _verdict(self) -> str:
-        if self.is_low:
-            return (
-                "Warning: the layers hardly agree on which vision tokens matter, so ranking by attention may "
-                "be no better than random on this model: compare with the random ranker before trusting it."
-            )
-        if self.typical_tau < FAIR_TAU:
-            return "The layers agree moderately on which vision tokens matter; ranking by attention should help."
-        return "The layers agree on which vision tokens matter: what an early layer ranks low stays low."
+        typical, first = words.plain(self.typical_tau), words.plain(float(self.tau[0]))
+        return (
+            f"{verdict} Kendall's tau between neighboring layers is {typical} (median after the first layer, which has "
+            f"{first}), and they share {self.typical_overlap:.0%} of their best {self.top_rate:.0%} of the vision "
+            f"tokens ({self.top_rate:.0%} by chance), over {self.examples} examples.{noted}"
+        )
 
     def _tables(self) -> Iterable[tables.Table]:
         return [tables.consistency_table(self)]
@@ -329,9 +325,6 @@ def paired_bootstrap(
         level: confidence level in (0, 1).
         seed: of the random numbers; the same seed gives the same interval.
 
-    Returns:
-        Interval: the mean drop and the interval's two ends.
-
     Raises:
         ThinsightError: columns of different or zero length, values that are not finite, bad settings.
     """
@@ -369,44 +362,28 @@ def drop_interval(
     nothing can be measured, and it counts as one example. The ends are at least ln(2 / (1 - level)) / n from
     the mean, 3.7 / n at 95 %: the rule of three, two-sided.
 
-    Arguments and errors as of `paired_bootstrap`, and:
-
-    Raises:
-        ThinsightError: scores outside of [0, 1].
+    Arguments and errors as of `paired_bootstrap`; scores outside of [0, 1] are refused too.
     """
     drops = _drops(full, reduced)
     _check_settings(resamples, level)
     sides = np.concatenate([np.asarray(full, dtype=np.float64), np.asarray(reduced, dtype=np.float64)])
     if sides.min() < 0.0 or sides.max() > 1.0:
         raise BadInput("full or reduced holds a score outside of [0, 1]; a metric's scores lie within")
-    mean = float(drops.mean())
-    effect = design_effect(drops, groups)
+    mean, effect = float(drops.mean()), design_effect(drops, groups)
     count = len(drops) / effect
     losses, wins = (float(np.clip(side, 0.0, None).sum()) / effect for side in (drops, -drops))
     found = [tango_interval(losses, wins, count, level=level)]
     if not np.isin(sides, (0.0, 1.0)).all():
         found.append(paired_bootstrap(full, reduced, groups=groups, resamples=resamples, level=level, seed=seed))
     least = math.ceil(10 * math.log(2 / (1 - level))) / (10 * count)
-    return Interval(
-        mean=mean,
-        low=max(-1.0, min(mean - least, *(each.low for each in found))),
-        high=min(1.0, max(mean + least, *(each.high for each in found))),
-    )
+    low, high = min(each.low for each in found), max(each.high for each in found)
+    return Interval(mean, low=max(-1.0, min(mean - least, low)), high=min(1.0, max(mean + least, high)))
 
 
 def tango_interval(losses: float, wins: float, count: float, *, level: float = 0.95) -> Interval:
     """Tango's score interval of a difference of paired shares, ``(losses - wins) / count`` (Tango, Statistics
-    in Medicine 17:891, 1998): all differences that the score test does not reject.
-
-    Args:
-        losses: of ``count`` pairs, how many only the first one gets right; need not be whole.
-        wins: how many only the second one gets right.
-        count: number of pairs, above 0.
-        level: confidence level in (0, 1).
-
-    Raises:
-        ThinsightError: numbers that cannot be, such as more losses and wins than pairs.
-    """
+    in Medicine 17:891, 1998): all differences that the score test does not reject. Of ``count`` pairs, which need
+    not be a whole number, only the first one gets ``losses`` right, only the second one ``wins``."""
     _check_settings(1, level)
     if not (0 < count < math.inf and losses >= 0 and wins >= 0 and losses + wins <= count * (1 + 1e-9)):
         raise BadInput(f"{losses} losses and {wins} wins of {count} pairs: they must be parts of the pairs")
@@ -449,13 +426,8 @@ def design_effect(drops: NDArray[np.float64], groups: Sequence[Hashable] | None)
 
 
 def score_to_expect(chances: ArrayLike) -> float:
-    """The score below which a model cannot be told from one that guesses.
-
-    Two standard errors above what guessing gets on average, and at least 3 points above it.
-
-    Args:
-        chances: shape (examples,), what guessing scores on each.
-    """
+    """The score below which a model cannot be told from one that guesses, which scores ``chances`` (examples,): two
+    standard errors above what guessing gets on average, and at least 3 points above it."""
     shares = np.asarray(chances, dtype=np.float64)
     error = math.sqrt(float((shares * (1.0 - shares)).sum())) / len(shares)
     return float(shares.mean()) + max(NEAR_CHANCE, 2.0 * error)

@@ -130,12 +130,12 @@ class Store(Generic[S]):
     def tensors(self, name: str) -> tuple[dict[str, Tensor], Any] | None:
         """What `keep_tensors` kept: tensors on the CPU, and the value about them. None: nothing usable."""
 
-        def parse(data: bytes) -> tuple[dict[str, Tensor], Any]:
+        def parse(data: bytes) -> tuple[tuple[dict[str, Tensor], Any], str, str]:
             tensors = load(data)
             header = 8 + int.from_bytes(data[:8], "little")  # safetensors: eight bytes of length, then JSON
             metadata = json.loads(data[8:header])["__metadata__"]
-            _check(metadata["sha256"], _hash_tensors(tensors, metadata["about"]))
-            return tensors, json.loads(metadata["about"])
+            about = metadata["about"]
+            return (tensors, json.loads(about)), _hash_tensors(tensors, about), metadata["sha256"]
 
         return self._read(f"{name}.safetensors", parse)
 
@@ -147,10 +147,9 @@ class Store(Generic[S]):
     def value(self, name: str) -> Any | None:
         """What `keep_value` kept. None: nothing usable."""
 
-        def parse(data: bytes) -> Any:
+        def parse(data: bytes) -> tuple[Any, str, str]:
             held = json.loads(data)
-            _check(held["sha256"], _hash_value(held["value"]))
-            return held["value"]
+            return held["value"], _hash_value(held["value"]), held["sha256"]
 
         return self._read(f"{name}.json", parse)
 
@@ -158,12 +157,16 @@ class Store(Generic[S]):
         """Keep a JSON value other than None; floating point numbers come back to the bit."""
         self._keep(f"{name}.json", json.dumps({"sha256": _hash_value(value), "value": value}).encode())
 
-    def _read(self, file: str, parse: Callable[[bytes], T]) -> T | None:
+    def _read(self, file: str, parse: Callable[[bytes], tuple[T, str, str]]) -> T | None:
+        """What ``parse`` makes of a file, if the hash of that is the one that was kept with it."""
         if self._folder is None:
             return None
         path = self._folder / file
         try:
-            return parse(path.read_bytes())
+            found, digest, expected = parse(path.read_bytes())
+            if digest != expected:
+                raise ValueError("its checksum differs")
+            return found
         except FileNotFoundError:
             return None
         except Exception as error:  # a damaged file can fail in any way
@@ -196,11 +199,6 @@ def _opened(cache_dir: Any) -> Path:
             f"cache_dir {folder} cannot be written ({error.strerror or error}): give a folder you may write"
         ) from None
     return folder
-
-
-def _check(expected: str, found: str) -> None:
-    if expected != found:
-        raise ValueError("its checksum differs")
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor], about: str) -> str:
