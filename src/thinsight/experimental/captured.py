@@ -234,9 +234,7 @@ class CapturedPrefill:
                 return False
         if autocasts(model_device(self._model)):
             return False  # weights that it has cast live as long as its context, not as the recording
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return False
-        if embeds is None or embeds.shape[1] == 1:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or embeds is None or embeds.shape[1] == 1:
             return False
         config, cached = self._decoder.config, kwargs.get("use_cache")
         asked = [name for name in (*vars(config), *kwargs) if name.startswith("output_")]
@@ -420,8 +418,7 @@ def _own_output(output: Any, seq: int, cache: DynamicCache | None) -> Any:
     cache = copy.copy(found) if cache is None else cache
     records: dict[int, Kept] = {}  # layers of a stage share one
     cache.layers = [_own_layer(held, more, records) for held in found.layers]
-    states = output.last_hidden_state[:, :seq].clone()
-    return type(output)(**{**output, "last_hidden_state": states, CACHE: cache})
+    return type(output)(**{**output, "last_hidden_state": output.last_hidden_state[:, :seq].clone(), CACHE: cache})
 
 
 def _own_layer(held: Any, more: int, records: dict[int, Kept]) -> Any:

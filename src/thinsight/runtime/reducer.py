@@ -85,7 +85,7 @@ class Quotas:
         """The group of each token, (batch, tokens) int64."""
         return layout.image if self._per == "image" else torch.zeros_like(layout.image)
 
-    def count(self, n: int, layer: int, level: int = 0) -> int:
+    def count(self, n: int, layer: int, level: int) -> int:
         """How many of a group's n tokens enter a layer."""
         if (n, level) not in self._counts:
             self._counts[n, level] = self._schedules[level].counts(n)
@@ -199,13 +199,11 @@ class ThreadState(threading.local):
     def having(self, **what: Any) -> Iterator[None]:
         """These attributes for as long as it lasts."""
         before = {name: getattr(self, name) for name in what}
-        for name, value in what.items():
-            setattr(self, name, value)
+        vars(self).update(what)
         try:
             yield
         finally:
-            for name, value in before.items():
-                setattr(self, name, value)
+            vars(self).update(before)
 
 
 class Reducer:
@@ -222,7 +220,7 @@ class Reducer:
         self.local = ThreadState()
         self.on = False
         self._merges = type(ranker).merge is not Ranker.merge
-        self._statistic = None if adaptive is None else get_statistic(adaptive.statistic)
+        self._statistic: Any = None if adaptive is None else get_statistic(adaptive.statistic)
         self._base = base_model(model)
         self._hooks: list[Any] = []
         self._probes: dict[int, Probe] = {}
@@ -413,12 +411,11 @@ class Reducer:
 
     def _decide(self, run: Pass, adaptive: Adaptive) -> None:
         """Give each row one of an adaptive reduction's schedules."""
-        attention, queries, statistic = run.attention, run.plan.queries, self._statistic
+        attention, queries = run.attention, run.plan.queries
         assert attention is not None
         assert queries is not None
-        assert statistic is not None
         with full_precision(attention.device):
-            values = statistic(attention, queries[1].to(attention.device), run.alive).tolist()
+            values = self._statistic(attention, queries[1].to(attention.device), run.alive).tolist()
         self.local.statistic = values
         run.follow(tuple(adaptive.level(value) for value in values))
 
@@ -432,8 +429,7 @@ class Reducer:
             context = self._context(run, layer, states) if any(ranking) or self._merges else None
             if context is not None and any(ranking):
                 scores = self.ranker.score(context).to(run.alive.device)
-                lasting = zip(ranking, run.ranked, strict=True)
-                keeping = [not ranks and last is not None for ranks, last in lasting]
+                keeping = [not ranks and last is not None for ranks, last in zip(ranking, run.ranked, strict=True)]
                 if run.scores is not None and any(keeping):
                     rows = zip(keeping, run.scores, scores, strict=True)
                     scores = torch.stack([old if keeps else new for keeps, old, new in rows])

@@ -24,8 +24,7 @@ class Mapped:
 
     def mapped(self: M, change: Change) -> M:
         """The same with every tensor replaced by ``change(name, tensor)``, in a fixed order; names are unique."""
-        made: M = _mapped(self, "", change)
-        return made
+        return _mapped(self, "", change)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor, in the order of `mapped`."""
