@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo test fuzz test-latest test-with conformance lint look bench limit peers bench-gpu overhead search-cost results train train-internvl data clean
+.PHONY: demo test fuzz test-latest test-with conformance lint look bench limit peers bench-gpu overhead search-cost coverage pool results train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
@@ -78,6 +78,15 @@ overhead: .venv/ready
 search-cost: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.search_cost --out out/bench/search_cost.json
 
+# How often certified searches break their promise: simulated from stored answers, minutes on one core.
+coverage: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage
+
+# Those answers, for hours; goes on where it was.
+pool: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pool --model demo
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pool --model demo-internvl
+
 # Every method at equal cost on the embedded models, for hours on two cores: benchmarks/results/README.md.
 results: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo & \
@@ -94,7 +103,7 @@ train-internvl: .venv/ready
 	$(BIN)/python -m training.train --model internvl --out runs/demo-internvl
 	$(BIN)/python -m training.check --run runs/demo-internvl
 
-# Draws the frozen calibration and test sets anew; the same seed gives the same files.
+# Draws the frozen calibration, test and certification sets anew; the same seed gives the same files.
 data: .venv/ready
 	$(BIN)/python -m training.make_data
 

@@ -12,24 +12,26 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from thinsight.evaluation.base import SearchEvaluator
+from thinsight.cost import DecoderShape, decoder_shape
 from thinsight.evaluation.result import Evaluation
 from thinsight.records import write_atomically
-from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
 
 RESULTS = Path(__file__).parent / "results"
-MODELS = ("demo", "demo-internvl")
+FOLDERS = {"demo": "model", "demo-internvl": "model-internvl"}
+MODELS = tuple(FOLDERS)
 SETS = ("demo:calibration", "demo:test")
 FIRST_LAYER = 2
 
@@ -85,7 +87,8 @@ class Pool:
 
     Attributes:
         name: the model's.
-        n_vision: tokens that counts are told in.
+        n_vision: vision tokens of the median prompt, in which counts are told.
+        n_text: its other tokens.
         groups: shape (questions,), the number of each question's image.
         calibration: shape (questions,), whether the question is of the calibration set.
         full: shape (questions,), whether the full model is right.
@@ -98,6 +101,7 @@ class Pool:
 
     name: str
     n_vision: int
+    n_text: int
     groups: NDArray[np.int64]
     calibration: NDArray[np.bool_]
     full: NDArray[np.bool_]
@@ -117,6 +121,21 @@ class Pool:
     def num_layers(self) -> int:
         return self.schedules[0].num_layers
 
+    @cached_property
+    def shape(self) -> DecoderShape:
+        """The model's decoder, by which schedules that were not run are counted, too."""
+        folder = RESULTS.parents[1] / "src" / "thinsight" / "demo" / FOLDERS[self.name]
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        return decoder_shape(SimpleNamespace(text_config=SimpleNamespace(**text)))
+
+    def spent(self, schedule: Schedule) -> float:
+        """FLOPs of the median prompt, as a share of the full model's."""
+        return self.shape.prefill_flops(self.n_vision, self.n_text, schedule) / self._whole
+
+    @cached_property
+    def _whole(self) -> float:
+        return self.shape.prefill_flops(self.n_vision, self.n_text)
+
     def add(self, schedule: Schedule, origin: str, ratio: float, right: Any, same: Any) -> None:
         self.places[schedule] = len(self.schedules)
         self.schedules.append(schedule)
@@ -130,6 +149,7 @@ class Pool:
         np.savez_compressed(
             buffer,
             n_vision=np.array(self.n_vision),
+            n_text=np.array(self.n_text),
             groups=self.groups.astype(np.int32),
             calibration=self.calibration,
             full=self.full,
@@ -152,6 +172,7 @@ class Pool:
         return cls(
             path.stem.removeprefix("pool-"),
             int(held["n_vision"]),
+            int(held["n_text"]),
             held["groups"].astype(np.int64),
             held["calibration"],
             held["full"],
@@ -193,7 +214,7 @@ class Maker:
         full = self.evaluator.full.per_example
         assert full is not None
         calibration = np.arange(len(examples)) < len(sets[0])
-        self.pool = Pool(name, self.evaluator.num_vision_tokens, groups, calibration, full > 0.5)
+        self.pool = Pool(name, prompt.n_vision, prompt.n_text, groups, calibration, full > 0.5)
 
     def score(self, schedule: Schedule, origin: str) -> int:
         """The schedule's place in the pool, run if it is not there yet."""
@@ -275,7 +296,7 @@ class Maker:
             self.score(point.schedule, "frontier")
 
 
-class Redrawn(SearchEvaluator):
+class Redrawn:
     """What a search sees of a redrawn set: rows of the pool, one as often as it was drawn.
 
     A schedule that the pool does not hold is run by the maker, or without one counts as all wrong; ``missed``
@@ -287,16 +308,15 @@ class Redrawn(SearchEvaluator):
         self.num_layers, self.num_vision_tokens = pool.num_layers, pool.n_vision
         self.asked, self.missed = 0, 0
 
-    @cached_property
+    @property
     def full_score(self) -> float:
         return float(self.pool.full[self.rows].mean())
 
-    @cached_property
+    @property
     def full(self) -> Evaluation:
         return Evaluation(self.full_score, self.pool.full[self.rows].astype(float), full_score=self.full_score)
 
-    def __call__(self, schedule: Schedule | Reduction) -> Evaluation:
-        schedule = schedule.schedule if isinstance(schedule, Reduction) else schedule
+    def __call__(self, schedule: Schedule) -> Evaluation:
         self.asked += 1
         place = self.pool.places.get(schedule)
         if place is None and self.maker is not None:
