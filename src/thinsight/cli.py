@@ -135,7 +135,7 @@ def _asked(options: Any) -> Iterator[tuple[Field[Any], Told, Parameter]]:
             bounds = {"min": about.least, "max": about.most}
             asked = typer.Argument(help=about.help) if about.argument else typer.Option(name, help=about.help, **bounds)
             default = each.default if about.said is ... else about.said
-            hint: Any = Annotated[about.kind or kind, asked]  # type: ignore[valid-type]
+            hint: Any = Annotated[about.kind or kind, asked]
             parameter = name.lstrip("-").replace("-", "_")
             yield each, about, Parameter(parameter, Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
