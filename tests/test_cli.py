@@ -16,10 +16,11 @@ from PIL import Image
 from small_run import SmallRun, make_small_run
 from typer.testing import CliRunner, Result
 
-from thinsight import Reduction, Schedule, __version__, cli, get_ranker, list_rankers, loading
+from thinsight import Reduction, Schedule, __version__, get_ranker, list_rankers, loading
 from thinsight.cli import app
 from thinsight.evaluation import examples as example_files
 from thinsight.evaluation import full_model
+from thinsight.job.options import ranker_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -316,7 +317,7 @@ def test_bad_input(arguments: tuple[str, ...], words: str, small: SmallRun, monk
     ],
 )
 def test_settings_of_a_ranker_are_json_or_words(text: str, ranker: dict[str, Any]) -> None:
-    assert cli._ranker(text) == ranker
+    assert ranker_of(text) == ranker
     assert get_ranker(ranker).name == ranker["name"]
 
 
@@ -326,7 +327,7 @@ def test_every_setting_of_every_ranker_can_be_said_and_is_named_when_it_is_wrong
         for key, value in whole.items():
             if key != "name":
                 said = f"{name}:{key}={json.dumps(value)}"
-                assert get_ranker(cli._ranker(said)).to_dict()[key] == value, said
+                assert get_ranker(ranker_of(said)).to_dict()[key] == value, said
                 for wrong in ("nonsense", "-1", "1.5", "NaN", "1e999", "[]", "", "9" * 5000):
                     line = error_of("search", "--ranker", f"{name}:{key}={wrong}")
                     assert line.startswith(f"error: ranker {name!r}: {key}"), line

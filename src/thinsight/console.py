@@ -1,13 +1,12 @@
 """Draws a job's progress on the terminal: one line that moves, and one line for each thing that is done.
 
-Knows rich. Knows nothing about what the job does. Everything goes to standard error, so that standard output
-holds only results.
+Knows nothing about what the job does. All goes to standard error, so that standard output holds only results.
 """
 
 from __future__ import annotations
 
 import time
-from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -43,9 +42,7 @@ class ConsoleWatcher(Watcher):
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         if kind is None:
             self._finish_stage()
         self._bar.stop()
@@ -82,10 +79,8 @@ class ConsoleWatcher(Watcher):
     def on_end(self, result: SearchResult) -> None:
         self._searching = False
         if result.full_forwards is not None:
-            self.on_note(
-                f"  {result.evaluations:g} evaluations, the FLOPs of {result.full_forwards:.1f} runs of the "
-                "full model over the calibration set"
-            )
+            cost = f"the FLOPs of {result.full_forwards:.1f} runs of the full model over the calibration set"
+            self.on_note(f"  {result.evaluations:g} evaluations, {cost}")
 
     def _finish_stage(self) -> None:
         if self._task is None:

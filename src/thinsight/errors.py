@@ -13,6 +13,8 @@ Knows nothing about where the input came from; the command turns any of them int
 
 from __future__ import annotations
 
+from typing import Any
+
 from .texts import capped, terminal
 
 __all__ = ["BadInput", "MissingPackage", "StorageError", "ThinsightError", "Unreachable", "Unsupported"]
@@ -48,3 +50,10 @@ class Unreachable(ThinsightError):
 
 class StorageError(ThinsightError):
     """A file, folder or hub that cannot be read or written, or a file of ours that is damaged."""
+
+
+def whole(value: Any, name: str, least: int = 1) -> int:
+    """A whole number of at least ``least``; anything else raises `BadInput`, which calls it ``name``."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise BadInput(f"{name} is {value!r}: it must be a whole number of at least {least}")
+    return value

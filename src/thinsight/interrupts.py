@@ -1,9 +1,8 @@
 """Ctrl-C, SIGTERM and SIGHUP: one line and an exit code, where Python shows a traceback or leaves files.
 
-Loading torch and transformers takes seconds, and what they make of a KeyboardInterrupt in the middle of an
-import is up to them: until the work begins a signal ends the process at once, from then on it raises, so that
-whatever is open is closed and removed. Imports as little as it can, as Python's own answer stands until it is
-loaded. Knows nothing about commands.
+Loading torch and transformers takes seconds, and what they make of a KeyboardInterrupt in the middle of an import is up
+to them: until the work begins a signal ends the process at once, from then on it raises, so that whatever is open is
+closed and removed. Imports as little as it can, as Python's own answer stands until it is loaded.
 """
 
 from __future__ import annotations
@@ -24,10 +23,8 @@ _came: int = signal.SIGINT
 
 
 def end_on_interrupt() -> None:
-    """From here on a signal ends the process at once: there is nothing yet to clean up.
-
-    A signal that the process was told to ignore, or that it handles, goes on doing so.
-    """
+    """From here on a signal ends the process at once: there is nothing yet to clean up. One that the process was told
+    to ignore, or that it handles, goes on doing so."""
     _replace({signal.default_int_handler, signal.SIG_DFL}, _end)
 
 
@@ -37,13 +34,12 @@ def raise_on_interrupt() -> None:
 
 
 def leave_on_interrupt() -> None:
-    """From here on, when all is said, Ctrl-C ends the process without another word; the other signals ask for
-    what is under way."""
+    """When all is said, Ctrl-C ends the process without another word; other signals ask for what is under way."""
     _replace({_end, _raise}, _leave)
 
 
 def exit_code() -> int:
-    """128 and the number of the signal that came, `INTERRUPTED` for Ctrl-C."""
+    """128 and the number of the signal that came."""
     return 128 + _came
 
 
@@ -62,7 +58,8 @@ def _replace(known: set[Any], handler: Callable[[int, FrameType | None], None]) 
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    _note(number)
+    global _came
+    _came = number
     try:
         os.write(2, f"{what_came()}\n".encode())
     finally:  # also where nobody is left to read it
@@ -70,15 +67,11 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    _note(number)
+    global _came
+    _came = number
     raise KeyboardInterrupt
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
         os._exit(128 + number)
-
-
-def _note(number: int) -> None:
-    global _came
-    _came = number

@@ -1,12 +1,9 @@
-"""How long work tells what it is doing, for whoever draws it or does not.
-
-Knows nothing about terminals, and nothing about the work.
-"""
+"""How long work tells what it is doing, for whoever draws it or does not. Knows nothing about terminals."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .searches.run import SearchResult, Trial
@@ -28,8 +25,7 @@ class SearchPlan:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a search is. ``expected`` is an upper estimate of all evaluations, so the ETA only gets
-    better."""
+    """How far a search is. ``expected`` is an upper estimate of all evaluations, so the ETA only gets better."""
 
     layer: int | None  # None where whole schedules are searched
     evaluations: int
@@ -44,8 +40,8 @@ class Progress:
         return (self.expected - self.evaluations) * self.seconds / self.evaluations
 
 
-class SearchObserver(Protocol):
-    """Receives what happens during a search. Subclass `Silent` to override only some of it."""
+class SearchObserver:
+    """Receives what happens during a search, and ignores it: subclass it to override some."""
 
     def on_start(self, plan: SearchPlan) -> None:
         """Before the first evaluation."""
@@ -60,25 +56,11 @@ class SearchObserver(Protocol):
         """After the last evaluation; not called when the search is interrupted."""
 
 
-class Silent:
-    """An observer that does nothing."""
-
-    def on_start(self, plan: SearchPlan) -> None:
-        """Ignore it."""
-
-    def on_trial(self, trial: Trial, progress: Progress) -> None:
-        """Ignore it."""
-
-    def on_layer(self, layer: int, count: int, progress: Progress) -> None:
-        """Ignore it."""
-
-    def on_end(self, result: SearchResult) -> None:
-        """Ignore it."""
+Silent = SearchObserver
 
 
-class Watcher(Silent):
-    """Receives what happens during a job, a search's own events included. This one ignores all of it;
-    subclass it."""
+class Watcher(SearchObserver):
+    """Receives what happens during a job, a search's own events included, and ignores it: subclass it."""
 
     def on_stage(self, title: str) -> None:
         """A stage begins."""

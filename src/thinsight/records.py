@@ -1,8 +1,7 @@
 """Records on disk: JSON read strictly, dataclasses as JSON values, files that appear whole or not at all.
 
-Every file that is written for a later run, or read back from an earlier one, goes through here: a damaged one
-is told by its checksum, a hostile one cannot nest or count without end, and a full disk or an interruption
-leaves nothing half-written. Knows nothing about what a record means.
+A damaged record is told by its checksum, a hostile one cannot nest or count without end, and a full disk or an
+interruption leaves nothing half-written. Knows nothing about what a record means.
 """
 
 from __future__ import annotations
@@ -38,11 +37,7 @@ Undefined = Annotated[float, BeforeValidator(lambda value: math.nan if value is 
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text: no NaN or infinity, no key twice, bounded nesting and digits.
-
-    Raises:
-        ValueError: the text is none of that; with the reason.
-    """
+    """The value of a JSON text: no NaN or infinity, no key twice, bounded nesting and digits; else ValueError."""
     try:
         value = json.loads(
             text.decode("utf-8") if isinstance(text, bytes) else text,
@@ -55,16 +50,17 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is not UTF-8 text") from None
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-    _check_depth(value)
+    level, depth = [value], 0
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
     return value
 
 
 def read_json(path: Path, remedy: str) -> Any:
-    """The value of a JSON file, see `parse_json`.
-
-    Raises:
-        ThinsightError: the file cannot be read, or is not such JSON; the message ends with ``remedy``.
-    """
+    """The value of a JSON file, see `parse_json`; StorageError ends with ``remedy``."""
     try:
         return parse_json(path.read_bytes())
     except FileNotFoundError:
@@ -89,11 +85,7 @@ def seal(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unseal(record: Any) -> dict[str, Any]:
-    """The record without its checksum.
-
-    Raises:
-        ValueError: it is no object, has no checksum, or another one than its values give.
-    """
+    """The record without its checksum; ValueError where it has none, or another one than its values give."""
     if not isinstance(record, dict):
         raise ValueError("it is not a JSON object")
     bare = {key: value for key, value in record.items() if key != CHECKSUM}
@@ -106,10 +98,9 @@ def unseal(record: Any) -> dict[str, Any]:
 
 def read_sealed(path: Path, remedy: str) -> dict[str, Any]:
     """As `read_object`, of a file whose record was sealed."""
+    record = read_json(path, remedy)
     try:
-        return unseal(read_json(path, remedy))
-    except StorageError:
-        raise
+        return unseal(record)
     except ValueError as error:
         raise StorageError(f"{path} is damaged ({error}); {remedy}") from None
 
@@ -119,8 +110,8 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 
 def _whole(digits: str) -> int:
-    if len(digits.lstrip("-")) > MAX_DIGITS:
-        raise ValueError(f"a whole number of {len(digits.lstrip('-'))} digits is too long")
+    if (length := len(digits.lstrip("-"))) > MAX_DIGITS:
+        raise ValueError(f"a whole number of {length} digits is too long")
     return int(digits)
 
 
@@ -142,15 +133,6 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"a key is repeated, {key[:60]!r}")
         found[key] = value
     return found
-
-
-def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
-    while level := [each for each in level if isinstance(each, dict | list)]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-        level = [child for each in level for child in (each.values() if isinstance(each, dict) else each)]
 
 
 # -- dataclasses -------------------------------------------------------------------------------------------
@@ -189,14 +171,9 @@ def encode(value: Any, hooks: Hooks | None = None) -> Any:
 
 
 def decode(kind: Any, value: Any, where: str, remedy: str, context: Any = None) -> Any:
-    """The dataclass of type ``kind`` that a JSON value stands for, every field strictly of its type.
+    """The dataclass of type ``kind`` that a value from `parse_json` stands for, every field strictly of its type.
 
-    Args:
-        kind: the dataclass.
-        value: from `parse_json`.
-        where: what was read, for messages.
-        remedy: what to do about damage, for messages.
-        context: for validators in the dataclass's annotations.
+    Messages name ``where`` it was read and the ``remedy``; ``context`` is for validators in the annotations.
 
     Raises:
         ThinsightError: an unknown or missing key, or a value of another type or out of its range.
@@ -246,15 +223,10 @@ def _complaint(error: Any, place: str, where: str) -> str:
 
 
 def user_path(path: str | os.PathLike[str], name: str) -> Path:
-    """A path that a user gave, its ``~`` or ``~user`` replaced by that home.
-
-    Args:
-        path: as given.
-        name: the option's or argument's, for messages.
+    """A path that a user gave by the option or argument ``name``, its ``~`` or ``~user`` replaced by that home.
 
     Raises:
-        ThinsightError: it holds a NUL character, or begins with a user who has no home here and is no file
-            either.
+        ThinsightError: it holds a NUL character, or begins with a user who has no home here and is no file either.
     """
     given = os.fspath(path)
     if "\0" in given:
@@ -273,16 +245,8 @@ def writable(text: str) -> str:
 def write_atomically(
     path: Path, content: str | bytes, remedy: str = "free the disk, or choose a folder you may write"
 ) -> None:
-    """Write a file whole or not at all, as `replace_file` does; its folder is made where needed.
-
-    Args:
-        path: the file, which may exist.
-        content: bytes, or text for UTF-8; half of a surrogate pair is written as its escape.
-        remedy: what to do where it fails, for the message.
-
-    Raises:
-        ThinsightError: it cannot be written.
-    """
+    """Write a file whole or not at all, as `replace_file` does; its folder is made where needed. Half of a surrogate
+    pair in a text is written as its escape. StorageError ends with ``remedy``."""
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -292,17 +256,9 @@ def write_atomically(
 
 
 def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Write a file in a folder that exists under a name of its own, which follows no link, and then put it in
-    its place in one step. Whatever ends that early, a full disk or Ctrl-C, leaves the old file and no other.
-
-    Args:
-        path: the file, which may exist.
-        data: its content.
-        durable: wait until the disk has it.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Write a file in a folder that exists under a name of its own, which follows no link, and then put it in its place
+    in one step; ``durable`` waits until the disk has it. Whatever ends that early, a full disk or Ctrl-C, leaves the
+    old file and no other. Raises OSError."""
     part = _part_of(path.parent)
     try:
         with open(part, "xb", buffering=0) as file:
@@ -316,14 +272,8 @@ def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 
 def append_line(path: Path, line: str, remedy: str) -> None:
-    """Append a line to a file that exists; it is on disk when this returns.
-
-    Where that fails, the file is cut back to what it was, so that the next line does not continue half of
-    this one; a line that was written whole before Ctrl-C stays.
-
-    Raises:
-        ThinsightError: it cannot be written; the message ends with ``remedy``.
-    """
+    """Append a line to a file that exists; it is on disk when this returns. Where that fails, the file is cut back to
+    what it was, so that the next line does not continue half of this one. StorageError ends with ``remedy``."""
     try:
         with open(path, "r+b", buffering=0) as file:
             size, content = file.seek(0, os.SEEK_END), line.encode() + b"\n"
@@ -341,11 +291,7 @@ def append_line(path: Path, line: str, remedy: str) -> None:
 
 
 def probe(folder: Path) -> None:
-    """Make a folder, and find out now whether files can be made in it.
-
-    Raises:
-        OSError: they cannot.
-    """
+    """Make a folder, and find out now whether files can be made in it; OSError if not."""
     folder.mkdir(parents=True, exist_ok=True)
     part = _part_of(folder)
     try:

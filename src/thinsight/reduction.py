@@ -1,7 +1,6 @@
-"""Reduction: a schedule and a ranker, saved as a folder and read back strictly.
+"""Reduction: a schedule and a ranker, saved as a folder of one JSON file and a model card, and read back strictly.
 
-Knows nothing about how a reduction is found or run, and not which rankers exist: a ranker is a name and its
-settings here. Nothing is ever unpickled; the folder holds one JSON file and a model card.
+Knows nothing about how a reduction is found or run, and not which rankers exist: a ranker is a name and settings here.
 """
 
 from __future__ import annotations
@@ -28,70 +27,50 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # the hash is of all above it: a card that was changed is its user's
 _MARK = re.compile(r"\n<!-- thinsight card ([0-9a-f]{64}): replaced as long as nothing is changed -->\n\Z")
 _BAR = 40  # characters for a keep rate of 1
-_DEMOS = ("demo", "demo-internvl")
 
 
-def model_card(
-    schedule: Schedule,
-    ranker: Mapping[str, Any],
-    *,
-    base_model: str | None,
-    search: Mapping[str, Any] | None,
-    measured: Mapping[str, Any] | None,
-    adaptive: Adaptive | None = None,
-) -> str:
+def _card(reduction: Reduction) -> str:
     """The README.md of a reduction."""
+    base_model = reduction.base_model_name_or_path
+    front: dict[str, Any] = {"library_name": "thinsight", "tags": ["vision-token-reduction"]}
+    if base_model and _HUB_ID.fullmatch(base_model):  # the Hub takes nothing else here
+        front["base_model"] = base_model
     parts = [
-        _front_matter(base_model),
+        f"---\n{yaml(front)}---",
         f"# Vision-token reduction for {code(base_model) if base_model else 'a multimodal model'}",
         "Found or made with thinsight: how many of a prompt's vision tokens enter each decoder layer, "
         "and which ones. The model's weights are unchanged; its prefill is what gets cheaper.",
-        _schedule_section(schedule),
-        *(_adaptive_section(adaptive) if adaptive else ()),
-        f"## Which tokens are kept\n\nRanker {_value(dict(ranker))}.",
+        _schedule_section(reduction.schedule),
+        *(_adaptive_section(reduction.adaptive) if reduction.adaptive else ()),
+        f"## Which tokens are kept\n\nRanker {_value(dict(reduction.ranker))}.",
+        *(_table("## How it was found", reduction.search) if reduction.search else ()),
+        *(_table("## Measured", reduction.measured) if reduction.measured else ()),
+        _usage(base_model),
     ]
-    if search:
-        parts.append(_table("## How it was found", search))
-    if measured:
-        parts.append(_table("## Measured", measured))
-    parts.append(_usage(base_model))
     text = "\n\n".join(parts) + "\n"
     return f"{text}\n<!-- thinsight card {_hash(text)}: replaced as long as nothing is changed -->\n"
 
 
-def is_model_card(text: str) -> bool:
-    """Whether a README.md is what `model_card` wrote, to the letter, and so may be replaced by a new one."""
+def _is_ours(card: Path) -> bool:
+    """Whether a model card may be written here: there is none, or one that `_card` wrote, to the letter."""
+    if not card.exists():
+        return True
+    text = card.read_text(encoding="utf-8", errors="replace")
     mark = _MARK.search(text)
     return mark is not None and mark[1] == _hash(text[: mark.start()])
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether a text can be ``owner/name`` on the Hub."""
-    return _HUB_ID.fullmatch(text) is not None
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode(errors="replace")).hexdigest()
 
 
-def _front_matter(base_model: str | None) -> str:
-    values: dict[str, Any] = {"library_name": "thinsight", "tags": ["vision-token-reduction"]}
-    if base_model and is_hub_id(base_model):  # the Hub takes nothing else here
-        values["base_model"] = base_model
-    return f"---\n{yaml(values)}---"
-
-
 def _schedule_section(schedule: Schedule) -> str:
-    rows = []
-    for first, last, rate in schedule.runs():
-        layers = f"{first}" if first == last else f"{first}-{last}"
-        rows.append(f"{layers:>7}  {rate:7.2%}  {'#' * round(rate * _BAR)}".rstrip())
-    return (
-        f"## Schedule\n\n{schedule.num_layers} layers, numbered from 0; mean keep rate "
-        f"{schedule.mean_keep_rate:.2%} of the vision tokens.\n\n```text\n layers     kept\n"
-        + "\n".join(rows)
-        + "\n```"
-    )
+    rows = [
+        f"{str(first) if first == last else f'{first}-{last}':>7}  {rate:7.2%}  {'#' * round(rate * _BAR)}".rstrip()
+        for first, last, rate in schedule.runs()
+    ]
+    about = f"{schedule.num_layers} layers, numbered from 0; mean keep rate {schedule.mean_keep_rate:.2%}"
+    return "\n".join(["## Schedule\n", f"{about} of the vision tokens.\n", "```text", " layers     kept", *rows, "```"])
 
 
 def _adaptive_section(adaptive: Adaptive) -> list[str]:
@@ -110,9 +89,9 @@ def _adaptive_section(adaptive: Adaptive) -> list[str]:
     ]
 
 
-def _table(heading: str, values: Mapping[str, Any]) -> str:
+def _table(heading: str, values: Mapping[str, Any]) -> list[str]:
     rows = [f"| {markdown(name)} | {_value(value)} |" for name, value in _flat(values)]
-    return "\n".join([heading, "", "| what | value |", "|---|---|", *rows])
+    return [heading, "\n".join(["| what | value |", "|---|---|", *rows])]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -139,40 +118,28 @@ def _value(value: Any) -> str:
 
 
 def _usage(base_model: str | None) -> str:
-    base_model = base_model or "the-model"
-    if base_model in _DEMOS:
-        imports, load = "", f"model, processor = ts.load_demo(name={python(base_model)})"
+    if base_model in ("demo", "demo-internvl"):
+        load = [f"model, processor = ts.load_demo(name={python(base_model)})"]
     else:
-        name = python(base_model if is_hub_id(base_model) else f"path/to/{base_model}")
-        imports = "from transformers import AutoModelForImageTextToText, AutoProcessor\n\n"
-        load = (
-            f"model = AutoModelForImageTextToText.from_pretrained({name})\n"
-            f"processor = AutoProcessor.from_pretrained({name})"
-        )
-    return (
-        "## How to use it\n\n```python\nimport thinsight as ts\n"
-        f"{imports}{load}\n"
-        'reduction = ts.Reduction.from_pretrained("this/folder")\n'
-        "with ts.apply(model, reduction):\n"
-        "    output = model.generate(**inputs)  # inputs as always, from the processor\n```"
-    )
+        base_model = base_model or "the-model"
+        name = python(base_model if _HUB_ID.fullmatch(base_model) else f"path/to/{base_model}")
+        load = ["from transformers import AutoModelForImageTextToText, AutoProcessor", ""]
+        load += [f"model = AutoModelForImageTextToText.from_pretrained({name})"]
+        load += [f"processor = AutoProcessor.from_pretrained({name})"]
+    use = [
+        'reduction = ts.Reduction.from_pretrained("this/folder")',
+        "with ts.apply(model, reduction):",
+        "    output = model.generate(**inputs)  # inputs as always, from the processor",
+    ]
+    return "\n".join(["## How to use it\n", "```python", "import thinsight as ts", *load, *use, "```"])
 
 
 CONFIG_NAME = "reduction_config.json"
 CARD_NAME = "README.md"
 _LEFT_ALONE = "was not written by thinsight, or was changed since, and is left as it is"
 SCHEMA_VERSION = 1
-_KEYS = (
-    "schema_version",
-    "thinsight_version",
-    "base_model_name_or_path",
-    "model_type",
-    "num_layers",
-    "keep_rates",
-    "ranker",
-    "search",
-    "measured",
-)
+_KEYS: tuple[str, ...] = ("schema_version", "thinsight_version", "base_model_name_or_path", "model_type", "num_layers")
+_KEYS += ("keep_rates", "ranker", "search", "measured")
 _OPTIONAL_KEYS = ("adaptive", "rerank")  # written only where they say something
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # in the Hub's cache
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
@@ -208,11 +175,7 @@ class ReadOnlyList(list[Any]):
 
 
 def read_only(value: Any, levels: int = MAX_DEPTH) -> Any:
-    """JSON values with dicts and lists that cannot be changed, at every level.
-
-    Raises:
-        ThinsightError: nested deeper than anyone means it.
-    """
+    """JSON values with dicts and lists that cannot be changed, at every level; too deep a nest is refused."""
     if not isinstance(value, (Mapping, list, tuple)):
         return value
     if levels == 0:
@@ -241,9 +204,8 @@ class Reduction(tables.Shown):
         rerank: True: tokens are ranked anew at every reduction; a number in (0, 1): only once fewer than this
             share of the tokens are to be kept that the prompt's last ranking kept; False: once.
 
-    A reduction is not changed after it is made, nor are the dicts and lists that it holds, so it has
-    a hash, and two of equal content are equal. ``dataclasses.replace(reduction, measured={...})`` makes a
-    new one.
+    A reduction is not changed after it is made, nor are the dicts and lists that it holds, so it has a hash, and two
+    of equal content are equal. ``dataclasses.replace(reduction, measured={...})`` makes a new one.
 
     Raises:
         ThinsightError: an argument of the wrong kind.
@@ -277,13 +239,18 @@ class Reduction(tables.Shown):
                 f"adaptive has {adaptive.num_layers} layers but the schedule {schedule.num_layers}; "
                 "pass adaptive.mean() as the schedule"
             )
-        name = _text(base_model_name_or_path, "base_model_name_or_path")
+        name = base_model_name_or_path
+        texts = {"base_model_name_or_path": name, "model_type": model_type}
+        for field, value in {**texts, "search": search, "measured": measured}.items():
+            kind, word = (str, "text") if field in texts else (Mapping, "dict")
+            if value is not None and not isinstance(value, kind):
+                raise BadInput(f"{field} is {value!r}; it must be a {word} or None")
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "ranker", _ranker_dict(ranker))
         object.__setattr__(self, "base_model_name_or_path", None if name is None else public_name(name))
-        object.__setattr__(self, "model_type", _text(model_type, "model_type"))
-        object.__setattr__(self, "search", _mapping(search, "search"))
-        object.__setattr__(self, "measured", _mapping(measured, "measured"))
+        object.__setattr__(self, "model_type", model_type)
+        object.__setattr__(self, "search", read_only(search))
+        object.__setattr__(self, "measured", read_only(measured))
         object.__setattr__(self, "adaptive", adaptive)
         object.__setattr__(self, "rerank", check_rerank(rerank))
 
@@ -328,7 +295,7 @@ class Reduction(tables.Shown):
         except OSError as error:
             raise StorageError(f"{card} cannot be read ({error.strerror or error}); {remedy}") from None
         if mine:
-            write_atomically(card, self._card(), remedy)
+            write_atomically(card, _card(self), remedy)
         else:
             warnings.warn(f"{card} {_LEFT_ALONE}", stacklevel=2)
         write_atomically(folder / CONFIG_NAME, config, remedy)
@@ -359,7 +326,7 @@ class Reduction(tables.Shown):
                 raise BadInput(f"folder {folder} has no {CONFIG_NAME}; pass a folder that a search wrote")
         elif folder.exists():
             raise BadInput(f"{folder} is a file; pass the folder that holds {CONFIG_NAME}")
-        elif is_hub_id(name):
+        elif _HUB_ID.fullmatch(name):
             path = _download(name, revision, token)
         else:
             raise BadInput(f"there is no folder {folder}; pass a folder with {CONFIG_NAME} or a Hub id owner/name")
@@ -382,14 +349,22 @@ class Reduction(tables.Shown):
             ThinsightError: the Hub refused or could not be reached.
         """
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            RemoteEntryNotFoundError,
+            RevisionNotFoundError,
+        )
 
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             try:
                 target = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-                ours = _is_ours_on_the_hub(api, target, revision)
+                try:
+                    ours = _is_ours(Path(api.hf_hub_download(target, CARD_NAME, revision=revision)))
+                except (RemoteEntryNotFoundError, RevisionNotFoundError):
+                    ours = True
                 commit = api.upload_folder(
                     repo_id=target,
                     folder_path=folder,
@@ -429,7 +404,32 @@ class Reduction(tables.Shown):
         Raises:
             ThinsightError: it is not exactly what this version writes.
         """
-        return _read(where, config)
+        version = config.get("schema_version")
+        if isinstance(version, bool) or version != SCHEMA_VERSION:
+            raise BadInput(
+                f"{where}: schema_version is {version!r}, this thinsight reads {SCHEMA_VERSION}; "
+                "upgrade thinsight or search again"
+            )
+        unknown = sorted(config.keys() - {*_KEYS, *_OPTIONAL_KEYS})
+        if unknown:
+            raise BadInput(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+        missing = [key for key in _KEYS if key not in config]
+        if missing:
+            raise StorageError(f"{where}: {missing[0]!r} is missing; search again or restore the file")
+        if not isinstance(config["thinsight_version"], str):
+            raise BadInput(f"{where}: thinsight_version is {config['thinsight_version']!r}; it must be a text")
+        if not isinstance(config["ranker"], dict):
+            raise BadInput(f"{where}: ranker is {config['ranker']!r}; it must be an object with a name")
+        try:
+            return cls(
+                _schedule(config["keep_rates"], config["num_layers"]),
+                config["ranker"],
+                adaptive=Adaptive.from_dict(config["adaptive"]) if "adaptive" in config else None,
+                rerank=config.get("rerank", True),
+                **{key: config[key] for key in ("base_model_name_or_path", "model_type", "search", "measured")},
+            )
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from None
 
     def _encoded(self) -> str:
         try:
@@ -441,16 +441,6 @@ class Reduction(tables.Shown):
                 "ranker settings, search and measured may hold texts, finite numbers, lists and dicts"
             ) from None
         return text
-
-    def _card(self) -> str:
-        return model_card(
-            self.schedule,
-            self.ranker,
-            base_model=self.base_model_name_or_path,
-            search=self.search,
-            measured=self.measured,
-            adaptive=self.adaptive,
-        )
 
 
 def public_name(name: str) -> str:
@@ -474,11 +464,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_rerank(rerank: Any) -> bool | float:
-    """`rerank` as it is kept: True, False, or a number in (0, 1).
-
-    Raises:
-        ThinsightError: it is none of these.
-    """
+    """`rerank` as it is kept: True, False, or a number in (0, 1); anything else is refused."""
     if isinstance(rerank, bool):
         return rerank
     if not 0 < real(rerank) < 1:
@@ -487,43 +473,6 @@ def check_rerank(rerank: Any) -> bool | float:
             "a number in (0, 1)"
         )
     return float(rerank)
-
-
-def _read(path: str, config: dict[str, Any]) -> Reduction:
-    version = config.get("schema_version")
-    if isinstance(version, bool) or version != SCHEMA_VERSION:
-        raise BadInput(
-            f"{path}: schema_version is {version!r}, this thinsight reads {SCHEMA_VERSION}; "
-            "upgrade thinsight or search again"
-        )
-    _check_keys(path, config)
-    if not isinstance(config["thinsight_version"], str):
-        raise BadInput(f"{path}: thinsight_version is {config['thinsight_version']!r}; it must be a text")
-    if not isinstance(config["ranker"], dict):
-        raise BadInput(f"{path}: ranker is {config['ranker']!r}; it must be an object with a name")
-    try:
-        schedule = _schedule(config["keep_rates"], config["num_layers"])
-        return Reduction(
-            schedule,
-            config["ranker"],
-            base_model_name_or_path=config["base_model_name_or_path"],
-            model_type=config["model_type"],
-            search=config["search"],
-            measured=config["measured"],
-            adaptive=Adaptive.from_dict(config["adaptive"]) if "adaptive" in config else None,
-            rerank=config.get("rerank", True),
-        )
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from None
-
-
-def _check_keys(path: str, config: dict[str, Any]) -> None:
-    unknown = sorted(config.keys() - {*_KEYS, *_OPTIONAL_KEYS})
-    if unknown:
-        raise BadInput(f"{path}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
-    missing = [key for key in _KEYS if key not in config]
-    if missing:
-        raise StorageError(f"{path}: {missing[0]!r} is missing; search again or restore the file")
 
 
 def _schedule(keep_rates: Any, num_layers: Any) -> Schedule:
@@ -548,18 +497,6 @@ def _ranker_dict(ranker: Any) -> Mapping[str, Any]:
     return ReadOnlyDict(read_only(found))
 
 
-def _text(value: Any, field: str) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise BadInput(f"{field} is {value!r}; it must be a text or None")
-    return value
-
-
-def _mapping(value: Any, field: str) -> Mapping[str, Any] | None:
-    if value is not None and not isinstance(value, Mapping):
-        raise BadInput(f"{field} is {value!r}; it must be a dict or None")
-    return None if value is None else ReadOnlyDict(read_only(value))
-
-
 def _download(repo_id: str, revision: str | None, token: str | bool | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -571,17 +508,3 @@ def _download(repo_id: str, revision: str | None, token: str | bool | None) -> P
             f"there is no folder {repo_id!r}, and the Hugging Face Hub gave no {CONFIG_NAME} for it "
             f"({type(error).__name__}); check the name and the connection"
         ) from None
-
-
-def _is_ours(card: Path) -> bool:
-    """Whether a model card may be written here: there is none, or one of ours that nobody changed."""
-    return not card.exists() or is_model_card(card.read_text(encoding="utf-8", errors="replace"))
-
-
-def _is_ours_on_the_hub(api: Any, repo_id: str, revision: str | None) -> bool:
-    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
-
-    try:
-        return _is_ours(Path(api.hf_hub_download(repo_id, CARD_NAME, revision=revision)))
-    except (RemoteEntryNotFoundError, RevisionNotFoundError):
-        return True

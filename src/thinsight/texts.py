@@ -1,9 +1,7 @@
 """Texts of users, files and models, made safe for where they go: one function for each place.
 
-A task's name, an answer or a path may hold anything: control characters that move a terminal's cursor,
-line breaks that add a line to a YAML block, quotes that end a shell word. What is not plain text is shown as
-its escape (``\\x1b``), never dropped, so that a reader sees that it is there. Knows nothing about what texts
-mean.
+They may hold anything: control characters that move a terminal's cursor, line breaks that add a line to a YAML block,
+quotes that end a shell word. What is not plain text is shown as its escape (``\\x1b``), never dropped.
 """
 
 from __future__ import annotations
@@ -56,7 +54,7 @@ def yaml(values: Mapping[str, Any]) -> str:
 
 def shell(words: Iterable[str]) -> str:
     """A command that bash, zsh and ksh read back as these very words, on one line."""
-    return " ".join(map(_shell_word, words))
+    return " ".join(_octal(word) if _UNSAFE.search(word) else shlex.quote(word) for word in words)
 
 
 def python(value: str) -> str:
@@ -65,8 +63,7 @@ def python(value: str) -> str:
 
 
 def capped(text: str, limit: int = MESSAGE) -> str:
-    """At most ``limit`` characters: of a longer text the middle goes, for a message names the field in its
-    beginning and the remedy at its end."""
+    """At most ``limit`` characters; the middle goes, for a message names the field first and the remedy last."""
     if len(text) <= limit:
         return text
     kept = limit - len(_ELLIPSIS)
@@ -82,23 +79,14 @@ def _visible(text: str, but: str = "") -> str:
     return _UNSAFE.sub(lambda found: found[0] if found[0] in but else ascii(found[0])[1:-1], text)
 
 
-def _shell_word(word: str) -> str:
-    if not _UNSAFE.search(word):
-        return shlex.quote(word)
-    quoted = "".join(
-        f"\\{each}" if each in "\\'" else "".join(map(_octal, _bytes(each))) if _UNSAFE.match(each) else each
-        for each in word
-    )
-    return f"$'{quoted}'"
+def _octal(word: str) -> str:
+    """What is not plain in octal, as the operating system hands it over; half a character that it cannot is "?"."""
 
+    def escaped(found: re.Match[str]) -> str:
+        try:
+            return "".join(f"\\{byte:03o}" for byte in found[0].encode("utf-8", "surrogateescape"))
+        except UnicodeEncodeError:
+            return "\\077"
 
-def _bytes(text: str) -> bytes:
-    """As the operating system hands it over; half a character that it cannot is marked."""
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return b"?"
-
-
-def _octal(byte: int) -> str:
-    return f"\\{byte:03o}"
+    quoted = re.sub(r"([\\'])", r"\\\1", word)
+    return f"$'{_UNSAFE.sub(escaped, quoted)}'"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .budget import LatencyModel
-from .errors import BadInput
+from .errors import BadInput, whole
 from .evaluation.result import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement, Timing
 from .reduction import Reduction
 from .runtime import apply, encode_images, num_layers, vision_token_mask
@@ -59,9 +59,8 @@ def measure(
     Raises:
         ThinsightError: counts below 1, inputs without images, or a reduction that does not fit the model.
     """
-    for name, value in (("runs", runs), ("new_tokens", new_tokens), ("warmup + 1", warmup + 1)):
-        if value < 1:
-            raise BadInput(f"{name} is {value}: it must be at least 1")
+    for name, value in {"runs": runs, "new_tokens": new_tokens, "warmup + 1": warmup + 1}.items():
+        whole(value, name)
     model = unwrapped(model)
     if not any(has_pixels(model, inputs, modality) for modality in MODALITIES):
         raise BadInput("the inputs to time hold no pixel_values: give prompts with images")

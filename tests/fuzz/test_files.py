@@ -22,7 +22,7 @@ from searches.oracles import NeedOracle
 from thinsight import Reduction, Schedule, gsearch, load_examples
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.examples import Example
-from thinsight.job.run_folder import RunFolder
+from thinsight.job.opening import RunFolder
 
 from .strategies import HOSTILE_NUMBERS, Raw, changed_json, damaged, json_values, texts
 

@@ -16,8 +16,8 @@ from thinsight.budget import LatencyModel, TimeBudget
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.examples import load_examples
 from thinsight.evaluation.prompts import typical_batch
-from thinsight.job.opening import ModelOptions
-from thinsight.job.pipeline import SearchOptions, search_and_report
+from thinsight.job.options import ModelOptions, SearchOptions
+from thinsight.job.pipeline import search_and_report
 from thinsight.loading import load_model
 from thinsight.report import load_report_data
 from thinsight.schedule import Schedule

@@ -22,9 +22,9 @@ from thinsight.baselines import BASELINES
 from thinsight.errors import BadInput, StorageError, ThinsightError
 from thinsight.evaluation import full_model
 from thinsight.evaluation import store as feature_store
-from thinsight.job.compare import CompareOptions, CompareOutcome, compare, method_names
-from thinsight.job.opening import ModelOptions
-from thinsight.job.pipeline import SearchOptions, search_and_report
+from thinsight.job.compare import CompareOutcome, compare
+from thinsight.job.options import CompareOptions, ModelOptions, SearchOptions, method_names
+from thinsight.job.pipeline import search_and_report
 from thinsight.loading import load_model
 from thinsight.records import encode
 from thinsight.reduction import Reduction

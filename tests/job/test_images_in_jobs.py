@@ -17,10 +17,18 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from thinsight.errors import ThinsightError
 from thinsight.job import commands
-from thinsight.job.commands import JobOptions
-from thinsight.job.compare import CompareOptions, compare
-from thinsight.job.opening import ModelOptions, ScoringOptions, load_sets
-from thinsight.job.pipeline import SearchOptions, search_and_report
+from thinsight.job.compare import compare
+from thinsight.job.opening import load_sets
+from thinsight.job.options import (
+    AnalyzeOptions,
+    BenchOptions,
+    CompareOptions,
+    EvaluateOptions,
+    ModelOptions,
+    SearchOptions,
+    ShowOptions,
+)
+from thinsight.job.pipeline import search_and_report
 from thinsight.progress import Watcher
 
 ORIENTATION, QUARTER = 0x0112, 6
@@ -91,8 +99,8 @@ def search_options(small: SmallRun, data: str | None, test: str | None, out: Pat
     )
 
 
-def job(small: SmallRun, data: str, limit: int | None = None) -> JobOptions:
-    return JobOptions(ModelOptions(small.model, device="cpu"), data, limit)
+def job(kind: Any, small: SmallRun, data: str, limit: int | None = None, **more: Any) -> Any:
+    return kind(ModelOptions(small.model, device="cpu"), data, limit, **more)
 
 
 def searched(small: SmallRun, first: str, second: str, out: Path) -> Any:
@@ -115,22 +123,24 @@ def compared(small: SmallRun, first: str, second: str, out: Path) -> Any:
 
 
 def evaluated(small: SmallRun, first: str, second: str, out: Path) -> Any:
-    data = commands.evaluate(job(small, second), scoring=ScoringOptions(max_new_tokens=2))
+    data = commands.evaluate(job(EvaluateOptions, small, second, max_new_tokens=2))
     return [(row.score, row.flops) for row in data.methods]
 
 
 def analyzed(small: SmallRun, first: str, second: str, out: Path) -> Any:
-    return commands.analyze(job(small, second)).consistency
+    return commands.analyze(job(AnalyzeOptions, small, second, out=out / "plot.html")).consistency
 
 
 def benched(small: SmallRun, first: str, second: str, out: Path) -> Any:
-    return commands.bench(job(small, second), batch_size=2, runs=1, new_tokens=1).flops
+    return commands.bench(job(BenchOptions, small, second, batch_size=2, runs=1, new_tokens=1)).flops
 
 
 def shown(small: SmallRun, first: str, second: str, out: Path) -> Any:
     image = str(Path(second).parent / "4.png")
     pictures = [
-        commands.show(job(small, second), path, question, max_new_tokens=2).picture
+        commands.show(
+            job(ShowOptions, small, second, image=path, question=question, max_new_tokens=2, out=out / "kept.png")
+        ).picture
         for path, question in ((image, QUESTIONS[0]), (None, None))
     ]
     return [(np.asarray(each.image).tobytes(), each.kept, each.answer_full) for each in pictures]
@@ -189,7 +199,7 @@ def test_a_bad_image_is_found_before_the_model_is_loaded(
     with pytest.raises(ThinsightError, match=r"example '2 what color .*2.png' does not exist"):
         search_and_report(search_options(small, data, None, tmp_path / "out"))
     with pytest.raises(ThinsightError, match=r"2.png' does not exist: give the path of an image file"):
-        commands.show(job(small, data), str(tmp_path / "2.png"), "what ?")
+        commands.show(job(ShowOptions, small, data, image=str(tmp_path / "2.png"), question="what ?"))
 
 
 class Told(Watcher):
@@ -205,7 +215,7 @@ class Told(Watcher):
 
 def test_progress_shows_while_images_are_read(small: SmallRun) -> None:
     watcher = Told()
-    commands.evaluate(job(small, small.test, 4), scoring=ScoringOptions(max_new_tokens=1), watcher=watcher)
+    commands.evaluate(job(EvaluateOptions, small, small.test, 4, max_new_tokens=1), watcher)
     reading, processing = "Reading the data", "Processing the images"
     expected = [(reading, "images", n, 4) for n in range(1, 5)]
     assert watcher.said[:6] == expected + [(processing, "images", n, 4) for n in (2, 4)]
@@ -213,6 +223,6 @@ def test_progress_shows_while_images_are_read(small: SmallRun) -> None:
 
 def test_nothing_to_show_is_one_line(small: SmallRun, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
-    options = job(small, str(tmp_path / "empty.jsonl"))
+    options = job(ShowOptions, small, str(tmp_path / "empty.jsonl"))
     with pytest.raises(ThinsightError, match="has no examples"):
-        commands.show(options, None, None)
+        commands.show(options)

@@ -17,11 +17,10 @@ from typer.testing import CliRunner
 
 from thinsight import Reduction, Schedule, cli, loading
 from thinsight.errors import BadInput
-from thinsight.job import search_options
-from thinsight.job.opening import ModelOptions
-from thinsight.job.search_options import FRONTIER, SearchOptions
+from thinsight.job import options as told
+from thinsight.job.options import ModelOptions, SearchOptions
+from thinsight.searches.search import FRONTIER, under_budget
 from thinsight.searches.search import SEARCHES as NAMED
-from thinsight.searches.search import under_budget
 
 COMMANDS: dict[str, Any] = {
     str(command.name or command.callback.__name__): command.callback
@@ -131,7 +130,7 @@ def said(option: str, value: str) -> list[str]:
 def test_the_table_has_every_search_and_every_option_that_one_of_them_lacks() -> None:
     assert {name.split(",")[0] for name in SEARCHES} == {"gsearch", "frontier", "budget", *under_budget()}
     assert set(TAKEN) == set(SEARCHES)
-    assert set(search_options._PARAMETERS) <= set(VALUES)
+    assert set(told._NOT_OF_ALL) <= set(VALUES)
     own = {"evaluator", "budgets", "study", "resume", "observer", "rankers", "amplitude", "floor"}
     for search in (FRONTIER, *NAMED.values()):
         names = set(search.parameters) - own

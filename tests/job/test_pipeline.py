@@ -24,8 +24,8 @@ from thinsight.errors import StorageError, ThinsightError
 from thinsight.evaluation import full_model
 from thinsight.evaluation.full_model import FullModel
 from thinsight.job import pipeline
-from thinsight.job.opening import ModelOptions
-from thinsight.job.pipeline import SearchOptions, SearchOutcome, search_and_report
+from thinsight.job.options import ModelOptions, SearchOptions
+from thinsight.job.pipeline import SearchOutcome, search_and_report
 from thinsight.loading import checkpoint_hash, load_model
 from thinsight.progress import Watcher
 from thinsight.report import load_report_data

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -20,39 +20,23 @@ from ..evaluation.examples import Example, Progress, check_exists, load_examples
 from ..evaluation.full_model import AUTO
 from ..evaluation.prompts import PromptReader, typical_batch
 from ..progress import Watcher
+from ..report import check_picture_name
 from ..report.data import DatasetInfo, Headline, Picture, ReportData
 from ..schedule import Schedule
 from ..timing import Measurement, measure
 from .opening import (
-    DEMO_TEST,
-    ModelOptions,
     Opened,
-    ScoringOptions,
     Sourced,
+    check_writable_file,
     content_hash,
     environment,
-    find_reduction,
-    fit_reduction,
     make_evaluator,
     open_model,
+    reduction_for,
 )
+from .options import AnalyzeOptions, BenchOptions, EvaluateOptions, JobOptions, ShowOptions
 from .pictures import picture_of, varied
 from .results import MedianPrompt, drop_of, method_row, metric_words, ranker_words, task_rows
-
-
-@dataclass(frozen=True)
-class JobOptions:
-    """What all four jobs are told. ``data`` None is the demo's test set; see `session.find_reduction` for
-    None there."""
-
-    model: ModelOptions = field(default_factory=ModelOptions)
-    data: str | None = None
-    limit: int | None = None
-    reduction: str | None = None
-
-    @property
-    def data_name(self) -> str:
-        return DEMO_TEST if self.data is None else self.data
 
 
 @dataclass(frozen=True)
@@ -86,31 +70,19 @@ class ShowResult:
     reduction: Sourced
 
 
-def evaluate(
-    options: JobOptions, *, scoring: ScoringOptions | None = None, watcher: Watcher | None = None
-) -> ReportData:
-    """Full against reduced on a set of examples, with the drop's interval.
-
-    Args:
-        options: model, data and reduction.
-        scoring: how the examples are scored; None is the default in all of it.
-        watcher: told what is being done.
-
-    Returns:
-        The scores, and the cost of the median prompt, as a report shows them.
+def evaluate(options: EvaluateOptions, watcher: Watcher | None = None) -> ReportData:
+    """Full against reduced on a set of examples: scores with the drop's interval, and the median prompt's cost.
 
     Raises:
         ThinsightError: bad input, before any answer is decoded.
     """
-    watcher, scoring = watcher or Watcher(), scoring or ScoringOptions()
-    scoring.check()
-    metric = scoring.metric
-    examples, opened, found = _open(options, watcher, metric)
+    watcher = watcher or Watcher()
+    examples, opened, found = _open(options, options.reduction, watcher, options.metric)
     watcher.on_stage("Processing the images")
-    evaluator = make_evaluator(scoring, opened, examples, watcher)
+    evaluator = make_evaluator(options, opened, examples, watcher)
     watcher.on_stage("Full model")
     full = evaluator.full
-    if scoring.batch_size == AUTO:
+    if options.batch_size == AUTO:
         watcher.on_note(f"The examples run in batches of {evaluator.batch_size} prompts")
     watcher.on_stage("Reduced model")
     reduced = evaluator(found.reduction)
@@ -121,7 +93,7 @@ def evaluate(
         method_row("Full model", "full", Schedule.full(schedule.num_layers), full, None, prompt),
         method_row("Reduced", "found", schedule, reduced, drop, prompt, found.where),
     )
-    dataset = replace(_dataset(options, examples), metric=metric or metric_words(examples))
+    dataset = replace(_dataset(options, examples), metric=options.metric or metric_words(examples))
     return replace(
         _about(f"{options.model.model} under {found.where}", opened, prompt),
         dataset=dataset,
@@ -142,14 +114,15 @@ def evaluate(
     )
 
 
-def analyze(options: JobOptions, *, watcher: Watcher | None = None) -> ReportData:
+def analyze(options: AnalyzeOptions, watcher: Watcher | None = None) -> ReportData:
     """Rank consistency (the paper's Figure 1) of a model on a set of examples.
 
     Raises:
         ThinsightError: bad input.
     """
     watcher = watcher or Watcher()
-    options.model.check()
+    check_writable_file(options.out)
+    options.check()
     examples = _examples(options, watcher)
     opened = _opened(options, watcher)
     watcher.on_stage("Measuring rank consistency")
@@ -159,34 +132,27 @@ def analyze(options: JobOptions, *, watcher: Watcher | None = None) -> ReportDat
     return replace(report, dataset=_dataset(options, examples), consistency=found)
 
 
-def bench(
-    options: JobOptions, *, batch_size: int = 8, runs: int = 7, new_tokens: int = 16, watcher: Watcher | None = None
-) -> BenchResult:
+def bench(options: BenchOptions, watcher: Watcher | None = None) -> BenchResult:
     """Measured time, KV cache and FLOPs, full against reduced in one run.
-
-    Args:
-        options: model, data and reduction.
-        batch_size: prompts that are timed together, a number: a size found by "auto" would change what the
-            times are of from machine to machine.
-        runs: measured runs of each side.
-        new_tokens: length of the whole answer.
-        watcher: told what is being done.
 
     Raises:
         ThinsightError: bad input.
     """
     watcher = watcher or Watcher()
-    for name, value in (("batch_size", batch_size), ("runs", runs), ("new_tokens", new_tokens)):
-        if value < 1:
-            raise BadInput(f"{name} is {value}: it must be a whole number of at least 1")
-    examples, opened, found = _open(options, watcher)
+    examples, opened, found = _open(options, options.reduction, watcher)
     watcher.on_stage("Processing the images")
     reader = PromptReader(opened.model, opened.processor)
     prompt = _median(opened, reader, examples, watcher.on_progress)
-    inputs = typical_batch(opened.processor, examples, batch_size, reader)
+    inputs = typical_batch(opened.processor, examples, options.batch_size, reader)
     watcher.on_stage("Timing full against reduced")
-    progress = functools.partial(watcher.on_progress, "timing")
-    measurement = measure(opened.model, inputs, found.reduction, runs=runs, new_tokens=new_tokens, progress=progress)
+    measurement = measure(
+        opened.model,
+        inputs,
+        found.reduction,
+        runs=options.runs,
+        new_tokens=options.new_tokens,
+        progress=functools.partial(watcher.on_progress, "timing"),
+    )
     data = replace(
         _about(f"{options.model.model} under {found.where}, timed", opened, prompt),
         keep_rates=found.reduction.schedule.keep_rates,
@@ -195,57 +161,43 @@ def bench(
     return BenchResult(data, measurement, prompt.flops(), prompt.flops(found.reduction.schedule), found)
 
 
-def show(
-    options: JobOptions,
-    image: str | None,
-    question: str | None,
-    *,
-    max_new_tokens: int = 32,
-    watcher: Watcher | None = None,
-) -> ShowResult:
-    """The kept tokens of one question about one image, and both answers; of a demo question when none is
-    given.
+def show(options: ShowOptions, watcher: Watcher | None = None) -> ShowResult:
+    """The kept tokens of one question about one image, and both answers; of a demo question when none is given.
 
     Raises:
         ThinsightError: bad input, or an image without a question.
     """
     watcher = watcher or Watcher()
-    if max_new_tokens < 1:
-        raise BadInput(f"max_new_tokens is {max_new_tokens}: it must be a whole number of at least 1")
+    check_writable_file(options.out)
+    check_picture_name(options.out)
+    image, question = options.image, options.question
     if image is not None and question is None:
         raise BadInput(f"image {image!r} comes without a question: thinsight show IMAGE QUESTION")
-    fitted = _fitted(options)
+    found = reduction_for(options.reduction, options.model.model, options.check())
     if image is None:
         examples, source = varied(read_examples(options.data_name)[: options.limit], 1), options.data_name
     else:
-        examples, source = [_asked(image, question)], "show"
+        path = Path(os.path.expanduser(image))
+        check_exists(path, "show", "give the path of an image file")
+        examples, source = [Example(id="question", images=(path,), question=question or "")], "show"
     validate_examples(examples, source)
     opened = _opened(options, watcher)
     watcher.on_stage("Looking at kept tokens")
-    picture = picture_of(opened.model, opened.processor, examples[0], fitted.reduction, max_new_tokens=max_new_tokens)
-    return ShowResult(picture, fitted)
+    longest = options.max_new_tokens
+    picture = picture_of(opened.model, opened.processor, examples[0], found.reduction, max_new_tokens=longest)
+    return ShowResult(picture, found)
 
 
-def _asked(image: str, question: str | None) -> Example:
-    path = Path(os.path.expanduser(image))
-    check_exists(path, "show", "give the path of an image file")
-    return Example(id="question", images=(path,), question=question or "")
-
-
-def _open(options: JobOptions, watcher: Watcher, metric: str | None = None) -> tuple[list[Example], Opened, Sourced]:
+def _open(
+    options: JobOptions, reduction: str | None, watcher: Watcher, metric: str | None = None
+) -> tuple[list[Example], Opened, Sourced]:
     """Everything a job runs on, checked cheapest first."""
-    fitted = _fitted(options)
+    found = reduction_for(reduction, options.model.model, options.check())
     examples = _examples(options, watcher)
     check_metric(examples, metric)
     opened = _opened(options, watcher)
-    watcher.on_note(f"Reduction: {fitted.where}, ranker {ranker_words(fitted.reduction.ranker)}")
-    return examples, opened, fitted
-
-
-def _fitted(options: JobOptions) -> Sourced:
-    """The reduction to run, checked against the model's config: no weights are loaded."""
-    found = find_reduction(options.reduction, options.model.model)
-    return fit_reduction(found, options.model.model, options.model.check())
+    watcher.on_note(f"Reduction: {found.where}, ranker {ranker_words(found.reduction.ranker)}")
+    return examples, opened, found
 
 
 def _examples(options: JobOptions, watcher: Watcher) -> list[Example]:

@@ -26,20 +26,18 @@ _LONGEST_REASON = 160  # characters of another library's message
 
 @dataclass(frozen=True)
 class Package:
-    """A package: its version, "" where it is not installed, the versions that thinsight wants ("": any), and
-    the extra that brings it ("": all need it; None: it is no requirement)."""
+    """A package, as it is and as thinsight wants it."""
 
     name: str
-    version: str
-    wanted: str = ""
-    extra: str | None = ""
+    version: str  # "" where it is not installed
+    wanted: str = ""  # its versions, "": any
+    extra: str | None = ""  # that brings it, "": all need it; None: it is no requirement
 
     @property
     def fits(self) -> bool:
         """Whether it is installed in a wanted version."""
-        return bool(self.version) and Requirement(f"{self.name}{self.wanted}").specifier.contains(
-            self.version, prereleases=True
-        )
+        specifier = Requirement(f"{self.name}{self.wanted}").specifier
+        return bool(self.version) and specifier.contains(self.version, prereleases=True)
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,11 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     """Look at everything. Loads torch and transformers, which takes some seconds; never raises."""
     packages = tuple(_packages())
-    problems = [*_unmet(packages)]
-    loaded: dict[str, Any] = {}
+    problems, loaded = list(_unmet(packages)), dict[str, Any]()
     for name in ("torch", "torchvision", "transformers"):
+        if not _version(name) and name == "torchvision":
+            continue
         if not _version(name):
-            if name == "torchvision":
-                continue
             break
         try:
             module = import_module(name)
@@ -93,9 +90,13 @@ def diagnose() -> Diagnosis:
 
 def _packages() -> Iterator[Package]:
     """What thinsight's own metadata asks for, its extras, and what else is of use."""
+    try:
+        requirements = [Requirement(line) for line in metadata.requires("thinsight") or ()]
+    except metadata.PackageNotFoundError:  # it runs from a folder that was never installed
+        requirements = []
     known = set()
     for extra in ("", *_EXTRAS):
-        for requirement in _requirements():
+        for requirement in requirements:
             marker = requirement.marker
             if requirement.name not in known and (marker is None or marker.evaluate({"extra": extra})):
                 known.add(requirement.name)
@@ -103,14 +104,6 @@ def _packages() -> Iterator[Package]:
     for name in _ALSO:
         if name not in known and (version := _version(name)):
             yield Package(name, version, extra=None)
-
-
-def _requirements() -> list[Requirement]:
-    """Those of thinsight; none where it runs from a folder that was never installed."""
-    try:
-        return [Requirement(line) for line in metadata.requires("thinsight") or ()]
-    except metadata.PackageNotFoundError:
-        return []
 
 
 def _version(name: str) -> str:
@@ -122,11 +115,10 @@ def _version(name: str) -> str:
 
 def _unmet(packages: tuple[Package, ...]) -> Iterator[str]:
     for package in packages:
-        if package.fits or (package.extra != "" and not package.version):
-            continue
-        found = f"is {package.version}" if package.version else "is not installed"
-        line = f"{package.name}{package.wanted}"
-        yield f"{package.name} {found}, thinsight was tested with {package.wanted}: pip install '{line}'"
+        if not package.fits and (package.version or package.extra == ""):
+            found = f"is {package.version}" if package.version else "is not installed"
+            line = f"{package.name}{package.wanted}"
+            yield f"{package.name} {found}, thinsight was tested with {package.wanted}: pip install '{line}'"
 
 
 def _unloadable(name: str, loaded: dict[str, Any], error: Exception) -> str:
@@ -161,14 +153,12 @@ def _attention() -> dict[str, str]:
     from ..loading import check_options
     from ..runtime.anatomy import ATTENTION
 
-    found = {}
+    found = dict.fromkeys(ATTENTION, "")
     for name in ATTENTION:
         try:
             check_options("auto", "cpu", name)
         except BadInput as error:
             found[name] = str(error)
-        else:
-            found[name] = ""
     return found
 
 

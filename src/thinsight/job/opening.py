@@ -1,18 +1,22 @@
-"""What every command opens before it works, cheapest checks first: options, model, examples, evaluators.
+"""What every command opens before it works, cheapest checks first: model, examples, evaluators, the run's folder.
 
-Calibration and test are kept apart by image. Knows where models and data come from, how examples are scored
-and what a budget is counted on. Knows nothing about searches, reports or terminals.
+Calibration and test are kept apart by image. The folder keeps the result of every stage that is done, each whole or not
+at all and with a checksum, so that whatever was finished before an interruption is there to be continued. Knows nothing
+about searches, reports or terminals.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median_low
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,53 +27,144 @@ from ..budget import Budget, LatencyModel, TimeBudget, make_budget
 from ..errors import BadInput, StorageError
 from ..evaluation.evaluator import Evaluator, check_metric
 from ..evaluation.examples import Example, Progress, check_examples, load_examples, read_examples, validate_examples
-from ..evaluation.full_model import AUTO, check_batch_size
-from ..evaluation.metrics import get_metric
+from ..evaluation.full_model import AUTO
 from ..evaluation.result import Evaluation
-from ..evaluation.store import DEFAULT_CACHE_GIB, Store
-from ..loading import DEMO, base_name, check_options, checkpoint_hash, load_config, load_model
+from ..loading import base_name, checkpoint_hash, load_model
 from ..progress import Watcher
 from ..ranking import get_ranker
+from ..records import decode, encode, probe, read_sealed, seal, sweep, user_path, write_atomically
 from ..reduction import CONFIG_NAME, Reduction
 from ..report.data import ModelInfo
 from ..runtime import check_rankable, num_layers
 from ..searches.run import budget_of
 from ..searches.study import searchable_score
 from ..version import __version__
+from .options import DEFAULT_OUT, DEMO_TEST, ModelOptions, RunOptions, ScoringOptions, layers_of
 from .results import MedianPrompt
-from .run_folder import RunFolder
+
+T = TypeVar("T")
+
+# -- the run's folder ----------------------------------------------------------------------------------------
+
+_RUN_FILE = "run.json"
+_STAGES = "stages"
+_VERSION = 3
+_REMEDY = "free the disk, then resume"
+
+
+def check_writable_file(path: Path) -> None:
+    """Refuse now a file that could not be written later; its folder is made where needed."""
+    path = user_path(path, "out")
+    if path.is_dir():
+        raise BadInput(f"out {path} is a folder: give the name of a file")
+    _probe(path, path.parent, "a file in a folder you may write")
+
+
+def _probe(path: Path, folder: Path, remedy: str) -> None:
+    try:
+        probe(folder)
+    except OSError as error:
+        raise StorageError(f"out {path} cannot be written ({error.strerror or error}): give {remedy}") from None
+
+
+class RunFolder:
+    """A run's folder, made where needed and open for writing; one that holds a run is refused without ``resume``."""
+
+    def __init__(self, path: str | os.PathLike[str], *, resume: bool) -> None:
+        self.path = user_path(path, "out")
+        if self.path.exists() and not self.path.is_dir():
+            raise BadInput(f"out {self.path} is a file: give a folder")
+        if self.begun and not resume:
+            raise BadInput(f"out {self.path} holds a search already: continue it with --resume, or give another --out")
+        _probe(self.path, self.path / _STAGES, "a folder you may write")
+        sweep(self.path)
+
+    def bind(self, settings: dict[str, Any]) -> None:
+        """Say what the run is made of (JSON values); refuse to go on with a run that was begun with something else."""
+        wanted = json.loads(json.dumps({"version": _VERSION, **settings}))
+        path = self.path / _RUN_FILE
+        if not path.exists():
+            if any((self.path / _STAGES).glob("*.json")):
+                raise StorageError(
+                    f"out {self.path} holds results but no {_RUN_FILE}, which says of what: restore it, or "
+                    "give another --out"
+                )
+            self._write(path, wanted)
+            return
+        found = read_sealed(path, "restore it, or give another --out")
+        for key in sorted(found.keys() | wanted.keys()):
+            if found.get(key) != wanted.get(key):
+                raise BadInput(
+                    f"out {self.path} was made with {key} {found.get(key)!r}, this run "
+                    f"has {wanted.get(key)!r}: resume with the same settings and data, or give another --out"
+                )
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds a run, finished or not."""
+        return (self.path / _RUN_FILE).exists()
+
+    def once(self, stage: str, kind: type[T], compute: Callable[[], T]) -> T:
+        """A stage's result, a plain dataclass of type ``kind``: read if it is done, else computed and kept."""
+        path, remedy = self.path / _STAGES / f"{stage}.json", "remove it, then resume"
+        if path.exists():
+            result: T = decode(kind, read_sealed(path, remedy), str(path), remedy)
+            return result
+        result = compute()
+        self._write(path, encode(result))
+        return result
+
+    def _write(self, path: Path, value: dict[str, Any]) -> None:
+        write_atomically(path, json.dumps(seal(value), indent=1, allow_nan=False), _REMEDY)
+
+
+# -- calibration and test ------------------------------------------------------------------------------------
 
 
 def split_by_image(examples: Sequence[Example], share: float = 0.5) -> tuple[list[Example], list[Example]]:
-    """(calibration, test), in file order; examples that share an image, directly or through others, stay
-    together.
+    """(calibration, test), in file order; examples that share an image, directly or through others, stay together.
 
     Deterministic: which side a group goes to depends on the contents of its images alone, not on the order of
     the file or on a seed. About ``share`` of the examples become calibration.
-
-    Raises:
-        ThinsightError: all examples hang together by their images, so that nothing is left for the test.
     """
-    members = _connected(examples)
-    if len(members) < 2:
+    hashes = [_image_hashes(example) for example in examples]
+    groups = _connected(hashes)
+    if len(groups) < 2:
         raise BadInput(
             "all examples share one image, so they cannot be split in calibration and test: give --test-data"
         )
-    order = sorted(members.values(), key=lambda group: _group_hash(examples, group))
-    calibration: set[int] = set(order[0])
-    for group in order[1:-1]:  # the last group is always test
+    # the order of the hash of all the group's images
+    groups.sort(key=lambda group: _hash("".join(sorted({key for i in group for key in hashes[i]})).encode()))
+    calibration: set[int] = set(groups[0])
+    for group in groups[1:-1]:  # the last group is always test
         if len(calibration) + len(group) / 2 <= share * len(examples):
             calibration.update(group)
     first = [example for i, example in enumerate(examples) if i in calibration]
     return first, [example for i, example in enumerate(examples) if i not in calibration]
 
 
-def check_disjoint(calibration: Sequence[Example], test: Sequence[Example]) -> None:
-    """Refuse a test set that shows an image of the calibration set, also as a copy under another name.
+def _connected(hashes: Sequence[tuple[str, ...]]) -> list[list[int]]:
+    """Indices of the examples by connected component, two being connected when they share an image's hash."""
+    parent = list(range(len(hashes)))
 
-    Raises:
-        ThinsightError: naming the first such test example and how many there are.
-    """
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first_with: dict[str, int] = {}
+    for i, keys in enumerate(hashes):
+        for key in keys:
+            parent[root(i)] = root(first_with.setdefault(key, i))
+    members: dict[int, list[int]] = {}
+    for i in range(len(hashes)):
+        members.setdefault(root(i), []).append(i)
+    return list(members.values())
+
+
+def check_disjoint(calibration: Sequence[Example], test: Sequence[Example]) -> None:
+    """Refuse a test set that shows an image of the calibration set, also as a copy under another name."""
     seen = {key for example in calibration for key in _image_hashes(example)}
     shared = [example.id for example in test if seen & set(_image_hashes(example))]
     if shared:
@@ -80,38 +175,12 @@ def check_disjoint(calibration: Sequence[Example], test: Sequence[Example]) -> N
 
 
 def content_hash(examples: Sequence[Example]) -> str:
-    """Hash of a set: its questions, answers and metrics and the contents of its images, in order; 16 hex
-    digits."""
+    """Of a set's questions, answers and metrics and the contents of its images, in order; 16 hex digits."""
     digest = hashlib.sha256()
     for example in examples:
         fields = (example.id, example.question, example.answers, example.metric, _image_hashes(example))
         digest.update(repr(fields).encode())
     return digest.hexdigest()[:16]
-
-
-def _connected(examples: Sequence[Example]) -> dict[int, list[int]]:
-    """Indices of the examples by connected component, two being connected when they share an image."""
-    parent = list(range(len(examples)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first_with: dict[str, int] = {}
-    for i, example in enumerate(examples):
-        for key in _image_hashes(example):
-            parent[root(i)] = root(first_with.setdefault(key, i))
-    members: dict[int, list[int]] = {}
-    for i in range(len(examples)):
-        members.setdefault(root(i), []).append(i)
-    return members
-
-
-def _group_hash(examples: Sequence[Example], group: Sequence[int]) -> str:
-    keys = sorted({key for i in group for key in _image_hashes(examples[i])})
-    return hashlib.sha256("".join(keys).encode()).hexdigest()
 
 
 def _image_hashes(example: Example) -> tuple[str, ...]:
@@ -122,44 +191,27 @@ def _image_hashes(example: Example) -> tuple[str, ...]:
     )
 
 
-_known: dict[tuple[str, int, int], str] = {}
-
-
 def _file_hash(path: Path) -> str:
-    """Hash of a file's bytes; each file is read once per process as long as it does not change."""
     try:
         state = path.stat()
-        key = (str(path), state.st_size, state.st_mtime_ns)
-        if key not in _known:
-            _known[key] = hashlib.sha256(path.read_bytes()).hexdigest()[:24]
+        return _hash_once(path, state.st_size, state.st_mtime_ns)
     except OSError as error:
         raise StorageError(f"cannot read image {path}: {error.strerror or error}; check the file") from None
-    return _known[key]
 
 
-DEFAULT_OUT = Path("thinsight-out")
+@cache
+def _hash_once(path: Path, size: int, changed: int) -> str:
+    """Each file is read once per process as long as it does not change."""
+    return _hash(path.read_bytes())[:24]
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+# -- model, sets and reduction -------------------------------------------------------------------------------
 
 DEMO_CALIBRATION = "demo:calibration"
-DEMO_TEST = "demo:test"
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model, and how it is to run; see `thinsight.loading.load_model`."""
-
-    model: str = DEMO
-    dtype: str = "auto"
-    device: str = "auto"
-    attn: str = "sdpa"
-    trust_remote_code: bool = False
-
-    def check(self) -> Any:
-        """Check what can be checked without loading weights; returns the model's config.
-
-        Raises ThinsightError.
-        """
-        check_options(self.dtype, self.device, self.attn)
-        return load_config(self.model, self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -191,16 +243,14 @@ class Sets:
 
 
 def open_model(options: ModelOptions) -> Opened:
-    """Load the model.
-
-    Raises ThinsightError as `thinsight.loading.load_model` does.
-    """
+    """Load the model."""
     model, processor = load_model(options.model, options.dtype, options.device, options.attn, options.trust_remote_code)
+    device = str(model.device)
     info = ModelInfo(
         name=options.model,
         model_type=model.config.model_type,
         dtype=str(model.dtype).removeprefix("torch."),
-        device=_device(model.device),
+        device=f"{device} ({torch.cuda.get_device_name(device)})" if model.device.type == "cuda" else device,
         attention=options.attn,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_layers=num_layers(model),
@@ -214,11 +264,7 @@ def load_sets(data: str | None, test_data: str | None, limit: int | None, progre
     Both given: as they are. Only ``data``: it is split by image, half and half; the demo's calibration set
     has a test set of its own. None given: the demo's two sets. ``limit`` applies to each set, and
     only images of examples within it are decoded, of which ``progress("images", done, total)`` tells.
-
-    Raises:
-        ThinsightError: bad data, or sets that show a common image.
     """
-    check_sources(data, test_data)
     name = DEMO_CALIBRATION if data is None else data
     if test_data is None and name == DEMO_CALIBRATION:
         test_data = DEMO_TEST
@@ -237,72 +283,36 @@ def load_sets(data: str | None, test_data: str | None, limit: int | None, progre
     return Sets(calibration, test, f"{name} (one half)", f"{name} (the other half)", note)
 
 
-def check_sources(data: str | None, test_data: str | None) -> None:
-    """Refuse a test set without a calibration set.
-
-    Raises:
-        ThinsightError: as said.
-    """
-    if data is None and test_data is not None:
-        raise BadInput("--test-data needs --data: give the calibration set too")
-
-
-def find_reduction(source: str | None, model: str, default: Path = DEFAULT_OUT) -> Sourced | None:
-    """The reduction that is asked for, or the one in the ``default`` folder if it was searched for ``model``.
-
-    Raises:
-        ThinsightError: no reduction at ``source``, or a damaged one.
-    """
-    if source is not None:
-        return Sourced(Reduction.from_pretrained(source), source)
-    if (default / CONFIG_NAME).is_file():
-        reduction = Reduction.from_pretrained(default)
-        if _is_for(reduction, model):
-            return Sourced(reduction, str(default))
-    return None
-
-
-def _is_for(reduction: Reduction, model: str) -> bool:
-    """Whether a reduction was searched for a model, which may have moved or be one of several of its name."""
-    here, searched = checkpoint_hash(model), (reduction.search or {}).get("checkpoint")
-    if here is not None and searched is not None:
-        return bool(here == searched)
-    return reduction.base_model_name_or_path == base_name(model)
-
-
-def layers_of(config: Any) -> int:
-    """How many decoder layers a model of this config has."""
-    return int(config.get_text_config().num_hidden_layers)
-
-
-def fit_reduction(found: Sourced | None, model: str, config: Any) -> Sourced:
-    """The found reduction, checked against the model's config; without one FastV's published 50 % step.
-
-    So a command has something to run on a model that nobody has searched yet, and says so.
-
-    Raises:
-        ThinsightError: a reduction for another number of layers or another model family, or whose ranker is
-            unknown or cannot rank where tokens are dropped.
-    """
-    layers, model_type = layers_of(config), config.model_type
+def reduction_for(source: str | None, model: str, config: Any) -> Sourced:
+    """The reduction that is asked for; or the one in the default folder if it was searched for ``model``, which may
+    have moved or be one of several of its name; or FastV's published 50 % step, so that a command has something to run
+    on a model that nobody has searched yet, and says so. Refused if it is not for a model of this config."""
+    layers, where, found = layers_of(config), str(DEFAULT_OUT) if source is None else source, None
+    if source is not None or (DEFAULT_OUT / CONFIG_NAME).is_file():
+        found = Reduction.from_pretrained(where)
+    if found is not None and source is None:
+        here, searched = checkpoint_hash(model), (found.search or {}).get("checkpoint")
+        if here is None or searched is None:
+            here, searched = base_name(model), found.base_model_name_or_path
+        found = found if here == searched else None
     if found is None:
         return Sourced(fastv(layers), "FastV at 50 % (no --reduction given, none in the default folder)")
-    has = found.reduction.schedule.num_layers
+    has = found.schedule.num_layers
     if has != layers:
         raise BadInput(
-            f"the reduction {found.where} has {has} layers but model {model!r} has {layers}: "
+            f"the reduction {where} has {has} layers but model {model!r} has {layers}: "
             "give the model that it was searched for"
         )
-    if found.reduction.model_type not in (None, model_type):
+    if found.model_type not in (None, config.model_type):
         raise BadInput(
-            f"the reduction {found.where} is for model type {found.reduction.model_type!r}, "
-            f"model {model!r} is {model_type!r}: give the model that it was searched for"
+            f"the reduction {where} is for model type {found.model_type!r}, "
+            f"model {model!r} is {config.model_type!r}: give the model that it was searched for"
         )
     try:
-        check_rankable(found.reduction.schedule, get_ranker(found.reduction.ranker))
+        check_rankable(found.schedule, get_ranker(found.ranker))
     except BadInput as error:
-        raise BadInput(f"the reduction {found.where}: {error}") from None
-    return found
+        raise BadInput(f"the reduction {where}: {error}") from None
+    return Sourced(found, where)
 
 
 def environment(opened: Opened) -> dict[str, str]:
@@ -318,36 +328,12 @@ def environment(opened: Opened) -> dict[str, str]:
     }
 
 
-def _device(device: torch.device) -> str:
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
-
-
-@dataclass(frozen=True)
-class ScoringOptions:
-    """How examples are scored; see `thinsight.Evaluator`. ``cache_gib`` is for all sets together."""
-
-    metric: str | None = None
-    max_new_tokens: int | None = None
-    batch_size: int | str = 8
-    cache_gib: float = DEFAULT_CACHE_GIB
-    cache_dir: Path | None = None
-
-    def check(self) -> None:
-        """Check everything that needs no data and no weights.
-
-        Raises:
-            ThinsightError: naming the first option that cannot be right.
-        """
-        if self.metric is not None:
-            get_metric(self.metric)
-        check_batch_size(self.batch_size)
-        Store(self.cache_gib, cache_dir=self.cache_dir)
+# -- scores and costs ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scores:
-    """An evaluation of all examples as a run folder keeps it; ``doubt`` is `Evaluator.doubt` of the full
-    model's."""
+    """An evaluation of all examples as a run folder keeps it; ``doubt`` is `Evaluator.doubt` of the full model's."""
 
     score: float
     per_example: tuple[float, ...]
@@ -356,12 +342,6 @@ class Scores:
     def __post_init__(self) -> None:
         if not all(0 <= score <= 1 for score in (self.score, *self.per_example)):
             raise BadInput("a score is not from 0 to 1, as every metric's is")
-
-    @classmethod
-    def of(cls, evaluation: Evaluation, doubt: str = "") -> Scores:
-        """What is kept of a complete evaluation."""
-        assert evaluation.per_example is not None
-        return cls(evaluation.score, tuple(evaluation.per_example.tolist()), doubt)
 
     def evaluation(self) -> Evaluation:
         """The evaluation, without what is not kept."""
@@ -377,19 +357,7 @@ def make_evaluator(
     ranker: Any = "text-attention",
     sets: int = 1,
 ) -> Evaluator:
-    """The evaluator of one set of examples.
-
-    Args:
-        options: how to score.
-        opened: the model and its processor.
-        examples: the set.
-        watcher: told the progress.
-        ranker: which tokens a bare schedule keeps.
-        sets: how many evaluators share ``options.cache_gib``.
-
-    Raises:
-        ThinsightError: as `thinsight.Evaluator` does.
-    """
+    """The evaluator of one set of examples; so many ``sets`` share ``options.cache_gib``."""
     return Evaluator(
         opened.model,
         opened.processor,
@@ -413,46 +381,16 @@ class Limits:
     latency: LatencyModel | None
 
     def budget(self, config: Any, value: float, unit: str) -> Budget:
-        """The budget of ``value`` for a model of this config.
-
-        Raises:
-            ThinsightError: an unknown unit, or a value out of range.
-        """
+        """The budget of ``value`` for a model of this config."""
         return make_budget(value, unit, config=config, n_vision=self.n_vision, n_text=self.n_text, latency=self.latency)
 
 
 def limits_of(evaluator: Evaluator, value: float, unit: str) -> Limits:
-    """The limits of an evaluator's median prompt; "ms" is profiled on the spot.
-
-    Raises:
-        ThinsightError: an unknown unit, or a value out of range.
-    """
+    """The limits of an evaluator's median prompt; "ms" is profiled on the spot."""
     budget = budget_of(evaluator, value, unit)
     latency = budget.latency if isinstance(budget, TimeBudget) else None
     n_text = median_low(text for _, text in evaluator.prompt_sizes)
     return Limits(evaluator.num_vision_tokens, n_text, latency)
-
-
-@dataclass(frozen=True)
-class RunOptions(ScoringOptions):
-    """What `thinsight search` and `thinsight compare` are both told. ``data`` None is the demo's; see
-    `session.load_sets` for the sets."""
-
-    model: ModelOptions = field(default_factory=ModelOptions)
-    data: str | None = None
-    test_data: str | None = None
-    limit: int | None = None
-    out: Path = DEFAULT_OUT
-    resume: bool = False
-
-    def check(self) -> None:
-        """Check everything that needs no data and no weights.
-
-        Raises:
-            ThinsightError: naming the first option that cannot be right.
-        """
-        super().check()
-        check_sources(self.data, self.test_data)
 
 
 @dataclass(frozen=True)
@@ -480,33 +418,23 @@ class Prepared:
         return MedianPrompt.of(self.opened.model.config, self.test.prompt_sizes)
 
     def check_full_score(self, *evaluators: Evaluator) -> None:
-        """Refuse a full model that scores 0 while the folder is not yet bound to its labels and metric.
-
-        A run that is continued is checked where its search begins.
-
-        Raises:
-            ThinsightError: it does; the message has an answer beside its label.
-        """
+        """Refuse a full model that scores 0 while the folder is not yet bound to its labels and metric; a run that is
+        continued is checked where its search begins."""
         if not self.folder.begun:
             self.watcher.on_stage("Scoring the full model")
             for evaluator in evaluators:
                 searchable_score(evaluator)
 
     def fix_batch_size(self, which: str) -> int:
-        """The batch size of a set, found or halved once, so that a resumed run has the same batches.
-
-        To be called before anything is evaluated on the set.
-
-        Args:
-            which: "calibration" or "test".
-        """
+        """The batch size of the set "calibration" or "test", found or halved once, so that a resumed run has the same
+        batches. To be called before anything is evaluated on the set."""
         evaluator = {"calibration": self.calibration, "test": self.test}[which]
 
         def find() -> _BatchSize:
-            found = _BatchSize(evaluator.fix_batch_size())
+            size = evaluator.fix_batch_size()
             if self.batch_size == AUTO:
-                self.watcher.on_note(f"The {which} set runs in batches of {found.size} prompts")
-            return found
+                self.watcher.on_note(f"The {which} set runs in batches of {size} prompts")
+            return _BatchSize(size)
 
         kept = self.folder.once(f"batches-{self.batch_size}-{which}", _BatchSize, find)
         return evaluator.fix_batch_size(kept.size)
@@ -516,24 +444,15 @@ class Prepared:
 
         def run() -> Scores:
             self.fix_batch_size("test")
-            if reduction is None:
-                return Scores.of(self.test.full, self.test.doubt)
-            return Scores.of(self.test(reduction))
+            found, doubt = (self.test.full, self.test.doubt) if reduction is None else (self.test(reduction), "")
+            assert found.per_example is not None
+            return Scores(found.score, tuple(found.per_example.tolist()), doubt)
 
         return self.folder.once(stage, Scores, run)
 
 
 def prepare(options: RunOptions, ranker: Any, watcher: Watcher) -> Prepared:
-    """Open everything a run on two sets needs, cheapest first.
-
-    Args:
-        options: of the run.
-        ranker: which tokens a bare schedule keeps.
-        watcher: told what is being done.
-
-    Raises:
-        ThinsightError: bad options or data, a model that cannot be run, or a folder that holds another run.
-    """
+    """Open everything a run on two sets needs, cheapest first; ``ranker`` keeps the tokens of a bare schedule."""
     options.check()
     folder = RunFolder(options.out, resume=options.resume)
     watcher.on_stage("Reading the data")

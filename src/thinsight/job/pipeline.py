@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from .. import baselines
-from ..budget import Budget, KeepBudget
+from ..budget import KeepBudget
 from ..errors import BadInput, Unreachable, Unsupported
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.prompts import typical_batch
@@ -23,18 +24,18 @@ from ..loading import base_name, checkpoint_hash
 from ..progress import Watcher
 from ..reduction import Reduction, public_name
 from ..report import save_report_data, write_report
-from ..report.data import DatasetInfo, FrontierRow, Headline, MethodRow, Picture, ReportData, SearchInfo
+from ..report.data import DatasetInfo, FrontierRow, Headline, Picture, ReportData, SearchInfo
 from ..runtime import apply
 from ..schedule import Schedule
 from ..searches import SearchResult, frontier
-from ..searches.frontier import SHARES, Frontier
+from ..searches.frontier import SHARES
 from ..searches.run import Trial
 from ..searches.search import AUTO, rankers_for
 from ..timing import measure
 from .opening import Limits, Prepared, content_hash, environment, limits_of, prepare
+from .options import SearchOptions
 from .pictures import picture_of, varied
 from .results import MedianPrompt, drop_of, method_row, metric_words, ranker_words, task_rows
-from .search_options import SearchOptions
 
 
 @dataclass(frozen=True)
@@ -64,28 +65,30 @@ class _KeptBudget(Limits):
     unit: str
 
 
-def search_once(options: SearchOptions, prepared: Prepared) -> tuple[SearchRecord, Reduction]:
-    """The search's record and the reduction, which is in the run folder from here on.
-
-    A search that is done is read, one that was interrupted continues inside its journal.
+def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
+    """Search, and save the reduction with what its model is told by where it is looked for again.
 
     Raises:
         ThinsightError: what is asked cannot be reached.
     """
-    folder = prepared.folder
-    record = folder.once("search", SearchRecord, lambda: _search(options, prepared))
-    return record, Reduction.from_dict(record.reduction, "the run's search")
-
-
-def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
-    """Search, and save the reduction."""
     prepared.fix_batch_size("calibration")
     points: tuple[FrontierRow, ...] = ()
+    told: dict[str, Any] = {
+        "seed": options.seed,
+        "study": prepared.folder.path / "study.jsonl",
+        "resume": options.resume,
+        "observer": prepared.watcher,
+    }
+    if options.n_trials is not None:
+        told["n_trials"] = options.n_trials
     if options.frontier:
-        result, points = _along_frontier(options, prepared)
+        result, points = _along_frontier(options, prepared, told)
     else:
-        result = _by_name(options, prepared)
-    reduction = _of_model(result.reduction, options.model.model)
+        result = _by_name(options, prepared, told)
+    name, reduction = options.model.model, result.reduction
+    checkpoint = checkpoint_hash(name)
+    found = {**(reduction.search or {}), **({} if checkpoint is None else {"checkpoint": checkpoint})}
+    reduction = replace(reduction, base_model_name_or_path=base_name(name), search=found)
     reduction.save_pretrained(prepared.folder.path)
     if result.schedule.is_full and options.budget is None:
         prepared.watcher.on_note(
@@ -105,28 +108,9 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
     )
 
 
-def _of_model(reduction: Reduction, name: str) -> Reduction:
-    """The reduction with what its model is told by where it is looked for again."""
-    checkpoint = checkpoint_hash(name)
-    known = {} if checkpoint is None else {"checkpoint": checkpoint}
-    record = {**(reduction.search or {}), **known}
-    return replace(reduction, base_model_name_or_path=base_name(name), search=record)
-
-
-def _journal(options: SearchOptions, prepared: Prepared) -> dict[str, Any]:
-    """What every search is told."""
-    told = {
-        "seed": options.seed,
-        "study": prepared.folder.path / "study.jsonl",
-        "resume": options.resume,
-        "observer": prepared.watcher,
-    }
-    return told if options.n_trials is None else {**told, "n_trials": options.n_trials}
-
-
-def _by_name(options: SearchOptions, prepared: Prepared) -> SearchResult:
+def _by_name(options: SearchOptions, prepared: Prepared, told: dict[str, Any]) -> SearchResult:
     """What the search that was asked for finds, told the options that were given."""
-    evaluator, told = prepared.calibration, _journal(options, prepared)
+    evaluator = prepared.calibration
     # the solver by name: the evaluator says how many counts are tried at once
     given = {name: getattr(options, name) for name in ("confidence", "first_layer", "solver", "step", "trade_off")}
     told |= {name: value for name, value in given.items() if value is not None}
@@ -134,30 +118,31 @@ def _by_name(options: SearchOptions, prepared: Prepared) -> SearchResult:
         told["rankers"] = rankers_for(evaluator)
     if options.start is not None:
         told["warm_start"] = options.start_schedule(evaluator.num_layers)
-    goal = options.tolerance if options.budget is None else _budget(options, prepared)
-    return options.search(evaluator, goal, **told)
-
-
-def _budget(options: SearchOptions, prepared: Prepared) -> Budget:
-    """The budget in numbers, the same one in a resumed search."""
-    assert options.budget is not None
+    if options.budget is None:
+        return options.search(evaluator, options.tolerance, **told)
     value, unit = options.budget, options.unit
 
     def count() -> _KeptBudget:
-        limits = limits_of(prepared.calibration, value, unit)
+        limits = limits_of(evaluator, value, unit)
         return _KeptBudget(limits.n_vision, limits.n_text, limits.latency, value, unit)
 
-    kept = prepared.folder.once("budget", _KeptBudget, count)
-    return kept.budget(prepared.opened.model.config, kept.value, kept.unit)
+    kept = prepared.folder.once("budget", _KeptBudget, count)  # the same one in a resumed search
+    return options.search(evaluator, kept.budget(prepared.opened.model.config, kept.value, kept.unit), **told)
 
 
-def _along_frontier(options: SearchOptions, prepared: Prepared) -> tuple[SearchResult, tuple[FrontierRow, ...]]:
+def _along_frontier(
+    options: SearchOptions, prepared: Prepared, told: dict[str, Any]
+) -> tuple[SearchResult, tuple[FrontierRow, ...]]:
     """The result that the tolerance or the budget picks, and a row for each cost."""
     evaluator = prepared.calibration
     layers, n_vision = evaluator.num_layers, evaluator.num_vision_tokens
-    budgets = [KeepBudget(layers, n_vision, share) for share in SHARES]
-    found = frontier(evaluator, budgets, **_journal(options, prepared))
-    taken = _taken(options, found)
+    found = frontier(evaluator, [KeepBudget(layers, n_vision, share) for share in SHARES], **told)
+    taken = found.at_drop(options.tolerance) if options.budget is None else found.within(options.budget)
+    if taken is None:
+        raise BadInput(
+            f"no point of the frontier stays within a drop of {options.tolerance}: the best one loses "
+            f"{min(point.drop for point in found.points):.4f}; allow more with --max-drop"
+        )
     prompt = MedianPrompt.of(prepared.opened.model.config, evaluator.prompt_sizes)
     rows = tuple(
         FrontierRow(
@@ -174,19 +159,6 @@ def _along_frontier(options: SearchOptions, prepared: Prepared) -> tuple[SearchR
     return replace(taken, trials=trials, method="frontier", full_forwards=forwards), rows
 
 
-def _taken(options: SearchOptions, found: Frontier) -> SearchResult:
-    """The frontier's point that the tolerance or the budget picks."""
-    if options.budget is not None:
-        return found.within(options.budget)
-    taken = found.at_drop(options.tolerance)
-    if taken is None:
-        raise BadInput(
-            f"no point of the frontier stays within a drop of {options.tolerance}: the best one loses "
-            f"{min(point.drop for point in found.points):.4f}; allow more with --max-drop"
-        )
-    return taken
-
-
 @dataclass(frozen=True)
 class Tested:
     """One method on the test set."""
@@ -199,61 +171,81 @@ class Tested:
     doubt: str = ""
 
 
-@dataclass(frozen=True)
-class Findings:
-    """The results of all stages; the full model comes first in ``tested``, then the reduction found."""
-
-    search: SearchRecord
-    tested: tuple[Tested, ...]
-    measurement: Measurement
-    consistency: RankConsistency
-    pictures: tuple[Picture, ...]
-
-
-def report_of(options: SearchOptions, prepared: Prepared, findings: Findings) -> ReportData:
-    """Everything that the report shows.
-
-    Args:
-        options: what was asked for.
-        prepared: what it ran on.
-        findings: what came of it.
-    """
-    full, found = findings.tested[0], findings.tested[1]
-    rows = tuple(_row(prepared, method, full) for method in findings.tested)
+def report_of(
+    options: SearchOptions,
+    prepared: Prepared,
+    search: SearchRecord,
+    tested: Sequence[Tested],
+    measurement: Measurement,
+    consistency: RankConsistency,
+    pictures: tuple[Picture, ...],
+) -> ReportData:
+    """Everything that the report shows; of ``tested`` the full model comes first, then the reduction found."""
+    sets, prompt, (full, found) = prepared.sets, prepared.prompt, tested[:2]
+    rows = []
+    for each in tested:
+        drop = None if each is full else drop_of(full.evaluation, each.evaluation, sets.test)
+        rows.append(method_row(each.name, each.kind, each.reduction.schedule, each.evaluation, drop, prompt, each.note))
+    dataset = DatasetInfo(
+        test_name=sets.test_name,
+        test_size=len(sets.test),
+        calibration_name=sets.calibration_name,
+        calibration_size=len(sets.calibration),
+        metric=options.metric or metric_words(sets.test),
+        test_hash=content_hash(sets.test),
+        calibration_hash=content_hash(sets.calibration),
+    )
+    assert rows[1].drop is not None
+    headline = Headline(
+        full_score=rows[0].score,
+        score=rows[1].score,
+        drop=rows[1].drop,
+        mean_keep_rate=rows[1].mean_keep_rate,
+        flops_ratio=rows[1].flops_ratio,
+        kv_ratio=measurement.kv_ratio,
+        prefill_ratio=measurement.timing(PREFILL).ratio,
+        answer_ratio=measurement.timing(ANSWER).ratio,
+        flops_full=rows[0].flops,
+        flops=rows[1].flops,
+        vision_flops=prompt.vision_flops(),
+    )
+    info = SearchInfo(
+        method=options.search.title,
+        max_drop=options.tolerance if options.budget is None else None,
+        budget=_budget_words(options),
+        solver=options.solver_name if options.searches_layers else "",
+        ranker=ranker_words(found.reduction.ranker),
+        seed=options.seed,
+        evaluations=round(math.fsum(trial.share for trial in search.trials)),
+        full_forwards=search.full_forwards,
+        seconds=search.seconds,
+        calibration_full_score=search.full_score,
+        calibration_score=search.score,
+    )
+    doubts = (("calibration", search.doubt), ("test", full.doubt))
     return ReportData(
         title=f"Fewer vision tokens for {options.model.model}",
-        model=replace(prepared.opened.info, num_vision_tokens=prepared.prompt.n_vision),
-        dataset=_dataset(options, prepared),
-        headline=_headline(rows[0], rows[1], findings.measurement, prepared.prompt.vision_flops()),
-        search=_search_info(options, findings.search, found.reduction),
+        model=replace(prepared.opened.info, num_vision_tokens=prompt.n_vision),
+        dataset=dataset,
+        headline=headline,
+        search=info,
         keep_rates=found.reduction.schedule.keep_rates,
-        methods=rows,
-        per_task=task_rows(full.evaluation, found.evaluation, prepared.sets.test),
-        timing=findings.measurement.named,
-        trials=findings.search.trials,
-        frontier=findings.search.frontier,
-        consistency=findings.consistency,
-        pictures=findings.pictures,
+        methods=tuple(rows),
+        per_task=task_rows(full.evaluation, found.evaluation, sets.test),
+        timing=measurement.named,
+        trials=search.trials,
+        frontier=search.frontier,
+        consistency=consistency,
+        pictures=pictures,
         environment=environment(prepared.opened),
         commands=(options.command,) if options.command else (),
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        doubts=_doubts(findings.search, full),
+        doubts=tuple(f"on the {name} set {doubt}" for name, doubt in doubts if doubt),
     )
 
 
-def _doubts(search: SearchRecord, full: Tested) -> tuple[str, ...]:
-    """Of the calibration set and of the test set."""
-    sets = (("calibration", search.doubt), ("test", full.doubt))
-    return tuple(f"on the {name} set {doubt}" for name, doubt in sets if doubt)
-
-
 def measured_of(data: ReportData, measurement: Measurement) -> dict[str, Any]:
-    """What the saved reduction says it was measured to do, as JSON values.
-
-    Args:
-        data: the run's report.
-        measurement: full against reduced, on the clock.
-    """
+    """What the saved reduction says it was measured to do, as JSON values."""
     headline, dataset = data.headline, data.dataset
     assert headline is not None
     assert dataset is not None
@@ -278,59 +270,6 @@ def measured_of(data: ReportData, measurement: Measurement) -> dict[str, Any]:
             "cpu_threads": measurement.threads,
         },
     }
-
-
-def _row(prepared: Prepared, method: Tested, full: Tested) -> MethodRow:
-    examples = prepared.sets.test
-    drop = None if method.kind == "full" else drop_of(full.evaluation, method.evaluation, examples)
-    schedule = method.reduction.schedule
-    return method_row(method.name, method.kind, schedule, method.evaluation, drop, prepared.prompt, method.note)
-
-
-def _dataset(options: SearchOptions, prepared: Prepared) -> DatasetInfo:
-    sets = prepared.sets
-    return DatasetInfo(
-        test_name=sets.test_name,
-        test_size=len(sets.test),
-        calibration_name=sets.calibration_name,
-        calibration_size=len(sets.calibration),
-        metric=options.metric or metric_words(sets.test),
-        test_hash=content_hash(sets.test),
-        calibration_hash=content_hash(sets.calibration),
-    )
-
-
-def _search_info(options: SearchOptions, search: SearchRecord, reduction: Reduction) -> SearchInfo:
-    return SearchInfo(
-        method=options.search.title,
-        max_drop=options.tolerance if options.budget is None else None,
-        budget=_budget_words(options),
-        solver=options.solver_name if options.searches_layers else "",
-        ranker=ranker_words(reduction.ranker),
-        seed=options.seed,
-        evaluations=round(math.fsum(trial.share for trial in search.trials)),
-        full_forwards=search.full_forwards,
-        seconds=search.seconds,
-        calibration_full_score=search.full_score,
-        calibration_score=search.score,
-    )
-
-
-def _headline(full: MethodRow, found: MethodRow, measurement: Measurement, vision_flops: float | None) -> Headline:
-    assert found.drop is not None
-    return Headline(
-        full_score=full.score,
-        score=found.score,
-        drop=found.drop,
-        mean_keep_rate=found.mean_keep_rate,
-        flops_ratio=found.flops_ratio,
-        kv_ratio=measurement.kv_ratio,
-        prefill_ratio=measurement.timing(PREFILL).ratio,
-        answer_ratio=measurement.timing(ANSWER).ratio,
-        flops_full=full.flops,
-        flops=found.flops,
-        vision_flops=vision_flops,
-    )
 
 
 def _budget_words(options: SearchOptions) -> str:
@@ -364,20 +303,15 @@ def search_and_report(options: SearchOptions, watcher: Watcher | None = None) ->
     model, prompts. The results of the stages are kept in ``options.out``; with ``options.resume`` stages that
     are done are read instead of run, and the search continues inside its journal.
 
-    Args:
-        options: what to search, on what, and where to put it.
-        watcher: told what is being done.
-
-    Returns:
-        What is in ``options.out`` at the end.
-
     Raises:
         ThinsightError: bad input, or a folder of another run.
     """
     prepared = prepare(options, options.first_ranker, watcher or Watcher())
     if options.warning:
         prepared.watcher.on_note(f"warning: {options.warning}")
-    _check_runs(options.gsearch_layer, prepared)
+    # what the loaded model or the ranker cannot do at the first layer that may be reduced is refused now
+    schedule = Schedule.step(prepared.calibration.num_layers, options.gsearch_layer, 0.5)
+    apply(prepared.opened.model, prepared.calibration.reduction(schedule)).remove()
     prepared.check_full_score(prepared.calibration)
     prepared.folder.bind(_settings(options, prepared))
     return _Run(options, prepared).run()
@@ -393,7 +327,8 @@ class _Run:
     def run(self) -> SearchOutcome:
         folder, stage = self.prepared.folder.path, self.prepared.watcher.on_stage
         stage("Searching on the calibration set")
-        search, reduction = search_once(self.options, self.prepared)
+        search = self.prepared.folder.once("search", SearchRecord, lambda: _search(self.options, self.prepared))
+        reduction = Reduction.from_dict(search.reduction, "the run's search")
         tested = self._test(reduction)
         stage("Timing full against reduced")
         measurement = self._measure(reduction)
@@ -402,30 +337,28 @@ class _Run:
         stage("Looking at kept tokens")
         pictures = self._pictures(reduction)
         stage("Writing the report")
-        findings = Findings(search, tested, measurement, consistency, pictures)
-        data = report_of(self.options, self.prepared, findings)
+        data = report_of(self.options, self.prepared, search, tested, measurement, consistency, pictures)
         reduction = replace(reduction, measured=measured_of(data, measurement))
         reduction.save_pretrained(folder)
         save_report_data(folder, data)
         return SearchOutcome(folder, reduction, data, write_report(folder / "report.html", data))
 
-    def _test(self, reduction: Reduction) -> tuple[Tested, ...]:
+    def _test(self, reduction: Reduction) -> list[Tested]:
         """Full, found, and its rivals at the same cost, all on the test set."""
         full = Reduction(Schedule.full(reduction.schedule.num_layers))
-        methods = [
+        tested = []
+        for key, name, kind, method, note in [
             ("full", "Full model", "full", full, ""),
             ("found", self.options.search.title, "found", reduction, "found on the calibration set"),
-            *((key, name, "baseline", rival, note) for key, name, rival, note in self._rivals(reduction)),
-        ]
-        return tuple(self._tested(*method) for method in methods)
+            *self._rivals(reduction),
+        ]:
+            self.prepared.watcher.on_stage(f"Testing {name}")
+            scores = self.prepared.test_scores(f"test-{key}", None if kind == "full" else method)
+            tested.append(Tested(name, kind, method, scores.evaluation(), note, scores.doubt))
+        return tested
 
-    def _tested(self, key: str, name: str, kind: str, reduction: Reduction, note: str) -> Tested:
-        self.prepared.watcher.on_stage(f"Testing {name}")
-        scores = self.prepared.test_scores(f"test-{key}", None if kind == "full" else reduction)
-        return Tested(name, kind, reduction, scores.evaluation(), note, scores.doubt)
-
-    def _rivals(self, reduction: Reduction) -> list[tuple[str, str, Reduction, str]]:
-        """(key, name, reduction, note) of what the search has to be compared with at its own cost."""
+    def _rivals(self, reduction: Reduction) -> list[tuple[str, str, str, Reduction, str]]:
+        """(key, name, kind, reduction, note) of what the search has to be compared with at its own cost."""
         schedule, seed = reduction.schedule, self.options.seed
         budget = self.prepared.prompt.budget(schedule)
         layer = min(2, schedule.num_layers - 1)
@@ -434,10 +367,11 @@ class _Run:
         except Unreachable:  # the search may begin above layer 2 and go where a step at 2 cannot follow
             layer = next(i for i, rate in enumerate(schedule.keep_rates) if rate < 1)
             fastv = baselines.fastv(budget=budget, layer=layer, ranker=reduction.ranker)
+        name, same = f"FastV-like (one step at layer {layer})", "the found schedule, tokens"
         return [
-            ("fastv", f"FastV-like (one step at layer {layer})", fastv, "the found ranker, one step"),
-            ("uniform", "Uniform", baselines.uniform(schedule), "the found schedule, tokens evenly spread"),
-            ("random", "Random", baselines.random(schedule, seed=seed), "the found schedule, tokens at random"),
+            ("fastv", name, "baseline", fastv, "the found ranker, one step"),
+            ("uniform", "Uniform", "baseline", baselines.uniform(schedule), f"{same} evenly spread"),
+            ("random", "Random", "baseline", baselines.random(schedule, seed=seed), f"{same} at random"),
         ]
 
     def _measure(self, reduction: Reduction) -> Measurement:
@@ -491,13 +425,6 @@ class _Run:
             else:
                 pictures.append(picture)
         return tuple(pictures)
-
-
-def _check_runs(first_layer: int, prepared: Prepared) -> None:
-    """Refuse now what the loaded model or the ranker cannot do at the first layer that may be reduced."""
-    evaluator = prepared.calibration
-    schedule = Schedule.step(evaluator.num_layers, first_layer, 0.5)
-    apply(prepared.opened.model, evaluator.reduction(schedule)).remove()
 
 
 def _settings(options: SearchOptions, prepared: Prepared) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from ..budget import Budget, check_budget_value
 from ..errors import BadInput
 from ..registry import Registry
+from .frontier import LEAST_TRIALS as LEAST_OF_FRONTIER
+from .frontier import frontier
 from .gsearch import check_early_stop, check_max_drop, get_solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
@@ -103,6 +105,9 @@ for _search in (
     Search("random", random_search, "Random search"),
 ):
     SEARCHES.register(_search)
+
+FRONTIER = Search("frontier", frontier, "Frontier", least_trials=LEAST_OF_FRONTIER)
+"""Asked for by an option of its own, as it comes to many results."""
 
 
 def under_budget() -> list[str]:

@@ -1,0 +1,524 @@
+"""What each command is told: a dataclass a command, whose fields are its options on the command line too.
+
+Light to import, so that `--help` and a misspelt option answer at once: what a check needs is loaded when it is made.
+Knows nothing about how anything is run, nor what comes of it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import BadInput, whole
+
+if TYPE_CHECKING:
+    from ..schedule import Schedule
+    from ..searches.gsearch import Solver
+    from ..searches.search import Search
+
+DEFAULT_OUT = Path("thinsight-out")
+DEMO_TEST = "demo:test"
+BUDGETS = (0.5, 0.25, 0.125, 0.0625)
+SEARCH_PREFIX = "search-"  # "random" is a baseline and a search
+_NOT_OF_ALL = ("confidence", "first_layer", "n_trials", "solver", "start", "step", "trade_off")  # searches
+_LARGE_DROP = 0.2
+
+
+@dataclass(frozen=True)
+class Told:
+    """How the command line asks for a field."""
+
+    help: str = ""  # none: it does not ask
+    flag: str = ""  # its name there, where that is not the field's
+    argument: bool = False  # by place, not by name
+    least: int | None = None
+    most: int | None = None
+    kind: Any = None  # of the value there, where that is not the field's
+    said: Any = ...  # the default there, likewise
+    read: Callable[[Any], Any] | None = None  # makes the field of the value
+    place: int = 0  # options of a higher place come later in the help
+
+
+def told(default: Any, help: str = "", flag: str = "", **about: Any) -> Any:
+    """A field of a command's options, see `Told`."""
+    return field(default=default, metadata={"told": Told(help, flag, **about)})
+
+
+# -- texts of the command line as values ---------------------------------------------------------------------
+
+
+def batch_size_of(text: str) -> int | str:
+    """A whole number as such; any other word is left to the check of the options."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else text
+
+
+def ranker_of(text: str) -> dict[str, Any]:
+    """ "name" or "name:key=value,key=value" as a ranker's dict; a value is JSON, or else taken as text."""
+    name, _, rest = text.partition(":")
+    ranker: dict[str, Any] = {"name": name}
+    while rest:
+        key, equals, rest = rest.partition("=")
+        if not equals or not key.strip() or key.strip() in ranker:
+            raise BadInput(f"ranker is {text!r}: write settings as name:key=value,key=value, each key once")
+        ranker[key.strip()], rest = _value(rest)
+    return ranker
+
+
+def _value(text: str) -> tuple[Any, str]:
+    """The value that a text begins with, and what follows its comma. JSON may have commas of its own."""
+    word, _, rest = text.partition(",")
+    text = text.lstrip()
+    try:
+        value, end = _JSON.raw_decode(text)
+    except (ValueError, RecursionError):  # a word, a number that is none, brackets without end
+        return word.strip(), rest
+    behind = text[end:].lstrip()
+    return (value, behind[1:]) if behind[:1] in ("", ",") else (word.strip(), rest)
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_number)
+
+
+# -- what commands share -------------------------------------------------------------------------------------
+
+_REDUCTION = f"Folder or hub id of a reduction. Default: {DEFAULT_OUT}, else FastV at 50 %."
+_LONGEST = "Longest answer in tokens."
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and how it is to run; see `thinsight.loading.load_model`."""
+
+    model: str = told("demo", "demo, a local folder, or a hub id.")
+    dtype: str = told("auto", "auto, float32, bfloat16 or float16.", place=2)
+    device: str = told("auto", "auto, cpu, cuda or cuda:N.", place=2)
+    attn: str = told("sdpa", "Attention implementation: sdpa, eager, flash_attention_2 ...", place=2)
+    trust_remote_code: bool = told(False, "Let the checkpoint run its own code. Never unless you say so.", place=2)
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What every command is told. ``data`` None is the demo's."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: str | None = told(None, "JSON-lines file, demo:calibration or demo:test.")
+    limit: int | None = told(None, "Use only so many examples of each set.", least=1, place=1)
+
+    def check(self) -> Any:
+        """Refuse the first option that cannot be right, as far as that takes no data and no weights.
+
+        Returns the model's config.
+        """
+        from ..loading import check_options, load_config
+
+        for each in fields(self):
+            about, value = each.metadata.get("told", Told()), getattr(self, each.name)
+            if about.least is not None and about.read is None and value is not None:
+                whole(value, each.name, about.least)
+        model = self.model
+        check_options(model.dtype, model.device, model.attn)
+        return load_config(model.model, model.trust_remote_code)
+
+    @property
+    def data_name(self) -> str:
+        """Of the one set of a command that has one."""
+        return DEMO_TEST if self.data is None else self.data
+
+
+@dataclass(frozen=True)
+class ScoringOptions(JobOptions):
+    """And how examples are scored; see `thinsight.Evaluator`. ``cache_gib`` is for all sets together."""
+
+    metric: str | None = told(None, "One metric for all examples, such as agreement.", place=1)
+    max_new_tokens: int | None = told(None, _LONGEST, least=1, place=1)
+    batch_size: int | str = told(
+        8,
+        "Prompts per forward pass, or auto: the fastest, measured first.",
+        kind=str,
+        said="8",
+        read=batch_size_of,
+        place=1,
+    )
+    cache_gib: float = told(4.0, "Vision features kept in memory, in GiB; more go into temporary files.", place=1)
+    cache_dir: Path | None = told(
+        None, "Folder that keeps vision features and the full model's answers for later runs. Default: none.", place=1
+    )
+
+    def check(self) -> Any:
+        """As above."""
+        from ..evaluation.full_model import check_batch_size
+        from ..evaluation.metrics import get_metric
+        from ..evaluation.store import Store
+
+        if self.metric is not None:
+            get_metric(self.metric)
+        check_batch_size(self.batch_size)
+        Store(self.cache_gib, cache_dir=self.cache_dir)
+        return super().check()
+
+
+@dataclass(frozen=True)
+class EvaluateOptions(ScoringOptions):
+    """What `thinsight evaluate` is told."""
+
+    reduction: str | None = told(None, _REDUCTION)
+
+
+@dataclass(frozen=True)
+class AnalyzeOptions(JobOptions):
+    """What `thinsight analyze` is told."""
+
+    limit: int | None = told(64, "Use only so many examples.", least=1)
+    out: Path = told(Path("thinsight-analysis.html"), "Where the plot goes, an HTML file.")
+
+
+@dataclass(frozen=True)
+class BenchOptions(JobOptions):
+    """What `thinsight bench` is told. ``batch_size`` is a number: a size found by "auto" would change what the
+    times are of from machine to machine."""
+
+    limit: int | None = told(64, "Choose prompts among so many examples.", least=1)
+    reduction: str | None = told(None, _REDUCTION)
+    batch_size: int = told(8, "Prompts that are timed together.", least=1)
+    runs: int = told(7, "Measured runs of each side.", least=1)
+    new_tokens: int = told(16, "Length of the whole answer.", least=1)
+
+
+@dataclass(frozen=True)
+class ShowOptions(JobOptions):
+    """What `thinsight show` is told; without an image it draws a question of ``data``."""
+
+    data: str | None = None
+    limit: int | None = None
+    image: str | None = told(None, "An image file. Default: a demo question's.", argument=True)
+    question: str | None = told(None, "A question about it.", argument=True)
+    reduction: str | None = told(None, _REDUCTION)
+    out: Path = told(Path("thinsight-kept.png"), "The picture to write.")
+    max_new_tokens: int = told(32, _LONGEST, least=1)
+
+
+# -- runs on two sets ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunOptions(ScoringOptions):
+    """What `thinsight search` and `thinsight compare` are both told; for the sets see `opening.load_sets`."""
+
+    data: str | None = told(None, "Calibration examples: JSON-lines file. Default: demo:calibration.")
+    test_data: str | None = told(None, "Test examples. Default: the demo's, or half of --data, split by image.")
+    out: Path = DEFAULT_OUT
+    resume: bool = told(False, "Continue what was begun in --out.")
+    budget_unit: str | None = told(
+        None, "Of --budget: keep (mean keep rate, the default), flops (up to 1 a fraction of the full decoder's) or ms."
+    )
+
+    @property
+    def unit(self) -> str:
+        """Of the budget."""
+        return "keep" if self.budget_unit is None else self.budget_unit
+
+    def check(self) -> Any:
+        """As above."""
+        if self.data is None and self.test_data is not None:
+            raise BadInput("--test-data needs --data: give the calibration set too")
+        return super().check()
+
+
+@dataclass(frozen=True)
+class SearchOptions(RunOptions):
+    """What `thinsight search` is told."""
+
+    max_drop: float | None = told(
+        None, "Largest drop of the calibration score; 0.01, one point, if no budget is given."
+    )
+    budget: float | None = told(None, "What a prefill may cost, in place of --max-drop; 0.25 keeps 25 %.")
+    method: str | None = told(None, "gsearch; for a budget sensitivity (the default), adaptive, psigmoid or random.")
+    out: Path = told(DEFAULT_OUT, "Folder for the reduction and the report.")
+    ranker: str | dict[str, Any] | None = told(
+        None,
+        "text-attention, vision-attention, random ...; settings as name:key=value,... "
+        "with JSON values. Default: chosen by the search (auto) where it can, else text-attention.",
+        kind=str | None,
+        read=ranker_of,
+    )
+    solver: str | None = told(None, "G-Search: bisect (the default), or bayes (the paper's).")
+    frontier: bool = told(
+        False, "Find a schedule for every cost from 5 to 80 % in one run; --max-drop or --budget picks."
+    )
+    start: str | None = told(None, "A reduction (folder or Hub id), such as G-Search's, tried first under a budget.")
+    first_layer: int | None = told(None, "The first layer that may see fewer tokens, from 0.", least=0)
+    step: int | None = told(None, "bisect: counts are multiples of this (1).", least=1)
+    trade_off: float | None = told(None, "bayes: weight of the cost, lambda (0.1).")
+    n_trials: int | None = told(
+        None, "Evaluations under a budget (16); bayes: per layer (8); frontier: per cost (4).", least=1
+    )
+    confidence: float | None = told(
+        None,
+        "bisect: leave a candidate that fails with this confidence, such as 0.99. Default: one that fails for certain.",
+    )
+    seed: int = told(0, "Seed of everything random.", least=0)
+    timing_runs: int = told(5, least=1)
+    new_tokens: int = told(16, least=1)
+    pictures: int = told(6, least=0)
+    command: str = ""
+
+    def check(self) -> Any:
+        """As above."""
+        from ..ranking import get_ranker
+        from ..searches.gsearch import check_early_stop
+
+        self._check_method()
+        self._check_taken()
+        self._check_numbers()
+        check_early_stop(self.layer_solver, self.confidence)
+        config = super().check()
+        layers = layers_of(config)
+        self.start_schedule(layers)
+        if self.first_layer is None and not self.searches_layers:
+            return config
+        first, ranker = self.gsearch_layer, get_ranker(self.first_ranker)
+        if first >= layers:
+            raise BadInput(f"first_layer is {first} but the model has layers 0 to {layers - 1}: choose one of them")
+        if first == 0 and not ranker.ranks_at_layer_0:
+            raise BadInput(
+                f"first_layer is 0, but ranker {ranker.name!r} reads the layer before, which layer 0 has not: "
+                "choose 1 or more, or rank by vision-attention, random or uniform"
+            )
+        return config
+
+    def _check_method(self) -> None:
+        """The search that is chosen can do what it is asked."""
+        from ..ranking import get_ranker
+        from ..searches.search import choosing
+
+        search = self.search
+        if self.budget_unit is not None and self.budget is None:
+            raise BadInput(f"budget_unit is {self.budget_unit!r} without a budget: leave it out, or give budget too")
+        if self.frontier and (self.method is not None or self.unit != "keep"):
+            raise BadInput("frontier has its own search and counts mean keep rates: leave out method and budget_unit")
+        if self.frontier and self.chooses_ranker:
+            raise BadInput("ranker 'auto' is chosen for one budget: name a ranker for a frontier")
+        if self.chooses_ranker and not search.chooses_ranker:
+            raise BadInput(f"ranker 'auto' needs a budget and a search that chooses it: {' or '.join(choosing())}")
+        if self.chooses_ranker and isinstance(self.ranker, dict) and len(self.ranker) > 1:
+            raise BadInput(f"ranker is {self.ranker!r}, but 'auto' has no settings: leave them out")
+        get_ranker(self.first_ranker)
+
+    def _check_taken(self) -> None:
+        """The search takes every option that was given."""
+        from ..searches.search import FRONTIER, SEARCHES
+
+        for option in _NOT_OF_ALL:
+            value, parameter = getattr(self, option), "warm_start" if option == "start" else option
+            if value is not None and parameter not in self.search.parameters:
+                takers = [each.title for each in (*SEARCHES.values(), FRONTIER) if parameter in each.parameters]
+                raise BadInput(
+                    f"{option} is {value!r}, which {self.search.title} does not take, but {', '.join(takers)}: "
+                    "leave it out, or choose another search"
+                )
+
+    def _check_numbers(self) -> None:
+        from ..budget import check_budget_value
+        from ..ranking import get_ranker
+        from ..searches.frontier import SHARES
+        from ..searches.search import check_score_drop
+
+        if self.budget is not None:
+            check_budget_value(self.budget, self.unit)
+            if self.frontier and self.budget < SHARES[0]:
+                raise BadInput(f"budget is {self.budget}: a frontier begins at a mean keep rate of {SHARES[0]}")
+        check_score_drop(self.tolerance)
+        if self.n_trials is not None:
+            _check_trials(self.n_trials, self.search)
+        get_ranker({"name": "random", "seed": self.seed})  # the yardstick of the report, which has bounds
+
+    def start_schedule(self, num_layers: int) -> Schedule | None:
+        """The schedule that the search starts from, at the model's depth."""
+        from ..reduction import Reduction
+
+        if self.start is None:
+            return None
+        return Reduction.from_pretrained(self.start).schedule.resample(num_layers)
+
+    @property
+    def warning(self) -> str:
+        """What is odd about the options, though it can be meant; "" if nothing."""
+        if self.max_drop is None or self.max_drop <= _LARGE_DROP:
+            return ""
+        return (
+            f"max_drop {self.max_drop:g} lets the score fall by {100 * self.max_drop:g} points; "
+            f"{self.max_drop / 100:g} is {self.max_drop:g} points"
+        )
+
+    @property
+    def search(self) -> Search:
+        """The search that runs: a method, or the frontier."""
+        from ..searches.search import FRONTIER, SEARCHES, choose_method
+
+        chosen = choose_method(self.method, self.max_drop, self.budget)
+        return FRONTIER if self.frontier else SEARCHES[chosen]
+
+    @property
+    def searches_layers(self) -> bool:
+        """Whether the search goes layer by layer, under a tolerance."""
+        return self.search.name == "gsearch"
+
+    @property
+    def chooses_ranker(self) -> bool:
+        """Whether the search is to choose the ranker: asked to, or able to where none was named."""
+        from ..searches.search import AUTO
+
+        if self.ranker is None:
+            return self.search.chooses_ranker
+        return (self.ranker if isinstance(self.ranker, str) else self.ranker.get("name")) == AUTO
+
+    @property
+    def first_ranker(self) -> str | dict[str, Any]:
+        """The ranker that was asked for, or the first of those to choose from."""
+        from ..searches.search import FIRST_CHOICE
+
+        return FIRST_CHOICE if self.ranker is None or self.chooses_ranker else self.ranker
+
+    @property
+    def tolerance(self) -> float:
+        """The drop that a search without a budget allows."""
+        from ..searches.search import DEFAULT_MAX_DROP
+
+        return DEFAULT_MAX_DROP if self.max_drop is None else self.max_drop
+
+    @property
+    def gsearch_layer(self) -> int:
+        """The first layer that may see fewer tokens; the paper's where none is given."""
+        return 2 if self.first_layer is None else self.first_layer
+
+    @property
+    def solver_name(self) -> str:
+        """Of the solver of G-Search."""
+        return "bisect" if self.solver is None else self.solver
+
+    @property
+    def layer_solver(self) -> Solver:
+        """How one layer is searched, where the search goes layer by layer."""
+        from ..searches.gsearch import get_solver
+
+        settings = ("step", "trade_off", "n_trials") if self.searches_layers else ()
+        return get_solver(self.solver_name, **{name: getattr(self, name) for name in settings})
+
+
+@dataclass(frozen=True)
+class CompareOptions(RunOptions):
+    """What `thinsight compare` is told."""
+
+    budgets: tuple[float, ...] = told(
+        BUDGETS,
+        "May be repeated. Default: 0.5 0.25 0.125 0.0625.",
+        "--budget",
+        kind=list[float] | None,
+        said=None,
+        read=lambda given: tuple(given) or BUDGETS,
+    )
+    methods: tuple[str, ...] = told(
+        ("all",),
+        "all, or names with commas, such as search-sensitivity,fastv.",
+        kind=str,
+        said="all",
+        read=lambda names: tuple(name.strip() for name in names.split(",") if name.strip()),
+    )
+    out: Path = told(Path("thinsight-compare"), "Folder for tables and figure.")
+    ranker: str | dict[str, Any] | None = told(
+        None, "Of the searches that do not choose it. Default: text-attention.", kind=str | None, read=ranker_of
+    )
+    n_trials: int | None = told(None, "Evaluations of each search (16).", least=1)
+    seeds: tuple[int, ...] = told(
+        (0,),
+        "Runs of what is random, seeds from 0.",
+        least=1,
+        most=1000,
+        kind=int,
+        said=1,
+        read=lambda number: tuple(range(number)),
+    )
+
+    @property
+    def trials(self) -> int:
+        """Evaluations of each search."""
+        return 16 if self.n_trials is None else self.n_trials
+
+    @property
+    def own_ranker(self) -> str | dict[str, Any]:
+        """Of the searches that do not choose theirs."""
+        return "text-attention" if self.ranker is None else self.ranker
+
+    @property
+    def chosen(self) -> list[str]:
+        """The methods, in their order."""
+        known = method_names()
+        return known if "all" in self.methods else [name for name in known if name in self.methods]
+
+    def check(self) -> Any:
+        """As above."""
+        from ..budget import check_budget_value
+        from ..ranking import get_ranker
+
+        for budget in self.budgets:
+            check_budget_value(budget, self.unit)
+        for name, values in (("budgets", self.budgets), ("methods", self.methods), ("seeds", self.seeds)):
+            if not values or len(set(values)) < len(values):
+                raise BadInput(f"{name} is {values!r}: give at least one, and none twice")
+        for method in self.methods:
+            if method not in ("all", *method_names()):
+                raise BadInput(f"method is {method!r}; choose all, or some of {', '.join(method_names())}")
+        self._check_taken()
+        get_ranker(self.own_ranker)
+        return super().check()
+
+    def _check_taken(self) -> None:
+        """Some of the methods take every option that was given."""
+        from ..searches.search import SEARCHES, choosing, under_budget
+
+        if self.unit == "ms" and self.budgets == BUDGETS:
+            raise BadInput("budget_unit is 'ms', and the default budgets are shares: give budgets in ms too")
+        searches = [name.removeprefix(SEARCH_PREFIX) for name in self.chosen if name.startswith(SEARCH_PREFIX)]
+        if self.n_trials is not None and not searches:
+            raise BadInput(f"n_trials is {self.n_trials}, which only searches take: leave it out, or compare one")
+        for name in searches:
+            _check_trials(self.trials, SEARCHES[name])
+        if self.ranker is not None and not set(searches) - set(choosing()):
+            takers = [SEARCH_PREFIX + name for name in under_budget() if name not in choosing()]
+            raise BadInput(
+                f"ranker is {self.ranker!r}, which only {', '.join(takers)} takes, as other methods have or "
+                "choose their own: leave it out, or compare that one"
+            )
+        if len(self.seeds) > 1 and not any(map(seeded, self.chosen)):
+            raise BadInput(f"seeds are {self.seeds}, but nothing random is compared: leave them out")
+
+
+def method_names() -> list[str]:
+    """All methods that can be compared: baselines, and searches as "search-..."."""
+    from ..baselines import BASELINES
+    from ..searches.search import under_budget
+
+    return [*(SEARCH_PREFIX + name for name in under_budget()), *BASELINES]
+
+
+def seeded(method: str) -> bool:
+    """Whether a compared method is another one with another seed."""
+    return method.startswith(SEARCH_PREFIX) or method == "random"
+
+
+def layers_of(config: Any) -> int:
+    """How many decoder layers a model of this config has."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def _check_trials(number: int, search: Search) -> None:
+    if number < search.least_trials:
+        raise BadInput(f"n_trials is {number}: {search.title} needs at least {search.least_trials}")
