@@ -25,8 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from thinsight.cost import DecoderShape, decoder_shape
+from thinsight.evaluation.base import SearchEvaluator
 from thinsight.evaluation.result import Evaluation
 from thinsight.records import write_atomically
+from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
 
 RESULTS = Path(__file__).parent / "results"
@@ -296,7 +298,7 @@ class Maker:
             self.score(point.schedule, "frontier")
 
 
-class Redrawn:
+class Redrawn(SearchEvaluator):
     """What a search sees of a redrawn set: rows of the pool, one as often as it was drawn.
 
     A schedule that the pool does not hold is run by the maker, or without one counts as all wrong; ``missed``
@@ -308,15 +310,16 @@ class Redrawn:
         self.num_layers, self.num_vision_tokens = pool.num_layers, pool.n_vision
         self.asked, self.missed = 0, 0
 
-    @property
+    @cached_property
     def full_score(self) -> float:
         return float(self.pool.full[self.rows].mean())
 
-    @property
+    @cached_property
     def full(self) -> Evaluation:
         return Evaluation(self.full_score, self.pool.full[self.rows].astype(float), full_score=self.full_score)
 
-    def __call__(self, schedule: Schedule) -> Evaluation:
+    def __call__(self, schedule: Schedule | Reduction) -> Evaluation:
+        schedule = schedule.schedule if isinstance(schedule, Reduction) else schedule
         self.asked += 1
         place = self.pool.places.get(schedule)
         if place is None and self.maker is not None:
