@@ -21,6 +21,7 @@ from thinsight.cli import app
 from thinsight.evaluation import examples as example_files
 from thinsight.evaluation import full_model
 from thinsight.job.options import ranker_of
+from thinsight.searches import SEARCHES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -472,6 +473,11 @@ def test_as_a_process() -> None:
     assert result.stdout == ""
     assert result.stderr.startswith("error: no report.json in nowhere")
     assert result.stderr.count("\n") == 1
+
+
+def test_help_names_every_search() -> None:
+    told = " ".join(run("search", "--help").stdout.replace("│", " ").split())
+    assert f"{', '.join(SEARCHES)}. Default: gsearch, for a budget sensitivity." in told
 
 
 def test_help_loads_nothing_heavy() -> None:

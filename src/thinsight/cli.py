@@ -94,6 +94,16 @@ class _Command(TyperCommand):
                     raise BadInput(f"{name} is {each!r}, which is empty: give a value, or leave it out")
         return super().parse_args(ctx, args)
 
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """With the searches that there are, whose names are loaded for this alone."""
+        parameter: Any
+        for parameter in self.params:
+            if "{methods}" in (getattr(parameter, "help", None) or ""):
+                from .searches import SEARCHES
+
+                parameter.help = parameter.help.replace("{methods}", ", ".join(SEARCHES))
+        super().format_help(ctx, formatter)
+
 
 def _fail(message: str) -> int:
     _tell(f"error: {capped(terminal(message).strip())}")

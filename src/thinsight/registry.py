@@ -104,9 +104,7 @@ class Registry(Generic[T]):
 
     def _load_builtin(self) -> None:
         while self._builtin:
-            # taken off first: the module may itself ask for a name while it is imported
-            module, *self._builtin = self._builtin
-            import_module(module)
+            import_module(self._builtin.pop(0))  # taken off first: the module may ask for a name while it is imported
 
     def _load_plugins(self) -> None:
         group, self._group = self._group, None

@@ -11,6 +11,7 @@ The package holds its own to the same classes. Needs pytest; no model, no file, 
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -40,13 +41,9 @@ def ranking_context(sizes: Sequence[Sequence[int]] = SIZES, seed: int = 0) -> Co
     """What a ranker may see, drawn at random; rows of different lengths are padded at the end."""
     draw = torch.Generator().manual_seed(seed)
     rows, tokens = len(sizes), max(1, *(sum(row) for row in sizes))
-    image, index, size = (torch.zeros(rows, tokens, dtype=torch.long) for _ in range(3))
-    for row, row_sizes in enumerate(sizes):
-        place = 0
-        for number, n in enumerate(row_sizes):
-            here = slice(place, place + n)
-            image[row, here], size[row, here], index[row, here] = number, n, torch.arange(n)
-            place += n
+    known = [[(number, place, n) for number, n in enumerate(row) for place in range(n)] for row in sizes]
+    padded = torch.tensor([row + [(0, 0, 0)] * (tokens - len(row)) for row in known])  # (rows, tokens, 3)
+    image, index, size = padded.permute(2, 0, 1).contiguous()
     queries = torch.rand(rows, 5, generator=draw) < 0.7
     queries[:, 0] = True
     attention = torch.rand(rows, 3, 5, tokens, generator=draw) * (size > 0)[:, None, None]
@@ -78,8 +75,7 @@ class RankerContract:
     def test_scores_are_finite_float32_and_deterministic(self, ranker: Ranker) -> None:
         context = ranking_context()
         scores = ranker.score(context)
-        assert scores.shape == context.valid.shape
-        assert scores.dtype == torch.float32
+        assert (scores.shape, scores.dtype) == (context.valid.shape, torch.float32)
         assert scores.isfinite().all()
         assert torch.equal(scores, ranker.score(context))
         assert torch.equal(scores, get_ranker(ranker.to_dict()).score(context))  # by name, with its settings
@@ -99,11 +95,8 @@ class RankerContract:
 
     def test_fewer_tokens_are_a_subset_of_more(self, ranker: Ranker) -> None:
         context = ranking_context()
-        before = context.valid
-        for rate in (0.9, 0.6, 0.3, 0.1, 0.0):
-            after = _kept(ranker, context, rate)
-            assert not (after & ~before).any()
-            before = after
+        nested = [context.valid, *(_kept(ranker, context, rate) for rate in (0.9, 0.6, 0.3, 0.1, 0.0))]
+        assert not any((after & ~before).any() for before, after in itertools.pairwise(nested))
 
     def test_a_row_is_ranked_alike_alone_and_in_a_batch(self, ranker: Ranker) -> None:
         context = ranking_context([[16, 9], [16]])
@@ -139,18 +132,15 @@ class RankerContract:
     def test_merged_states_are_finite_and_stay_where_nothing_is_dropped(
         self, ranker: Ranker, rate: float, dtype: torch.dtype
     ) -> None:
-        states, text, noise = (
-            vars(ranking_context(seed=seed))[name].to(dtype)
-            for seed, name in ((0, "states"), (0, "text_states"), (1, "states"))
-        )
-        context = replace(ranking_context(), states=states, text_states=text)
+        whole, noise = vars(ranking_context()), vars(ranking_context(seed=1))["states"].to(dtype)
+        states = whole["states"].to(dtype)
+        context = replace(ranking_context(), states=states, text_states=whole["text_states"].to(dtype))
         chosen = _kept(ranker, context, rate) & context.valid
         merged = ranker.merge(context, chosen)
         if type(ranker).merge is Ranker.merge or merged is None:
             assert merged is None
             return
-        assert merged.shape == states.shape
-        assert merged.dtype == dtype
+        assert (merged.shape, merged.dtype) == (states.shape, dtype)
         assert merged[chosen].isfinite().all()
         if rate == 1.0:
             assert torch.equal(merged[context.valid], states[context.valid])

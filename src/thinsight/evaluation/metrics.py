@@ -63,11 +63,8 @@ class Metric:
         return self.rule(prediction, answers)
 
     def chance(self, answers: Sequence[str], question: str = "") -> float:
-        """What guessing scores on average, by the form of the answers.
-
-        1 / n where all of them are among the n options that the question lists, 1/2 for yes or no and true or false,
-        else 0.
-        """
+        """What guessing scores on average, by the form of the answers: 1 / n where all of them are among the n options
+        that the question lists, 1/2 for yes or no and true or false, else 0."""
         if not self.needs_answers or not answers:
             return 0.0
         options = options_of(question)
@@ -78,12 +75,9 @@ class Metric:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction equals one of the answers, else 0.
-
-    Accuracy by string equality as GQA counts it (arXiv 1902.09506), ignoring case, outer and repeated white space, a
-    final full stop and how Unicode writes a character (NFKC), as evaluation harnesses do. Other punctuation counts:
-    "3.5" is not "35".
-    """
+    """1 if the prediction equals one of the answers, else 0: accuracy by string equality as GQA counts it (arXiv
+    1902.09506), ignoring case, outer and repeated white space, a final full stop and how Unicode writes a character
+    (NFKC), as evaluation harnesses do. Other punctuation counts: "3.5" is not "35"."""
     return float(_plain(prediction) in {_plain(answer) for answer in answers})
 
 

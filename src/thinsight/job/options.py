@@ -240,7 +240,7 @@ class SearchOptions(RunOptions):
         None, "Largest drop of the calibration score; 0.01, one point, if no budget is given."
     )
     budget: float | None = told(None, "What a prefill may cost, in place of --max-drop; 0.25 keeps 25 %.")
-    method: str | None = told(None, "gsearch; for a budget sensitivity (the default), adaptive, psigmoid or random.")
+    method: str | None = told(None, "{methods}. Default: gsearch, for a budget sensitivity.")
     out: Path = told(DEFAULT_OUT, "Folder for the reduction and the report.")
     ranker: str | dict[str, Any] | None = told(
         None,

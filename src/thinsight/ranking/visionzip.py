@@ -1,7 +1,4 @@
-"""Ranker: VisionZip, tokens that the vision tower attends to, and the rest merged into a few.
-
-Knows nothing about the text: an image is ranked alike whatever is asked about it.
-"""
+"""Ranker: VisionZip, tokens that the vision tower attends to, and the rest merged into a few; nothing of the text."""
 
 from __future__ import annotations
 
