@@ -6,7 +6,7 @@ Knows nothing about models, nor how one point is searched (sensitivity.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -16,10 +16,9 @@ from ..budget import Budget, check_budget_value
 from ..errors import BadInput, Unreachable
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
-from ..schedule import Schedule
-from .run import Run, SearchResult, budget_of, check_count
+from ..schedule import Schedule, whole
+from .run import Run, SearchResult, budget_of, first_layers
 from .sensitivity import SensitivitySearch, exit_model
-from .shapes import first_layer_for
 from .study import Study
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
@@ -92,25 +91,30 @@ def frontier(
     Raises:
         ThinsightError: bad arguments, budgets of several units, or none that can be reached.
     """
-    check_count(n_trials, "n_trials", LEAST_TRIALS)
-    check_count(seed, "seed", 0)
+    n_trials, seed = whole(n_trials, "n_trials", LEAST_TRIALS), whole(seed, "seed", 0)
     evaluator = as_evaluator(evaluator)
     wanted = _wanted(evaluator, budgets, budget_unit)
     if len({budget.unit for budget in wanted}) > 1:
         raise BadInput("budgets are of several units; give budgets of one unit")
-    reachable = _reachable(evaluator, sorted(wanted, key=lambda budget: budget.limit))
+    reachable: list[tuple[Budget, Mapping[str, Any], int]] = []
+    for budget in sorted(wanted, key=lambda budget: budget.limit):
+        try:
+            reachable += [(budget, *each) for each in first_layers(evaluator, budget, ())]
+        except Unreachable as error:
+            reason = error
+    if not reachable:
+        raise reason
     settings = {
         "method": "frontier",
         "n_trials": n_trials,
         "seed": seed,
-        "budgets": [budget.to_dict() for budget, _ in reachable],
+        "budgets": [budget.to_dict() for budget, *_ in reachable],
     }
     journal = Study(evaluator, settings, study, resume=resume)
     points: list[SearchResult] = []
     start: Schedule | None = None
     models = {}
-    own = evaluator.reduction(Schedule.full(int(evaluator.num_layers))).ranker
-    for budget, first in reachable:
+    for budget, own, first in reachable:
         facts = {**settings, "first_layer": first, "budgets": None, "rankers": []}
         run = Run(evaluator, facts, budget=budget, expected=n_trials, study=journal, observer=observer)
         run.keep_all_before(first)
@@ -136,17 +140,4 @@ def _wanted(evaluator: SearchEvaluator, budgets: Sequence[Budget | float] | Budg
             found.append(found[0].limited(float(budget)))
         else:
             found.append(budget_of(evaluator, budget, unit))
-    return found
-
-
-def _reachable(evaluator: SearchEvaluator, budgets: Sequence[Budget]) -> list[tuple[Budget, int]]:
-    """Budgets with the first layer that each may reduce."""
-    found, reason = [], None
-    for budget in budgets:
-        try:
-            found.append((budget, first_layer_for(budget, evaluator.first_layer)))
-        except Unreachable as error:
-            reason = error
-    if reason is not None and not found:
-        raise reason
     return found

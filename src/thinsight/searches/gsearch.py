@@ -87,13 +87,9 @@ class Bisect:
     same for every k. Where it is not, several counts may pass whose lower neighbours fail, and which of them
     is found depends on k; each of them was accepted.
 
-    Nothing that was evaluated for the layers above settles a count here (those candidates differ above this
-    layer), and ``upper`` itself is the schedule already accepted, so no evaluation is a repeat.
-
     Args:
         step: counts are multiples of this; 1 is exact, larger ones save ``log2(step)`` evaluations a layer.
-        at_once: counts tried per round. It is none of the ``settings``: an evaluation is the same whatever
-            it stood beside, so a journal may be resumed with another number.
+        at_once: counts tried per round. None of the ``settings``: a journal may be resumed with another number.
     """
 
     step: int = 1
@@ -112,16 +108,18 @@ class Bisect:
         return False
 
     def most_evaluations(self, upper: int) -> int:
-        width, most = self._steps(upper) + 1, 0  # from what fails to what passes
+        width, most = -(-upper // self.step) + 1, 0  # from what fails to what passes
         while width > 1:
             most += min(self.at_once, width - 1)
             width = -(-width // (self.at_once + 1))
         return most
 
     def solve(self, problem: LayerProblem) -> int:
-        fails, passes = -1, self._steps(problem.upper)  # in steps; the top one stands for ``upper`` itself
+        fails, passes = -1, -(-problem.upper // self.step)  # in steps; the top one stands for ``upper`` itself
         while passes - fails > 1:
-            between = self._between(fails, passes)
+            width = passes - fails  # cut into parts of like width
+            parts = min(self.at_once + 1, width)
+            between = [fails + width * part // parts for part in range(1, parts)]
             trials = problem.try_all([each * self.step for each in between])
             for each, trial in zip(between, trials, strict=True):
                 if trial.accepted:
@@ -130,15 +128,6 @@ class Bisect:
                 fails = each
         return min(passes * self.step, problem.upper)
 
-    def _between(self, fails: int, passes: int) -> list[int]:
-        """Up to ``at_once`` numbers that cut an interval into parts of like width, in rising order."""
-        width = passes - fails
-        parts = min(self.at_once + 1, width)
-        return [fails + width * part // parts for part in range(1, parts)]
-
-    def _steps(self, upper: int) -> int:
-        return -(-upper // self.step)
-
 
 @dataclass(frozen=True)
 class Bayes:
@@ -146,8 +135,7 @@ class Bayes:
 
     Cost is the mean keep rate over all layers. The paper gives neither lambda nor the number of trials.
     Among the counts tried (and the one of the layer above) the best by this objective *that was accepted*
-    is returned, so the tolerance holds whatever the weight. Proposals come from Optuna's Gaussian-process
-    sampler, seeded before each ask, so that a resumed search proposes the same counts.
+    is returned, so the tolerance holds whatever the weight. A resumed search proposes the same counts.
 
     Args:
         trade_off: the weight lambda, in score units for the whole model's vision tokens; at least 0.
@@ -385,16 +373,13 @@ class _LayerByLayer:
                 self.run.add(trial, self._expected(layer))
             return trials
 
-        def probe(count: int, *, exact: bool = False) -> Trial:
-            return probe_all([count], exact)[0]
-
         # a seed of its own for every layer, far more apart than there are trials in one
         seed = (self.run.settings["seed"] * self.num_layers + layer) * 10_007
         count = self.solver.solve(
             LayerProblem(
                 upper=self.count,
                 upper_score=self.score,
-                probe=probe,
+                probe=lambda count, *, exact=False: probe_all([count], exact)[0],
                 mean_keep_rate=lambda count: self._candidate(layer, count).mean_keep_rate,
                 seed=seed,
                 probe_all=probe_all,
@@ -416,13 +401,10 @@ class _LayerByLayer:
                 layer=layer,
                 keep_rate=count / self.run.n,
                 count=count,
-                score=record.score,
-                complete=record.complete,
                 accepted=record.complete and record.score >= self.floor,
                 schedule=candidate.schedule,
-                cost=record.cost,
-                seconds=record.seconds,
                 reduction=candidate,
+                **vars(record),
             )
             for count, candidate, record in zip(counts, candidates, records, strict=True)
         ]

@@ -12,8 +12,8 @@ from typing import Any
 from ..budget import Budget
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
-from ..schedule import Schedule
-from .run import Run, SearchResult, Trial, budget_of, check_count
+from ..schedule import Schedule, whole
+from .run import Run, SearchResult, Trial, budget_of
 from .shapes import first_layer_for, fit_sigmoid, propose, sigmoid
 
 # The paper's best steepness is .36 to .93 for 32 layers; wide around it, and per depth, as the shape is.
@@ -64,8 +64,7 @@ def psigmoid(
     Raises:
         ThinsightError: bad arguments, or a budget that the layers before the first reduction overrun.
     """
-    check_count(n_trials, "n_trials", 1)
-    check_count(seed, "seed", 0)
+    n_trials, seed = whole(n_trials, "n_trials", 1), whole(seed, "seed", 0)
     evaluator = as_evaluator(evaluator)
     budget = budget_of(evaluator, budget, budget_unit)
     first = first_layer_for(budget, evaluator.first_layer, first_layer)

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,8 @@ from ..errors import Unreachable
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
 from ..reduction import Reduction
-from ..schedule import Schedule, solve
-from .run import Run, SearchResult, Trial, budget_of, check_count, first_layers
+from ..schedule import Schedule, solve, whole
+from .run import Run, SearchResult, Trial, budget_of, first_layers
 from .shapes import blend, deform, random_staircase, sigmoid
 
 _PRICES = 1e-9, 1e6  # between which the right one lies
@@ -90,24 +91,15 @@ class ExitModel:
             before = np.minimum.accumulate(least)  # of bands that left at this exit or earlier
             came.append(_first_least(least))
             least = before + band + price * width * exits
-        left = self._trace(least, came)
-        return Schedule(self._rates(left))
-
-    @staticmethod
-    def _trace(least: NDArray[np.float64], came: list[NDArray[np.intp]]) -> list[int]:
         place = int(np.argmin(least))
         places = [place]
         for before in reversed(came[1:]):
             place = int(before[place])
             places.append(place)
-        return places[::-1]
-
-    def _rates(self, places: Sequence[int]) -> list[float]:
-        """Keep rates of the schedule whose bands leave at these exits."""
         rates = np.ones(self.num_layers)
-        for place, rate in zip(places, self.rates, strict=True):
+        for place, rate in zip(reversed(places), self.rates, strict=True):
             rates[self.first_layer + place :] = rate
-        return [float(rate) for rate in rates]
+        return Schedule([float(rate) for rate in rates])
 
 
 def _first_least(values: NDArray[np.float64]) -> NDArray[np.intp]:
@@ -172,8 +164,7 @@ def sensitivity_search(
     Raises:
         ThinsightError: bad arguments, or a budget that the layers before the first reduction overrun.
     """
-    check_count(n_trials, "n_trials", LEAST_TRIALS)
-    check_count(seed, "seed", 0)
+    n_trials, seed = whole(n_trials, "n_trials", LEAST_TRIALS), whole(seed, "seed", 0)
     evaluator = as_evaluator(evaluator)
     budget = budget_of(evaluator, budget, budget_unit)
     choices = first_layers(evaluator, budget, rankers, first_layer)
@@ -309,14 +300,11 @@ class SensitivitySearch:
         steps = []
         for layer in range(first, self.budget.num_layers):
             try:
-                rate = fit_rate(self.budget, lambda r, at=layer: self._step(at, r))  # type: ignore[misc]
+                rate = fit_rate(self.budget, partial(Schedule.step, self.budget.num_layers, layer))
             except Unreachable:  # what comes before this layer costs more than there is
                 break
-            steps.append(fill(self.budget, self._step(layer, rate), first))
+            steps.append(fill(self.budget, Schedule.step(self.budget.num_layers, layer, rate), first))
         return steps[:3]
-
-    def _step(self, layer: int, rate: float) -> Schedule:
-        return Schedule.step(self.budget.num_layers, layer, rate)
 
     def _change(self) -> bool:
         """A round of changes to the best candidate; False when there is no room for another."""
