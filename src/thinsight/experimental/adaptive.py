@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..budget import Budget
-from ..errors import BadInput, Unreachable
+from ..errors import BadInput, Unreachable, whole
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
 from ..reduction import Reduction
-from ..schedule import Adaptive, Schedule, whole
+from ..schedule import Adaptive, Schedule
 from ..searches.run import Run, SearchResult, Trial, budget_of, first_layers
 from ..searches.search import SEARCHES, Search
 from ..searches.sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY

@@ -13,12 +13,12 @@ from inspect import signature
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
-from ..errors import BadInput
+from ..errors import BadInput, whole
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..evaluation.bounds import check_confidence
 from ..progress import SearchObserver
 from ..registry import Registry
-from ..schedule import Schedule, whole
+from ..schedule import Schedule
 from .run import Run, SearchResult, Trial
 from .shapes import propose
 
@@ -81,11 +81,9 @@ class Bisect:
     """Least accepted count by bisection: ``ceil(log2(upper + 1))`` evaluations, exact when the score is
     monotone.
 
-    With ``at_once`` = k above 1, each round tries k counts that cut what is left into k + 1 parts, and goes
-    on below the least accepted one, above its refused neighbour: about ``log(upper) / log(k + 1)`` rounds of
-    k evaluations, most of which turn out not to be needed. Where the score is monotone the count found is the
-    same for every k. Where it is not, several counts may pass whose lower neighbours fail, and which of them
-    is found depends on k; each of them was accepted.
+    With ``at_once`` = k above 1, each round tries k counts that cut what is left into k + 1 parts, and goes on below
+    the least accepted one, above its refused neighbour: about ``log(upper) / log(k + 1)`` rounds. Where the score is
+    monotone the count found is the same for every k; where it is not, it may be another one that was accepted.
 
     Args:
         step: counts are multiples of this; 1 is exact, larger ones save ``log2(step)`` evaluations a layer.
@@ -275,13 +273,9 @@ def gsearch(
       tokens than another at some layer needs no fewer at any other. Without it, which examples to give up
       is settled by the first layers, and another choice may cost less.
 
-    Whatever the solver, the schedule returned was evaluated and lies within ``max_drop`` (or is the full
-    one).
-
-    Where the evaluator runs several schedules at the same time (`thinsight.EvaluatorPool`, k devices),
-    *bisect* tries k counts in place of one: fewer rounds, more evaluations, all of which count as cost. If
-    the score never falls when a count rises, the schedule is the same as with one device; otherwise it may be
-    another one, which was run on all examples and lies within ``max_drop`` all the same.
+    Whatever the solver, the schedule returned was evaluated on all examples and lies within ``max_drop`` (or is the
+    full one). With `thinsight.EvaluatorPool` on k devices, *bisect* tries k counts in place of one: fewer rounds, more
+    evaluations, all of which count as cost. If the score never falls when a count rises, the schedule is the same.
 
     Args:
         evaluator: see `thinsight.searches.SearchEvaluator`; `thinsight.Evaluator` is one.
@@ -297,14 +291,10 @@ def gsearch(
         confidence: *bisect*: also drop a candidate once the examples run so far show with this confidence
             that its score over all of them is out of tolerance, such as 0.99. A candidate within the
             tolerance is then dropped wrongly with a probability of at most 1 - confidence, each, which can
-            cost tokens but not score: what is accepted was run on all examples. None: dropped only when it
-            is certain. Of use where examples fail that the full model is sure of; an evaluator that cannot
-            (see `thinsight.searches.SearchEvaluator`) goes on being certain.
-        study: journal file; every evaluation is on disk before the next begins, also when the run is
-            interrupted.
-        resume: continue that journal. The schedule is the one of an uninterrupted run. (Where an evaluator
-            learns in which order to run examples, the bounds and costs of early stops may differ.) It may
-            have been begun with another number of devices, and is then continued with the one of today.
+            cost tokens but not score. None: dropped only when it is certain.
+        study: journal file; every evaluation is on disk before the next begins.
+        resume: continue that journal, to the schedule of an uninterrupted run, also on another number of devices.
+            (Where an evaluator learns in which order to run examples, the costs of early stops may differ.)
         observer: told what happens, for progress and ETA.
 
     Returns:

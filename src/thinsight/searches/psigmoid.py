@@ -10,9 +10,10 @@ import os
 from typing import Any
 
 from ..budget import Budget
+from ..errors import whole
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
-from ..schedule import Schedule, whole
+from ..schedule import Schedule
 from .run import Run, SearchResult, Trial, budget_of
 from .shapes import first_layer_for, fit_sigmoid, propose, sigmoid
 
@@ -57,9 +58,7 @@ def psigmoid(
         floor: search the lowest rate too.
         first_layer: the first layer that may get fewer tokens; None: see `shapes.first_layer_for`.
         warm_start: a schedule, such as G-Search's, whose closest sigmoid is tried first.
-        study: journal file.
-        resume: continue that journal.
-        observer: told what happens.
+        study, resume, observer: as of `gsearch`.
 
     Raises:
         ThinsightError: bad arguments, or a budget that the layers before the first reduction overrun.

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..budget import Budget
+from ..errors import whole
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
-from ..schedule import whole
 from .run import Run, SearchResult, Trial, budget_of, first_layers
 from .shapes import random_staircase
 

@@ -16,17 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..budget import Budget, check_budget_value
-from ..errors import BadInput
+from ..errors import BadInput, whole
 from ..registry import Registry
-from .frontier import LEAST_TRIALS as LEAST_OF_FRONTIER
-from .frontier import frontier
-from ..schedule import whole
 from .gsearch import check_early_stop, check_max_drop, get_solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
 from .run import SearchResult, budget_of
+from .sensitivity import LEAST_OF_FRONTIER, frontier, sensitivity_search
 from .sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY
-from .sensitivity import sensitivity_search
 
 if TYPE_CHECKING:
     from ..evaluation.evaluator import Evaluator
