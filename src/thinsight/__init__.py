@@ -53,14 +53,14 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .schedule import Adaptive as Adaptive
     from .schedule import Schedule as Schedule
     from .searches.certify import certify as certify
-    from .searches.frontier import Frontier as Frontier
-    from .searches.frontier import frontier as frontier
     from .searches.gsearch import gsearch as gsearch
     from .searches.psigmoid import psigmoid as psigmoid
     from .searches.random_search import random_search as random_search
     from .searches.run import SearchResult as SearchResult
     from .searches.search import Search as Search
     from .searches.search import search as search
+    from .searches.sensitivity import Frontier as Frontier
+    from .searches.sensitivity import frontier as frontier
     from .searches.sensitivity import sensitivity_search as sensitivity_search
 
 _MODULES = ("baselines", "budget", "cost", "errors", "timing")

@@ -13,6 +13,7 @@ Knows nothing about where the input came from; the command turns any of them int
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from .texts import capped, terminal
@@ -52,8 +53,10 @@ class StorageError(ThinsightError):
     """A file, folder or hub that cannot be read or written, or a file of ours that is damaged."""
 
 
-def whole(value: Any, name: str, least: int = 1) -> int:
-    """A whole number of at least ``least``; anything else raises `BadInput`, which calls it ``name``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise BadInput(f"{name} is {value!r}: it must be a whole number of at least {least}")
-    return value
+def whole(value: Any, name: str, least: int = 1, most: int | None = None) -> int:
+    """``value`` as an int from ``least`` to ``most``; raises `BadInput` for anything else."""
+    good = isinstance(value, Integral) and not isinstance(value, bool)
+    if not good or int(value) < least or (most is not None and int(value) > most):
+        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise BadInput(f"{name} is {value!r}; it must be a whole number {wanted}")
+    return int(value)

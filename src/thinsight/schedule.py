@@ -10,10 +10,10 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
-from .errors import BadInput
+from .errors import BadInput, whole
 from .texts import brief
 
 _ADAPTIVE_KEYS = ("statistic", "layer", "edges", "keep_rates", "shares")
@@ -350,12 +350,3 @@ def _shown(value: Any) -> str:
         return repr(value)
     except ValueError:  # a whole number of more digits than Python writes out
         return "too large"
-
-
-def whole(value: Any, field: str, least: int, most: int | None = None) -> int:
-    """``value`` as an int from ``least`` to ``most``; raises `BadInput` for anything else."""
-    good = isinstance(value, Integral) and not isinstance(value, bool)
-    if not good or int(value) < least or (most is not None and int(value) > most):
-        wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise BadInput(f"{field} is {value!r}; it must be a whole number {wanted}")
-    return int(value)

@@ -17,8 +17,7 @@ from thinsight.evaluation.result import Evaluation
 from thinsight.experimental.adaptive import adaptive_search
 from thinsight.schedule import Schedule
 from thinsight.searches import StandIn, frontier, psigmoid, random_search, sensitivity_search
-from thinsight.searches.frontier import SHARES
-from thinsight.searches.sensitivity import ExitModel
+from thinsight.searches.sensitivity import SHARES, ExitModel
 from thinsight.searches.shapes import deform, first_layer_for, fit_sigmoid, random_staircase, sigmoid
 
 L, N = 8, 32

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..budget import Budget
-from ..errors import BadInput, Unreachable
+from ..errors import BadInput, Unreachable, whole
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
 from ..reduction import Reduction
 from ..schedule import Adaptive, Schedule
-from ..searches.run import Run, SearchResult, Trial, budget_of, check_count, first_layers
+from ..searches.run import Run, SearchResult, Trial, budget_of, first_layers
 from ..searches.search import SEARCHES, Search
 from ..searches.sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY
 from ..searches.sensitivity import SensitivitySearch, worth
@@ -70,8 +70,7 @@ def adaptive_search(
     Raises:
         ThinsightError: an evaluator without ``statistics``, or too few trials for both parts.
     """
-    check_count(n_trials, "n_trials", LEAST_TRIALS)
-    check_count(seed, "seed", 0)
+    n_trials, seed = whole(n_trials, "n_trials", LEAST_TRIALS), whole(seed, "seed", 0)
     evaluator = as_evaluator(evaluator)
     budget = budget_of(evaluator, budget, budget_unit)
     if not isinstance(evaluator, TellsStatistics):

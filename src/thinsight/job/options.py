@@ -328,8 +328,8 @@ class SearchOptions(RunOptions):
     def _check_numbers(self) -> None:
         from ..budget import check_budget_value
         from ..ranking import get_ranker
-        from ..searches.frontier import SHARES
         from ..searches.search import check_score_drop
+        from ..searches.sensitivity import SHARES
 
         if self.budget is not None:
             check_budget_value(self.budget, self.unit)

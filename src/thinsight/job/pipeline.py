@@ -28,9 +28,9 @@ from ..report.data import DatasetInfo, FrontierRow, Headline, Picture, ReportDat
 from ..runtime import apply
 from ..schedule import Schedule
 from ..searches import SearchResult, frontier
-from ..searches.frontier import SHARES
 from ..searches.run import Trial
 from ..searches.search import AUTO, rankers_for
+from ..searches.sensitivity import SHARES
 from ..timing import measure
 from .opening import Limits, Prepared, content_hash, environment, limits_of, prepare
 from .options import SearchOptions

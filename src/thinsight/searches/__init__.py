@@ -5,11 +5,10 @@ from __future__ import annotations
 from ..evaluation.base import SearchEvaluator, StandIn
 from ..progress import Progress, SearchObserver, SearchPlan, Silent
 from .certify import certify
-from .frontier import Frontier, frontier
 from .gsearch import Bayes, Bisect, LayerProblem, Solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
 from .run import Run, SearchResult, Trial, check_count
 from .search import SEARCHES, Search, search
-from .sensitivity import sensitivity_search
+from .sensitivity import Frontier, frontier, sensitivity_search
 from .study import Study

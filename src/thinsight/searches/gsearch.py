@@ -13,12 +13,12 @@ from inspect import signature
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
 
-from ..errors import BadInput
+from ..errors import BadInput, whole
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..evaluation.bounds import check_confidence
 from ..progress import SearchObserver
 from ..registry import Registry
-from ..schedule import Schedule, whole
+from ..schedule import Schedule
 from .run import Run, SearchResult, Trial
 from .shapes import propose
 
@@ -81,19 +81,13 @@ class Bisect:
     """Least accepted count by bisection: ``ceil(log2(upper + 1))`` evaluations, exact when the score is
     monotone.
 
-    With ``at_once`` = k above 1, each round tries k counts that cut what is left into k + 1 parts, and goes
-    on below the least accepted one, above its refused neighbour: about ``log(upper) / log(k + 1)`` rounds of
-    k evaluations, most of which turn out not to be needed. Where the score is monotone the count found is the
-    same for every k. Where it is not, several counts may pass whose lower neighbours fail, and which of them
-    is found depends on k; each of them was accepted.
-
-    Nothing that was evaluated for the layers above settles a count here (those candidates differ above this
-    layer), and ``upper`` itself is the schedule already accepted, so no evaluation is a repeat.
+    With ``at_once`` = k above 1, each round tries k counts that cut what is left into k + 1 parts, and goes on below
+    the least accepted one, above its refused neighbour: about ``log(upper) / log(k + 1)`` rounds. Where the score is
+    monotone the count found is the same for every k; where it is not, it may be another one that was accepted.
 
     Args:
         step: counts are multiples of this; 1 is exact, larger ones save ``log2(step)`` evaluations a layer.
-        at_once: counts tried per round. It is none of the ``settings``: an evaluation is the same whatever
-            it stood beside, so a journal may be resumed with another number.
+        at_once: counts tried per round. None of the ``settings``: a journal may be resumed with another number.
     """
 
     step: int = 1
@@ -112,16 +106,18 @@ class Bisect:
         return False
 
     def most_evaluations(self, upper: int) -> int:
-        width, most = self._steps(upper) + 1, 0  # from what fails to what passes
+        width, most = -(-upper // self.step) + 1, 0  # from what fails to what passes
         while width > 1:
             most += min(self.at_once, width - 1)
             width = -(-width // (self.at_once + 1))
         return most
 
     def solve(self, problem: LayerProblem) -> int:
-        fails, passes = -1, self._steps(problem.upper)  # in steps; the top one stands for ``upper`` itself
+        fails, passes = -1, -(-problem.upper // self.step)  # in steps; the top one stands for ``upper`` itself
         while passes - fails > 1:
-            between = self._between(fails, passes)
+            width = passes - fails  # cut into parts of like width
+            parts = min(self.at_once + 1, width)
+            between = [fails + width * part // parts for part in range(1, parts)]
             trials = problem.try_all([each * self.step for each in between])
             for each, trial in zip(between, trials, strict=True):
                 if trial.accepted:
@@ -130,15 +126,6 @@ class Bisect:
                 fails = each
         return min(passes * self.step, problem.upper)
 
-    def _between(self, fails: int, passes: int) -> list[int]:
-        """Up to ``at_once`` numbers that cut an interval into parts of like width, in rising order."""
-        width = passes - fails
-        parts = min(self.at_once + 1, width)
-        return [fails + width * part // parts for part in range(1, parts)]
-
-    def _steps(self, upper: int) -> int:
-        return -(-upper // self.step)
-
 
 @dataclass(frozen=True)
 class Bayes:
@@ -146,8 +133,7 @@ class Bayes:
 
     Cost is the mean keep rate over all layers. The paper gives neither lambda nor the number of trials.
     Among the counts tried (and the one of the layer above) the best by this objective *that was accepted*
-    is returned, so the tolerance holds whatever the weight. Proposals come from Optuna's Gaussian-process
-    sampler, seeded before each ask, so that a resumed search proposes the same counts.
+    is returned, so the tolerance holds whatever the weight. A resumed search proposes the same counts.
 
     Args:
         trade_off: the weight lambda, in score units for the whole model's vision tokens; at least 0.
@@ -287,13 +273,9 @@ def gsearch(
       tokens than another at some layer needs no fewer at any other. Without it, which examples to give up
       is settled by the first layers, and another choice may cost less.
 
-    Whatever the solver, the schedule returned was evaluated and lies within ``max_drop`` (or is the full
-    one).
-
-    Where the evaluator runs several schedules at the same time (`thinsight.EvaluatorPool`, k devices),
-    *bisect* tries k counts in place of one: fewer rounds, more evaluations, all of which count as cost. If
-    the score never falls when a count rises, the schedule is the same as with one device; otherwise it may be
-    another one, which was run on all examples and lies within ``max_drop`` all the same.
+    Whatever the solver, the schedule returned was evaluated on all examples and lies within ``max_drop`` (or is the
+    full one). With `thinsight.EvaluatorPool` on k devices, *bisect* tries k counts in place of one: fewer rounds, more
+    evaluations, all of which count as cost. If the score never falls when a count rises, the schedule is the same.
 
     Args:
         evaluator: see `thinsight.searches.SearchEvaluator`; `thinsight.Evaluator` is one.
@@ -309,14 +291,10 @@ def gsearch(
         confidence: *bisect*: also drop a candidate once the examples run so far show with this confidence
             that its score over all of them is out of tolerance, such as 0.99. A candidate within the
             tolerance is then dropped wrongly with a probability of at most 1 - confidence, each, which can
-            cost tokens but not score: what is accepted was run on all examples. None: dropped only when it
-            is certain. Of use where examples fail that the full model is sure of; an evaluator that cannot
-            (see `thinsight.searches.SearchEvaluator`) goes on being certain.
-        study: journal file; every evaluation is on disk before the next begins, also when the run is
-            interrupted.
-        resume: continue that journal. The schedule is the one of an uninterrupted run. (Where an evaluator
-            learns in which order to run examples, the bounds and costs of early stops may differ.) It may
-            have been begun with another number of devices, and is then continued with the one of today.
+            cost tokens but not score. None: dropped only when it is certain.
+        study: journal file; every evaluation is on disk before the next begins.
+        resume: continue that journal, to the schedule of an uninterrupted run, also on another number of devices.
+            (Where an evaluator learns in which order to run examples, the costs of early stops may differ.)
         observer: told what happens, for progress and ETA.
 
     Returns:
@@ -385,16 +363,13 @@ class _LayerByLayer:
                 self.run.add(trial, self._expected(layer))
             return trials
 
-        def probe(count: int, *, exact: bool = False) -> Trial:
-            return probe_all([count], exact)[0]
-
         # a seed of its own for every layer, far more apart than there are trials in one
         seed = (self.run.settings["seed"] * self.num_layers + layer) * 10_007
         count = self.solver.solve(
             LayerProblem(
                 upper=self.count,
                 upper_score=self.score,
-                probe=probe,
+                probe=lambda count, *, exact=False: probe_all([count], exact)[0],
                 mean_keep_rate=lambda count: self._candidate(layer, count).mean_keep_rate,
                 seed=seed,
                 probe_all=probe_all,
@@ -416,13 +391,10 @@ class _LayerByLayer:
                 layer=layer,
                 keep_rate=count / self.run.n,
                 count=count,
-                score=record.score,
-                complete=record.complete,
                 accepted=record.complete and record.score >= self.floor,
                 schedule=candidate.schedule,
-                cost=record.cost,
-                seconds=record.seconds,
                 reduction=candidate,
+                **vars(record),
             )
             for count, candidate, record in zip(counts, candidates, records, strict=True)
         ]

@@ -10,10 +10,11 @@ import os
 from typing import Any
 
 from ..budget import Budget
+from ..errors import whole
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
 from ..schedule import Schedule
-from .run import Run, SearchResult, Trial, budget_of, check_count
+from .run import Run, SearchResult, Trial, budget_of
 from .shapes import first_layer_for, fit_sigmoid, propose, sigmoid
 
 # The paper's best steepness is .36 to .93 for 32 layers; wide around it, and per depth, as the shape is.
@@ -57,15 +58,12 @@ def psigmoid(
         floor: search the lowest rate too.
         first_layer: the first layer that may get fewer tokens; None: see `shapes.first_layer_for`.
         warm_start: a schedule, such as G-Search's, whose closest sigmoid is tried first.
-        study: journal file.
-        resume: continue that journal.
-        observer: told what happens.
+        study, resume, observer: as of `gsearch`.
 
     Raises:
         ThinsightError: bad arguments, or a budget that the layers before the first reduction overrun.
     """
-    check_count(n_trials, "n_trials", 1)
-    check_count(seed, "seed", 0)
+    n_trials, seed = whole(n_trials, "n_trials", 1), whole(seed, "seed", 0)
     evaluator = as_evaluator(evaluator)
     budget = budget_of(evaluator, budget, budget_unit)
     first = first_layer_for(budget, evaluator.first_layer, first_layer)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from ..budget import Budget
+from ..errors import whole
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
-from .run import Run, SearchResult, Trial, budget_of, check_count, first_layers
+from .run import Run, SearchResult, Trial, budget_of, first_layers
 from .shapes import random_staircase
 
 
@@ -38,8 +39,7 @@ def random_search(
     as it is sure to stay below the best so far, which changes nothing in what is found. Other arguments and
     errors as of `psigmoid`.
     """
-    check_count(n_trials, "n_trials", 1)
-    check_count(seed, "seed", 0)
+    n_trials, seed = whole(n_trials, "n_trials", 1), whole(seed, "seed", 0)
     evaluator = as_evaluator(evaluator)
     budget = budget_of(evaluator, budget, budget_unit)
     choices = first_layers(evaluator, budget, rankers, first_layer)

@@ -148,13 +148,8 @@ class Run:
         settings: what defines the search, JSON values; "method", "seed" and "first_layer" among them.
         expected: evaluations in all: an upper estimate, for progress.
         budget: what every candidate of `run` holds; None under a tolerance.
-        study: journal file, or None; or an open study.
-        resume: continue that journal.
-        confidence: see `Study`.
+        study: journal file, or None; or an open study. ``resume`` and ``confidence`` are for `Study`.
         observer: told what happens.
-
-    Raises:
-        ThinsightError: a journal that cannot be used, or a full model that scores 0.
     """
 
     def __init__(
@@ -234,22 +229,16 @@ class Run:
         if (reduction, share) not in self._known:
             schedule = reduction.schedule
             record = self.study.evaluate(reduction, floor, share=share)
-            trial = Trial(
+            self._known[reduction, share] = trial = Trial(
                 layer=None,
                 keep_rate=schedule.mean_keep_rate,
                 count=sum(schedule.counts(self.n)),
-                score=record.score,
-                complete=record.complete,
                 accepted=record.complete,
                 schedule=schedule,
-                cost=record.cost,
-                seconds=record.seconds,
-                agreement=record.agreement,
-                share=record.share,
                 why=why,
                 reduction=reduction,
+                **vars(record),
             )
-            self._known[reduction, share] = trial
             self.add(trial)
         return self._known[reduction, share]
 
@@ -278,9 +267,9 @@ class Run:
         costs = [trial.cost for trial in self.trials]
         known = [cost for cost in costs if cost is not None]
         cost = math.fsum(known) if len(known) == len(costs) else None
-        full_cost = self.evaluator.full_cost
+        full_cost, budget = self.evaluator.full_cost, self._budget
         # what the average prompt costs
-        spent = None if self._budget is None else reduction.average(self._budget.spent)
+        spent = None if budget is None else reduction.average(budget.spent)
         result = SearchResult(
             schedule=reduction.schedule,
             reduction=reduction,
@@ -292,7 +281,7 @@ class Run:
             seed=self.settings["seed"],
             cost=cost,
             seconds=math.fsum(trial.seconds for trial in self.trials),
-            budget=None if self._budget is None else self._budget.to_dict(),
+            budget=None if budget is None else budget.to_dict(),
             spent=spent,
             full_forwards=None if cost is None or not full_cost else cost / full_cost,
             agreement=agreement,
@@ -360,9 +349,3 @@ def budget_of(evaluator: Any, budget: Budget | float, unit: str = "keep") -> Bud
         if ours != theirs:
             raise BadInput(f"the budget is for {ours} {name} but the evaluator has {theirs}")
     return budget
-
-
-def check_count(value: Any, field: str, minimum: int) -> None:
-    """Refuse what is no whole number of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise BadInput(f"{field} is {value!r}; it must be a whole number of at least {minimum}")

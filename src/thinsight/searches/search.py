@@ -16,16 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..budget import Budget, check_budget_value
-from ..errors import BadInput
+from ..errors import BadInput, whole
 from ..registry import Registry
-from .frontier import LEAST_TRIALS as LEAST_OF_FRONTIER
-from .frontier import frontier
 from .gsearch import check_early_stop, check_max_drop, get_solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
-from .run import SearchResult, budget_of, check_count
+from .run import SearchResult, budget_of
+from .sensitivity import LEAST_OF_FRONTIER, frontier, sensitivity_search
 from .sensitivity import LEAST_TRIALS as LEAST_OF_SENSITIVITY
-from .sensitivity import sensitivity_search
 
 if TYPE_CHECKING:
     from ..evaluation.evaluator import Evaluator
@@ -248,9 +246,9 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
         close = difflib.get_close_matches(name, [*taken, *own], n=1)
         meant = f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(taken)}"
         raise BadInput(f"method {method!r} takes no option {name!r}: {meant}")
-    check_count(options.get("seed", 0), "seed", 0)
+    whole(options.get("seed", 0), "seed", 0)
     if "solver" in taken:
         settings: dict[str, Any] = {name: options.get(name) for name in ("step", "trade_off", "n_trials")}
         check_early_stop(get_solver(options.get("solver", "bisect"), **settings), options.get("confidence"))
     elif "n_trials" in options:
-        check_count(options["n_trials"], "n_trials", SEARCHES[method].least_trials)
+        whole(options["n_trials"], "n_trials", SEARCHES[method].least_trials)

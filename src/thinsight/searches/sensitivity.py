@@ -3,28 +3,33 @@
 Three stages on the same evaluations that another search would spend on whole candidates: steps on few
 examples say what each band of tokens is worth at each layer (`ExitModel`); the schedules that follow from it
 stand against sigmoids, steps and random staircases on more and more examples (successive halving); the best
-is bent a little and mixed with others, again and again. Knows nothing about models.
+is bent a little and mixed with others, again and again. A frontier is a family of such schedules from cheap to full,
+in one run, from which a tolerance or a budget picks.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..budget import Budget, fill, fit, fit_rate
-from ..errors import Unreachable
+from .. import tables
+from ..budget import Budget, check_budget_value, fill, fit, fit_rate
+from ..errors import BadInput, Unreachable, whole
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
 from ..reduction import Reduction
 from ..schedule import Schedule, solve
-from .run import Run, SearchResult, Trial, budget_of, check_count, first_layers
+from .run import Run, SearchResult, Trial, budget_of, first_layers
 from .shapes import blend, deform, random_staircase, sigmoid
+from .study import Study
 
 _PRICES = 1e-9, 1e6  # between which the right one lies
 
@@ -90,24 +95,15 @@ class ExitModel:
             before = np.minimum.accumulate(least)  # of bands that left at this exit or earlier
             came.append(_first_least(least))
             least = before + band + price * width * exits
-        left = self._trace(least, came)
-        return Schedule(self._rates(left))
-
-    @staticmethod
-    def _trace(least: NDArray[np.float64], came: list[NDArray[np.intp]]) -> list[int]:
         place = int(np.argmin(least))
         places = [place]
         for before in reversed(came[1:]):
             place = int(before[place])
             places.append(place)
-        return places[::-1]
-
-    def _rates(self, places: Sequence[int]) -> list[float]:
-        """Keep rates of the schedule whose bands leave at these exits."""
         rates = np.ones(self.num_layers)
-        for place, rate in zip(places, self.rates, strict=True):
+        for place, rate in zip(reversed(places), self.rates, strict=True):
             rates[self.first_layer + place :] = rate
-        return [float(rate) for rate in rates]
+        return Schedule([float(rate) for rate in rates])
 
 
 def _first_least(values: NDArray[np.float64]) -> NDArray[np.intp]:
@@ -155,25 +151,17 @@ def sensitivity_search(
     """Search the schedule that scores best inside a budget, of any shape.
 
     Args:
-        evaluator: see `thinsight.searches.SearchEvaluator`. One that can run a sample of its examples is used
-            so.
-        budget: a mean keep rate, such as 0.25, or a budget of `thinsight.budget`.
-        budget_unit: of a number, see `psigmoid`.
+        evaluator, budget, budget_unit, first_layer: as of `psigmoid`. A sample of examples is used where there is one.
         n_trials: evaluations to spend; one on a share of the examples counts as that share.
         seed: of everything random.
-        first_layer: the first layer that may get fewer tokens; None: see `shapes.first_layer_for`.
         warm_start: a schedule that takes part, brought to the budget.
-        rankers: rankers to choose from, as dicts; the evaluator's own if empty. Choosing costs evaluations
-            like everything else.
-        study: journal file.
-        resume: continue that journal.
-        observer: told what happens.
+        rankers: rankers to choose from, as dicts; the evaluator's own if empty. Choosing costs evaluations.
+        study, resume, observer: as of `gsearch`.
 
     Raises:
         ThinsightError: bad arguments, or a budget that the layers before the first reduction overrun.
     """
-    check_count(n_trials, "n_trials", LEAST_TRIALS)
-    check_count(seed, "seed", 0)
+    n_trials, seed = whole(n_trials, "n_trials", LEAST_TRIALS), whole(seed, "seed", 0)
     evaluator = as_evaluator(evaluator)
     budget = budget_of(evaluator, budget, budget_unit)
     choices = first_layers(evaluator, budget, rankers, first_layer)
@@ -309,14 +297,11 @@ class SensitivitySearch:
         steps = []
         for layer in range(first, self.budget.num_layers):
             try:
-                rate = fit_rate(self.budget, lambda r, at=layer: self._step(at, r))  # type: ignore[misc]
+                rate = fit_rate(self.budget, partial(Schedule.step, self.budget.num_layers, layer))
             except Unreachable:  # what comes before this layer costs more than there is
                 break
-            steps.append(fill(self.budget, self._step(layer, rate), first))
+            steps.append(fill(self.budget, Schedule.step(self.budget.num_layers, layer, rate), first))
         return steps[:3]
-
-    def _step(self, layer: int, rate: float) -> Schedule:
-        return Schedule.step(self.budget.num_layers, layer, rate)
 
     def _change(self) -> bool:
         """A round of changes to the best candidate; False when there is no room for another."""
@@ -373,3 +358,124 @@ def exit_model(run: Run, first_layer: int, ranker: Mapping[str, Any]) -> ExitMod
     losses = np.array([losses_at(layer) for layer in layers])
     run.keep_all_before(first_layer)
     return ExitModel(num_layers, first_layer, tuple(layers), tuple(rates), losses)
+
+
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
+"""Points of a frontier, as shares of the full cost; the full model itself is always one."""
+
+LEAST_OF_FRONTIER = 4  # per point
+_SLACK = 1e-9  # as in gsearch: a drop of exactly the tolerance is within it
+
+
+@dataclass(frozen=True)
+class Frontier(tables.Shown):
+    """Points in the order of their cost, cheapest first; the full model is not among them.
+
+    ``evaluations`` counts all that were spent, the sensitivities included.
+    """
+
+    points: tuple[SearchResult, ...]
+    full_score: float
+    evaluations: float
+
+    def __repr__(self) -> str:
+        ends = [self.points[0], self.points[-1]] if self.points else []
+        range_ = " to ".join(f"{point.spent:.4g}" for point in ends if point.spent is not None)
+        return f"Frontier({len(self.points)} points, cost {range_}, {self.evaluations:g} evaluations)"
+
+    def _tables(self) -> Iterable[tables.Table]:
+        return [tables.points_table(self.points)]
+
+    def within(self, limit: float) -> SearchResult:
+        """The best-scoring point that costs at most ``limit``, in the budgets' unit.
+
+        Raises:
+            ThinsightError: no point is that cheap.
+        """
+        fitting = [p for p in self.points if p.spent is not None and p.spent <= limit * (1 + _SLACK)]
+        if not fitting:
+            raise BadInput(f"the cheapest point costs {self.points[0].spent}, more than {limit}")
+        return max(fitting, key=lambda p: (p.score, p.agreement or 0.0))
+
+    def at_drop(self, max_drop: float) -> SearchResult | None:
+        """The cheapest point whose calibration score falls by at most ``max_drop``; None: only the full
+        model."""
+        fitting = [p for p in self.points if p.drop <= max_drop + _SLACK]
+        return min(fitting, key=lambda p: p.spent or 0.0) if fitting else None
+
+
+def frontier(
+    evaluator: SearchEvaluator,
+    budgets: Sequence[Budget | float] | Budget | float = SHARES,
+    *,
+    budget_unit: str = "keep",
+    n_trials: int = 4,
+    seed: int = 0,
+    study: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    observer: SearchObserver | None = None,
+) -> Frontier:
+    """One schedule per budget, the sensitivities measured once and each point starting from the last.
+
+    Args:
+        evaluator: see `thinsight.searches.SearchEvaluator`.
+        budgets: mean keep rates, or budgets of one unit; those that the ranker cannot reach are left out.
+        budget_unit: of numbers, see `psigmoid`.
+        n_trials: evaluations per point.
+        seed: of everything random.
+        study, resume: as of `gsearch`.
+        observer: told of each point as a search of its own.
+
+    Raises:
+        ThinsightError: bad arguments, budgets of several units, or none that can be reached.
+    """
+    n_trials, seed = whole(n_trials, "n_trials", LEAST_OF_FRONTIER), whole(seed, "seed", 0)
+    evaluator = as_evaluator(evaluator)
+    wanted = _wanted(evaluator, budgets, budget_unit)
+    if len({budget.unit for budget in wanted}) > 1:
+        raise BadInput("budgets are of several units; give budgets of one unit")
+    reachable: list[tuple[Budget, Mapping[str, Any], int]] = []
+    for budget in sorted(wanted, key=lambda budget: budget.limit):
+        try:
+            reachable += [(budget, *each) for each in first_layers(evaluator, budget, ())]
+        except Unreachable as error:
+            reason = error
+    if not reachable:
+        raise reason
+    settings = {
+        "method": "frontier",
+        "n_trials": n_trials,
+        "seed": seed,
+        "budgets": [budget.to_dict() for budget, *_ in reachable],
+    }
+    journal = Study(evaluator, settings, study, resume=resume)
+    points: list[SearchResult] = []
+    start: Schedule | None = None
+    models = {}
+    for budget, own, first in reachable:
+        facts = {**settings, "first_layer": first, "budgets": None, "rankers": []}
+        run = Run(evaluator, facts, budget=budget, expected=n_trials, study=journal, observer=observer)
+        run.keep_all_before(first)
+        if evaluator.samples and first not in models:
+            models[first] = exit_model(run, first, own)
+            run.expected += run.evaluations
+        search = SensitivitySearch(run, [(own, first)], start, models.get(first), run.evaluations + n_trials)
+        points.append(search.search())
+        start = points[-1].schedule
+    return Frontier(tuple(points), journal.full_score, sum(point.evaluations for point in points))
+
+
+def _wanted(evaluator: SearchEvaluator, budgets: Sequence[Budget | float] | Budget | float, unit: str) -> list[Budget]:
+    """All of them as budgets for the evaluator."""
+    single = isinstance(budgets, (Budget, Real, str))
+    given: list[Any] = [budgets] if single else list(budgets) if isinstance(budgets, Iterable) else []
+    if not given:
+        raise BadInput(f"budgets is {budgets!r}; give mean keep rates, such as [0.25, 0.5], or budgets")
+    found: list[Budget] = []
+    for budget in given:
+        if unit == "ms" and found and not isinstance(budget, Budget):  # the device is profiled once
+            check_budget_value(budget, unit)
+            found.append(found[0].limited(float(budget)))
+        else:
+            found.append(budget_of(evaluator, budget, unit))
+    return found

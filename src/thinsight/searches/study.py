@@ -1,9 +1,8 @@
 """Study: evaluates candidates once, and keeps every evaluation in a journal that a later run continues.
 
-Knows nothing about which candidates a search proposes or why. The journal is a text file of JSON lines, each
-with a checksum, only ever appended to and flushed to disk after each evaluation: one header with what was
-searched, then one line per evaluation. A resumed search proposes the same candidates again and finds their
-scores here.
+The journal is a text file of JSON lines, each with a checksum, only ever appended to and flushed to disk after each
+evaluation: one header with what was searched, then one line per evaluation. A resumed search proposes the same
+candidates again and finds their scores here.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ _REMEDY = "free the disk, then resume"
 
 @dataclass(frozen=True)
 class Record:
-    """One evaluation as the journal keeps it.
+    """What came of one evaluation.
 
     ``seconds`` is by how much it made the search longer: of several at the same time, the one that finished
     first has its wall time, and each other one what it took beyond the one before it.
@@ -171,26 +171,18 @@ class Study:
             evaluation.score, evaluation.complete, evaluation.cost, seconds, evaluation.agreement, evaluation.share
         )
         if self._path is not None:
-            append_line(self._path, _text(encode(self._line(asked, record))), _REMEDY)
+            reduction = asked.reduction
+            family = None if reduction.adaptive is None else reduction.adaptive.to_dict()
+            line = _Line(
+                keep_rates=reduction.schedule.keep_rates,
+                exact=asked.exact,
+                ranker=dict(reduction.ranker),
+                adaptive=family,
+                **{**vars(record), "share": asked.share, "share_run": record.share},
+            )
+            append_line(self._path, _text(encode(line)), _REMEDY)
         self._records[asked] = record
         return record
-
-    @staticmethod
-    def _line(asked: _Asked, record: Record) -> _Line:
-        reduction = asked.reduction
-        return _Line(
-            reduction.schedule.keep_rates,
-            asked.exact,
-            record.score,
-            record.complete,
-            record.cost,
-            record.seconds,
-            record.agreement,
-            dict(reduction.ranker),
-            None if reduction.adaptive is None else reduction.adaptive.to_dict(),
-            asked.share,
-            record.share,
-        )
 
     def _parse(self, where: str, text: bytes) -> None:
         """Know what a line of the journal says."""
@@ -212,11 +204,14 @@ class Study:
 
     def _open(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
         # the evaluator is asked last: its full score may take a run over all examples
-        content = _read(path)
+        with _storage(path, "read", "pass another path"):
+            content = path.read_bytes() if path.exists() else b""
         lines = content.split(b"\n")[:-1]  # what follows the last line break was cut off by a crash
         if not lines and (content.startswith(_BEGINNING) or _BEGINNING.startswith(content)):
-            _probe(path)
-            write_atomically(path, _text(_header(self._evaluator, settings)) + "\n", _REMEDY)
+            with _storage(path, "written", "pass a path in a writable folder"):
+                probe(path.parent)
+            header = {_VERSION_KEY: JOURNAL_VERSION, "settings": settings, "evaluator": self._facts()}
+            write_atomically(path, _text(header) + "\n", _REMEDY)
         elif not resume:
             raise BadInput(
                 f"study {path} exists already; resume it (resume=True, --resume) or remove it to begin again"
@@ -226,21 +221,15 @@ class Study:
             _check_part(path, "settings", found, settings)
             for number, line in enumerate(lines[1:], start=2):
                 self._parse(f"study {path}, line {number}", line)
-            _check_part(path, "evaluator", found, _evaluator_facts(self._evaluator))
-            _truncate(path, content.rfind(b"\n") + 1)  # so that the next line starts clean
+            _check_part(path, "evaluator", found, self._facts())
+            with _storage(path, "written", "make it writable"):
+                os.truncate(path, content.rfind(b"\n") + 1)  # so that the next line starts clean
 
-
-def _header(evaluator: SearchEvaluator, settings: dict[str, Any]) -> dict[str, Any]:
-    return {_VERSION_KEY: JOURNAL_VERSION, "settings": settings, "evaluator": _evaluator_facts(evaluator)}
-
-
-def _evaluator_facts(evaluator: SearchEvaluator) -> dict[str, Any]:
-    return {
-        "fingerprint": evaluator.fingerprint,
-        "num_layers": int(evaluator.num_layers),
-        "num_vision_tokens": int(evaluator.num_vision_tokens),
-        "full_score": searchable_score(evaluator),
-    }
+    def _facts(self) -> dict[str, Any]:
+        """What a journal keeps of the evaluator."""
+        each = self._evaluator
+        sizes = {"num_layers": int(each.num_layers), "num_vision_tokens": int(each.num_vision_tokens)}
+        return {"fingerprint": each.fingerprint, **sizes, "full_score": searchable_score(each)}
 
 
 def searchable_score(evaluator: SearchEvaluator) -> float:
@@ -262,30 +251,13 @@ def _text(value: dict[str, Any]) -> str:
     return json.dumps(seal(value), allow_nan=False)
 
 
-def _read(path: Path) -> bytes:
-    """The journal; empty when there is none."""
+@contextmanager
+def _storage(path: Path, done: str, remedy: str) -> Iterator[None]:
+    """Say of a file what could not be done with it, and what to do about that."""
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
+        yield
     except OSError as error:
-        raise StorageError(f"study {path} cannot be read ({error.strerror}); pass another path") from None
-
-
-def _probe(path: Path) -> None:
-    try:
-        probe(path.parent)
-    except OSError as error:
-        raise StorageError(
-            f"study {path} cannot be written ({error.strerror}); pass a path in a writable folder"
-        ) from None
-
-
-def _truncate(path: Path, size: int) -> None:
-    try:
-        os.truncate(path, size)
-    except OSError as error:
-        raise StorageError(f"study {path} cannot be written ({error.strerror}); make it writable") from None
+        raise StorageError(f"study {path} cannot be {done} ({error.strerror}); {remedy}") from None
 
 
 def _checked_header(path: Path, line: bytes) -> dict[str, Any]:
