@@ -91,6 +91,11 @@ class Evaluator(SearchEvaluator):
         cache_dir: a folder in which vision features and the full model's answers are kept for later runs of
             the same model on the same data; None: nowhere. No score depends on it.
 
+    Attributes:
+        num_layers: L, the number of decoder layers.
+        num_vision_tokens: N, the median number of vision tokens of a prompt.
+        prompt_sizes: per example, how many vision tokens and how many other tokens its prompt has.
+
     Raises:
         ThinsightError: bad examples (see ``load_examples``), unknown metric or ranker, a prompt without
             image token, a model that is not supported or is in training mode, generation settings that
@@ -131,11 +136,15 @@ class Evaluator(SearchEvaluator):
             hash_processor(hashlib.sha256(), processor)  # refused before images are read
         self.reader = PromptReader(model, processor, cache_gib)
         self._prompts = self.reader.prompts(self.examples, progress)
+        self.num_layers = num_layers(model)
+        self.num_vision_tokens = median_low(prompt.n_vision for prompt in self._prompts)
+        self.prompt_sizes = [(prompt.n_vision, prompt.n_text) for prompt in self._prompts]
         report = partial(self._report, "full model")
         self._full_model = FullModel(self.reader, self.examples, self._prompts, self.rules, store, sizes, reuse, report)
         self._prefixes = PrefixCache(model, cache_gib) if reuse else None
         self._began: dict[int, int] = {}  # the layer at which each example's last pass began
         self._shape = cost.decoder_shape(model.config)
+        self._name = base_name(model.name_or_path) if model.name_or_path else None
         self._memo: dict[tuple[Any, ...], dict[int, GreedyAnswer]] = {}
         self._failures = np.zeros(len(self.examples))
 
@@ -149,16 +158,6 @@ class Evaluator(SearchEvaluator):
 
     samples = True
     score_range = 0.0, 1.0  # as every metric's
-
-    @cached_property
-    def num_layers(self) -> int:  # type: ignore[override]
-        """L, the number of decoder layers."""
-        return int(num_layers(self.model))
-
-    @cached_property
-    def num_vision_tokens(self) -> int:  # type: ignore[override]
-        """N: the median number of vision tokens of a prompt."""
-        return median_low(prompt.n_vision for prompt in self._prompts)
 
     @property
     def batch_size(self) -> int:  # type: ignore[override]
@@ -177,11 +176,6 @@ class Evaluator(SearchEvaluator):
         else:
             self._full_model.fix_batch_size(size)
         return self.batch_size
-
-    @property
-    def prompt_sizes(self) -> list[tuple[int, int]]:
-        """Per example, how many vision tokens and how many other tokens its prompt has."""
-        return [(prompt.n_vision, prompt.n_text) for prompt in self._prompts]
 
     @property
     def first_layer(self) -> int:  # type: ignore[override]
@@ -346,7 +340,7 @@ class Evaluator(SearchEvaluator):
     def reduction(self, schedule: Schedule) -> Reduction:
         """The schedule bound to this evaluator's ranker and model."""
         return Reduction(
-            schedule, self.ranker, base_model_name_or_path=self._base_name, model_type=self.model.config.model_type
+            schedule, self.ranker, base_model_name_or_path=self._name, model_type=self.model.config.model_type
         )
 
     def cost(self, schedule: Schedule | Reduction) -> float:
@@ -370,11 +364,6 @@ class Evaluator(SearchEvaluator):
         n_text = median_low(n_text for _, n_text in self.prompt_sizes)
         n_vision, config = self.num_vision_tokens, self.model.config
         return make_budget(float(value), unit, config=config, n_vision=n_vision, n_text=n_text, latency=latency)
-
-    @cached_property
-    def _base_name(self) -> str | None:
-        name = self.model.name_or_path
-        return base_name(name) if name else None
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]

@@ -392,7 +392,7 @@ def read_examples(source: str | Path) -> list[Example]:
     if isinstance(source, str) and source.startswith(DEMO_PREFIX):
         name = source.removeprefix(DEMO_PREFIX)
         if name not in _DEMO_SETS:
-            choices = " or ".join(DEMO_PREFIX + known for known in _DEMO_SETS)
+            choices = ", ".join(DEMO_PREFIX + known for known in _DEMO_SETS)
             raise BadInput(f"unknown demo data {source!r}: use {choices}")
         path = _DEMO_FOLDER / f"{name}.jsonl"
     elif path.is_dir():
