@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from .. import cost
 from ..budget import Budget, check_budget_value, make_budget
-from ..errors import BadInput, Unsupported
+from ..errors import BadInput, Unsupported, whole
 from ..loading import base_name
 from ..ranking import get_ranker
 from ..reduction import Reduction
@@ -41,7 +41,7 @@ from .features import hash_image, hash_json, hash_model, hash_processor, hash_re
 from .full_model import BatchSize, FullModel
 from .metrics import Metric, metric_for
 from .prefix_cache import PrefixCache
-from .prompts import PromptReader, chunks, pad_batch, typical_batch
+from .prompts import PromptReader, chunks, pad_batch
 from .result import Evaluation, score_to_expect
 from .store import DEFAULT_CACHE_GIB, Store
 
@@ -213,10 +213,8 @@ class Evaluator(SearchEvaluator):
 
     @cached_property
     def doubt(self) -> str:  # type: ignore[override]
-        """Why the full model's score is too low to tell a good schedule from a bad one, in one line with an
-        answer beside its label; empty where it is not.
-
-        That is where it is 0 or near what guessing gets, see `score_to_expect` and `Metric.chance`.
+        """Why the full model's score is too low to tell a good schedule from a bad one, in one line with an answer
+        beside its label; empty where it is not. It is where it is 0 or near what guessing gets, see `score_to_expect`.
         """
         asked = zip(self._metrics, self.examples, strict=True)
         chances = [metric.chance(example.answers, example.question) for metric, example in asked]
@@ -283,9 +281,7 @@ class Evaluator(SearchEvaluator):
         return self._evaluate(reduction, batches, float(floor), test)
 
     def sample(self, schedule: Schedule | Reduction, share: float) -> Evaluation:
-        """The exact score on a share of the examples, the same ones every time; a larger share holds a
-        smaller one.
-
+        """The exact score on a share of the examples, the same ones every time; a larger share holds a smaller one.
         Whole batches are run, evenly spread over lengths and over how sure the full model is.
 
         Raises:
@@ -360,7 +356,7 @@ class Evaluator(SearchEvaluator):
         if unit == "ms":
             from ..timing import profile
 
-            latency = profile(self.model, typical_batch(self.processor, self.examples, self.batch_size, self.reader))
+            latency = profile(self.model, self.reader.typical_batch(self.examples, self.batch_size))
         n_text = median_low(n_text for _, n_text in self.prompt_sizes)
         n_vision, config = self.num_vision_tokens, self.model.config
         return make_budget(float(value), unit, config=config, n_vision=n_vision, n_text=n_text, latency=latency)
@@ -464,10 +460,8 @@ class Evaluator(SearchEvaluator):
     def _answers(
         self, reduction: Reduction, batches: Sequence[list[int]], whole: bool = False
     ) -> Generator[tuple[list[int], list[GreedyAnswer]], None, None]:
-        """The answers of one batch after the other; only what is not yet known is run.
-
-        The reduction is in force in the model until the generator is closed.
-        """
+        """The answers of one batch after the other; only what is not yet known is run. The reduction is in force in
+        the model until the generator is closed."""
         known = self._known(reduction)
         done = 0
         with ExitStack() as stack:
@@ -583,9 +577,7 @@ def check_metric(examples: Sequence[Example], metric: str | Metric | None) -> li
 
 def _max_new_tokens(given: int | None, processor: Any, examples: Sequence[Example]) -> int:
     if given is not None:
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-            raise BadInput(f"max_new_tokens is {given!r}: it must be a whole number of at least 1")
-        return given
+        return whole(given, "max_new_tokens")
     answers = sorted({answer for example in examples for answer in example.answers})
     if not answers:
         return _NEW_TOKENS_UNLABELED
