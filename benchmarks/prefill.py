@@ -33,7 +33,7 @@ from thinsight import Reduction, Schedule, apply, load_examples
 from thinsight.baselines import fastv
 from thinsight.budget import KeepBudget
 from thinsight.cost import breakdown
-from thinsight.evaluation.prompts import typical_batch
+from thinsight.evaluation.prompts import PromptReader
 from thinsight.loading import DEMOS, load_demo
 from thinsight.runtime import encode_images, num_layers, vision_token_mask
 from thinsight.runtime.cache import CACHE
@@ -309,7 +309,7 @@ def workloads(arguments: argparse.Namespace) -> Iterator[tuple[str, Workload]]:
         model, processor = load_demo(arguments.dtype, name=name, device=arguments.device)
         examples = load_examples("demo:test")
         for batch in arguments.batch:
-            yield name, workload(model, typical_batch(processor, examples, batch))
+            yield name, workload(model, PromptReader(model, processor).typical_batch(examples, batch))
     for shape, model in random_models(arguments):
         for batch in arguments.batch:
             yield RANDOM, workload(model, prompt(shape, batch))

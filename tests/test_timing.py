@@ -14,7 +14,7 @@ from tiny import VISION_TOKENS, tiny_images, tiny_llava, tiny_processor
 from thinsight import cost
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.examples import Example
-from thinsight.evaluation.prompts import typical_batch
+from thinsight.evaluation.prompts import PromptReader
 from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
 from thinsight.timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Timing, alternate, cache_bytes, measure, profile
@@ -22,7 +22,7 @@ from thinsight.timing import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Timing, alter
 
 def inputs(rows: int = 2) -> dict[str, torch.Tensor]:
     examples = [Example(str(i), (image,), "what color ?") for i, image in enumerate(tiny_images(rows))]
-    return typical_batch(tiny_processor(), examples, rows)
+    return PromptReader(tiny_llava(), tiny_processor()).typical_batch(examples, rows)
 
 
 def test_rates_that_keep_equal_counts_are_timed_once() -> None:
@@ -110,10 +110,11 @@ def test_a_small_set_fills_the_batch_and_prefers_the_median_length() -> None:
     image = tiny_images(1)[0]
     questions = ["what", "what color is the circle ?", "what color is the red circle on the left of the square ?"]
     examples = [Example(str(i), (image,), question) for i, question in enumerate(questions)]
-    batch = typical_batch(tiny_processor(), examples, 1)
+    reader = PromptReader(tiny_llava(), tiny_processor())
+    batch = reader.typical_batch(examples, 1)
     alone = tiny_processor()(text=[f"USER: <image>\n{questions[1]} ASSISTANT:"], images=[image], return_tensors="pt")
     assert torch.equal(batch["input_ids"], alone["input_ids"])
-    assert typical_batch(tiny_processor(), examples[:1], 4)["input_ids"].shape[0] == 4
+    assert reader.typical_batch(examples[:1], 4)["input_ids"].shape[0] == 4
 
 
 @pytest.mark.parametrize("counts", [{"runs": 0}, {"new_tokens": 0}, {"warmup": -1}])

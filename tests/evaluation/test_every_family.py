@@ -16,7 +16,7 @@ from family_processor import RowProcessor
 from thinsight.evaluation import Evaluator, rank_consistency
 from thinsight.evaluation.decoding import DecodingRules, decode
 from thinsight.evaluation.features import VisionCache
-from thinsight.evaluation.prompts import PromptReader, pad_batch, process, prompt_of
+from thinsight.evaluation.prompts import PromptReader, pad_batch
 from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
@@ -122,7 +122,7 @@ def test_a_draft_that_is_wrong_on_the_way_changes_nothing(name, reduced):
         assert min(len(row.ids) for row in processor.rows) > model.get_decoder().config.sliding_window
     agreed = [tokens[:-1][:right] for tokens, right in zip(expected, (2, 0, 1), strict=True)]
     drafts = [(*tokens, 50, 51, 52, 53) for tokens in agreed]
-    prompts = [prompt_of(model, example, process(processor, [example])) for example in processor.examples]
+    prompts = PromptReader(model, processor).prompts(processor.examples)
     vision = VisionCache(PromptReader(model, processor)).inputs(processor.examples)
     rules = DecodingRules.of(model.generation_config, NEW_TOKENS)
     with apply(model, schedule) as handle:

@@ -18,7 +18,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 import thinsight as ts
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import Evaluator, Example, rank_consistency
-from thinsight.evaluation.prompts import PromptReader, collate, process, prompt_of, prompt_text
+from thinsight.evaluation.prompts import PromptReader, collate, prompt_text
 from thinsight.schedule import Schedule
 
 IN_ORDER = (  # Qwen2-VL's
@@ -125,7 +125,7 @@ def test_placeholders_that_do_not_match_are_refused(question: str, images: int, 
 def test_the_demos_read_placeholders(name: str) -> None:
     model, processor = ts.load_demo(name=name)
     plain, styled, inside = (
-        prompt_of(model, asked(question, 1), process(processor, [asked(question, 1)]))
+        PromptReader(model, processor).prompts([asked(question, 1)])[0]
         for question in ("what color ?", "<image>\nwhat color ?", "what <image 1> color ?")
     )
     assert torch.equal(plain.input_ids, styled.input_ids)
@@ -160,14 +160,14 @@ def test_a_template_that_fails_is_one_line(template: str, reason: str) -> None:
 def test_a_tokenizer_without_a_pad_token_will_do() -> None:
     examples = [asked("what ?", 1), Example("e8", tuple(tiny_images(1)), "what color is the circle ?", ("red",))]
     expected = Evaluator(tiny_llava(), tiny_processor(), examples, batch_size=2)
-    batch = process(tiny_processor(), examples)
+    batch = PromptReader(tiny_llava(), tiny_processor()).batch(examples)
     processor = tiny_processor()
     processor.tokenizer.pad_token = None
     found = Evaluator(tiny_llava(), processor, examples, batch_size=2)
     assert found.full_answers == expected.full_answers
     schedule = Schedule([1, 0.5, 0.5, 0.25])
     assert found(schedule).per_example.tolist() == expected(schedule).per_example.tolist()
-    again = process(processor, examples)
+    again = PromptReader(tiny_llava(), processor).batch(examples)
     assert torch.equal(again["attention_mask"], batch["attention_mask"])
     real = batch["attention_mask"].bool()
     assert torch.equal(again["input_ids"][real], batch["input_ids"][real])
@@ -182,7 +182,7 @@ def test_a_batch_is_what_the_processor_makes_of_all() -> None:
     texts = [prompt_text(processor, example) for example in examples]
     images = [list(example.images) for example in examples]
     expected = processor(text=texts, images=images, return_tensors="pt", padding=True)
-    found = process(processor, examples)
+    found = PromptReader(tiny_llava(), processor).batch(examples)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert found["input_ids"][0, 0] == PAD or found["input_ids"][1, 0] == PAD
@@ -334,7 +334,7 @@ def test_prompts_of_several_questions_are_those_of_each_alone(tmp_path: Path) ->
     paths = files(tmp_path, 2)
     examples = [Example(f"{p.stem}{q}", (p,), q) for q in ("what ?", "how many ?", "what ?") for p in paths]
     for example, prompt in zip(examples, PromptReader(model, processor).prompts(examples), strict=True):
-        alone = prompt_of(model, example, process(processor, [example]))
+        alone = PromptReader(model, processor).prompts([example])[0]
         assert torch.equal(prompt.input_ids, alone.input_ids)
         assert prompt.n_vision == alone.n_vision == VISION_TOKENS
 

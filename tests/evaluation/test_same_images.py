@@ -15,7 +15,7 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 
 from thinsight.evaluation import Evaluator, Example
 from thinsight.evaluation.full_model import Siblings, siblings_of
-from thinsight.evaluation.prompts import Prompt, process, prompt_of
+from thinsight.evaluation.prompts import Prompt, PromptReader
 from thinsight.families import FAMILIES as ROWS
 from thinsight.runtime import can_share
 from thinsight.runtime.anatomy import reads_prompt_both_ways
@@ -78,7 +78,7 @@ def test_answers_are_those_of_generate(family: Any) -> None:
     assert tokens[0] != tokens[3] or tokens[1] != tokens[4]  # the question counts
     assert tokens == [answer.tokens for answer in alone.full_answers]
     assert shared.full.agreement == pytest.approx(alone.full.agreement, rel=1e-3)
-    prompts = [prompt_of(model, example, process(processor, [example])) for example in processor.examples]
+    prompts = PromptReader(model, processor).prompts(processor.examples)
     found = siblings_of(model, prompts, [tuple(example.image_keys) for example in processor.examples])
     if can_share(model) and not reads_prompt_both_ways(model):
         assert {each.members for each in found} == {(0, 3), (1, 4)}

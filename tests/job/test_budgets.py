@@ -15,7 +15,7 @@ from thinsight import Reduction
 from thinsight.budget import LatencyModel, TimeBudget
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.examples import load_examples
-from thinsight.evaluation.prompts import typical_batch
+from thinsight.evaluation.prompts import PromptReader
 from thinsight.job.options import ModelOptions, SearchOptions
 from thinsight.job.pipeline import search_and_report
 from thinsight.loading import load_model
@@ -139,7 +139,7 @@ def test_a_frontier_picks_by_a_tolerance_and_names_no_solver(small: SmallRun, tm
 
 def test_a_latency_model_is_fitted_kept_and_used_again(small: SmallRun, tmp_path: Path) -> None:
     model, processor = load_model(small.model, device="cpu")
-    latency = profile(model, typical_batch(processor, load_examples(small.calibration), 4), runs=1)
+    latency = profile(model, PromptReader(model, processor).typical_batch(load_examples(small.calibration), 4), runs=1)
     assert (latency.batch, latency.device, latency.dtype) == (4, "cpu", "float32")
     assert list(latency.tokens) == sorted(latency.tokens)
     assert list(latency.seconds) == sorted(latency.seconds)

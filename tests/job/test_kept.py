@@ -10,7 +10,7 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.examples import Example
-from thinsight.evaluation.prompts import typical_batch
+from thinsight.evaluation.prompts import PromptReader
 from thinsight.job.pictures import picture_of, spread, varied
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
@@ -25,7 +25,7 @@ def test_kept_tokens_are_those_of_the_model() -> None:
     picture = picture_of(model, processor, EXAMPLE, reduction, max_new_tokens=2)
     assert (picture.grid, picture.layers) == ((4, 4), (1, 3))
     with apply(model, reduction) as handle, torch.inference_mode():
-        model(**typical_batch(processor, [EXAMPLE], 1))
+        model(**PromptReader(model, processor).typical_batch([EXAMPLE], 1))
         kept = [tuple(handle.kept(layer)[0].tolist()) for layer in (1, 3)]
     assert list(picture.kept) == kept
     assert [len(indices) for indices in picture.kept] == [8, 2]
@@ -35,7 +35,7 @@ def test_answers_are_those_of_generate() -> None:
     model, processor = tiny_llava(), tiny_processor()
     reduction = Reduction(Schedule([1.0, 0.25, 0.0, 0.0]))
     picture = picture_of(model, processor, EXAMPLE, reduction, max_new_tokens=3)
-    inputs = typical_batch(processor, [EXAMPLE], 1)
+    inputs = PromptReader(model, processor).typical_batch([EXAMPLE], 1)
 
     def answer() -> str:
         tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]

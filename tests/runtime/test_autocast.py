@@ -15,7 +15,7 @@ from torch import Tensor
 
 import thinsight.runtime.scoring as scoring
 from thinsight.evaluation.examples import load_examples
-from thinsight.evaluation.prompts import process
+from thinsight.evaluation.prompts import PromptReader
 from thinsight.experimental.captured import CapturedPrefill
 from thinsight.loading import load_demo
 from thinsight.ranking import (
@@ -48,7 +48,7 @@ def autocast(dtype: torch.dtype) -> torch.autocast:
 def test_the_demo_keeps_the_tokens_that_it_keeps_without(dtype: torch.dtype, ranker: str) -> None:
     """Of four questions whose texts differ in length, 64 tokens each; all but two at most."""
     examples, (model, processor) = load_examples("demo:test"), load_demo()
-    inputs = process(processor, [examples[number] for number in (0, 40, 80, 120)])
+    inputs = PromptReader(model, processor).batch([examples[number] for number in (0, 40, 80, 120)])
     assert len(set(inputs["attention_mask"].sum(1).tolist())) > 1
     with apply(model, Schedule([1.0] * 3 + [0.25] * 9), ranker=ranker) as handle, torch.no_grad():
         model(**inputs, logits_to_keep=1)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BadInput
+from ..errors import BadInput, whole
 from ..runtime import apply, layer_scores, num_layers
 from ..runtime.anatomy import check_supported
 from ..schedule import Schedule
@@ -119,8 +119,7 @@ def prompt_scores(
     """A ranker's scores of all vision tokens after each layer of the full model, one prompt after the other:
     (layers, N) each, in no particular order of the examples. Arguments and errors as for `rank_consistency`.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise BadInput(f"batch_size is {batch_size!r}: it must be a whole number of at least 1")
+    whole(batch_size, "batch_size")
     model = check_supported(model)
     check_examples(examples)
     reader = reader or PromptReader(model, processor)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from .. import cost
 from ..budget import Budget, check_budget_value, make_budget
-from ..errors import BadInput, Unsupported
+from ..errors import BadInput, Unsupported, whole
 from ..loading import base_name
 from ..ranking import get_ranker
 from ..reduction import Reduction
@@ -41,7 +41,7 @@ from .features import hash_image, hash_json, hash_model, hash_processor, hash_re
 from .full_model import BatchSize, FullModel
 from .metrics import Metric, metric_for
 from .prefix_cache import PrefixCache
-from .prompts import PromptReader, chunks, pad_batch, typical_batch
+from .prompts import PromptReader, chunks, pad_batch
 from .result import Evaluation, score_to_expect
 from .store import DEFAULT_CACHE_GIB, Store
 
@@ -91,6 +91,11 @@ class Evaluator(SearchEvaluator):
         cache_dir: a folder in which vision features and the full model's answers are kept for later runs of
             the same model on the same data; None: nowhere. No score depends on it.
 
+    Attributes:
+        num_layers: L, the number of decoder layers.
+        num_vision_tokens: N, the median number of vision tokens of a prompt.
+        prompt_sizes: per example, how many vision tokens and how many other tokens its prompt has.
+
     Raises:
         ThinsightError: bad examples (see ``load_examples``), unknown metric or ranker, a prompt without
             image token, a model that is not supported or is in training mode, generation settings that
@@ -131,11 +136,15 @@ class Evaluator(SearchEvaluator):
             hash_processor(hashlib.sha256(), processor)  # refused before images are read
         self.reader = PromptReader(model, processor, cache_gib)
         self._prompts = self.reader.prompts(self.examples, progress)
+        self.num_layers = num_layers(model)
+        self.num_vision_tokens = median_low(prompt.n_vision for prompt in self._prompts)
+        self.prompt_sizes = [(prompt.n_vision, prompt.n_text) for prompt in self._prompts]
         report = partial(self._report, "full model")
         self._full_model = FullModel(self.reader, self.examples, self._prompts, self.rules, store, sizes, reuse, report)
         self._prefixes = PrefixCache(model, cache_gib) if reuse else None
         self._began: dict[int, int] = {}  # the layer at which each example's last pass began
         self._shape = cost.decoder_shape(model.config)
+        self._name = base_name(model.name_or_path) if model.name_or_path else None
         self._memo: dict[tuple[Any, ...], dict[int, GreedyAnswer]] = {}
         self._failures = np.zeros(len(self.examples))
 
@@ -149,16 +158,6 @@ class Evaluator(SearchEvaluator):
 
     samples = True
     score_range = 0.0, 1.0  # as every metric's
-
-    @cached_property
-    def num_layers(self) -> int:  # type: ignore[override]
-        """L, the number of decoder layers."""
-        return int(num_layers(self.model))
-
-    @cached_property
-    def num_vision_tokens(self) -> int:  # type: ignore[override]
-        """N: the median number of vision tokens of a prompt."""
-        return median_low(prompt.n_vision for prompt in self._prompts)
 
     @property
     def batch_size(self) -> int:  # type: ignore[override]
@@ -177,11 +176,6 @@ class Evaluator(SearchEvaluator):
         else:
             self._full_model.fix_batch_size(size)
         return self.batch_size
-
-    @property
-    def prompt_sizes(self) -> list[tuple[int, int]]:
-        """Per example, how many vision tokens and how many other tokens its prompt has."""
-        return [(prompt.n_vision, prompt.n_text) for prompt in self._prompts]
 
     @property
     def first_layer(self) -> int:  # type: ignore[override]
@@ -219,10 +213,8 @@ class Evaluator(SearchEvaluator):
 
     @cached_property
     def doubt(self) -> str:  # type: ignore[override]
-        """Why the full model's score is too low to tell a good schedule from a bad one, in one line with an
-        answer beside its label; empty where it is not.
-
-        That is where it is 0 or near what guessing gets, see `score_to_expect` and `Metric.chance`.
+        """Why the full model's score is too low to tell a good schedule from a bad one, in one line with an answer
+        beside its label; empty where it is not. It is where it is 0 or near what guessing gets, see `score_to_expect`.
         """
         asked = zip(self._metrics, self.examples, strict=True)
         chances = [metric.chance(example.answers, example.question) for metric, example in asked]
@@ -289,9 +281,7 @@ class Evaluator(SearchEvaluator):
         return self._evaluate(reduction, batches, float(floor), test)
 
     def sample(self, schedule: Schedule | Reduction, share: float) -> Evaluation:
-        """The exact score on a share of the examples, the same ones every time; a larger share holds a
-        smaller one.
-
+        """The exact score on a share of the examples, the same ones every time; a larger share holds a smaller one.
         Whole batches are run, evenly spread over lengths and over how sure the full model is.
 
         Raises:
@@ -346,7 +336,7 @@ class Evaluator(SearchEvaluator):
     def reduction(self, schedule: Schedule) -> Reduction:
         """The schedule bound to this evaluator's ranker and model."""
         return Reduction(
-            schedule, self.ranker, base_model_name_or_path=self._base_name, model_type=self.model.config.model_type
+            schedule, self.ranker, base_model_name_or_path=self._name, model_type=self.model.config.model_type
         )
 
     def cost(self, schedule: Schedule | Reduction) -> float:
@@ -366,15 +356,10 @@ class Evaluator(SearchEvaluator):
         if unit == "ms":
             from ..timing import profile
 
-            latency = profile(self.model, typical_batch(self.processor, self.examples, self.batch_size, self.reader))
+            latency = profile(self.model, self.reader.typical_batch(self.examples, self.batch_size))
         n_text = median_low(n_text for _, n_text in self.prompt_sizes)
         n_vision, config = self.num_vision_tokens, self.model.config
         return make_budget(float(value), unit, config=config, n_vision=n_vision, n_text=n_text, latency=latency)
-
-    @cached_property
-    def _base_name(self) -> str | None:
-        name = self.model.name_or_path
-        return base_name(name) if name else None
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
@@ -475,10 +460,8 @@ class Evaluator(SearchEvaluator):
     def _answers(
         self, reduction: Reduction, batches: Sequence[list[int]], whole: bool = False
     ) -> Generator[tuple[list[int], list[GreedyAnswer]], None, None]:
-        """The answers of one batch after the other; only what is not yet known is run.
-
-        The reduction is in force in the model until the generator is closed.
-        """
+        """The answers of one batch after the other; only what is not yet known is run. The reduction is in force in
+        the model until the generator is closed."""
         known = self._known(reduction)
         done = 0
         with ExitStack() as stack:
@@ -594,9 +577,7 @@ def check_metric(examples: Sequence[Example], metric: str | Metric | None) -> li
 
 def _max_new_tokens(given: int | None, processor: Any, examples: Sequence[Example]) -> int:
     if given is not None:
-        if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-            raise BadInput(f"max_new_tokens is {given!r}: it must be a whole number of at least 1")
-        return given
+        return whole(given, "max_new_tokens")
     answers = sorted({answer for example in examples for answer in example.answers})
     if not answers:
         return _NEW_TOKENS_UNLABELED

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..errors import BadInput
+from ..errors import BadInput, whole
 from ..texts import brief
 from .metrics import get_metric, metric_for
 
@@ -300,8 +300,8 @@ def load_examples(
         ThinsightError: no such file, a bad line (with its number), a missing field, a duplicate id, an
             unknown metric, an image that is missing, too large or cannot be decoded, or no examples at all.
     """
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise BadInput(f"limit is {limit!r}: it must be a whole number of at least 1")
+    if limit is not None:
+        whole(limit, "limit")
     examples = read_examples(source)
     if limit is not None and limit < len(examples):
         chosen = range(limit) if seed is None else sorted(random.Random(seed).sample(range(len(examples)), limit))
@@ -392,7 +392,7 @@ def read_examples(source: str | Path) -> list[Example]:
     if isinstance(source, str) and source.startswith(DEMO_PREFIX):
         name = source.removeprefix(DEMO_PREFIX)
         if name not in _DEMO_SETS:
-            choices = " or ".join(DEMO_PREFIX + known for known in _DEMO_SETS)
+            choices = ", ".join(DEMO_PREFIX + known for known in _DEMO_SETS)
             raise BadInput(f"unknown demo data {source!r}: use {choices}")
         path = _DEMO_FOLDER / f"{name}.jsonl"
     elif path.is_dir():

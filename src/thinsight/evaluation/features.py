@@ -144,17 +144,11 @@ def _kernels(model: Any) -> list[str]:
 def hash_machine(digest: Any, model: Any) -> None:
     """What decides the last bits of a model's numbers besides the model: versions, device, kernels."""
     device = model.device
-    hash_json(
-        digest,
-        [
-            [module.__version__ for module in (torch, transformers, PIL)],
-            __version__,
-            torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()],
-            torch.get_float32_matmul_precision(),
-            _kernels(model),
-        ],
-    )
+    versions = [module.__version__ for module in (torch, transformers, PIL)]
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    threads = [torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+    precision = torch.get_float32_matmul_precision()
+    hash_json(digest, [versions, __version__, kind, threads, precision, _kernels(model)])
 
 
 _ENCODE_BATCH = 8  # examples per run of the encoder

@@ -64,12 +64,9 @@ class BatchSize:
         return self.size
 
     def first_pass(self, run: Callable[[], T], halved: Callable[[int], object]) -> T:
-        """What ``run`` returns, which goes through all prompts in batches of the settled size.
-
-        As long as it runs out of the device's memory the size is halved, with a warning, ``halved`` is told,
-        and it is run again from the start, so that the outcome is that of the size it ends with. Where single
-        prompts do not fit either, that is an error.
-        """
+        """What ``run`` returns, which goes through all prompts in batches of the settled size. As long as it runs out
+        of the device's memory the size is halved, with a warning, ``halved`` is told, and it is run again from the
+        start, so that the outcome is that of the size it ends with. Single prompts that do not fit are an error."""
         assert self.size is not None
         while True:
             try:
@@ -160,9 +157,7 @@ class Siblings:
 
 def siblings_of(model: Any, prompts: Sequence[Prompt], images: Sequence[Hashable]) -> list[Siblings]:
     """The siblings among all prompts, those with the longest beginnings last; none where a model cannot share.
-
-    ``images`` tell each prompt's images from others.
-    """
+    ``images`` tell each prompt's images from others."""
     if not can_share(model) or reads_prompt_both_ways(model):
         return []
     by_images: dict[Hashable, list[int]] = {}

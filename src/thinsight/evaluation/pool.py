@@ -34,13 +34,10 @@ class EvaluatorPool(StandIn):
     """Several evaluators of the same weights and examples, one per device, that a search sees as one.
 
     Where a search can use several scores at once (`gsearch` with *bisect*), each evaluator scores a schedule
-    of its own at the same time. Calls, samples and whatever else is asked for go to the first evaluator.
-    Every evaluator runs the full model once, all at the same time, when the full score is first asked for;
-    each has caches of its own, so that main memory must hold as many. The first one's batch size holds for
-    all.
-
-    The devices should be of one kind: on others the same weights may give another answer where two are nearly
-    as likely, and a schedule's score then depends on where it was run.
+    of its own at the same time. Calls, samples and whatever else is asked for go to the first evaluator, whose
+    batch size holds for all. Every evaluator runs the full model once, all at the same time, when the full score
+    is first asked for; each has caches of its own, so that main memory must hold as many. The devices should be of
+    one kind: on others the same weights may give another answer where two are nearly as likely.
 
     Args:
         evaluators: thinsight.Evaluator objects, each with a model and a processor of its own.
@@ -66,10 +63,8 @@ class EvaluatorPool(StandIn):
         progress: Progress | None = None,
         **options: Any,
     ) -> EvaluatorPool:
-        """A pool on copies of a model, one on each device.
-
-        Copies are made where the model is now and then moved: load it on the CPU. The model itself is moved
-        to the first device.
+        """A pool on copies of a model, one on each device. Copies are made where the model is now and then moved:
+        load it on the CPU. The model itself is moved to the first device.
 
         Args:
             devices: names or torch devices, such as ``["cuda:0", "cuda:1"]``.

@@ -76,7 +76,7 @@ class PrefixCache:
         snapshot = self._kept.outline(tuple(batch))
         assert snapshot is not None
         lacks_cache = cached and snapshot.cache is None
-        lacks_attention = _reads_attention(reduction, layer) and snapshot.state.attention is None
+        lacks_attention = _by_attention(reduction) and _reduces(reduction, layer) and snapshot.state.attention is None
         return 0 if lacks_cache or lacks_attention else layer
 
     @contextmanager
@@ -86,7 +86,12 @@ class PrefixCache:
         """A scope for a batch's first pass under a reduction, which `decode` takes as ``prompt_scope``: the pass
         begins where a snapshot is, and leaves one."""
         key, start = tuple(batch), self.start(reduction, batch, cached)
-        wanted = self._wanted(reduction, start)
+        # a snapshot is left where the announced rates end; attention is read only by a pass that reduces there, and
+        # those to come will reduce there
+        wanted = layer = len(self._announced)
+        fits = reduction.adaptive is None and reduction.schedule.keep_rates[:layer] == self._announced
+        if layer <= start or not fits or (_by_attention(reduction) and not _reduces(reduction, layer)):
+            wanted = 0
         taken: list[Snapshot] = []
 
         @contextmanager
@@ -95,7 +100,13 @@ class PrefixCache:
             with ExitStack() as stack:
                 stack.enter_context(handle.prompt(prompt))
                 if start:
-                    stack.enter_context(resuming(handle, self._read(key)))
+                    began = self._now()
+                    snapshot = self._kept.get(key)
+                    assert snapshot is not None
+                    snapshot = snapshot.to(self._device)
+                    self._spent += self._now() - began
+                    self._uses += 1
+                    stack.enter_context(resuming(handle, snapshot))
                 if wanted:
                     taken = stack.enter_context(snapshotting(handle, wanted))
                 began = self._now()
@@ -108,25 +119,14 @@ class PrefixCache:
             try:
                 self._kept.put(key, snapshot.to("cpu"))
             except StorageError:  # no room for a file: the search goes on without
-                self._give_up()
+                self._possible = False
                 break
             self._prefixes[key] = _Prefix.of(reduction, wanted)
             self._spent += self._now() - began
-        if self._possible and self._uses >= _PROBATION and self._spent > self._saved:  # it costs more than it saves
-            self._give_up()
-
-    def _read(self, key: Batch) -> Snapshot:
-        began = self._now()
-        snapshot = self._kept.get(key)
-        assert snapshot is not None
-        moved = snapshot.to(self._device)
-        self._spent += self._now() - began
-        self._uses += 1
-        return moved
-
-    def _give_up(self) -> None:
-        self._possible = False
-        self._forget()
+        if self._uses >= _PROBATION and self._spent > self._saved:  # it costs more than it saves
+            self._possible = False
+        if not self._possible:
+            self._forget()
 
     def _forget(self) -> None:
         self._announced = ()
@@ -139,21 +139,11 @@ class PrefixCache:
             torch.cuda.synchronize(self._device)
         return _clock()
 
-    def _wanted(self, reduction: Reduction, start: int) -> int:
-        """The layer of which to leave a snapshot; 0: none."""
-        layer = len(self._announced)
-        rates = reduction.schedule.keep_rates
-        if reduction.adaptive is not None or layer <= start or rates[:layer] != self._announced:
-            return 0
-        # attention is read only by a pass that reduces there, and those to come will reduce there
-        return layer if _reads_attention(reduction, layer) or not _by_attention(reduction) else 0
-
 
 def _by_attention(reduction: Reduction) -> bool:
     return TEXT_ATTENTION in get_ranker(reduction.ranker).needs
 
 
-def _reads_attention(reduction: Reduction, layer: int) -> bool:
-    """Whether tokens are ranked by the text's attention on the way into a layer."""
+def _reduces(reduction: Reduction, layer: int) -> bool:
     rates = reduction.schedule.keep_rates
-    return rates[layer] < rates[layer - 1] and _by_attention(reduction)
+    return rates[layer] < rates[layer - 1]

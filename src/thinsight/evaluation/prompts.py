@@ -238,29 +238,6 @@ def _written_image(processor: Any, example: Example, token: str) -> str:
     return token
 
 
-def process(processor: Any, examples: Sequence[Example]) -> dict[str, Any]:
-    """What the processor makes of the examples' prompts and images: one left-padded batch, on the CPU."""
-    made = [_process(processor, example, example.open_images()) for example in examples]
-    if len(made) == 1:
-        return made[0]
-    fill = {"input_ids": _pad_token(processor)}
-    batch: dict[str, Any] = {}
-    for name in made[0]:
-        parts = [each[name] for each in made]
-        if name in _PER_TOKEN:
-            batch[name] = _pad([part[0] for part in parts], fill.get(name, 0))
-        elif isinstance(parts[0], Tensor):
-            batch[name] = collate(parts)
-    return batch
-
-
-def _pad_token(processor: Any) -> int:
-    """What fills rows up; it is masked, so any token will do."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    pads = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
-    return next((int(pad) for pad in pads if pad is not None), 0)
-
-
 def _process(processor: Any, example: Example, images: Sequence[Image.Image]) -> dict[str, Any]:
     """What the processor makes of one example: (1, seq) and all that belongs to its images."""
     text = prompt_text(processor, example)
@@ -292,7 +269,7 @@ def collate(parts: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-def prompt_of(model: Any, example: Example, inputs: Mapping[str, Any]) -> Prompt:
+def _prompt_of(model: Any, example: Example, inputs: Mapping[str, Any]) -> Prompt:
     """An example's prompt from what its processor made of it, each image token expanded to its vision tokens."""
     input_ids = inputs["input_ids"]  # (1, seq)
     n_vision = int(vision_token_mask(model, input_ids).sum())
@@ -311,7 +288,7 @@ def prompt_of(model: Any, example: Example, inputs: Mapping[str, Any]) -> Prompt
     )
 
 
-def check_length(model: Any, example: Example, tokens: int) -> str:
+def _check_length(model: Any, example: Example, tokens: int) -> str:
     """What to say of a prompt that is longer than the model was made for; "" if it is not. One that is so much
     longer that its answer would mean nothing, and take hours, is refused."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -367,7 +344,7 @@ class PromptReader:
                 progress("images", done, len(examples))
         prompts = [self._prompts[example.image_keys, example.question] for example in examples]
         longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-        said = check_length(self.model, examples[longest], len(prompts[longest]))
+        said = _check_length(self.model, examples[longest], len(prompts[longest]))
         if said and not self._warned:
             self._warned = True
             warnings.warn(said, stacklevel=2)
@@ -384,9 +361,20 @@ class PromptReader:
         return inputs, [part.n_vision for part in parts]
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """What `process` makes of the examples, as far as the model takes it."""
-        rows = pad_batch(self.prompts(examples), _pad_token(self.processor))
-        return {**rows.tensors, **self.pixels(examples)[0]}
+        """What the processor makes of the examples, as far as the model takes it: one left-padded batch, on the CPU."""
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        pads = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
+        pad_token = next((int(pad) for pad in pads if pad is not None), 0)  # it is masked, so any token will do
+        return {**pad_batch(self.prompts(examples), pad_token).tensors, **self.pixels(examples)[0]}
+
+    def typical_batch(self, examples: Sequence[Example], batch: int) -> dict[str, Any]:
+        """Such a batch of the examples whose prompts are closest to the median length, repeated where there are too
+        few."""
+        texts = [prompt_text(self.processor, example) for example in examples]
+        lengths = [len(self.processor.tokenizer(text)["input_ids"]) for text in texts]
+        middle = median_low(lengths)
+        order = sorted(range(len(examples)), key=lambda i: (abs(lengths[i] - middle), i))
+        return self.batch([examples[order[i % len(order)]] for i in range(batch)])
 
     def _read(self, together: Sequence[Example]) -> None:
         """Read examples about the same images."""
@@ -401,7 +389,7 @@ class PromptReader:
             processor.image_processor = _Once(processor.image_processor)
         for example in together:
             inputs = _process(processor, example, images)
-            prompt = self._prompts[example.image_keys, example.question] = prompt_of(self.model, example, inputs)
+            prompt = self._prompts[example.image_keys, example.question] = _prompt_of(self.model, example, inputs)
             if self._pixels.outline(key) is None:
                 self._pixels.put(key, self._encoder_inputs(inputs, prompt.n_vision))
 
@@ -432,15 +420,3 @@ class _Once:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._asked, name)
-
-
-def typical_batch(
-    processor: Any, examples: Sequence[Example], batch: int, reader: PromptReader | None = None
-) -> dict[str, Any]:
-    """One left-padded batch of the examples whose prompts are closest to the median length, repeated where there
-    are too few: tensors as the processor gives them, on the CPU; from ``reader`` if it has read the examples."""
-    lengths = [len(processor.tokenizer(prompt_text(processor, example))["input_ids"]) for example in examples]
-    middle = median_low(lengths)
-    order = sorted(range(len(examples)), key=lambda i: (abs(lengths[i] - middle), i))
-    typical = [examples[order[i % len(order)]] for i in range(batch)]
-    return process(processor, typical) if reader is None else reader.batch(typical)

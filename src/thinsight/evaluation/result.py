@@ -17,7 +17,7 @@ from pydantic import GetPydanticSchema
 from pydantic_core.core_schema import no_info_after_validator_function as then
 
 from .. import tables, words
-from ..errors import BadInput
+from ..errors import BadInput, whole
 from ..records import Undefined
 
 PREFILL = "prefill"
@@ -446,8 +446,7 @@ def _drops(full: ArrayLike, reduced: ArrayLike) -> NDArray[np.float64]:
 
 
 def _check_settings(resamples: int, level: float) -> None:
-    if isinstance(resamples, bool) or not isinstance(resamples, int) or resamples < 1:
-        raise BadInput(f"resamples is {resamples!r}; it must be a whole number of at least 1")
+    whole(resamples, "resamples")
     if not (isinstance(level, float) and math.isfinite(level) and 0.0 < level < 1.0):
         raise BadInput(f"level is {level!r}; it must be a number between 0 and 1, such as 0.95")
 

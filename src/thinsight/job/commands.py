@@ -18,7 +18,7 @@ from ..evaluation.consistency import rank_consistency
 from ..evaluation.evaluator import check_metric
 from ..evaluation.examples import Example, Progress, check_exists, load_examples, read_examples, validate_examples
 from ..evaluation.full_model import AUTO
-from ..evaluation.prompts import PromptReader, typical_batch
+from ..evaluation.prompts import PromptReader
 from ..progress import Watcher
 from ..report import check_picture_name
 from ..report.data import DatasetInfo, Headline, Picture, ReportData
@@ -143,7 +143,7 @@ def bench(options: BenchOptions, watcher: Watcher | None = None) -> BenchResult:
     watcher.on_stage("Processing the images")
     reader = PromptReader(opened.model, opened.processor)
     prompt = _median(opened, reader, examples, watcher.on_progress)
-    inputs = typical_batch(opened.processor, examples, options.batch_size, reader)
+    inputs = reader.typical_batch(examples, options.batch_size)
     watcher.on_stage("Timing full against reduced")
     measurement = measure(
         opened.model,

@@ -6,7 +6,6 @@ Knows how processors cut images into tokens. Knows nothing about how a picture i
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from PIL import Image
 
 from ..errors import BadInput, Unsupported
 from ..evaluation.examples import Example, open_image
-from ..evaluation.prompts import PromptReader, check_length, process
+from ..evaluation.prompts import PromptReader
 from ..families import family_of, size_of, tower_of
 from ..reduction import Reduction
 from ..report.data import Picture
@@ -147,10 +146,7 @@ def picture_of(
     """
     if not example.images:
         raise BadInput(f"example {example.id!r} has no image: there are no vision tokens to show")
-    read = process(processor, [example]) if reader is None else reader.batch([example])
-    inputs = on_device(model, read)
-    if too_long := check_length(model, example, inputs["input_ids"].shape[1]):
-        warnings.warn(too_long, stacklevel=2)
+    inputs = on_device(model, (reader or PromptReader(model, processor)).batch([example]))
     n_vision = int(vision_token_mask(model, inputs["input_ids"]).sum())
     grid = grid_of(model, processor, example, inputs, n_vision)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}

@@ -18,7 +18,6 @@ from .. import baselines
 from ..budget import KeepBudget
 from ..errors import BadInput, Unreachable, Unsupported
 from ..evaluation.consistency import rank_consistency
-from ..evaluation.prompts import typical_batch
 from ..evaluation.result import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Evaluation, Measurement, RankConsistency
 from ..loading import base_name, checkpoint_hash
 from ..progress import Watcher
@@ -381,7 +380,7 @@ class _Run:
             batch_size = prepared.fix_batch_size("test")
             return measure(
                 prepared.opened.model,
-                typical_batch(prepared.opened.processor, prepared.sets.test, batch_size, prepared.test.reader),
+                prepared.test.reader.typical_batch(prepared.sets.test, batch_size),
                 reduction,
                 runs=self.options.timing_runs,
                 warmup=1,
