@@ -369,7 +369,7 @@ class Reducer:
 
     def _reduce(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a layer: drop what it does not get, and have read what the next one needs."""
-        run, cache = self.local.run, cache_of(kwargs)
+        run = self.local.run
         if run is None:
             # Text, or a token that is decoded. Nothing is dropped, but the cache may lack what was.
             mine = self.on or self.local.reduced
@@ -388,14 +388,14 @@ class Reducer:
         # 3) Where the count falls, drop. What the cache lacks from here on is recorded once: the layers up to
         # the next fall hold the same columns, behind what turns before this one have left.
         if layer in self.quotas.starts:
-            held = thinned(cache, layer)
-            before = None if held is None else held.kept
             if self.quotas.rows(run, layer) != self.quotas.rows(run, layer - 1):
                 with full_precision(states.device):
                     states = self._drop(run, layer, states)
                 run.trace = (*run.trace, (layer, run.alive))
+            cache = cache_of(kwargs)
             if run.columns is not None and cache is not None:
-                run.kept = append(before, run.call.past, run.columns, run.call.seq)
+                held = thinned(cache, layer)
+                run.kept = append(None if held is None else held.kept, run.call.past, run.columns, run.call.seq)
 
         # 4) The arguments shrink with the states.
         if run.columns is None:
