@@ -24,9 +24,8 @@ from .texts import brief, code, markdown, python, yaml
 from .version import __version__
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-# the hash is of all above it: a card that was changed is its user's
+# the hash is of all above it, as a card that was changed is its user's
 _MARK = re.compile(r"\n<!-- thinsight card ([0-9a-f]{64}): replaced as long as nothing is changed -->\n\Z")
-_BAR = 40  # characters for a keep rate of 1
 
 
 def _card(reduction: Reduction) -> str:
@@ -56,8 +55,7 @@ def _is_ours(card: Path) -> bool:
     if not card.exists():
         return True
     text = card.read_text(encoding="utf-8", errors="replace")
-    mark = _MARK.search(text)
-    return mark is not None and mark[1] == _hash(text[: mark.start()])
+    return (mark := _MARK.search(text)) is not None and mark[1] == _hash(text[: mark.start()])
 
 
 def _hash(text: str) -> str:
@@ -66,7 +64,7 @@ def _hash(text: str) -> str:
 
 def _schedule_section(schedule: Schedule) -> str:
     rows = [
-        f"{str(first) if first == last else f'{first}-{last}':>7}  {rate:7.2%}  {'#' * round(rate * _BAR)}".rstrip()
+        f"{str(first) if first == last else f'{first}-{last}':>7}  {rate:7.2%}  {'#' * round(40 * rate)}".rstrip()
         for first, last, rate in schedule.runs()
     ]
     about = f"{schedule.num_layers} layers, numbered from 0; mean keep rate {schedule.mean_keep_rate:.2%}"
@@ -111,9 +109,7 @@ def _value(value: Any) -> str:
         return ", ".join(_value(item) for item in value)
     if isinstance(value, Mapping):
         rest = ", ".join(f"{markdown(key)} {_value(item)}" for key, item in value.items() if key != "name")
-        if "name" not in value:
-            return rest
-        return code(value["name"]) + (f" ({rest})" if rest else "")
+        return rest if "name" not in value else code(value["name"]) + (f" ({rest})" if rest else "")
     return markdown(value)
 
 
@@ -260,8 +256,7 @@ class Reduction(shown.Shown):
         facts += [] if self.adaptive is None else ["adaptive"]
         facts += [] if self.rerank is True else [f"rerank={self.rerank}"]
         facts += [f"for {name!r}" for name in (self.model_type, self.base_model_name_or_path) if name]
-        facts += ["searched"] if self.search else []
-        facts += ["measured"] if self.measured else []
+        facts += [word for word, record in (("searched", self.search), ("measured", self.measured)) if record]
         return brief(f"Reduction({', '.join(facts)})")
 
     def _tables(self) -> Iterable[shown.Table]:
@@ -280,10 +275,9 @@ class Reduction(shown.Shown):
         return of(self.schedule) if self.adaptive is None else self.adaptive.average(of)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write ``reduction_config.json`` and a model card into a folder, making it where needed.
+        """Write ``reduction_config.json`` and a model card into a folder, made where needed, each whole or not at all.
 
-        Each file appears whole or not at all. A README.md that was not written here, or was changed since, is
-        left alone, with a warning.
+        A README.md that was not written here, or was changed since, is left alone, with a warning.
 
         Raises:
             ThinsightError: a value that JSON cannot hold, or a folder that cannot be written.
@@ -416,10 +410,9 @@ class Reduction(shown.Shown):
         missing = [key for key in _KEYS if key not in config]
         if missing:
             raise StorageError(f"{where}: {missing[0]!r} is missing; search again or restore the file")
-        if not isinstance(config["thinsight_version"], str):
-            raise BadInput(f"{where}: thinsight_version is {config['thinsight_version']!r}; it must be a text")
-        if not isinstance(config["ranker"], dict):
-            raise BadInput(f"{where}: ranker is {config['ranker']!r}; it must be an object with a name")
+        for key, kind, words in (("thinsight_version", str, "a text"), ("ranker", dict, "an object with a name")):
+            if not isinstance(config[key], kind):
+                raise BadInput(f"{where}: {key} is {config[key]!r}; it must be {words}")
         try:
             return cls(
                 _schedule(config["keep_rates"], config["num_layers"]),
@@ -448,8 +441,7 @@ def public_name(name: str) -> str:
 
     Hub ids and names without a place stay as they are. A snapshot in the Hub's cache is the id it came from.
     """
-    snapshot = _SNAPSHOT.search(name)
-    if snapshot is not None:
+    if (snapshot := _SNAPSHOT.search(name)) is not None:
         return snapshot[1].replace("--", "/")
     if name[:1] in ("/", ".", "~") or "\\" in name or name.count("/") > 1 or _DRIVE.match(name):
         return PureWindowsPath(name).name or name

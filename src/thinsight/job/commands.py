@@ -35,8 +35,7 @@ from .opening import (
     reduction_for,
 )
 from .options import AnalyzeOptions, BenchOptions, EvaluateOptions, JobOptions, ShowOptions
-from .pictures import picture_of, varied
-from .results import MedianPrompt, drop_of, method_row, metric_words, ranker_words, task_rows
+from .shown import MedianPrompt, drop_of, method_row, metric_words, picture_of, ranker_words, task_rows, varied
 
 
 @dataclass(frozen=True)

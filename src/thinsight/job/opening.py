@@ -40,7 +40,7 @@ from ..searches.run import budget_of
 from ..searches.study import searchable_score
 from ..version import __version__
 from .options import DEFAULT_OUT, DEMO_TEST, ModelOptions, RunOptions, ScoringOptions, layers_of
-from .results import MedianPrompt
+from .shown import MedianPrompt
 
 T = TypeVar("T")
 

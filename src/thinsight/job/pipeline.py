@@ -33,8 +33,7 @@ from ..searches.sensitivity import SHARES
 from ..timing import measure
 from .opening import Limits, Prepared, content_hash, environment, limits_of, prepare
 from .options import SearchOptions
-from .pictures import picture_of, varied
-from .results import MedianPrompt, drop_of, method_row, metric_words, ranker_words, task_rows
+from .shown import MedianPrompt, drop_of, method_row, metric_words, picture_of, ranker_words, task_rows, varied
 
 
 @dataclass(frozen=True)

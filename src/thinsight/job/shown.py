@@ -1,6 +1,6 @@
-"""Pictures of which vision tokens stay: the grid in which they lie, and what each layer keeps of it.
+"""What a report shows of a run: rows of scores and costs, and pictures of which vision tokens stay.
 
-Knows how processors cut images into tokens. Knows nothing about how a picture is drawn.
+Knows how processors cut images into tokens. Knows nothing about how anything is drawn.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .. import cost
+from ..budget import FlopsBudget
 from ..errors import BadInput, Unsupported
 from ..evaluation.examples import Example, open_image
+from ..evaluation.metrics import metric_for
 from ..evaluation.prompts import PromptReader
+from ..evaluation.result import Evaluation, Interval, drop_interval
 from ..families import family_of, size_of, tower_of
 from ..reduction import Reduction
-from ..report.data import Picture
+from ..report.data import MethodRow, Picture, TaskRow
 from ..runtime import apply, vision_token_mask
+from ..schedule import Schedule
 from ..timing import on_device
 
 
@@ -189,3 +194,97 @@ def spread(values: Sequence[int], most: int) -> list[int]:
         return list(values)
     places = np.linspace(0, len(values) - 1, most).round().astype(int)
     return [values[place] for place in places]
+
+
+# -- rows ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MedianPrompt:
+    """The prompt whose cost stands for a data set: median vision tokens and median other tokens."""
+
+    config: Any
+    n_vision: int
+    n_text: int
+
+    @classmethod
+    def of(cls, config: Any, sizes: Sequence[tuple[int, int]]) -> MedianPrompt:
+        """From each prompt's (vision tokens, other tokens)."""
+        vision, text = np.array(sizes).T  # (prompts,), (prompts,)
+        return cls(config, int(np.median(vision)), int(np.median(text)))
+
+    def flops(self, schedule: Schedule | None = None) -> float:
+        """Decoder prefill FLOPs of this prompt."""
+        return cost.flops(self.config, n_vision=self.n_vision, n_text=self.n_text, schedule=schedule)
+
+    def vision_flops(self) -> float | None:
+        """FLOPs of the vision encoder, this prompt's vision tokens taken as one image's.
+
+        None where they cannot be told from config and token count.
+        """
+        try:
+            return cost.vision_flops(self.config, n_vision=self.n_vision)
+        except Unsupported:
+            return None
+
+    def budget(self, schedule: Schedule) -> FlopsBudget:
+        """What ``schedule`` spends on this prompt, for methods that are to cost the same."""
+        return FlopsBudget.like(self.config, schedule, n_vision=self.n_vision, n_text=self.n_text)
+
+
+def metric_words(examples: Sequence[Example]) -> str:
+    """The metrics that the examples are scored with when none is asked for."""
+    names = {metric_for(example.answers, example.metric, f"example {example.id!r}").name for example in examples}
+    return ", ".join(sorted(names))
+
+
+def ranker_words(ranker: Mapping[str, Any]) -> str:
+    """``{"name": "text-attention", "queries": "last"}`` as "text-attention (queries last)"."""
+    settings = ", ".join(f"{key} {value}" for key, value in ranker.items() if key != "name")
+    return f"{ranker['name']} ({settings})" if settings else str(ranker["name"])
+
+
+def drop_of(full: Evaluation, reduced: Evaluation, examples: Sequence[Example]) -> Interval:
+    """Mean drop with its 95 % interval, questions about one image taken together."""
+    assert full.per_example is not None
+    assert reduced.per_example is not None
+    groups = [example.group for example in examples]
+    return drop_interval(full.per_example, reduced.per_example, groups=groups)
+
+
+def method_row(
+    name: str,
+    kind: str,
+    schedule: Schedule,
+    evaluation: Evaluation,
+    drop: Interval | None,
+    prompt: MedianPrompt,
+    note: str = "",
+) -> MethodRow:
+    """One method's line in the comparison."""
+    flops = prompt.flops(schedule)
+    return MethodRow(
+        name=name,
+        keep_rates=schedule.keep_rates,
+        score=evaluation.score,
+        drop=drop,
+        mean_keep_rate=schedule.mean_keep_rate,
+        flops=flops,
+        flops_ratio=prompt.flops() / flops,
+        note=note,
+        kind=kind,
+    )
+
+
+def task_rows(full: Evaluation, reduced: Evaluation, examples: Sequence[Example]) -> tuple[TaskRow, ...]:
+    """Scores by task, in order of appearance; nothing when no example names its task."""
+    assert full.per_example is not None
+    assert reduced.per_example is not None
+    places: dict[str, list[int]] = {}
+    for place, example in enumerate(examples):
+        if example.task is not None:
+            places.setdefault(example.task, []).append(place)
+    return tuple(
+        TaskRow(task, len(at), float(full.per_example[at].mean()), float(reduced.per_example[at].mean()))
+        for task, at in places.items()
+    )
