@@ -15,7 +15,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import thinsight as ts
-from thinsight import words
 from thinsight.evaluation import Interval
 from thinsight.job.compare import compare
 from thinsight.job.opening import RunFolder
@@ -23,7 +22,8 @@ from thinsight.job.options import BUDGETS, CompareOptions, ModelOptions, method_
 from thinsight.job.results import MedianPrompt, drop_of
 from thinsight.loading import load_demo
 from thinsight.report.comparison import OURS, Comparison, MethodAtBudget, markdown, table
-from thinsight.tables import plain as ascii_only
+from thinsight.report.words import interval
+from thinsight.shown import typed
 
 MODELS = ("demo", "demo-internvl")
 STEPS = {"demo": 32, "demo-internvl": 8}  # of G-Search's counts: an eighth of the tokens
@@ -184,7 +184,7 @@ def _best(comparison: Comparison) -> ts.Reduction:
 
 
 def _interval(value: Interval) -> str:
-    return ascii_only(words.interval(value))
+    return typed(interval(value))
 
 
 def _transfer(name: str, what: str, scored: Scored) -> str:

@@ -233,7 +233,7 @@ def compare(options: CompareOptions) -> None:
 def analyze(options: AnalyzeOptions) -> None:
     """How alike the layers rank the vision tokens (rank consistency), as a table and a plot."""
     from .job import commands
-    from .report import write_report
+    from .report.html import write_report
 
     report = _watched(lambda watcher: commands.analyze(options, watcher))
     Console().print(report)
@@ -254,7 +254,7 @@ def bench(options: BenchOptions) -> None:
 def show(options: ShowOptions) -> None:
     """Draw which vision tokens a question keeps, layer by layer, and print both answers."""
     from .job import commands
-    from .report import save_contact_strip
+    from .report.pictures import save_contact_strip
 
     result = _watched(lambda watcher: commands.show(options, watcher))
     _print(
@@ -272,7 +272,8 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A folder that `thinsight search` wrote.")] = DEFAULT_OUT,
 ) -> None:
     """Write the HTML report of a finished search anew, and print its tables."""
-    from .report import load_report_data, write_report
+    from .report.data import load_report_data
+    from .report.html import write_report
 
     data = load_report_data(folder)
     path = write_report(folder / "report.html", data)

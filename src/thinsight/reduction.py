@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from . import tables
+from . import shown
 from .errors import BadInput, StorageError
 from .records import MAX_DEPTH, parse_json, read_object, user_path, write_atomically
 from .schedule import Adaptive, Schedule, real
@@ -186,7 +186,7 @@ def read_only(value: Any, levels: int = MAX_DEPTH) -> Any:
 
 
 @dataclass(frozen=True, init=False)
-class Reduction(tables.Shown):
+class Reduction(shown.Shown):
     """How many tokens (a schedule) and which ones (a ranker), bound to a model family.
 
     Args:
@@ -264,7 +264,7 @@ class Reduction(tables.Shown):
         facts += ["measured"] if self.measured else []
         return brief(f"Reduction({', '.join(facts)})")
 
-    def _tables(self) -> Iterable[tables.Table]:
+    def _tables(self) -> Iterable[shown.Table]:
         settings = [f"{key} {value}" for key, value in self.ranker.items() if key != "name"]
         anew = "always" if self.rerank is True else f"once fewer than {self.rerank} of the ranked are to stay"
         known = {
@@ -273,7 +273,7 @@ class Reduction(tables.Shown):
             "for": " ".join(filter(None, (self.model_type, self.base_model_name_or_path))),
             "adaptive": "" if self.adaptive is None else repr(self.adaptive),
         }
-        return [tables.facts_table("Reduction", known.items()), tables.schedule_table(self.schedule)]
+        return [shown.facts_table("Reduction", known.items()), shown.schedule_table(self.schedule.keep_rates)]
 
     def average(self, of: Callable[[Schedule], float]) -> float:
         """A function of a prompt's schedule, such as its cost, for the average prompt."""

@@ -19,7 +19,7 @@ from thinsight.evaluation.prompts import PromptReader
 from thinsight.job.options import ModelOptions, SearchOptions
 from thinsight.job.pipeline import search_and_report
 from thinsight.loading import load_model
-from thinsight.report import load_report_data
+from thinsight.report.data import load_report_data
 from thinsight.schedule import Schedule
 from thinsight.timing import profile
 

@@ -26,7 +26,7 @@ from thinsight.job.compare import CompareOutcome, compare
 from thinsight.job.options import CompareOptions, ModelOptions, SearchOptions, method_names
 from thinsight.job.pipeline import search_and_report
 from thinsight.loading import load_model
-from thinsight.records import encode
+from thinsight.records import decode, encode
 from thinsight.reduction import Reduction
 from thinsight.report.comparison import Comparison, Run, markdown, table
 from thinsight.schedule import Schedule
@@ -211,7 +211,7 @@ def test_a_doubtful_score_is_said_with_the_tables() -> None:
     console = Console(file=io.StringIO(), width=100, color_system=None)
     console.print(comparison)
     assert console.file.getvalue().startswith("Warning: the full model scores 2 %")
-    assert Comparison.from_dict(json.loads(json.dumps(encode(comparison))), "here") == comparison
+    assert decode(Comparison, json.loads(json.dumps(encode(comparison))), "here", "run it again") == comparison
 
 
 def test_a_batch_size_is_found_once_and_kept_with_the_comparison(
@@ -242,7 +242,7 @@ def test_a_batch_size_is_found_once_and_kept_with_the_comparison(
 def test_files_hold_what_was_found(outcome: CompareOutcome) -> None:
     names = [path.name for path in outcome.files]
     assert names[:3] == ["comparison.json", "comparison.csv", "comparison.md"]
-    read = Comparison.from_dict(json.loads(outcome.files[0].read_text()), "here")
+    read = decode(Comparison, json.loads(outcome.files[0].read_text()), "here", "run it again")
     assert read == outcome.comparison
     rows = list(csv.DictReader(outcome.files[1].read_text().splitlines()))
     assert [row["method"] for row in rows] == [run.method for run in outcome.comparison.runs]

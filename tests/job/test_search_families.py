@@ -22,7 +22,7 @@ from test_grid import SETTINGS
 from thinsight import Evaluator, Reduction, loading
 from thinsight.cli import app
 from thinsight.evaluation import load_examples
-from thinsight.report import load_report_data
+from thinsight.report.data import load_report_data
 from thinsight.runtime import apply
 
 CALIBRATION, TEST = [[3, 5], [2, 9], [6, 1], [1, 1]], [[4, 4], [2, 3, 9], [5, 2]]

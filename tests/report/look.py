@@ -23,7 +23,7 @@ from typing import Any
 from report.conftest import make_report
 
 from thinsight.report import data as d
-from thinsight.report import write_report
+from thinsight.report.html import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WINDOWS = ((1366, 768), (390, 844))

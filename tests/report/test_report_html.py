@@ -14,11 +14,12 @@ from PIL import Image
 from report.conftest import alike
 from rich.console import Console
 
-from thinsight import words
+from thinsight import shown
 from thinsight.errors import ThinsightError
 from thinsight.evaluation import drop_interval
 from thinsight.evaluation.result import Timing
 from thinsight.report import data as d
+from thinsight.report import words
 from thinsight.report.html import render, write_report
 from thinsight.report.pictures import draw_kept, even_columns
 from thinsight.report.plots import VOID, Markup, number, tag
@@ -155,23 +156,23 @@ def test_every_number_appears(page, report):
     text = page.text
     head = report.headline
     for value in (head.full_score, head.score, head.mean_keep_rate):
-        assert words.percent(value) in text
+        assert shown.percent(value) in text
     for value in (head.flops_ratio, head.kv_ratio, head.prefill_ratio, head.answer_ratio):
-        assert words.ratio(value) in text
+        assert shown.ratio(value) in text
     for value in (head.flops_full, head.flops, head.vision_flops):
-        assert words.flops(value) in text
+        assert shown.flops(value) in text
     for row in report.methods:
-        shown = [row.name, row.note, words.percent(row.score), words.flops(row.flops), words.ratio(row.flops_ratio)]
+        shown = [row.name, row.note, shown.percent(row.score), shown.flops(row.flops), shown.ratio(row.flops_ratio)]
         shown += [words.ends(row.drop)] if row.drop else []
         assert all(one in text for one in shown), row.name
     for row in report.per_task:
-        assert f"{row.task}{row.n}{words.percent(row.full)}{words.percent(row.reduced)}" in text
+        assert f"{row.task}{row.n}{shown.percent(row.full)}{shown.percent(row.reduced)}" in text
     for row in report.timing:
-        assert f"{words.milliseconds(row.full_ms)}{words.milliseconds(row.reduced_ms)}{words.ratio(row.ratio)}" in text
+        assert f"{shown.milliseconds(row.full_ms)}{shown.milliseconds(row.reduced_ms)}{shown.ratio(row.ratio)}" in text
     for value in (*report.consistency.tau, *report.keep_rates):
-        assert words.plain(value) in text or words.percent(value) in text
+        assert shown.plain(value) in text or shown.percent(value) in text
     for row in report.trials:
-        assert words.percent(row.keep_rate) in text
+        assert shown.percent(row.keep_rate) in text
     for one in (*report.environment.values(), *report.commands, report.dataset.test_hash, report.model.name):
         assert one in text
     assert report.consistency.summary() in text
@@ -389,21 +390,21 @@ def test_interval_against_the_allowed_drop():
 @pytest.mark.parametrize(
     ("got", "expected"),
     [
-        (words.points(-0.0001), "0.0"),
-        (words.points(-0.012), "\N{MINUS SIGN}1.2"),
-        (words.ratio(1.96), "1.96\N{MULTIPLICATION SIGN}"),
-        (words.flops(3.95e12), "3.95 TFLOPs"),
-        (words.flops(999.0), "999 FLOPs"),
-        (words.milliseconds(12_500), "12.5 s"),
-        (words.milliseconds(412.7), "413 ms"),
-        (words.duration(148), "2 min 28 s"),
-        (words.duration(7500), "2 h 5 min"),
-        (words.duration(1.714), "1.71 s"),
-        (words.parameters(14_200_000), "14.2M"),
+        (shown.points(-0.0001), "0.0"),
+        (shown.points(-0.012), "\N{MINUS SIGN}1.2"),
+        (shown.ratio(1.96), "1.96\N{MULTIPLICATION SIGN}"),
+        (shown.flops(3.95e12), "3.95 TFLOPs"),
+        (shown.flops(999.0), "999 FLOPs"),
+        (shown.milliseconds(12_500), "12.5 s"),
+        (shown.milliseconds(412.7), "413 ms"),
+        (shown.duration(148), "2 min 28 s"),
+        (shown.duration(7500), "2 h 5 min"),
+        (shown.duration(1.714), "1.71 s"),
+        (shown.parameters(14_200_000), "14.2M"),
         (words.fewer(0.5, "FLOPs"), "2.00\N{MULTIPLICATION SIGN} more FLOPs"),
         (words.faster(0.8, "prefill ran"), "prefill ran 1.25\N{MULTIPLICATION SIGN} slower"),
-        (words.percent(float("nan")), "n/a"),
-        (words.tokens(1), "1 token"),
+        (shown.percent(float("nan")), "n/a"),
+        (shown.tokens(1), "1 token"),
     ],
 )
 def test_numbers_in_words(got, expected):

@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from thinsight import tables, words
+from thinsight import shown
+from thinsight.evaluation.result import consistency_table, timing_table
+from thinsight.report import tables
 from thinsight.report.data import MethodRow
 
 
@@ -60,7 +62,7 @@ def test_methods_table_has_every_method(report):
     text = _printed(tables.methods_table(report.methods))
     for row in report.methods:
         assert row.name in text
-        assert words.percent(row.score) in text
+        assert shown.percent(row.score) in text
     assert "at the same decoder FLOPs" in text
 
 
@@ -70,23 +72,23 @@ def test_methods_of_unlike_cost_are_not_called_equal():
 
 
 def test_timing_says_where_the_gain_is(report):
-    text = _printed(tables.timing_table(report.timing))
+    text = _printed(timing_table(report.timing))
     assert "the gain is in prefill" in text
     assert "413 ms" in text
 
 
 def test_tasks_and_consistency(report):
-    text = _printed(tables.tasks_table(report.per_task)) + _printed(tables.consistency_table(report.consistency))
+    text = _printed(tables.tasks_table(report.per_task)) + _printed(consistency_table(report.consistency))
     for row in report.per_task:
         assert row.task in text
     for tau in report.consistency.tau:
-        assert words.plain(tau) in text
+        assert shown.plain(tau) in text
 
 
 def test_schedule_bars():
-    assert words.bars([1.0, 0.5, 0.001, 0.0]) == "█▄▁·"
-    assert words.bars([float("nan")]) == "?"
-    text = str(tables.schedule_bars((1.0, 0.5)))
+    assert shown.bars([1.0, 0.5, 0.001, 0.0]) == "█▄▁·"
+    assert shown.bars([float("nan")]) == "?"
+    text = str(shown.schedule_bars((1.0, 0.5)))
     assert "100.0 % → 50.0 %, mean 75.0 %" in text
 
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import GetPydanticSchema
 from pydantic_core.core_schema import no_info_after_validator_function as then
 
-from .. import tables, words
+from .. import shown
 from ..errors import BadInput, whole
 from ..records import Undefined
 
@@ -40,7 +40,7 @@ _CELLS_AT_ONCE = 4_000_000  # drawn indices held in memory at a time (32 MB)
 
 
 @dataclass(frozen=True)
-class Evaluation(tables.Shown):
+class Evaluation(shown.Shown):
     """The score of one schedule on one set of examples.
 
     Attributes:
@@ -89,22 +89,22 @@ class Evaluation(tables.Shown):
             raise BadInput("full_score is None; a drop needs the full model's score on the same examples")
         return self.full_score - self.score
 
-    def _tables(self) -> Iterable[tables.Table]:
+    def _tables(self) -> Iterable[shown.Table]:
         part = "" if self.complete else ", stopped early: an upper bound"
         known = {
-            "score": f"{words.plain(self.score, 4)}{part}",
-            "full model": "" if self.full_score is None else words.plain(self.full_score, 4),
-            "drop": "" if self.full_score is None else words.plain(self.drop, 4),
-            "examples": "" if self.per_example is None else words.count(len(self.per_example)),
-            "share of them": "" if self.share == 1 else words.percent(self.share),
-            "agreement": "" if self.agreement is None else words.percent(self.agreement),
-            "cost": "" if self.cost is None else words.flops(self.cost),
+            "score": f"{shown.plain(self.score, 4)}{part}",
+            "full model": "" if self.full_score is None else shown.plain(self.full_score, 4),
+            "drop": "" if self.full_score is None else shown.plain(self.drop, 4),
+            "examples": "" if self.per_example is None else shown.count(len(self.per_example)),
+            "share of them": "" if self.share == 1 else shown.percent(self.share),
+            "agreement": "" if self.agreement is None else shown.percent(self.agreement),
+            "cost": "" if self.cost is None else shown.flops(self.cost),
         }
-        return [tables.facts_table("Evaluation", known.items())]
+        return [shown.facts_table("Evaluation", known.items())]
 
 
 @dataclass(frozen=True)
-class Timing(tables.Shown):
+class Timing(shown.Shown):
     """Wall times of one thing, full and reduced, in milliseconds, one entry per run in the order they were run.
 
     Raises:
@@ -143,12 +143,12 @@ class Timing(tables.Shown):
         """Median full time divided by median reduced time: above 1 is faster."""
         return self.full_ms / self.reduced_ms if self.reduced_ms else math.nan
 
-    def _tables(self) -> Iterable[tables.Table]:
-        return [tables.timing_table([self])]
+    def _tables(self) -> Iterable[shown.Table]:
+        return [timing_table([self])]
 
 
 @dataclass(frozen=True)
-class Measurement(tables.Shown):
+class Measurement(shown.Shown):
     """Times and the KV cache's measured size after prefill (bytes, whole batch), full and reduced."""
 
     timings: tuple[Timing, ...]
@@ -178,17 +178,17 @@ class Measurement(tables.Shown):
         answer = f"{ANSWER} ({self.new_tokens} tokens)"
         return tuple(replace(each, what=answer) if each.what == ANSWER else each for each in self.timings)
 
-    def _tables(self) -> Iterable[tables.Table]:
+    def _tables(self) -> Iterable[shown.Table]:
         sizes = f"{self.kv_full / 1e6:.2f} MB full, {self.kv_reduced / 1e6:.2f} MB reduced"
         known = {
-            "KV cache": f"{sizes}, {words.ratio(self.kv_ratio)}",
+            "KV cache": f"{sizes}, {shown.ratio(self.kv_ratio)}",
             "on": f"{self.device}, {self.dtype}, {self.threads} CPU threads",
         }
-        return [tables.timing_table(self.named), tables.facts_table("Measured with it", known.items())]
+        return [timing_table(self.named), shown.facts_table("Measured with it", known.items())]
 
 
 @dataclass(frozen=True, eq=False)
-class RankConsistency(tables.Shown):
+class RankConsistency(shown.Shown):
     """How alike the rankings of L decoder layers are, averaged over examples.
 
     Attributes:
@@ -266,15 +266,15 @@ class RankConsistency(tables.Shown):
                 f" Up to {ties:.0%} of the scores of layer {self.tied_share.argmax()} are tied: "
                 "the order of those tokens is arbitrary."
             )
-        typical, first = words.plain(self.typical_tau), words.plain(float(self.tau[0]))
+        typical, first = shown.plain(self.typical_tau), shown.plain(float(self.tau[0]))
         return (
             f"{verdict} Kendall's tau between neighboring layers is {typical} (median after the first layer, which has "
             f"{first}), and they share {self.typical_overlap:.0%} of their best {self.top_rate:.0%} of the vision "
             f"tokens ({self.top_rate:.0%} by chance), over {self.examples} examples.{noted}"
         )
 
-    def _tables(self) -> Iterable[tables.Table]:
-        return [tables.consistency_table(self)]
+    def _tables(self) -> Iterable[shown.Table]:
+        return [consistency_table(self)]
 
 
 def _finite(value: float, name: str) -> float:
@@ -287,6 +287,38 @@ def _finite(value: float, name: str) -> float:
     if not math.isfinite(number):
         raise BadInput(f"{name} is {number}; an evaluation needs a finite number")
     return number
+
+
+def timing_table(timings: Sequence[Timing]) -> shown.Table:
+    """Measured times; says that the gain is in prefill."""
+    return shown.Table(
+        "Measured time (the gain is in prefill)",
+        timings,
+        shown.Column("Measured", lambda row: row.what, "", text=True),
+        shown.Column("Batch", lambda row: shown.count(row.batch), "batch"),
+        shown.Column("Runs", lambda row: shown.count(row.runs), "runs"),
+        shown.Column("Full", lambda row: shown.milliseconds(row.full_ms), "full"),
+        shown.Column("Reduced", lambda row: shown.milliseconds(row.reduced_ms), "reduced"),
+        shown.Column("Full / reduced", lambda row: shown.ratio(row.ratio), "full / reduced"),
+    )
+
+
+def consistency_table(found: RankConsistency) -> shown.Table:
+    """How alike each layer and the one before rank the vision tokens."""
+
+    def before(values: Any, show: Callable[[float], str], first: str = shown.NOTHING) -> Callable[[int], str]:
+        return lambda layer: show(float(values[layer - 1])) if layer else first
+
+    return shown.Table(
+        "Rank consistency by layer",
+        range(len(found.tied_share)),
+        shown.Column("Layer", str, "layer", text=True),
+        shown.Column("Tau with the layer before", before(found.tau, shown.plain), "tau"),
+        shown.Column("", before(found.tau, shown.bar, ""), text=True, places=("terminal",)),
+        shown.Column("Top-token overlap", before(found.topk_overlap, shown.percent), "top overlap"),
+        shown.Column("Tied tokens", lambda layer: shown.percent(float(found.tied_share[layer])), "ties"),
+        notes=[found.summary()],
+    )
 
 
 # -- how sure a drop is -----------------------------------------------------------------------------------------

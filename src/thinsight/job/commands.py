@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .. import words
+from .. import shown
 from ..errors import BadInput
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.evaluator import check_metric
@@ -20,8 +20,8 @@ from ..evaluation.examples import Example, Progress, check_exists, load_examples
 from ..evaluation.full_model import AUTO
 from ..evaluation.prompts import PromptReader
 from ..progress import Watcher
-from ..report import check_picture_name
 from ..report.data import DatasetInfo, Headline, Picture, ReportData
+from ..report.pictures import check_picture_name
 from ..schedule import Schedule
 from ..timing import Measurement, measure
 from .opening import (
@@ -53,10 +53,10 @@ class BenchResult:
         """What is no time: FLOPs and the KV cache, as text."""
         measured = self.measurement
         return [
-            f"Decoder FLOPs of the median prompt: {words.flops(self.flops_full)} full, "
-            f"{words.flops(self.flops)} reduced, {words.ratio(self.flops_full / self.flops)}",
+            f"Decoder FLOPs of the median prompt: {shown.flops(self.flops_full)} full, "
+            f"{shown.flops(self.flops)} reduced, {shown.ratio(self.flops_full / self.flops)}",
             f"KV cache after prefill, measured: {measured.kv_full / 1e6:.2f} MB full, "
-            f"{measured.kv_reduced / 1e6:.2f} MB reduced, {words.ratio(measured.kv_ratio)}",
+            f"{measured.kv_reduced / 1e6:.2f} MB reduced, {shown.ratio(measured.kv_ratio)}",
             f"On {measured.device}, {measured.dtype}, {measured.threads} CPU threads; "
             f"reduction: {self.reduction.where}",
         ]

@@ -20,7 +20,7 @@ from ..evaluation.prompts import PromptReader
 from ..families import family_of, size_of, tower_of
 from ..reduction import Reduction
 from ..report.data import Picture
-from ..runtime import Handle, apply, vision_token_mask
+from ..runtime import apply, vision_token_mask
 from ..timing import on_device
 
 
@@ -129,17 +129,9 @@ def picture_of(
     most_layers: int = 7,
     reader: PromptReader | None = None,
 ) -> Picture:
-    """The kept tokens of the example's (first) image at the layers where tokens are dropped, and both greedy
-    answers.
+    """The kept tokens of the example's (first) image at the layers where tokens are dropped, and both greedy answers.
 
-    Args:
-        model: the loaded model, without a reduction in force.
-        processor: its processor.
-        example: the question.
-        reduction: what decides which tokens are kept.
-        max_new_tokens: longest answer.
-        reader: what has read the example for this model, or None.
-        most_layers: show at most so many layers, evenly chosen among those where tokens are dropped.
+    Of many such layers ``most_layers`` are shown, evenly chosen; ``reader`` is what has read the example, if any.
 
     Raises:
         ThinsightError: a prompt without an image, or an image whose tokens form no grid.
@@ -151,19 +143,23 @@ def picture_of(
     grid = grid_of(model, processor, example, inputs, n_vision)
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
     full = model.generate(**inputs, **options)  # (1, prompt + answer)
-    layers = _layers(reduction, n_vision, most_layers)
+    dropping = sorted(reduction.schedule.reductions(n_vision))
+    layers = spread(dropping, most_layers) or [reduction.schedule.num_layers - 1]
     with apply(model, reduction) as handle:
         reduced = model.generate(**inputs, **options)
-        kept = [_kept(handle, layer, n_vision) for layer in layers]
-    length = inputs["input_ids"].shape[1]
+        # a full schedule drops none, and records none
+        whole = list(range(n_vision)) if reduction.schedule.is_full else None
+        kept = [whole or handle.kept(layer)[0].tolist() for layer in layers]
+    answers = [tokens[0, inputs["input_ids"].shape[1] :] for tokens in (full, reduced)]
+    texts = [str(processor.tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
     return Picture(
         image=grid.image,
         grid=grid.size,
         kept=tuple(grid.inside(indices) for indices in kept),
         layers=tuple(layers),
         question=example.question,
-        answer_full=_text(processor, full[0, length:]),
-        answer_reduced=_text(processor, reduced[0, length:]),
+        answer_full=texts[0],
+        answer_reduced=texts[1],
         truth=example.answers[0] if example.answers else "",
     )
 
@@ -193,18 +189,3 @@ def spread(values: Sequence[int], most: int) -> list[int]:
         return list(values)
     places = np.linspace(0, len(values) - 1, most).round().astype(int)
     return [values[place] for place in places]
-
-
-def _kept(handle: Handle, layer: int, n_vision: int) -> list[int]:
-    """Indices of the vision tokens that entered a layer; a full schedule records none because it drops
-    none."""
-    return list(range(n_vision)) if handle.schedule.is_full else handle.kept(layer)[0].tolist()
-
-
-def _layers(reduction: Reduction, n_vision: int, most: int) -> list[int]:
-    dropping = sorted(reduction.schedule.reductions(n_vision))
-    return spread(dropping, most) if dropping else [reduction.schedule.num_layers - 1]
-
-
-def _text(processor: Any, tokens: torch.Tensor) -> str:
-    return str(processor.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

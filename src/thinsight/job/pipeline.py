@@ -22,8 +22,8 @@ from ..evaluation.result import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Evaluation
 from ..loading import base_name, checkpoint_hash
 from ..progress import Watcher
 from ..reduction import Reduction, public_name
-from ..report import save_report_data, write_report
-from ..report.data import DatasetInfo, FrontierRow, Headline, Picture, ReportData, SearchInfo
+from ..report.data import DatasetInfo, FrontierRow, Headline, Picture, ReportData, SearchInfo, save_report_data
+from ..report.html import write_report
 from ..runtime import apply
 from ..schedule import Schedule
 from ..searches import SearchResult, frontier

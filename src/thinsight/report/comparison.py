@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import tables, texts, words
+from .. import shown, texts
 from ..errors import MissingPackage
 from ..evaluation.result import Interval, drop_interval
-from ..records import decode, write_atomically
+from ..records import write_atomically
+from . import words
 
 OURS = "sensitivity"
 
@@ -45,7 +46,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Comparison(tables.Shown):
+class Comparison(shown.Shown):
     """All runs of one model, with what is needed to judge them."""
 
     model: str
@@ -62,25 +63,15 @@ class Comparison(tables.Shown):
     environment: dict[str, str]
     doubt: str = ""  # why the full model's score is too low to tell much
 
-    @classmethod
-    def from_dict(cls, stored: Any, where: str) -> Comparison:
-        """Back from JSON.
-
-        Raises:
-            ThinsightError: it is no comparison; ``where`` says what was read.
-        """
-        found: Comparison = decode(cls, stored, where, "run the comparison again with --resume")
-        return found
-
     def __rich__(self) -> Any:
         from rich.console import Group
 
-        parts: list[Any] = [tables.line(f"Warning: {self.doubt}", "bold red")] if self.doubt else []
-        return Group(*tables.spaced([*parts, *self._tables()]), "")
+        parts: list[Any] = [shown.line(f"Warning: {self.doubt}", "bold red")] if self.doubt else []
+        return Group(*shown.spaced([*parts, *self._tables()]), "")
 
-    def _tables(self) -> Iterable[tables.Table]:
+    def _tables(self) -> Iterable[shown.Table]:
         """One for each budget, best score first; our search stands out."""
-        full = words.percent(self.full_score)
+        full = shown.percent(self.full_score)
         for budget, lines in by_budget(self):
             refused = [f"{line.title}: {line.refused}" for line in lines if line.refused]
             title = f"{budget_title(budget, self.unit)}; full model {full}"
@@ -94,15 +85,15 @@ class MethodAtBudget:
     budget: float
     method: str
     title: str
-    seeds: int
-    spent: float
-    flops_ratio: float
-    score: float
-    spread: float  # standard deviation over seeds
-    drop: Interval | None
-    behind: Interval | None  # our search's score minus this one
-    evaluations: float
-    refused: str
+    refused: str = ""
+    seeds: int = 0
+    spent: float = 0.0
+    flops_ratio: float = 0.0
+    score: float = 0.0
+    spread: float = 0.0  # standard deviation over seeds
+    drop: Interval | None = None
+    behind: Interval | None = None  # our search's score minus this one
+    evaluations: float = 0.0
 
 
 def table(comparison: Comparison) -> list[MethodAtBudget]:
@@ -110,7 +101,7 @@ def table(comparison: Comparison) -> list[MethodAtBudget]:
     lines: list[MethodAtBudget] = []
     for budget in sorted({run.budget for run in comparison.runs}, reverse=True):
         here = [run for run in comparison.runs if run.budget == budget]
-        ours = _mean([run for run in here if run.method == OURS and not run.refused])
+        ours = [run.per_example for run in here if run.method == OURS and not run.refused]
         at = [
             _line(comparison, [run for run in here if run.method == method], ours)
             for method in dict.fromkeys(run.method for run in here)
@@ -119,16 +110,12 @@ def table(comparison: Comparison) -> list[MethodAtBudget]:
     return lines
 
 
-def _mean(runs: Sequence[Run]) -> np.ndarray | None:
-    return np.mean([run.per_example for run in runs], axis=0) if runs else None
-
-
-def _line(comparison: Comparison, runs: Sequence[Run], ours: np.ndarray | None) -> MethodAtBudget:
+def _line(comparison: Comparison, runs: Sequence[Run], ours: Sequence[Sequence[float]]) -> MethodAtBudget:
     first, done = runs[0], [run for run in runs if not run.refused]
     if not done:
-        return MethodAtBudget(first.budget, first.method, first.title, 0, 0, 0, 0, 0, None, None, 0, first.refused)
-    scores = _mean(done)
-    assert scores is not None
+        return MethodAtBudget(first.budget, first.method, first.title, first.refused)
+    scores = np.mean([run.per_example for run in done], axis=0)  # (examples,)
+    against = np.mean(ours, axis=0) if ours and first.method != OURS else None
     return MethodAtBudget(
         budget=first.budget,
         method=first.method,
@@ -139,27 +126,36 @@ def _line(comparison: Comparison, runs: Sequence[Run], ours: np.ndarray | None) 
         score=float(scores.mean()),
         spread=float(np.std([run.score for run in done])),
         drop=drop_interval(comparison.full_per_example, scores, groups=comparison.groups),
-        behind=None if ours is None or first.method == OURS else drop_interval(ours, scores, groups=comparison.groups),
+        behind=None if against is None else drop_interval(against, scores, groups=comparison.groups),
         evaluations=float(np.mean([run.evaluations for run in done])),
-        refused="",
     )
 
 
 def to_csv(comparison: Comparison) -> str:
     """Every run, one line each."""
+    rows: list[dict[str, Any]] = [
+        {
+            "budget": run.budget,
+            "method": run.method,
+            "seed": run.seed,  # None is written as nothing
+            "score": run.score,
+            "drop": None if run.refused else comparison.full_score - run.score,
+            "spent": run.spent,
+            "flops": run.flops,
+            "flops_ratio": None if run.refused else comparison.full_flops / run.flops,
+            "evaluations": run.evaluations,
+            "seconds": round(run.seconds, 1),
+            "calibration_score": run.calibration_score,
+            "ranker": json.dumps(run.ranker) if run.ranker else None,
+            "keep_rates": " ".join(f"{rate:.6g}" for rate in run.keep_rates),
+            "refused": run.refused,
+        }
+        for run in comparison.runs
+    ]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    names = ["budget", "method", "seed", "score", "drop", "spent", "flops", "flops_ratio", "evaluations"]
-    writer.writerow([*names, "seconds", "calibration_score", "ranker", "keep_rates", "refused"])
-    for run in comparison.runs:
-        drop = "" if run.refused else comparison.full_score - run.score
-        ratio = "" if run.refused else comparison.full_flops / run.flops
-        seed = "" if run.seed is None else run.seed
-        row = [run.budget, run.method, seed, run.score, drop, run.spent, run.flops, ratio, run.evaluations]
-        ranker = json.dumps(run.ranker) if run.ranker else ""
-        rates = " ".join(f"{rate:.6g}" for rate in run.keep_rates)
-        known = "" if run.calibration_score is None else run.calibration_score
-        writer.writerow([*row, round(run.seconds, 1), known, ranker, rates, run.refused])
+    writer = csv.DictWriter(out, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue()
 
 
@@ -177,27 +173,26 @@ def by_budget(comparison: Comparison) -> list[tuple[float, list[MethodAtBudget]]
     return [(budget, list(lines)) for budget, lines in itertools.groupby(table(comparison), lambda line: line.budget)]
 
 
-def _drawn(title: str, lines: Sequence[MethodAtBudget], notes: Sequence[str] = ()) -> tables.Table:
+def _drawn(title: str, lines: Sequence[MethodAtBudget], notes: Sequence[str] = ()) -> shown.Table:
     def known(show: Callable[[MethodAtBudget], str]) -> Callable[[MethodAtBudget], str]:
         return lambda line: "" if line.refused else show(line)
 
     def score(line: MethodAtBudget) -> str:
-        spread = f" ± {words.points(line.spread)}" if line.seeds > 1 else ""
-        return f"refused: {line.refused}" if line.refused else f"{words.points(line.score)}{spread}"
+        spread = f" ± {shown.points(line.spread)}" if line.seeds > 1 else ""
+        return f"refused: {line.refused}" if line.refused else f"{shown.points(line.score)}{spread}"
 
-    return tables.Table(
+    def evaluations(line: MethodAtBudget) -> str:
+        return f"{line.evaluations:.1f}" if line.evaluations else ""
+
+    return shown.Table(
         title,
         lines,
-        tables.Column("method", lambda line: line.title, text=True),
-        tables.Column("score", score, "score (%)"),
-        tables.Column("drop [95 %]", known(lambda line: words.interval(line.drop))),
-        tables.Column("ours minus this [95 %]", known(lambda line: words.interval(line.behind))),
-        tables.Column("FLOPs", known(lambda line: words.ratio(line.flops_ratio)), "full / this"),
-        tables.Column(
-            "evaluations",
-            lambda line: f"{line.evaluations:.1f}" if line.evaluations else "",
-            places=("page", "markdown"),
-        ),
+        shown.Column("method", lambda line: line.title, text=True),
+        shown.Column("score", score, "score (%)"),
+        shown.Column("drop [95 %]", known(lambda line: words.interval(line.drop))),
+        shown.Column("ours minus this [95 %]", known(lambda line: words.interval(line.behind))),
+        shown.Column("FLOPs", known(lambda line: shown.ratio(line.flops_ratio)), "full / this"),
+        shown.Column("evaluations", evaluations, places=("page", "markdown")),
         strong=lambda line: line.method == OURS and not line.refused,
         notes=notes,
     )

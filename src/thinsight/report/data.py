@@ -20,12 +20,13 @@ from typing import Annotated, Any
 from PIL import Image
 from pydantic import PlainValidator, ValidationInfo
 
-from .. import tables, words
+from .. import shown
 from ..errors import BadInput, StorageError
-from ..evaluation.result import Interval, RankConsistency, Timing
+from ..evaluation.result import Interval, RankConsistency, Timing, consistency_table, timing_table
 from ..records import decode, encode, read_sealed, seal, user_path, write_atomically
 from ..schedule import Schedule
 from ..searches.run import Trial
+from . import tables, words
 
 SCHEMA_VERSION = 3
 DATA_FILE = "report.json"
@@ -205,7 +206,7 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class ReportData(tables.Shown):
+class ReportData(shown.Shown):
     """Everything one report shows. Parts that are left out leave out their section."""
 
     title: str
@@ -239,32 +240,32 @@ class ReportData(tables.Shown):
     def __rich__(self) -> Any:
         from rich.console import Group
 
-        return Group(*tables.spaced(self._parts()), "")
+        return Group(*shown.spaced(self._parts()), "")
 
-    def _tables(self) -> Iterable[tables.Table]:
-        return (part for part in self._parts() if isinstance(part, tables.Table))
+    def _tables(self) -> Iterable[shown.Table]:
+        return (part for part in self._parts() if isinstance(part, shown.Table))
 
     def _parts(self) -> Iterable[Any]:
         """All of it that a terminal can show, top to bottom."""
-        title = tables.line(self.title, "bold")
+        title = shown.line(self.title, "bold")
         if self.headline is None:
             yield title
         else:
-            yield title.append("\n").append_text(tables.line(words.headline(self.headline), "bold green"))
-            yield from (tables.line(f"Warning: {doubt}", "bold red") for doubt in self.doubts)
+            yield title.append("\n").append_text(shown.line(words.headline(self.headline), "bold green"))
+            yield from (shown.line(f"Warning: {doubt}", "bold red") for doubt in self.doubts)
             yield tables.headline_table(self.headline, self.dataset)
-            yield tables.line(words.meaning(self.headline, self.search))
+            yield shown.line(words.meaning(self.headline, self.search))
         if self.keep_rates:
-            yield tables.schedule_bars(self.keep_rates)
-        several: tuple[tuple[Any, Callable[[Any], tables.Table]], ...] = (
+            yield shown.schedule_bars(self.keep_rates)
+        several: tuple[tuple[Any, Callable[[Any], shown.Table]], ...] = (
             (self.methods, tables.methods_table),
             (self.frontier, tables.frontier_table),
             (self.per_task, tables.tasks_table),
-            (self.timing, tables.timing_table),
+            (self.timing, timing_table),
         )
         yield from (table(rows) for rows, table in several if rows)
         if self.consistency is not None:
-            yield tables.consistency_table(self.consistency)
+            yield consistency_table(self.consistency)
 
 
 def save_report_data(folder: str | Path, data: ReportData) -> Path:

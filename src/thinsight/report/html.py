@@ -13,11 +13,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .. import tables, texts, words
+from .. import shown, texts
+from ..evaluation.result import consistency_table, timing_table
 from ..records import user_path, write_atomically
-from ..schedule import Schedule
-from . import plots
-from .data import Headline, Picture, ReportData
+from ..searches.run import trials_table
+from . import plots, tables, words
+from .data import Picture, ReportData
 from .pictures import data_uri, draw_kept, even_columns
 
 _UNIT = re.compile(r"(?<=\d) (?=%|[PTGM]?FLOPs|points)|(?<=\d,) (?=[\d\N{MINUS SIGN}]+(\.\d+)?\])")
@@ -46,25 +47,26 @@ def render(data: ReportData) -> str:
         "search": ("The search", data.search or data.trials),
         "measured": ("How it was measured", True),
     }
-    return tables.fill(
+    return shown.fill(
         "page.html.j2",
         data=data,
         sections={ident: name for ident, (name, there) in sections.items() if there},
         style=Markup(resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")),
-        cards=_cards(data.headline) if data.headline else [],
         others=_other_schedules(data),
         shared=_sharing(data),
-        schedule=Schedule(data.keep_rates) if data.keep_rates else None,
+        schedule=shown.schedule_table(data.keep_rates, data.model.num_vision_tokens),
         methods=_methods(data),
         tasks=_tasks(data),
-        search_facts=_search_facts(data),
-        facts=_facts(data),
+        timing=timing_table(data.timing),
+        consistency=data.consistency and consistency_table(data.consistency),
+        frontier=tables.frontier_table(data.frontier),
+        trials=trials_table(data.trials),
         thumbs=_thumbs,
         figure=_figure,
         tight=_tight,
         even_columns=even_columns,
         plots=plots,
-        tables=tables,
+        shown=shown,
         words=words,
     )
 
@@ -85,25 +87,6 @@ def _tight(text: str) -> str:
     return _UNIT.sub("\N{NO-BREAK SPACE}", text)
 
 
-def _cards(headline: Headline) -> list[tuple[str, str, str]]:
-    """The key figures: name, value, what stands under it."""
-    cost = "full / reduced, prefill of one prompt"
-    if headline.flops_full is not None and headline.flops is not None:
-        cost = f"{words.flops(headline.flops_full)} → {words.flops(headline.flops)}"
-    cards = [
-        ("Decoder FLOPs", words.ratio(headline.flops_ratio), cost),
-        ("Drop in points", words.points(headline.drop.mean), f"95 % interval {words.ends(headline.drop)}"),
-        ("Score", words.percent(headline.score), f"full model {words.percent(headline.full_score)}"),
-        ("Mean keep rate", words.percent(headline.mean_keep_rate), "of the vision tokens, over all layers"),
-    ]
-    measured = (
-        ("Prefill time", headline.prefill_ratio, "measured, full / reduced"),
-        ("Whole answer", headline.answer_ratio, "measured, full / reduced"),
-        ("KV cache", headline.kv_ratio, "of the prompt, full / reduced"),
-    )
-    return cards + [(name, words.ratio(value), under) for name, value, under in measured if value is not None]
-
-
 def _other_schedules(data: ReportData) -> list[tuple[str, tuple[float, ...], int]]:
     """(name, keep rates, series) of the methods that have another schedule of as many layers."""
     return [
@@ -120,7 +103,7 @@ def _sharing(data: ReportData) -> str:
     return f"{name} (the same schedule: {', '.join(same)})" if same else name
 
 
-def _methods(data: ReportData) -> tables.Table:
+def _methods(data: ReportData) -> shown.Table:
     """With each method's marker of the plots, and its note."""
     marked = [
         Markup(f"{plots.marker_sample(series)}{texts.html(row.name)}{_note(row.note)}")
@@ -133,7 +116,7 @@ def _note(text: str) -> str:
     return plots.tag("span", text, class_="sub") if text else ""
 
 
-def _tasks(data: ReportData) -> tables.Table:
+def _tasks(data: ReportData) -> shown.Table:
     """With a bar of each score."""
     bars = [
         plots.task_bar(row.full, row.reduced, ident=f"task-{place}", task=row.task)
@@ -145,63 +128,14 @@ def _tasks(data: ReportData) -> tables.Table:
 def _thumbs(picture: Picture, place: int) -> list[dict[str, Any]]:
     """The image, and what each layer sees of it."""
     total = picture.num_tokens
-    drawn = [(tuple(range(total)), f"The image of question {place}", "the image", words.tokens(total))]
+    drawn = [(tuple(range(total)), f"The image of question {place}", "the image", shown.tokens(total))]
     for layer, kept in zip(picture.layers, picture.kept, strict=True):
         alt = f"Question {place}, layer {layer}: {len(kept)} of {total} vision tokens kept"
-        share = words.percent(len(kept) / total)
-        drawn.append((kept, alt, f"layer {layer}", f"{words.tokens(len(kept))}, {share}"))
+        share = shown.percent(len(kept) / total)
+        drawn.append((kept, alt, f"layer {layer}", f"{shown.tokens(len(kept))}, {share}"))
     thumbs = []
     for kept, alt, name, under in drawn:
         image = draw_kept(picture.image, picture.grid, kept)
         size = {"width": image.width, "height": image.height}
         thumbs.append({"src": data_uri(image), "alt": alt, "name": name, "under": under, **size})
     return thumbs
-
-
-def _search_facts(data: ReportData) -> list[tuple[str, str]]:
-    found = data.search
-    if found is None:
-        return []
-    runs = "" if found.full_forwards is None else f"{found.full_forwards:.1f} runs of the full model"
-    return [
-        ("Method", _together(" · ", found.method, found.solver)),
-        ("Ranker", found.ranker),
-        ("Allowed drop", "" if found.max_drop is None else f"{words.points(found.max_drop)} points"),
-        ("Budget", found.budget),
-        ("Seed", _known(found.seed, str)),
-        ("Evaluations", _known(found.evaluations, words.count)),
-        ("Cost", f"{runs} over the calibration set (FLOPs)" if runs else ""),
-        ("Time", _known(found.seconds, words.duration)),
-        ("Calibration score, full", _known(found.calibration_full_score, words.percent)),
-        ("Calibration score, reduced", _known(found.calibration_score, words.percent)),
-    ]
-
-
-def _facts(data: ReportData) -> list[tuple[str, str]]:
-    """About model, data and machine."""
-    model, dataset = data.model, data.dataset
-    facts = [
-        ("Model", _together(" · ", model.name, model.model_type)),
-        ("Parameters", _known(model.parameters, words.parameters)),
-        ("Decoder layers", _known(model.num_layers, str)),
-        ("Vision tokens", _known(model.num_vision_tokens, lambda tokens: f"{tokens} per prompt")),
-        ("Runs as", _together(", ", model.dtype, model.device, model.attention)),
-    ]
-    if dataset is not None:
-        questions = _known(dataset.calibration_size, lambda size: f"{words.count(size)} questions")
-        facts += [
-            ("Test set", _together(", ", dataset.test_name, f"{words.count(dataset.test_size)} questions")),
-            ("Test hash", dataset.test_hash),
-            ("Calibration set", _together(", ", dataset.calibration_name, questions)),
-            ("Calibration hash", dataset.calibration_hash),
-            ("Metric", dataset.metric),
-        ]
-    return facts + list(data.environment.items())
-
-
-def _known(value: Any, show: Callable[[Any], str]) -> str:
-    return "" if value is None else show(value)
-
-
-def _together(between: str, *parts: str) -> str:
-    return between.join(filter(None, parts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import words
 from ..errors import BadInput
 from ..records import user_path, write_atomically
+from ..shown import percent
 from .data import Picture
 
 OUTLINE = (255, 176, 0)
@@ -42,11 +43,7 @@ def kept_mask(grid: tuple[int, int], kept: Iterable[int]) -> NDArray[np.bool_]:
 def draw_kept(image: Image.Image, grid: tuple[int, int], kept: Iterable[int], *, side: int = 336) -> Image.Image:
     """The image with its dropped patches gray and dim and its kept ones outlined, as RGB.
 
-    Args:
-        image: as the model saw it.
-        grid: (rows, columns) of its vision tokens, reading order.
-        kept: indices 0 .. rows * columns - 1 of the tokens that were kept.
-        side: the longer side of the drawing in pixels, rounded to whole patches of at least 4 pixels.
+    ``side`` is the longer one of the drawing in pixels, rounded to whole patches of at least 4.
     """
     mask = kept_mask(grid, kept)
     cell = max(4, round(side / max(grid)))
@@ -63,12 +60,10 @@ def draw_kept(image: Image.Image, grid: tuple[int, int], kept: Iterable[int], *,
 
 def _border(shown: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:
     """The pixels of the shown area within `thickness` of its edge, shape (h, w)."""
-    inner = np.pad(shown, thickness, constant_values=False)
-    core = shown.copy()
+    inner, core = np.pad(shown, thickness, constant_values=False), shown.copy()
     height, width = shown.shape
-    for dy in (-thickness, 0, thickness):
-        for dx in (-thickness, 0, thickness):
-            core &= inner[thickness + dy : thickness + dy + height, thickness + dx : thickness + dx + width]
+    for down, right in itertools.product((0, thickness, 2 * thickness), repeat=2):
+        core &= inner[down : down + height, right : right + width]
     return shown & ~core
 
 
@@ -91,16 +86,13 @@ def even_columns(number: int) -> int:
 def contact_strip(picture: Picture, *, side: int = 240, columns: int | None = None) -> Image.Image:
     """One sheet with the question, the answers, the image and a drawing per layer, for `thinsight show`.
 
-    Args:
-        picture: what to draw.
-        side: the longer side of one drawing in pixels.
-        columns: drawings per line; by default at most four, spread evenly.
+    ``side`` is the longer one of a drawing in pixels, ``columns`` the drawings in a line.
     """
     drawings = [draw_kept(picture.image, picture.grid, range(picture.num_tokens), side=side)]
     drawings += [draw_kept(picture.image, picture.grid, kept, side=side) for kept in picture.kept]
     total, captions = picture.num_tokens, ["the image"]
     for layer, kept in zip(picture.layers, picture.kept, strict=True):
-        captions.append(f"layer {layer}: {len(kept)} of {total} ({words.percent(len(kept) / total)})")
+        captions.append(f"layer {layer}: {len(kept)} of {total} ({percent(len(kept) / total)})")
     columns = max(1, min(len(drawings), even_columns(len(drawings)) if columns is None else columns))
     font, bold = ImageFont.load_default(13), ImageFont.load_default(17)
     pad, gap, under = 24, 16, 26

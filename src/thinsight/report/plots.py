@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from .. import words
+from .. import shown
 from ..evaluation.result import RankConsistency, Timing
 from ..texts import html
+from . import words
 from .data import MethodRow
 
-_SLIM, _BROAD = frozenset(" .,:;'|!()[]-fijlrtI1"), frozenset(f"%mwMW@{words.TIMES}{words.MINUS}")
+_SLIM, _BROAD = frozenset(" .,:;'|!()[]-fijlrtI1"), frozenset(f"%mwMW@{shown.TIMES}{shown.MINUS}")
 _GAP = 9.0  # distance between points of equal cost that are spread sideways
 _CORNERS: dict[int, list[tuple[float, float]]] = {  # of the marker shapes that are no circle, about (0, 0)
     1: [(-1, -1), (1, -1), (1, 1), (-1, 1)],
@@ -29,8 +30,6 @@ _CORNERS: dict[int, list[tuple[float, float]]] = {  # of the marker shapes that 
 }
 _MARK, _KEY_GAP, _KEY_LINE = 16.0, 18.0, 19.0  # of the key: room for a marker, between names, for a line
 _SAME_COST = 0.025  # share of the axis below which two costs are drawn as one
-
-
 VOID = frozenset({"meta", "img", "br", "hr", "link", "col"})
 
 
@@ -45,8 +44,8 @@ def tag(name: str, /, *children: object, **attributes: object) -> Markup:
     parts = [name]
     for key, value in attributes.items():
         if value is not None:
-            shown = number(value) if isinstance(value, float) else value
-            parts.append(f'{key.rstrip("_").replace("_", "-")}="{html(shown)}"')
+            text = number(value) if isinstance(value, float) else value
+            parts.append(f'{key.rstrip("_").replace("_", "-")}="{html(text)}"')
     within = "".join(each if isinstance(each, Markup) else html(each) for each in children if each is not None)
     opening = f"<{' '.join(parts)}>"
     return Markup(opening if name in VOID else f"{opening}{within}</{name}>")
@@ -161,18 +160,11 @@ def _step_path(rates: Sequence[float], x: _Axis, y: _Axis) -> str:
 def schedule_plot(
     keep_rates: Sequence[float], others: Sequence[tuple[str, Sequence[float], int]] = (), *, width: int, ident: str
 ) -> Markup:
-    """Keep rate by layer as a filled step line, other schedules faintly behind it.
-
-    Args:
-        keep_rates: the schedule, fractions of the vision tokens, one per layer.
-        others: (name, keep rates, series number) of the schedules to compare with, of as many layers.
-        width: of the drawing in pixels; also decides how many ticks there is room for.
-        ident: unique in the page.
-    """
+    """Keep rate by layer as a filled step line; behind it others of as many layers, (name, rates, series number)."""
     layers, height = len(keep_rates), 300 if width > 500 else 240
     x = _Axis(-0.5, layers - 0.5, 46, width - 10)
     y = _Axis(0, 1, height - 44, 14)
-    first, last, mean = map(words.percent, (keep_rates[0], keep_rates[-1], sum(keep_rates) / layers))
+    first, last, mean = map(shown.percent, (keep_rates[0], keep_rates[-1], sum(keep_rates) / layers))
     said = f"From {first} of the vision tokens at layer 0 down to {last} at layer {layers - 1}; the mean is {mean}."
     canvas = _Canvas(width, height, "Keep rate of every decoder layer", said, ident)
     canvas.levels(x, y, {tick: f"{100 * tick:.0f} %" for tick in (0, 0.25, 0.5, 0.75, 1)}, base=0)
@@ -183,13 +175,6 @@ def schedule_plot(
         canvas.add("path", tag("title", name), d=_step_path(rates, x, y), class_=f"step faint s{series}")
     canvas.add("path", d=outline, class_="step s0")
     return canvas.close()
-
-
-def _score_range(method: MethodRow, full_score: float | None) -> tuple[float, float, float]:
-    """(low, score, high): the interval of the drop, hung under the full model's score."""
-    if method.drop is None or full_score is None:
-        return method.score, method.score, method.score
-    return full_score - method.drop.high, method.score, full_score - method.drop.low
 
 
 def _spread(costs: Sequence[float], close: float) -> list[float]:
@@ -244,15 +229,20 @@ def accuracy_plot(methods: Sequence[MethodRow], *, width: int, ident: str) -> Ma
     plot = 320 if width > 400 else 280
     height = plot + _KEY_LINE * len(lines)
     full_score = next((row.score for row in methods if row.kind == "full"), None)
-    ranges = [_score_range(row, full_score) for row in methods]
-    scale, unit = words.flops_unit(max(row.flops for row in methods))
+    ranges = [  # (low, score, high): the interval of the drop, hung under the full model's score
+        (row.score,) * 3
+        if row.drop is None or full_score is None
+        else (full_score - row.drop.high, row.score, full_score - row.drop.low)
+        for row in methods
+    ]
+    scale, unit = shown.flops_unit(max(row.flops for row in methods))
     costs = [row.flops / scale for row in methods]
     bottom, top = min(r[0] for r in ranges), max(r[2] for r in ranges)
     pad = max(0.08 * (top - bottom), 0.005)
     y = _Axis(bottom - pad, top + pad, plot - 46, 12)
-    ticks = {tick: f"{100 * tick:g} %".replace("-", words.MINUS) for tick in _ticks(y.low, y.high, 5)}
+    ticks = {tick: f"{100 * tick:g} %".replace("-", shown.MINUS) for tick in _ticks(y.low, y.high, 5)}
     x = _Axis(0, max(costs) * 1.06 or 1, 10 + max(map(_wide, ticks.values())), width - 12)
-    said = "; ".join(f"{row.name}: {words.percent(row.score)} at {words.flops(row.flops)}" for row in methods)
+    said = "; ".join(f"{row.name}: {shown.percent(row.score)} at {shown.flops(row.flops)}" for row in methods)
     canvas = _Canvas(width, height, "Score against decoder FLOPs", f"{said}.", ident)
     canvas.levels(x, y, ticks)
     canvas.line(x.start, y.start, x.end, y.start, "axis")
@@ -299,7 +289,7 @@ def drop_plot(methods: Sequence[MethodRow], max_drop: float | None = None, *, wi
     base = head + tall * len(rows)
     for tick in _ticks(x.low, x.high, 6 if width > 400 else 4):
         canvas.line(x(tick), head, x(tick), base, "grid")
-        canvas.text(x(tick), base + 18, f"{100 * tick:g}".replace("-", words.MINUS), "t muted", "middle")
+        canvas.text(x(tick), base + 18, f"{100 * tick:g}".replace("-", shown.MINUS), "t muted", "middle")
     canvas.line(x(0), head, x(0), base, "zero")
     if max_drop:
         canvas.line(x(max_drop), head, x(max_drop), base, "allowed")
@@ -319,7 +309,7 @@ def drop_plot(methods: Sequence[MethodRow], max_drop: float | None = None, *, wi
 def task_bar(full: float, reduced: float, *, ident: str, task: str) -> Markup:
     """A bar of the reduced score with a mark at the full model's, for a table cell; both are fractions."""
     width, height = 120.0, 14.0
-    title = f"{task}: full {words.percent(full)}, reduced {words.percent(reduced)}"
+    title = f"{task}: full {shown.percent(full)}, reduced {shown.percent(reduced)}"
     said = "The bar is the reduced model's score, the mark the full model's."
     canvas = _Canvas(width, height, title, said, ident)
     canvas.rect(0, 4, width, 6, rx=3.0, class_="rail")
@@ -336,18 +326,18 @@ def timing_plot(timing: Sequence[Timing], *, width: int, ident: str) -> Markup:
     longest = max(max(row.full_ms, row.reduced_ms) for row in timing)
     x = _Axis(0, longest or 1, 0, width - 84)
     said = "; ".join(
-        f"{row.what}: {words.milliseconds(row.full_ms)} full, {words.milliseconds(row.reduced_ms)} reduced, "
-        f"ratio {words.ratio(row.ratio)}"
+        f"{row.what}: {shown.milliseconds(row.full_ms)} full, {shown.milliseconds(row.reduced_ms)} reduced, "
+        f"ratio {shown.ratio(row.ratio)}"
         for row in timing
     )
     canvas = _Canvas(width, height, "Measured time, full against reduced", f"{said}.", ident)
     for place, row in enumerate(timing):
         top = head + tall * place
         canvas.text(0, top + 12, _fitting(f"{row.what}, batch {row.batch}", width - 84), "t strong")
-        canvas.text(width, top + 12, words.ratio(row.ratio), "t strong", "end")
+        canvas.text(width, top + 12, shown.ratio(row.ratio), "t strong", "end")
         for offset, value, class_ in ((20, row.full_ms, "bar full"), (41, row.reduced_ms, "bar s0")):
             canvas.rect(0, top + offset, max(x(value), 1.0), 17, rx=3.0, class_=class_)
-            canvas.text(x(value) + 7, top + offset + 13, words.milliseconds(value), "t muted")
+            canvas.text(x(value) + 7, top + offset + 13, shown.milliseconds(value), "t muted")
     return canvas.close()
 
 
@@ -359,16 +349,16 @@ def tau_plot(found: RankConsistency, *, width: int, ident: str) -> Markup:
     low = min(0.0, math.floor(10 * min(known, default=0.0)) / 10)
     x = _Axis(0.5, layers - 0.5, 44, width - 10)
     y = _Axis(low, 1, height - 44, 14)
-    said = "Kendall's tau by layer: " + ", ".join(f"{i + 1}: {words.plain(v)}" for i, v in enumerate(tau))
+    said = "Kendall's tau by layer: " + ", ".join(f"{i + 1}: {shown.plain(v)}" for i, v in enumerate(tau))
     canvas = _Canvas(width, height, "Rank consistency of neighboring layers", f"{said}.", ident)
-    canvas.levels(x, y, {tick: words.plain(tick, 1) for tick in _ticks(low, 1, 5)}, base=0)
+    canvas.levels(x, y, {tick: shown.plain(tick, 1) for tick in _ticks(low, 1, 5)}, base=0)
     title = "decoder layer, compared with the one before"
     canvas.layers(x, y, _layer_ticks(1, layers - 1, x.end - x.start), title)
     half = min(0.36 * (x.end - x.start) / max(1, layers - 1), 16.0)
     for i, value in enumerate(tau):
         if not math.isnan(value):
             top, bottom = y(max(value, 0)), y(min(value, 0))
-            title = tag("title", f"layer {i + 1}: tau {words.plain(value)}")
+            title = tag("title", f"layer {i + 1}: tau {shown.plain(value)}")
             canvas.rect(x(i + 1) - half, top, 2 * half, max(bottom - top, 0.5), title, rx=2.0, class_="bar s0")
     points = [(x(i + 1), y(v)) for i, v in enumerate(overlap) if not math.isnan(v)]
     if points:
@@ -386,7 +376,7 @@ def matrix_plot(matrix: Sequence[Sequence[float]], *, width: int, ident: str) ->
     height = top + cell * layers + foot
     values = [v for row in matrix for v in row if not math.isnan(v)]
     low = min(math.floor(10 * min(values, default=0.0)) / 10, 0.9)
-    said = f"A {layers} by {layers} map; the lowest tau is {words.plain(min(values, default=math.nan))}."
+    said = f"A {layers} by {layers} map; the lowest tau is {shown.plain(min(values, default=math.nan))}."
     canvas = _Canvas(width, height, "Kendall's tau between all pairs of layers", said, ident)
 
     def box(x: float, y: float, wide: float, high: float, value: float, *children: object) -> None:
@@ -396,7 +386,7 @@ def matrix_plot(matrix: Sequence[Sequence[float]], *, width: int, ident: str) ->
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
             if not math.isnan(value):
-                title = tag("title", f"layers {i} and {j}: {words.plain(value)}")
+                title = tag("title", f"layers {i} and {j}: {shown.plain(value)}")
                 box(left + j * cell, top + i * cell, cell, cell, value, title)
     for layer in _layer_ticks(0, layers - 1, width - left):
         middle = (layer + 0.5) * cell
@@ -406,6 +396,6 @@ def matrix_plot(matrix: Sequence[Sequence[float]], *, width: int, ident: str) ->
     for step in range(20):  # the scale, from the lowest tau to 1
         wide = (width - left - 6) / 20
         box(left + step * wide, height - 34, wide, 10, low + (1 - low) * step / 19)
-    canvas.text(left, height - 8, f"tau {words.plain(low, 1)}", "t muted")
+    canvas.text(left, height - 8, f"tau {shown.plain(low, 1)}", "t muted")
     canvas.text(width - 6, height - 8, "1.0", "t muted", "end")
     return canvas.close()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .. import tables, words
+from .. import shown
 from ..budget import Budget
 from ..errors import BadInput, Unreachable
 from ..evaluation.base import SearchEvaluator, as_evaluator
@@ -79,7 +79,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class SearchResult(tables.Shown):
+class SearchResult(shown.Shown):
     """The outcome of a search. ``score`` and ``full_score`` are on the calibration set.
 
     ``evaluations`` counts the schedules that were run, one on a share of the examples as that share (the full
@@ -117,16 +117,16 @@ class SearchResult(tables.Shown):
             f"{self.evaluations:g} evaluations, {self.schedule!r})"
         )
 
-    def _tables(self) -> Iterable[tables.Table]:
+    def _tables(self) -> Iterable[shown.Table]:
         known = {
             "schedule": repr(self.schedule),
-            "calibration score": f"{words.plain(self.score, 4)}, the full model's {words.plain(self.full_score, 4)}",
+            "calibration score": f"{shown.plain(self.score, 4)}, the full model's {shown.plain(self.full_score, 4)}",
             "allowed drop": "" if self.max_drop is None else f"{self.max_drop:g}",
             "budget": "" if self.budget is None else f"{self.budget['limit']:.4g} {self.budget['unit']}",
             "evaluations": f"{self.evaluations:g}",
-            "time": words.duration(self.seconds),
+            "time": shown.duration(self.seconds),
         }
-        return [tables.facts_table(f"Search: {self.method}", known.items()), tables.trials_table(self.trials)]
+        return [shown.facts_table(f"Search: {self.method}", known.items()), trials_table(self.trials)]
 
     @property
     def evaluations(self) -> float:
@@ -138,6 +138,32 @@ class SearchResult(tables.Shown):
     def drop(self) -> float:
         """Full model's calibration score minus that of the schedule found."""
         return self.full_score - self.score
+
+
+def trials_table(trials: Sequence[Trial]) -> shown.Table:
+    """The evaluations of a search: of layers, or of whole schedules with the share of the examples they took."""
+    whole = any(trial.layer is None for trial in trials)
+    return shown.Table(
+        "Trials, on the calibration set",
+        enumerate(trials, 1),
+        shown.Column("Trial", lambda row: row[0], text=True),
+        shown.Column("Candidate" if whole else "Layer", lambda row: _candidate(row[1]), text=whole),
+        shown.Column("Keep rate", lambda row: shown.percent(row[1].keep_rate)),
+        shown.Column("Tokens", lambda row: shown.count(row[1].count)),
+        shown.Column("Score", lambda row: f"{'' if row[1].complete else '≤ '}{shown.percent(row[1].score)}"),
+        shown.Column("Examples" if whole else "Verdict", lambda row: _verdict(row[1]), text=not whole),
+        shown.Column("Time", lambda row: shown.duration(row[1].seconds)),
+    )
+
+
+def _candidate(trial: Trial) -> str:
+    return trial.why if trial.layer is None else str(trial.layer)
+
+
+def _verdict(trial: Trial) -> str:
+    if trial.layer is None:
+        return shown.percent(trial.share)
+    return ("accepted" if trial.accepted else "rejected") + ("" if trial.complete else ", stopped early")
 
 
 class Run:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import tables
+from .. import shown
 from ..budget import Budget, check_budget_value, fill, fit, fit_rate
 from ..errors import BadInput, Unreachable, whole
 from ..evaluation.base import SearchEvaluator, as_evaluator
@@ -368,7 +368,7 @@ _SLACK = 1e-9  # as in gsearch: a drop of exactly the tolerance is within it
 
 
 @dataclass(frozen=True)
-class Frontier(tables.Shown):
+class Frontier(shown.Shown):
     """Points in the order of their cost, cheapest first; the full model is not among them.
 
     ``evaluations`` counts all that were spent, the sensitivities included.
@@ -383,8 +383,14 @@ class Frontier(tables.Shown):
         range_ = " to ".join(f"{point.spent:.4g}" for point in ends if point.spent is not None)
         return f"Frontier({len(self.points)} points, cost {range_}, {self.evaluations:g} evaluations)"
 
-    def _tables(self) -> Iterable[tables.Table]:
-        return [tables.points_table(self.points)]
+    def _tables(self) -> Iterable[shown.Table]:
+        columns = (
+            shown.Column("mean keep rate", lambda point: shown.percent(point.schedule.mean_keep_rate)),
+            shown.Column("spent", lambda point: shown.NOTHING if point.spent is None else f"{point.spent:.4g}"),
+            shown.Column("calibration score", lambda point: shown.percent(point.score)),
+            shown.Column("drop in points", lambda point: shown.points(point.drop)),
+        )
+        return [shown.Table("Points of the frontier, cheapest first", self.points, *columns)]
 
     def within(self, limit: float) -> SearchResult:
         """The best-scoring point that costs at most ``limit``, in the budgets' unit.

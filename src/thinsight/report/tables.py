@@ -1,0 +1,76 @@
+"""The tables of a report that no other object has, each from the rows that hold its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+from .. import shown
+from ..shown import Column, Table
+from . import words
+
+if TYPE_CHECKING:
+    from .data import DatasetInfo, FrontierRow, Headline, MethodRow, TaskRow
+
+
+def headline_table(found: Headline, dataset: DatasetInfo | None = None) -> Table:
+    """Full, reduced, and their ratio or the drop's interval."""
+    full, reduced = ("" if value is None else shown.flops(value) for value in (found.flops_full, found.flops))
+    drop = f"drop {words.interval(found.drop)} points"
+    rows = [
+        ("score", shown.percent(found.full_score), shown.percent(found.score), drop),
+        ("mean keep rate", shown.percent(1.0), shown.percent(found.mean_keep_rate), ""),
+        ("decoder FLOPs", full, reduced, shown.ratio(found.flops_ratio)),
+    ]
+    times = (("KV cache of the prompt", found.kv_ratio), ("prefill time", found.prefill_ratio))
+    for name, value in (*times, ("whole-answer time", found.answer_ratio)):
+        rows += [] if value is None else [(name, "", "", shown.ratio(value))]
+    return Table(
+        "Full against reduced" + (f" on {shown.count(dataset.test_size)} test questions" if dataset else ""),
+        rows,
+        Column("", itemgetter(0), text=True),
+        *(Column(name, itemgetter(place)) for place, name in enumerate(("full", "reduced", "ratio or drop"), 1)),
+    )
+
+
+def methods_table(methods: Sequence[MethodRow]) -> Table:
+    """Every method's score, drop and cost; the search's own stands out."""
+    return Table(
+        "Methods at the same decoder FLOPs" if words.same_cost(tuple(methods)) else "Methods",
+        methods,
+        Column("Method", lambda row: row.name, "method", text=True),
+        Column("Score", lambda row: shown.percent(row.score), "score"),
+        Column("Drop in points [95 %]", lambda row: words.interval(row.drop), "drop [95 %]"),
+        Column("Mean keep rate", lambda row: shown.percent(row.mean_keep_rate), "kept"),
+        Column("Decoder FLOPs", lambda row: shown.flops(row.flops), "FLOPs"),
+        Column("Full / this", lambda row: shown.ratio(row.flops_ratio), "full / this"),
+        strong=lambda row: row.kind == "found",
+        notes=[words.ranking(tuple(methods))],
+    )
+
+
+def frontier_table(frontier: Sequence[FrontierRow]) -> Table:
+    """One schedule for each cost; the one that was taken stands out."""
+    return Table(
+        "The frontier, on the calibration set",
+        frontier,
+        Column("Mean keep rate", lambda row: shown.percent(row.mean_keep_rate), "mean keep rate"),
+        Column("FLOPs", lambda row: shown.ratio(row.flops_ratio), "full / this"),
+        Column("Calibration score", lambda row: shown.percent(row.score), "score"),
+        Column("", lambda row: "taken" if row.chosen else "", text=True),
+        strong=lambda row: row.chosen,
+    )
+
+
+def tasks_table(per_task: Sequence[TaskRow]) -> Table:
+    """The scores of each task."""
+    return Table(
+        "Score by task, full against reduced",
+        per_task,
+        Column("Task", lambda row: row.task, "task", text=True),
+        Column("Questions", lambda row: shown.count(row.n), "questions"),
+        Column("Full", lambda row: shown.percent(row.full), "full"),
+        Column("Reduced", lambda row: shown.percent(row.reduced), "reduced"),
+        Column("Drop in points", lambda row: shown.points(row.full - row.reduced), "drop"),
+    )
