@@ -26,7 +26,6 @@ NOTHING = "\N{EN DASH}"  # where there can be no number
 TIMES = "\N{MULTIPLICATION SIGN}"
 MINUS = "\N{MINUS SIGN}"
 _LEVELS = "·▁▂▃▄▅▆▇█"
-_NOISE = 1e-9  # of a product of two floats
 
 
 def fixed(value: float, digits: int, unit: str = "") -> str:
