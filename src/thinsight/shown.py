@@ -199,8 +199,8 @@ def typed(figure: object) -> str:
 
 
 def _markdown(cell: object, column: Column) -> str:
-    figure = typed(cell)
-    return figure if not column.text and _FIGURES.fullmatch(figure) else texts.markdown(cell)
+    text = str(cell) if column.text else typed(cell)
+    return text if not column.text and _FIGURES.fullmatch(text) else texts.markdown(text)
 
 
 class Shown:
