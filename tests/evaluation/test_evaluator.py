@@ -14,7 +14,7 @@ import thinsight.evaluation.decoding as decoding
 from thinsight.errors import BadInput, StorageError, ThinsightError, Unsupported
 from thinsight.evaluation import Evaluation, Evaluator, Example
 from thinsight.evaluation import store as feature_store
-from thinsight.evaluation.metrics import get_metric
+from thinsight.evaluation.metrics import Metric, get_metric
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.schedule import Schedule
@@ -128,6 +128,23 @@ def test_scores_and_predictions_are_those_of_generate(labeled, attn, batch_size,
     assert agreement(reduction).per_example.tolist() == same
     assert agreement.full_score == 1
     assert agreement.predictions(reduction) == [text for _, text in expected]
+
+
+def test_a_metric_of_ones_own_may_compare_with_the_full_models_answers(labeled):
+    def overlap(prediction, answers):
+        said, (full,) = set(prediction.split()), answers
+        return len(said & set(full.split())) / max(1, len(said | set(full.split())))
+
+    model, metric = make_model(), Metric("overlap", overlap, needs_answers=False)
+    evaluator = Evaluator(model, tiny_processor(), labeled, metric, batch_size=4, max_new_tokens=NEW_TOKENS)
+    assert evaluator.full_score == 1
+    reduction = Reduction(SCHEDULES["layer 0"], "random")
+    pairs = zip(evaluator.predictions(reduction), evaluator.full_answers, strict=True)
+    scores = [overlap(text, [full.text]) for text, full in pairs]
+    assert evaluator(reduction).per_example.tolist() == scores
+    assert any(0 < score < 1 for score in scores)
+    with pytest.raises(ThinsightError, match=r"goes by_tokens .*set needs_answers=False"):
+        Metric("overlap", overlap, by_tokens=True)
 
 
 def test_the_schedules_above_tell_answers_apart(labeled):
