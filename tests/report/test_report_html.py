@@ -162,9 +162,9 @@ def test_every_number_appears(page, report):
     for value in (head.flops_full, head.flops, head.vision_flops):
         assert shown.flops(value) in text
     for row in report.methods:
-        shown = [row.name, row.note, shown.percent(row.score), shown.flops(row.flops), shown.ratio(row.flops_ratio)]
-        shown += [words.ends(row.drop)] if row.drop else []
-        assert all(one in text for one in shown), row.name
+        told = [row.name, row.note, shown.percent(row.score), shown.flops(row.flops), shown.ratio(row.flops_ratio)]
+        told += [words.ends(row.drop)] if row.drop else []
+        assert all(one in text for one in told), row.name
     for row in report.per_task:
         assert f"{row.task}{row.n}{shown.percent(row.full)}{shown.percent(row.reduced)}" in text
     for row in report.timing:
