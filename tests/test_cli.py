@@ -430,7 +430,7 @@ def test_trouble_with_the_disk_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "report.html")
 
-    monkeypatch.setattr("thinsight.report.load_report_data", full)
+    monkeypatch.setattr("thinsight.report.data.load_report_data", full)
     assert error_of("report") == "error: report.html: No space left on device; check the path and the disk"
 
 
@@ -453,7 +453,7 @@ def test_ctrl_c_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("thinsight.report.load_report_data", interrupted)
+    monkeypatch.setattr("thinsight.report.data.load_report_data", interrupted)
     result = run("report")
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 
