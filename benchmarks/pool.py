@@ -194,9 +194,8 @@ class Maker:
     """Runs schedules on an embedded model and keeps them in a pool."""
 
     def __init__(self, name: str, folder: Path, minutes: float) -> None:
-        from thinsight.job.results import MedianPrompt
-
         import thinsight as ts
+        from thinsight.job.shown import MedianPrompt
 
         self.ends = time.monotonic() + 60 * minutes
         self.model, self.processor = ts.load_demo(name=name)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -71,6 +73,30 @@ def test_every_name_is_what_type_checkers_take_it_for() -> None:
 def test_no_other_name_is_there() -> None:
     with pytest.raises(AttributeError, match="module 'thinsight' has no attribute 'sarch'"):
         _ = ts.sarch
+
+
+def described(name: str, thing: Any) -> Iterator[tuple[str, str]]:
+    """What an API reference shows of a public name: it, what it holds, and the docstring of each."""
+    if isinstance(thing, ModuleType):
+        for each, inner in vars(thing).items():
+            if not each.startswith("_") and getattr(inner, "__module__", "") == thing.__name__:
+                yield from described(f"{name}.{each}", inner)
+    elif inspect.isclass(thing):
+        defaults = getattr(thing, "__dataclass_fields__", {})
+        for each, inner in vars(thing).items():
+            method = isinstance(inner, (FunctionType, classmethod, staticmethod, property)) and each not in defaults
+            if method and not each.startswith("_"):
+                yield f"{name}.{each}", inspect.getdoc(getattr(thing, each)) or ""
+    elif not inspect.isfunction(thing):
+        return
+    yield name, thing.__doc__ or ""
+
+
+def test_every_public_name_and_method_is_described() -> None:
+    found = {key: text for name in ts.__all__ for key, text in described(name, getattr(ts, name))}
+    assert {"Reduction.save_pretrained", "budget.KeepBudget.limit", "timing.measure", "Schedule"} <= set(found)
+    # a dataclass without a docstring has its signature as one
+    assert [name for name, text in found.items() if not text or text.startswith(f"{name.split('.')[-1]}(")] == []
 
 
 def test_the_front_door_loads_nothing_heavy() -> None:

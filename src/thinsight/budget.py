@@ -73,6 +73,7 @@ class KeepBudget(Budget):
 
     @property
     def limit(self) -> float:  # type: ignore[override]
+        """The rate."""
         return float(self.rate)
 
     def spent(self, schedule: Schedule) -> float:
@@ -118,10 +119,12 @@ class FlopsBudget(Budget):
 
     @property
     def num_layers(self) -> int:  # type: ignore[override]
+        """Of the decoder."""
         return self.shape.num_layers
 
     @property
     def limit(self) -> float:  # type: ignore[override]
+        """The FLOPs."""
         return self.flops
 
     def spent(self, schedule: Schedule) -> float:
@@ -203,6 +206,7 @@ class TimeBudget(Budget):
 
     @property
     def limit(self) -> float:  # type: ignore[override]
+        """The milliseconds."""
         return self.milliseconds
 
     def spent(self, schedule: Schedule) -> float:

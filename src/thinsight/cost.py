@@ -74,6 +74,7 @@ class Breakdown:
 
     @property
     def total(self) -> float:
+        """All FLOPs."""
         return self.projections + self.attention + self.mlp
 
 

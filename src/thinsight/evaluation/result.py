@@ -126,6 +126,7 @@ class Timing(shown.Shown):
 
     @property
     def runs(self) -> int:
+        """How many of each side."""
         return len(self.full)
 
     @property
@@ -166,6 +167,7 @@ class Measurement(shown.Shown):
 
     @property
     def kv_ratio(self) -> float:
+        """How many times smaller the cache is."""
         return self.kv_full / self.kv_reduced
 
     def timing(self, what: str) -> Timing:
