@@ -136,7 +136,6 @@ _LEFT_ALONE = "was not written by thinsight, or was changed since, and is left a
 SCHEMA_VERSION = 1
 _KEYS: tuple[str, ...] = ("schema_version", "thinsight_version", "base_model_name_or_path", "model_type", "num_layers")
 _KEYS += ("keep_rates", "ranker", "search", "measured")
-_OPTIONAL_KEYS = ("adaptive", "rerank")  # written only where they say something
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # in the Hub's cache
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 
@@ -403,7 +402,7 @@ class Reduction(shown.Shown):
                 f"{where}: schema_version is {version!r}, this thinsight reads {SCHEMA_VERSION}; "
                 "upgrade thinsight or search again"
             )
-        unknown = sorted(config.keys() - {*_KEYS, *_OPTIONAL_KEYS})
+        unknown = sorted(config.keys() - {*_KEYS, "adaptive", "rerank"})  # the last two where they say something
         if unknown:
             raise BadInput(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
         missing = [key for key in _KEYS if key not in config]
