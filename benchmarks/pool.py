@@ -195,7 +195,7 @@ class Maker:
 
     def __init__(self, name: str, folder: Path, minutes: float) -> None:
         import thinsight as ts
-        from thinsight.job.shown import MedianPrompt
+        from thinsight.job.findings import MedianPrompt
 
         self.ends = time.monotonic() + 60 * minutes
         self.model, self.processor = ts.load_demo(name=name)

@@ -17,9 +17,9 @@ from pathlib import Path
 import thinsight as ts
 from thinsight.evaluation import Interval
 from thinsight.job.compare import compare
+from thinsight.job.findings import MedianPrompt, drop_of
 from thinsight.job.opening import RunFolder
 from thinsight.job.options import BUDGETS, CompareOptions, ModelOptions, method_names
-from thinsight.job.shown import MedianPrompt, drop_of
 from thinsight.loading import load_demo
 from thinsight.report.comparison import OURS, Comparison, MethodAtBudget, markdown, table
 from thinsight.report.words import interval

@@ -21,7 +21,7 @@ from thinsight.errors import Unsupported
 from thinsight.evaluation.prompts import prompt_text
 from thinsight.families import FAMILIES as ROWS
 from thinsight.families import NOT_KNOWN, TOWERS, Family, Tower, family_of, has_roles, tower_of
-from thinsight.job.shown import grid_of
+from thinsight.job.findings import grid_of
 from thinsight.runtime import apply
 from thinsight.runtime.anatomy import refusal, vision_placeholders
 

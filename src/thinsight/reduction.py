@@ -24,7 +24,7 @@ from .texts import brief, code, markdown, python, yaml
 from .version import __version__
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-# the hash is of all above it, as a card that was changed is its user's
+# the hash is of all above it: a changed card is its user's
 _MARK = re.compile(r"\n<!-- thinsight card ([0-9a-f]{64}): replaced as long as nothing is changed -->\n\Z")
 
 
@@ -136,7 +136,6 @@ _LEFT_ALONE = "was not written by thinsight, or was changed since, and is left a
 SCHEMA_VERSION = 1
 _KEYS: tuple[str, ...] = ("schema_version", "thinsight_version", "base_model_name_or_path", "model_type", "num_layers")
 _KEYS += ("keep_rates", "ranker", "search", "measured")
-_OPTIONAL_KEYS = ("adaptive", "rerank")  # written only where they say something
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # in the Hub's cache
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 
@@ -235,9 +234,8 @@ class Reduction(shown.Shown):
                 f"adaptive has {adaptive.num_layers} layers but the schedule {schedule.num_layers}; "
                 "pass adaptive.mean() as the schedule"
             )
-        name = base_model_name_or_path
-        texts = {"base_model_name_or_path": name, "model_type": model_type}
-        for field, value in {**texts, "search": search, "measured": measured}.items():
+        name, texts = base_model_name_or_path, ("base_model_name_or_path", "model_type")
+        for field, value in zip((*texts, "search", "measured"), (name, model_type, search, measured), strict=True):
             kind, word = (str, "text") if field in texts else (Mapping, "dict")
             if value is not None and not isinstance(value, kind):
                 raise BadInput(f"{field} is {value!r}; it must be a {word} or None")
@@ -404,7 +402,7 @@ class Reduction(shown.Shown):
                 f"{where}: schema_version is {version!r}, this thinsight reads {SCHEMA_VERSION}; "
                 "upgrade thinsight or search again"
             )
-        unknown = sorted(config.keys() - {*_KEYS, *_OPTIONAL_KEYS})
+        unknown = sorted(config.keys() - {*_KEYS, "adaptive", "rerank"})  # the last two where they say something
         if unknown:
             raise BadInput(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
         missing = [key for key in _KEYS if key not in config]

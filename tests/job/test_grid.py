@@ -18,7 +18,7 @@ from family_processor import RowProcessor
 
 from thinsight.errors import ThinsightError
 from thinsight.families import FAMILIES as ROWS
-from thinsight.job.shown import Grid, grid_of, picture_of
+from thinsight.job.findings import Grid, grid_of, picture_of
 from thinsight.reduction import Reduction
 from thinsight.runtime import vision_token_mask
 from thinsight.runtime.anatomy import sliding_layers

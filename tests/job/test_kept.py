@@ -11,7 +11,7 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.examples import Example
 from thinsight.evaluation.prompts import PromptReader
-from thinsight.job.shown import picture_of, spread, varied
+from thinsight.job.findings import picture_of, spread, varied
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.schedule import Schedule

@@ -9,7 +9,7 @@ from PIL import Image
 from thinsight import cost
 from thinsight.evaluation.examples import Example
 from thinsight.evaluation.result import Evaluation
-from thinsight.job.shown import MedianPrompt, drop_of, method_row, metric_words, ranker_words, task_rows
+from thinsight.job.findings import MedianPrompt, drop_of, method_row, metric_words, ranker_words, task_rows
 from thinsight.schedule import Schedule
 
 CONFIG = {

@@ -24,6 +24,7 @@ from ..report.data import DatasetInfo, Headline, Picture, ReportData
 from ..report.pictures import check_picture_name
 from ..schedule import Schedule
 from ..timing import Measurement, measure
+from .findings import MedianPrompt, drop_of, method_row, metric_words, picture_of, ranker_words, task_rows, varied
 from .opening import (
     Opened,
     Sourced,
@@ -35,7 +36,6 @@ from .opening import (
     reduction_for,
 )
 from .options import AnalyzeOptions, BenchOptions, EvaluateOptions, JobOptions, ShowOptions
-from .shown import MedianPrompt, drop_of, method_row, metric_words, picture_of, ranker_words, task_rows, varied
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,8 @@ from ..runtime import check_rankable, num_layers
 from ..searches.run import budget_of
 from ..searches.study import searchable_score
 from ..version import __version__
+from .findings import MedianPrompt
 from .options import DEFAULT_OUT, DEMO_TEST, ModelOptions, RunOptions, ScoringOptions, layers_of
-from .shown import MedianPrompt
 
 T = TypeVar("T")
 

@@ -31,9 +31,9 @@ from ..searches.run import Trial
 from ..searches.search import AUTO, rankers_for
 from ..searches.sensitivity import SHARES
 from ..timing import measure
+from .findings import MedianPrompt, drop_of, method_row, metric_words, picture_of, ranker_words, task_rows, varied
 from .opening import Limits, Prepared, content_hash, environment, limits_of, prepare
 from .options import SearchOptions
-from .shown import MedianPrompt, drop_of, method_row, metric_words, picture_of, ranker_words, task_rows, varied
 
 
 @dataclass(frozen=True)
