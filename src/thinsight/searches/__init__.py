@@ -8,7 +8,7 @@ from .certify import certify
 from .gsearch import Bayes, Bisect, LayerProblem, Solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
-from .run import Run, SearchResult, Trial, check_count
+from .run import Run, SearchResult, Trial
 from .search import SEARCHES, Search, search
 from .sensitivity import Frontier, frontier, sensitivity_search
 from .study import Study
