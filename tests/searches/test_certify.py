@@ -378,6 +378,18 @@ def test_an_interrupted_run_goes_on_where_it_was() -> None:
     assert evaluator.ran == []
 
 
+def test_several_at_the_same_time_certify_the_same() -> None:
+    """What was run beside the one that failed is not looked at."""
+    evaluator = answers([0, 7, 22, 0], [0, 8, 7, 20])
+    evaluator.at_once = 3  # type: ignore[attr-defined]
+    assert ts.certify(PATH, evaluator, 0.01) == ts.certify(PATH, answers([0, 7, 22, 0], [0, 8, 7, 20]), 0.01)
+    assert evaluator.ran == PATH[:3]
+    evaluator.at_once = 2  # type: ignore[attr-defined]
+    evaluator.ran.clear()
+    assert ts.certify(PATH, evaluator, 0.01).schedule == PATH[1]
+    assert evaluator.ran == PATH
+
+
 def test_a_set_that_was_used_before_says_so() -> None:
     evaluator = answers([0], [0])
     first = ts.certify(PATH[:1], evaluator, 0.01)

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..certificate import NUISANCE, Certificate, Step
 from ..errors import BadInput
+from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..evaluation.bounds import check_confidence
 from ..evaluation.result import Evaluation, design_effect
 from ..reduction import Reduction
@@ -227,8 +229,9 @@ def certify(
     """
     check_promise(max_drop, confidence)
     schedules = _checked(path)
-    full = _full(evaluator, schedules[0].num_layers)
-    ids, groups = _names(evaluator, len(full))
+    oracle = as_evaluator(evaluator)
+    full = _scores(oracle.full, None)
+    ids, groups = _names(oracle, len(full))
     rows = _one_each(ids, groups) if strict else np.arange(len(ids))
     thresholds = uniforms(ids)[rows]
     labels = [groups[row] for row in rows]
@@ -236,24 +239,24 @@ def certify(
     floor = float(full.mean()) - (surplus + 0.5) / len(full) if early and not strict else None
     steps = list(known)
     while len(steps) < len(schedules) and (not steps or steps[-1].certified):
-        evaluation = _run(evaluator, path[len(steps)], floor)
-        if evaluation.complete:
-            scores = _scores(evaluation, len(full))
-            step = judge(
-                full[rows],
-                scores[rows],
-                max_drop,
-                confidence=confidence,
-                groups=None if strict else labels,
-                thresholds=thresholds,
-                surplus=surplus,
-            )
-        else:
+        for evaluation in _run(oracle, path[len(steps) : len(steps) + max(1, oracle.at_once)], floor):
+            if steps and not steps[-1].certified:
+                break  # run beside the one that failed, and not looked at
             step = Step(evaluation.score, None, None, None, 1.0, certified=False, complete=False)
-        steps.append(step)
-        if on_step is not None:
-            on_step(step, len(steps) - 1, len(schedules))
-    fingerprint = fingerprint_of(evaluator)
+            if evaluation.complete:
+                step = judge(
+                    full[rows],
+                    _scores(evaluation, len(full))[rows],
+                    max_drop,
+                    confidence=confidence,
+                    groups=None if strict else labels,
+                    thresholds=thresholds,
+                    surplus=surplus,
+                )
+            steps.append(step)
+            if on_step is not None:
+                on_step(step, len(steps) - 1, len(schedules))
+    fingerprint = fingerprint_of(oracle)
     return Certificate(
         path=schedules,
         steps=tuple(steps),
@@ -343,8 +346,8 @@ def fingerprint_of(evaluator: Any) -> str:
     Args:
         evaluator: an evaluator, or the examples themselves.
     """
-    examples = evaluator if isinstance(evaluator, (list, tuple)) else getattr(evaluator, "examples", None)
-    if examples is None:  # an oracle's: by what it says
+    examples = evaluator if isinstance(evaluator, (list, tuple)) else getattr(evaluator, "examples", ())
+    if not examples:  # an oracle's: by what it says
         return hashlib.sha256(str(getattr(evaluator, "fingerprint", "")).encode()).hexdigest()[:16]
     digest = hashlib.sha256()
     for told in sorted(json.dumps([each.id, each.group, each.question, list(each.answers)]) for each in examples):
@@ -364,13 +367,6 @@ def _checked(path: Sequence[Schedule | Reduction]) -> tuple[Schedule, ...]:
     return schedules
 
 
-def _full(evaluator: Any, num_layers: int) -> NDArray[np.float64]:
-    evaluation = getattr(evaluator, "full", None)
-    if evaluation is None:
-        evaluation = evaluator(Schedule.full(num_layers))
-    return _scores(evaluation, None)
-
-
 def _scores(evaluation: Evaluation, count: int | None) -> NDArray[np.float64]:
     scores = evaluation.per_example
     if scores is None or (count is not None and len(scores) != count) or not np.isfinite(scores).all():
@@ -378,12 +374,11 @@ def _scores(evaluation: Evaluation, count: int | None) -> NDArray[np.float64]:
     return scores
 
 
-def _names(evaluator: Any, count: int) -> tuple[list[str], list[Hashable]]:
+def _names(evaluator: SearchEvaluator, count: int) -> tuple[list[str], list[Hashable]]:
     """Ids and groups; each example its own where the evaluator does not tell."""
-    examples = getattr(evaluator, "examples", None)
-    if examples is None:
+    if not evaluator.examples:
         return [str(number) for number in range(count)], list(range(count))
-    return [example.id for example in examples], [example.group for example in examples]
+    return [example.id for example in evaluator.examples], [example.group for example in evaluator.examples]
 
 
 def _one_each(ids: Sequence[str], groups: Sequence[Hashable]) -> NDArray[np.int64]:
@@ -395,10 +390,13 @@ def _one_each(ids: Sequence[str], groups: Sequence[Hashable]) -> NDArray[np.int6
     return np.array(sorted(first.values()))
 
 
-def _run(evaluator: Any, schedule: Schedule | Reduction, floor: float | None) -> Evaluation:
-    at_least = getattr(evaluator, "at_least", None)
-    found: Evaluation = evaluator(schedule) if floor is None or at_least is None else at_least(schedule, floor)
-    return found
+def _run(
+    evaluator: SearchEvaluator, candidates: Sequence[Schedule | Reduction], floor: float | None
+) -> list[Evaluation]:
+    """Their evaluations in order, run at the same time where the evaluator can."""
+    found: dict[int, Evaluation] = {}
+    evaluator.several(candidates, floor, found.__setitem__)
+    return [found[place] for place in range(len(candidates))]
 
 
 # -- laying a path -------------------------------------------------------------------------------------------
@@ -448,41 +446,40 @@ def lay_path(
     found = list(schedules)
     if not found:
         raise BadInput("there is no schedule to lay a path through; pass what a search accepted")
-    costs = {each: spent(each) for each in [Schedule.full(found[0].num_layers), *found]}
+    cost = cache(spent)
     spine: list[Schedule] = []
-    for schedule in sorted(costs, key=lambda each: -costs[each]):
-        if not spine or costs[schedule] < costs[spine[-1]]:
+    for schedule in sorted({Schedule.full(found[0].num_layers), *found}, key=cost, reverse=True):
+        if not spine or cost(schedule) < cost(spine[-1]):
             spine.append(schedule)
     if len(spine) == 1:
         raise BadInput("no schedule costs less than the full model; there is nothing to certify")
-    top, end = costs[spine[0]], costs[spine[-1]]
+    top, end = cost(spine[0]), cost(spine[-1])
     first = max(top / start, math.sqrt(top * end))  # of a short way, half
     while True:
-        path = [_next(spine[0], first, spine, spent, n_vision)]
-        while spent(path[-1]) > end:
-            path.append(_next(path[-1], (1 - apart) * spent(path[-1]), spine, spent, n_vision))
+        path = [_next(spine[0], first, spine, cost, n_vision)]
+        while cost(path[-1]) > end and (most is None or len(path) <= most):
+            path.append(_next(path[-1], (1 - apart) * cost(path[-1]), spine, cost, n_vision))
         if most is None or len(path) <= most:
             return tuple(path)
-        apart = 1 - (1 - apart) * 0.99
+        apart = 1 - (1 - apart) * 0.98
 
 
 def _next(
-    last: Schedule, least: float, spine: Sequence[Schedule], spent: Callable[[Schedule], float], n_vision: int
+    last: Schedule, least: float, spine: Sequence[Schedule], cost: Callable[[Schedule], float], n_vision: int
 ) -> Schedule:
     """The cheapest schedule of the spine that costs less than the last one but at least so much; else one on the
     way to the next of the spine, or that one itself where no whole tokens lie between."""
-    now = spent(last)
-    cheaper = [schedule for schedule in spine if spent(schedule) < now]
-    within = [schedule for schedule in cheaper if spent(schedule) >= least]
+    cheaper = [schedule for schedule in spine if cost(schedule) < cost(last)]
+    within = [schedule for schedule in cheaper if cost(schedule) >= least]
     if within:
         return within[-1]
     low, high = 0.0, 1.0
-    for _ in range(40):
+    for _ in range(12):
         middle = (low + high) / 2
-        far = spent(_between(last, cheaper[0], middle, 0.5 / n_vision)) < least
+        far = cost(_between(last, cheaper[0], middle, 0.5 / n_vision)) < least
         low, high = (low, middle) if far else (middle, high)
     found = _between(last, cheaper[0], low, 0.5 / n_vision)
-    return found if spent(found) < now else cheaper[0]
+    return found if cost(found) < cost(last) else cheaper[0]
 
 
 def _between(costly: Schedule, cheap: Schedule, share: float, least: float) -> Schedule:
