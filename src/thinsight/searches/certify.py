@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..certificate import NUISANCE, Certificate, Step
+from ..certificate import CLUSTERED, NUISANCE, Certificate, Step
 from ..errors import BadInput
 from ..evaluation.bounds import check_confidence
 from ..evaluation.result import Evaluation, design_effect
@@ -26,7 +26,6 @@ from ..reduction import Reduction
 from ..schedule import Schedule, real
 from .run import SearchResult
 
-CLUSTERED = 1.1  # design effects above it are more than chance
 START, APART, MOST = 1.5, 0.08, 15  # of a path: first FLOPs ratio, largest gap, schedules
 _TIE = 1e-9  # two statistics of equal tables differ by rounding
 _GRID, _FINE = 64, 16  # nuisance values: over the whole interval, then around the worst
@@ -265,6 +264,7 @@ def certify(
         fingerprint=fingerprint,
         strict=strict,
         used_before=fingerprint in used,
+        metric=getattr(evaluator, "metric_names", ""),
     )
 
 
