@@ -19,9 +19,11 @@ import pytest
 import yaml
 from damage import failing_writes, full_disk
 
+from thinsight import certificate
+from thinsight.certificate import Certificate
 from thinsight.errors import StorageError, ThinsightError
 from thinsight.reduction import Reduction
-from thinsight.schedule import Schedule
+from thinsight.schedule import Adaptive, Schedule
 
 SCHEDULE = Schedule([1.0, 1.0, 0.1 + 0.2, 1 / 3 * 0.3, 0.0])
 
@@ -513,3 +515,120 @@ def test_when_tokens_are_ranked_anew_is_saved(tmp_path: Path, rerank: bool | flo
 def test_a_damaged_rerank_is_refused(tmp_path: Path, rerank: Any) -> None:
     with pytest.raises(ThinsightError, match=r"reduction_config\.json: rerank is"):
         Reduction.from_pretrained(saved(tmp_path, rerank=rerank))
+
+
+# -- with a certificate --------------------------------------------------------------------------------------
+
+STEP = Schedule.step(4, 1, 0.5)
+TESTED = certificate.Step(0.895, 2, 1, 0.004, 1.0, certified=True)
+FAILED = certificate.Step(0.88, 22, 7, 0.85, 1.0, certified=False)
+PROMISE = Certificate(
+    (STEP, Schedule.step(4, 1, 0.25)), (TESTED, FAILED), 1152, 384, 0.01, 0.95, 0.9, "0123456789abcdef"
+)
+NOTHING = dataclasses.replace(PROMISE, steps=(FAILED,))
+
+
+def test_a_certificate_is_part_of_a_reduction(tmp_path: Path) -> None:
+    reduction = Reduction(STEP, {"name": "random", "seed": 3}, certificate=PROMISE)
+    assert reduction.certificate == PROMISE
+    assert reduction != Reduction(STEP, {"name": "random", "seed": 3})
+    assert "certified" in repr(reduction)
+    reduction.save_pretrained(tmp_path)
+    back = Reduction.from_pretrained(tmp_path)
+    assert back == reduction
+    assert hash(back) == hash(reduction)
+    assert back.certificate is not None
+    assert back.certificate.reason == PROMISE.reason
+    named = dataclasses.replace(back, base_model_name_or_path="owner/model", measured={"score": 0.9})
+    assert named.certificate == PROMISE
+    assert pickle.loads(pickle.dumps(named)) == named
+
+
+def test_the_full_model_may_be_all_that_is_promised() -> None:
+    assert Reduction(Schedule.full(4), certificate=NOTHING).certificate == NOTHING
+    with pytest.raises(ThinsightError, match="nothing but the full model"):
+        Reduction(STEP, certificate=NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"schedule": STEP.with_tail(3, 0.25)}, "certificate is of "),
+        ({"schedule": STEP.resample(8)}, "certificate is of "),
+        ({"ranker": "random"}, "another ranker"),
+        ({"ranker": {"name": "text-attention", "queries": "last"}}, "another ranker"),
+        ({"rerank": False}, "another ranker"),
+        ({"adaptive": Adaptive("entropy", 1, [0.5], [STEP, STEP], [0.5, 0.5])}, "another ranker, adaptive"),
+        ({"certificate": NOTHING}, "nothing but the full model"),
+        ({"certificate": PROMISE.to_dict()}, "pass what thinsight.certify gave"),
+    ],
+)
+def test_a_certificate_is_of_one_reduction(change: dict[str, Any], named: str) -> None:
+    reduction = Reduction(STEP, certificate=PROMISE)
+    with pytest.raises(ThinsightError, match=named):
+        dataclasses.replace(reduction, **change)
+    if "certificate" not in change:
+        assert dataclasses.replace(reduction, **change, certificate=None).certificate is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"keep_rates": [1.0, 0.5, 0.5, 0.4]}, "certificate is of "),
+        ({"ranker": {"name": "random"}}, "another ranker"),
+        ({"rerank": 0.5}, "another ranker"),
+        ({"certificate": None}, "must be an object"),
+        ({"certificate": {}}, "certificate: key 'path' is missing"),
+    ],
+)
+def test_a_certificate_of_something_else_is_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    Reduction(STEP, certificate=PROMISE).save_pretrained(tmp_path)
+    path = tmp_path / "reduction_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(ThinsightError, match=named) as caught:
+        Reduction.from_pretrained(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"subject": ""}, "subject is empty"),
+        ({"subject": "of another"}, "another ranker"),
+        ({"images": 5000}, "images is 5000"),
+        ({"max_drop": "1 %"}, "certificate.max_drop: expected a finite number"),
+        ({"extra": 1}, "certificate: unknown key 'extra'"),
+        ({"path": [[1.0, 0.6, 0.5, 0.5], [1.0, 0.25, 0.25, 0.25]]}, "certificate is of "),
+    ],
+)
+def test_a_certificate_changed_by_hand_is_refused(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    Reduction(STEP, certificate=PROMISE).save_pretrained(tmp_path)
+    path = tmp_path / "reduction_config.json"
+    config = json.loads(path.read_text())
+    config["certificate"] |= changes
+    path.write_text(json.dumps(config))
+    with pytest.raises(ThinsightError, match=named) as caught:
+        Reduction.from_pretrained(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_the_card_says_what_is_promised(tmp_path: Path) -> None:
+    def card(promise: Certificate | None, schedule: Schedule = STEP) -> str:
+        Reduction(schedule, certificate=promise).save_pretrained(tmp_path)
+        section = (tmp_path / "README.md").read_text().split("## What is promised\n\n")[1].split("\n## ")[0]
+        return section.replace("\\", "")
+
+    assert card(None).strip() == "Nothing: what is lost is estimated, not certified."
+    told = card(PROMISE)
+    assert told.startswith(
+        "At most 1 point of the score is lost on data like these, with 95 % confidence. "
+        "2 losses and 1 win in 1,152 examples about 384 images, p = 0.004.\n"
+    )
+    assert "Schedules tested, costly ones first: 2 of 2; not certified at 1 points: 22 losses and 7 wins" in told
+    assert "`0123456789abcdef`" in told
+    assert "docs/guarantee.md" in told
+    assert "before" not in told
+    assert "had been used for a certificate before" in card(dataclasses.replace(PROMISE, used_before=True))
+    nothing = card(NOTHING, Schedule.full(4))
+    assert nothing.startswith("Nothing is promised but the full model")
+    assert "Schedules tested, costly ones first: 1 of 2; not certified at 1 points" in nothing

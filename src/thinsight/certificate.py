@@ -6,14 +6,21 @@ Knows nothing about how schedules are tested (searches/certify.py), nor about mo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from . import shown
 from .errors import BadInput
 from .records import decode, encode
 from .schedule import Schedule
 
+ASSUMES = (
+    "It is about data like these examples, images drawn independently of each other; none of them had a part in laying "
+    "the path, and they serve one certificate (docs/guarantee.md)."
+)
+ESTIMATED = "estimated, not certified"
+CLUSTERED = 1.1  # design effects above it are more than chance
 _POWER_Z = 0.8416  # of the normal distribution at 80 %
 NUISANCE = 0.001  # of alpha, spent on where the share of wins can be (Berger & Boos, JASA 89:1012, 1994)
 
@@ -44,7 +51,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(shown.Shown):
     """What was promised, on which data, and for which schedule of a path.
 
     "With this confidence, the mean score on data like these is less than ``max_drop`` below the full model's."
@@ -63,6 +70,9 @@ class Certificate:
         strict: whether one example per image was tested.
         used_before: whether the examples had already been used for a certificate: then this one is a further
             draw, and all of them together break their promises more often than 1 - confidence.
+        metric: names of the metrics that the scores are of; empty where the evaluator does not tell.
+        subject: a hash of what the certified schedule was run with (ranker and the like), once a reduction holds
+            the certificate; empty before.
 
     Raises:
         ThinsightError: parts that do not fit each other.
@@ -78,6 +88,8 @@ class Certificate:
     fingerprint: str
     strict: bool = False
     used_before: bool = False
+    metric: str = ""
+    subject: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", tuple(self.path))
@@ -174,6 +186,50 @@ class Certificate:
         return _counts(self.losses, self.wins, self.n)
 
     @property
+    def promise(self) -> str:
+        """What is promised, in a sentence."""
+        sure = f"with {_number(self.confidence)} % confidence"
+        if self.schedule is None:
+            return f"Nothing is promised but the full model: no schedule of the path could be certified {sure}."
+        size = _number(self.max_drop)
+        if self.metric == "agreement":
+            return f"At most {size} % of the answers change on data like these, {sure}."
+        points = "1 point of the score is" if size == "1" else f"{size} points of the score are"
+        return f"At most {points} lost on data like these, {sure}."
+
+    @property
+    def evidence(self) -> str:
+        """What it rests on, in a sentence."""
+        about = f"{self.n:,} example{'s' * (self.n != 1)} about {self.images:,} image{'s' * (self.images != 1)}"
+        if self.p_value is None:
+            return f"Tested on {about}."
+        changes = _counts(self.losses, self.wins, self.n).split(" in ")[0]
+        return f"{changes} in {about}, p = {shown_p(self.p_value)}."
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a reader has to know beside it, a sentence each."""
+        said = []
+        if self.full_score == 0:
+            said.append(
+                "The full model scores 0 on these examples: nothing could be lost on them, so this says nothing about "
+                "a model that works."
+            )
+        if self.used_before:
+            said.append(
+                "These examples had been used for a certificate before: this is a further draw, and of all promises "
+                f"made on them more than {_number(1 - self.confidence)} % may be broken."
+            )
+        if self.strict:
+            said.append("One example per image was tested.")
+        elif self.design_effect > CLUSTERED:
+            said.append(
+                "Questions about one image go together here: losses, wins and examples were divided by the design "
+                f"effect, {self.design_effect:.2f}."
+            )
+        return tuple(said)
+
+    @property
     def needed(self) -> int | None:
         """About how many examples would certify the schedule that failed in 4 of 5 draws, if it is as these
         examples say; None where none failed or no number would do."""
@@ -199,6 +255,14 @@ class Certificate:
         if self.needed is None:
             return f"{counted}; this schedule loses {lost:.1f}"
         return f"{counted}: about {_rounded(self.needed):,} examples would be needed"
+
+    def _tables(self) -> Iterable[shown.Table]:
+        known = {
+            "promise": self.promise,
+            "evidence": self.evidence,
+            "on": f"a set with fingerprint {self.fingerprint}" + (f", metric {self.metric}" if self.metric else ""),
+        }
+        return [shown.facts_table("Certificate", known.items()), steps_table(self)]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -234,9 +298,52 @@ class _Stored:
     fingerprint: str
     strict: bool
     used_before: bool
+    metric: str = ""
+    subject: str = ""
 
 
 _KEYS = tuple(_Stored.__dataclass_fields__)
+
+
+def steps_table(certificate: Certificate, flops_ratios: Sequence[float] = ()) -> shown.Table:
+    """The path, a row for each schedule, what its test gave and what came of it; the certified one stands out.
+
+    ``flops_ratios`` is the full model's decoder FLOPs over each schedule's, if known.
+    """
+
+    def figure(name: str, show: Callable[[Any], str]) -> Callable[[int], str]:
+        def cell(row: int) -> str:
+            value = None if row >= len(certificate.steps) else getattr(certificate.steps[row], name)
+            return shown.NOTHING if value is None else show(value)
+
+        return cell
+
+    def outcome(row: int) -> str:
+        if row >= len(certificate.steps):
+            return "not tested"
+        step = certificate.steps[row]
+        return "certified" if step.certified else "not certified" if step.complete else "stopped, not certified"
+
+    ratios = [shown.Column("FLOPs", lambda row: shown.ratio(flops_ratios[row]), "full / this")] if flops_ratios else []
+    return shown.Table(
+        "The path, costly schedules first",
+        range(len(certificate.path)),
+        shown.Column(
+            "Mean keep rate", lambda row: shown.percent(certificate.path[row].mean_keep_rate), "mean keep rate"
+        ),
+        *ratios,
+        shown.Column("Losses", figure("losses", shown.count), "losses"),
+        shown.Column("Wins", figure("wins", shown.count), "wins"),
+        shown.Column("p", figure("p_value", shown_p)),
+        shown.Column("Outcome", outcome, "outcome", text=True),
+        strong=lambda row: row == certificate.place,
+        notes=[certificate.reason and f"{certificate.reason[0].upper()}{certificate.reason[1:]}."],
+    )
+
+
+def shown_p(value: float) -> str:
+    """A p-value with three decimals, never smaller than it is."""
+    return f"{math.ceil(1000 * value - 1e-9) / 1000:.3f}"
 
 
 def examples_needed(max_drop: float, agreement: float, drop: float = 0.0, *, confidence: float = 0.95) -> int | None:
@@ -278,6 +385,11 @@ def least_examples(max_drop: float, *, confidence: float = 0.95) -> int:
 
 def _counts(losses: int, wins: int, n: int) -> str:
     return f"{losses:,} loss{'es' * (losses != 1)} and {wins:,} win{'s' * (wins != 1)} in {n:,} examples"
+
+
+def _number(share: float) -> str:
+    """A share in points of 100: 0.005 as "0.5"."""
+    return f"{100 * share:.6g}"
 
 
 def _rounded(number: int) -> int:

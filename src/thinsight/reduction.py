@@ -12,11 +12,12 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from . import shown
+from .certificate import ASSUMES, ESTIMATED, Certificate
 from .errors import BadInput, StorageError
 from .records import MAX_DEPTH, parse_json, read_object, user_path, write_atomically
 from .schedule import Adaptive, Schedule, real
@@ -44,6 +45,7 @@ def _card(reduction: Reduction) -> str:
         f"## Which tokens are kept\n\nRanker {_value(dict(reduction.ranker))}.",
         *(_table("## How it was found", reduction.search) if reduction.search else ()),
         *(_table("## Measured", reduction.measured) if reduction.measured else ()),
+        *_promise_section(reduction.certificate),
         _usage(base_model),
     ]
     text = "\n\n".join(parts) + "\n"
@@ -85,6 +87,18 @@ def _adaptive_section(adaptive: Adaptive) -> list[str]:
         f"text's attention in layer {adaptive.layer - 1}.",
         "\n".join([f"| {statistic} | prompts | mean keep rate |", "|---|---|---|", *rows]),
     ]
+
+
+def _promise_section(certificate: Certificate | None) -> list[str]:
+    heading = "## What is promised"
+    if certificate is None:
+        return [heading, f"Nothing: what is lost is {ESTIMATED}."]
+    tested = f"Schedules tested, costly ones first: {len(certificate.steps)} of {len(certificate.path)}"
+    end = f"; {certificate.reason}" if certificate.reason else ", all of them certified"
+    on = f"Fingerprint of the examples: {code(certificate.fingerprint)}"
+    metric = f"; metric: {code(certificate.metric)}" if certificate.metric else ""
+    said = [certificate.promise, certificate.evidence, *certificate.caveats, f"{tested}{end}.", ASSUMES]
+    return [heading, " ".join(map(markdown, said[:2])), *map(markdown, said[2:]), f"{on}{metric}."]
 
 
 def _table(heading: str, values: Mapping[str, Any]) -> list[str]:
@@ -136,6 +150,7 @@ _LEFT_ALONE = "was not written by thinsight, or was changed since, and is left a
 SCHEMA_VERSION = 1
 _KEYS: tuple[str, ...] = ("schema_version", "thinsight_version", "base_model_name_or_path", "model_type", "num_layers")
 _KEYS += ("keep_rates", "ranker", "search", "measured")
+_OPTIONAL_KEYS = ("adaptive", "rerank", "certificate")  # written only where they say something
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # in the Hub's cache
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 
@@ -198,6 +213,9 @@ class Reduction(shown.Shown):
             (``adaptive.mean()``), for figures and costs.
         rerank: True: tokens are ranked anew at every reduction; a number in (0, 1): only once fewer than this
             share of the tokens are to be kept that the prompt's last ranking kept; False: once.
+        certificate: what is promised of its loss. It is bound to the schedule, ranker, ``adaptive`` and ``rerank``
+            that it is first held with, and refused with any other: ``dataclasses.replace(reduction, ranker=...,
+            certificate=None)`` lets go of it.
 
     A reduction is not changed after it is made, nor are the dicts and lists that it holds, so it has a hash, and two
     of equal content are equal. ``dataclasses.replace(reduction, measured={...})`` makes a new one.
@@ -214,6 +232,7 @@ class Reduction(shown.Shown):
     measured: Mapping[str, Any] | None
     adaptive: Adaptive | None
     rerank: bool | float
+    certificate: Certificate | None
 
     def __init__(
         self,
@@ -226,6 +245,7 @@ class Reduction(shown.Shown):
         measured: Mapping[str, Any] | None = None,
         adaptive: Adaptive | None = None,
         rerank: bool | float = True,
+        certificate: Certificate | None = None,
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise BadInput(f"schedule is {schedule!r}; pass a thinsight.Schedule")
@@ -247,6 +267,25 @@ class Reduction(shown.Shown):
         object.__setattr__(self, "measured", read_only(measured))
         object.__setattr__(self, "adaptive", adaptive)
         object.__setattr__(self, "rerank", check_rerank(rerank))
+        object.__setattr__(self, "certificate", None if certificate is None else self._bound(certificate))
+
+    def _bound(self, certificate: Any) -> Certificate:
+        """The certificate as this reduction's own; refused where it is of another one."""
+        if not isinstance(certificate, Certificate):
+            raise BadInput(f"certificate is {certificate!r}; pass what thinsight.certify gave, or None")
+        promised, without = certificate.schedule, "pass the reduction it was made for, or certificate=None"
+        if promised is None and not self.schedule.is_full:
+            raise BadInput(
+                f"certificate promises nothing but the full model, and schedule is {self.schedule!r}; {without}"
+            )
+        if promised is not None and promised != self.schedule:
+            raise BadInput(f"certificate is of {promised!r}, and schedule is {self.schedule!r}; {without}")
+        adaptive = None if self.adaptive is None else self.adaptive.to_dict()
+        told = json.dumps([_plain(self.ranker), adaptive, self.rerank], sort_keys=True, default=repr)
+        subject = _hash(told)[:16]
+        if certificate.subject not in ("", subject):
+            raise BadInput(f"certificate is of another ranker, adaptive or rerank than this reduction's; {without}")
+        return replace(certificate, subject=subject)
 
     def __repr__(self) -> str:
         facts = [repr(self.schedule), f"ranker {self.ranker['name']!r}"]
@@ -254,7 +293,8 @@ class Reduction(shown.Shown):
         facts += [] if self.adaptive is None else ["adaptive"]
         facts += [] if self.rerank is True else [f"rerank={self.rerank}"]
         facts += [f"for {name!r}" for name in (self.model_type, self.base_model_name_or_path) if name]
-        facts += [word for word, record in (("searched", self.search), ("measured", self.measured)) if record]
+        records = (("searched", self.search), ("measured", self.measured), ("certified", self.certificate))
+        facts += [word for word, record in records if record]
         return brief(f"Reduction({', '.join(facts)})")
 
     def _tables(self) -> Iterable[shown.Table]:
@@ -266,7 +306,8 @@ class Reduction(shown.Shown):
             "for": " ".join(filter(None, (self.model_type, self.base_model_name_or_path))),
             "adaptive": "" if self.adaptive is None else repr(self.adaptive),
         }
-        return [shown.facts_table("Reduction", known.items()), shown.schedule_table(self.schedule.keep_rates)]
+        own = [shown.facts_table("Reduction", known.items()), shown.schedule_table(self.schedule.keep_rates)]
+        return own if self.certificate is None else [*own, *self.certificate._tables()]
 
     def average(self, of: Callable[[Schedule], float]) -> float:
         """A function of a prompt's schedule, such as its cost, for the average prompt."""
@@ -387,6 +428,8 @@ class Reduction(shown.Shown):
             config["adaptive"] = self.adaptive.to_dict()
         if self.rerank is not True:
             config["rerank"] = self.rerank
+        if self.certificate is not None:
+            config["certificate"] = self.certificate.to_dict()
         return config
 
     @classmethod
@@ -402,7 +445,7 @@ class Reduction(shown.Shown):
                 f"{where}: schema_version is {version!r}, this thinsight reads {SCHEMA_VERSION}; "
                 "upgrade thinsight or search again"
             )
-        unknown = sorted(config.keys() - {*_KEYS, "adaptive", "rerank"})  # the last two where they say something
+        unknown = sorted(config.keys() - {*_KEYS, *_OPTIONAL_KEYS})
         if unknown:
             raise BadInput(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
         missing = [key for key in _KEYS if key not in config]
@@ -417,10 +460,11 @@ class Reduction(shown.Shown):
                 config["ranker"],
                 adaptive=Adaptive.from_dict(config["adaptive"]) if "adaptive" in config else None,
                 rerank=config.get("rerank", True),
+                certificate=_certificate(config["certificate"]) if "certificate" in config else None,
                 **{key: config[key] for key in ("base_model_name_or_path", "model_type", "search", "measured")},
             )
-        except BadInput as error:
-            raise BadInput(f"{where}: {error}") from None
+        except (BadInput, StorageError) as error:
+            raise type(error)(f"{where}: {error}") from None
 
     def _encoded(self) -> str:
         try:
@@ -463,6 +507,13 @@ def check_rerank(rerank: Any) -> bool | float:
             "a number in (0, 1)"
         )
     return float(rerank)
+
+
+def _certificate(stored: Any) -> Certificate:
+    certificate = Certificate.from_dict(stored)
+    if not certificate.subject:
+        raise BadInput("certificate.subject is empty; search again or restore the file")
+    return certificate
 
 
 def _schedule(keep_rates: Any, num_layers: Any) -> Schedule:

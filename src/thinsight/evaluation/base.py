@@ -31,6 +31,7 @@ class SearchEvaluator:
         full_cost: of one full evaluation, in the unit of `Evaluation.cost`; None where that is not known.
         score_range: the least and the highest score that there can be, beyond which a journal's are damaged.
         fingerprint: names model, data, metric and ranker; a journal of another one is refused.
+        metric_names: the metrics that scores are of, for a certificate to name; empty where that is not known.
         doubt: why the full score is too low to search with, in a sentence; empty where it is not.
         model, processor, batch_size: what a pool of evaluators keeps apart or alike; None where there is none.
         progress: called as ``progress(what, done, total)`` by one that can be stopped there.
@@ -45,6 +46,7 @@ class SearchEvaluator:
     full_cost: float | None = None
     score_range: tuple[float, float] = (-math.inf, math.inf)
     fingerprint: str | None = None
+    metric_names: str = ""
     doubt: str = ""
     model: Any = None
     processor: Any = None

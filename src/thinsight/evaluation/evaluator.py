@@ -199,6 +199,11 @@ class Evaluator(SearchEvaluator):
         return True
 
     @property
+    def metric_names(self) -> str:  # type: ignore[override]
+        """The metrics that the scores are of, such as "anls, exact_match"."""
+        return ", ".join(sorted({metric.name for metric in self._metrics}))
+
+    @property
     def full_cost(self) -> float:  # type: ignore[override]
         """Decoder prefill FLOPs of one full evaluation of the full model."""
         return float(self.full.cost or 0.0)

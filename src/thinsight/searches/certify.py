@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ..certificate import NUISANCE, Certificate, Step
+from ..certificate import CLUSTERED, NUISANCE, Certificate, Step
 from ..errors import BadInput
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..evaluation.bounds import check_confidence
@@ -28,7 +28,6 @@ from ..reduction import Reduction
 from ..schedule import Schedule, real
 from .run import SearchResult
 
-CLUSTERED = 1.1  # design effects above it are more than chance
 START, APART, MOST = 1.5, 0.08, 15  # of a path: first FLOPs ratio, largest gap, schedules
 _TIE = 1e-9  # two statistics of equal tables differ by rounding
 _GRID, _FINE = 64, 16  # nuisance values: over the whole interval, then around the worst
@@ -268,6 +267,7 @@ def certify(
         fingerprint=fingerprint,
         strict=strict,
         used_before=fingerprint in used,
+        metric=getattr(evaluator, "metric_names", ""),
     )
 
 
