@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any
 
 import numpy as np
@@ -210,8 +211,8 @@ class MedianPrompt:
     @classmethod
     def of(cls, config: Any, sizes: Sequence[tuple[int, int]]) -> MedianPrompt:
         """From each prompt's (vision tokens, other tokens)."""
-        vision, text = np.array(sizes).T  # (prompts,), (prompts,)
-        return cls(config, int(np.median(vision)), int(np.median(text)))
+        vision, text = zip(*sizes, strict=True)
+        return cls(config, median_low(vision), median_low(text))  # as `Evaluator.budget` has them
 
     def flops(self, schedule: Schedule | None = None) -> float:
         """Decoder prefill FLOPs of this prompt."""

@@ -107,13 +107,10 @@ class ExitModel:
 
 
 def _first_least(values: NDArray[np.float64]) -> NDArray[np.intp]:
-    """For each place, where the least value up to it is."""
-    best, places = 0, []
-    for place, value in enumerate(values):
-        if value < values[best]:
-            best = place
-        places.append(best)
-    return np.array(places)
+    """For each place, where the least value up to it is first."""
+    falls = np.concatenate([[True], values[1:] < np.minimum.accumulate(values)[:-1]])
+    places: NDArray[np.intp] = np.maximum.accumulate(np.where(falls, np.arange(len(values)), 0))
+    return places
 
 
 LEAST_TRIALS = 8  # the sensitivities alone take about three
