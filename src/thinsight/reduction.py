@@ -17,6 +17,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from . import shown
+from .certificate import Certificate
 from .errors import BadInput, StorageError
 from .records import MAX_DEPTH, parse_json, read_object, user_path, write_atomically
 from .schedule import Adaptive, Schedule, real
@@ -136,7 +137,7 @@ _LEFT_ALONE = "was not written by thinsight, or was changed since, and is left a
 SCHEMA_VERSION = 1
 _KEYS: tuple[str, ...] = ("schema_version", "thinsight_version", "base_model_name_or_path", "model_type", "num_layers")
 _KEYS += ("keep_rates", "ranker", "search", "measured")
-_OPTIONAL_KEYS = ("adaptive", "rerank")  # written only where they say something
+_OPTIONAL_KEYS = ("adaptive", "rerank", "certificate")  # written only where they say something
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # in the Hub's cache
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 
@@ -199,6 +200,7 @@ class Reduction(shown.Shown):
             (``adaptive.mean()``), for figures and costs.
         rerank: True: tokens are ranked anew at every reduction; a number in (0, 1): only once fewer than this
             share of the tokens are to be kept that the prompt's last ranking kept; False: once.
+        certificate: what is promised about the schedule's loss, see `thinsight.certify`; None if nothing is.
 
     A reduction is not changed after it is made, nor are the dicts and lists that it holds, so it has a hash, and two
     of equal content are equal. ``dataclasses.replace(reduction, measured={...})`` makes a new one.
@@ -215,6 +217,7 @@ class Reduction(shown.Shown):
     measured: Mapping[str, Any] | None
     adaptive: Adaptive | None
     rerank: bool | float
+    certificate: Certificate | None
 
     def __init__(
         self,
@@ -227,6 +230,7 @@ class Reduction(shown.Shown):
         measured: Mapping[str, Any] | None = None,
         adaptive: Adaptive | None = None,
         rerank: bool | float = True,
+        certificate: Certificate | None = None,
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise BadInput(f"schedule is {schedule!r}; pass a thinsight.Schedule")
@@ -235,6 +239,10 @@ class Reduction(shown.Shown):
                 f"adaptive has {adaptive.num_layers} layers but the schedule {schedule.num_layers}; "
                 "pass adaptive.mean() as the schedule"
             )
+        if not isinstance(certificate, Certificate | None):
+            raise BadInput(f"certificate is {certificate!r}; it must be a thinsight.Certificate or None")
+        if certificate is not None and (certificate.schedule or Schedule.full(schedule.num_layers)) != schedule:
+            raise BadInput("certificate is about another schedule; pass the one that was made for this one")
         name = base_model_name_or_path
         texts = {"base_model_name_or_path": name, "model_type": model_type}
         for field, value in {**texts, "search": search, "measured": measured}.items():
@@ -249,6 +257,7 @@ class Reduction(shown.Shown):
         object.__setattr__(self, "measured", read_only(measured))
         object.__setattr__(self, "adaptive", adaptive)
         object.__setattr__(self, "rerank", check_rerank(rerank))
+        object.__setattr__(self, "certificate", certificate)
 
     def __repr__(self) -> str:
         facts = [repr(self.schedule), f"ranker {self.ranker['name']!r}"]
@@ -256,6 +265,7 @@ class Reduction(shown.Shown):
         facts += [] if self.adaptive is None else ["adaptive"]
         facts += [] if self.rerank is True else [f"rerank={self.rerank}"]
         facts += [f"for {name!r}" for name in (self.model_type, self.base_model_name_or_path) if name]
+        facts += [] if self.certificate is None else ["certified"]
         facts += [word for word, record in (("searched", self.search), ("measured", self.measured)) if record]
         return brief(f"Reduction({', '.join(facts)})")
 
@@ -389,6 +399,8 @@ class Reduction(shown.Shown):
             config["adaptive"] = self.adaptive.to_dict()
         if self.rerank is not True:
             config["rerank"] = self.rerank
+        if self.certificate is not None:
+            config["certificate"] = self.certificate.to_dict()
         return config
 
     @classmethod
@@ -419,6 +431,7 @@ class Reduction(shown.Shown):
                 config["ranker"],
                 adaptive=Adaptive.from_dict(config["adaptive"]) if "adaptive" in config else None,
                 rerank=config.get("rerank", True),
+                certificate=Certificate.from_dict(config["certificate"]) if "certificate" in config else None,
                 **{key: config[key] for key in ("base_model_name_or_path", "model_type", "search", "measured")},
             )
         except BadInput as error:
