@@ -1,10 +1,8 @@
 """Measured time: the full model and the reduced one side by side in one run, alternating, medians.
 
-Knows models, batches and clocks. Knows nothing about scores, searches or where a reduction came from.
-
-Three things are measured, because the gain is in the first and thins out towards the last:
-*prefill* (the decoder over a prompt whose images are encoded already, what the FLOPs figures count),
-*prefill with images* (the vision encoder included), and the *whole answer* of a fixed number of new tokens.
+Three things are measured, because the gain is in the first and thins out towards the last: *prefill* (the decoder over
+a prompt whose images are encoded already, what the FLOPs figures count), *prefill with images* (the vision encoder
+included), and the *whole answer* of a fixed number of new tokens.
 """
 
 from __future__ import annotations
@@ -92,8 +90,7 @@ def measure(
         kv_reduced=kv_reduced,
         batch=size,
         new_tokens=new_tokens,
-        device=_device_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        **_machine(model),
         threads=torch.get_num_threads(),
     )
 
@@ -145,8 +142,7 @@ def profile(
                 taken.append(_clock(model, job) / 1e3)
     medians = [statistics.median(taken[warmup:]) / layers for taken in times]
     return LatencyModel(
-        device=_device_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        **_machine(model),
         batch=int(batch["input_ids"].shape[0]),
         constant=0.0,
         tokens=tuple(text + count for count in by_count),
@@ -164,8 +160,8 @@ def alternate(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Times of both sides, (full, reduced), ``runs`` each, in the unit that ``clock`` returns.
 
-    The sides take turns and swap who goes first in every round, so that a machine that warms up or slows down
-    treats both alike. ``reduced`` puts the reduction in force; putting it on and off is not timed.
+    They swap who goes first in every round, so that a machine that warms up or slows down treats both alike.
+    ``reduced`` puts the reduction in force; putting it on and off is not timed.
     """
     full_times, reduced_times = [], []
 
@@ -186,12 +182,8 @@ def alternate(
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of all keys and values that a transformers cache holds."""
-    total = 0
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
-            if tensor is not None:
-                total += tensor.numel() * tensor.element_size()
-    return total
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def _jobs(model: Any, batch: dict[str, Any], reduction: Reduction, new_tokens: int) -> dict[str, Callable[[], Any]]:
@@ -217,5 +209,8 @@ def _clock(model: Any, job: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+def _machine(model: Any) -> dict[str, str]:
+    """What times belong to."""
+    on_gpu = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if on_gpu else str(model.device)
+    return {"device": device, "dtype": str(model.dtype).removeprefix("torch.")}

@@ -1,13 +1,10 @@
 """Exact greedy decoding that checks a drafted answer in one forward pass and goes on only where it differs.
 
-The draft is appended to the prompt (teacher forcing). Causal attention makes the row at each answer position
-the same as in step-by-step decoding as long as the tokens before it are the ones greedy decoding would have
-chosen; so the answer up to and including the first token that differs from the draft is exactly that of
-``generate()``. From there on, decoding continues step by step on the same KV cache, with the rejected
-positions masked out. A sliding window counts the columns of rejected positions too, so where it is shorter
-than the row the prompt and the exact answer so far are read anew, without them.
-
-Knows nothing about reductions, examples or scores.
+The draft is appended to the prompt (teacher forcing). Causal attention makes the row at each answer position the same
+as in step-by-step decoding as long as the tokens before it are those that greedy decoding would have chosen; so the
+answer up to and including the first token that differs from the draft is exactly that of ``generate()``. From there on,
+decoding goes on step by step on the same KV cache, the rejected positions masked out. A sliding window counts their
+columns too, so where it is shorter than the row the prompt and the exact answer so far are read anew.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""Prompts: an example becomes the token ids that a model reads, and several become one left-padded batch.
-
-Every example is processed alone, and its images only once for all questions about them; a batch is put together here.
+"""Prompts: an example becomes the token ids that a model reads, and several become one left-padded batch. Every example
+is processed alone, and its images only once for all questions about them.
 """
 
 from __future__ import annotations

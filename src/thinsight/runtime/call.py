@@ -1,7 +1,4 @@
-"""Reads one call of a multimodal model: what of its input is vision, what is padding, what is prompt.
-
-Knows nothing about schedules, or about what is done with the tokens.
-"""
+"""Reads one call of a multimodal model: what of its input is vision, what is padding, what is prompt."""
 
 from __future__ import annotations
 
@@ -18,8 +15,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from ..errors import BadInput, Unsupported
+from ..families import family_of
 from ..ranking import Context
-from .anatomy import MODALITIES, tiles_stand_apart, vision_placeholders
+from .anatomy import MODALITIES, vision_placeholders
 from .cache import cache_of
 from .encoding import received_of, vision_outputs
 from .tensors import Mapped
@@ -124,7 +122,7 @@ def read_call(model: PreTrainedModel, call: Mapping[str, Any], said: Said | None
     batch, seq = given.shape[:2]
     past = _length(cache_of(call))
     real = _real(call.get("attention_mask"), batch, seq, past, given.device)
-    layout = build_layout(_vision(model, call, said, real), real, tiles_stand_apart(model))
+    layout = build_layout(_vision(model, call, said, real), real, family_of(model.config).runs)
     if layout is None:
         return None
     prompt = real if said.prompt is None else real & _rows(said.prompt, real, "prompt").bool()
@@ -135,8 +133,8 @@ def read_call(model: PreTrainedModel, call: Mapping[str, Any], said: Said | None
 
 
 def same_shape(plan: Plan, call: Mapping[str, Any]) -> bool:
-    """Whether a call is one that a plan describes; False for one new token per row, which no plan does. Refuses
-    more or fewer tokens than the plan's, or a cache of other length."""
+    """Whether a plan describes a call: not one new token per row. Refuses more or fewer tokens than the plan's, or a
+    cache of other length."""
     given = _given(call)
     if given is None:
         return False
@@ -151,8 +149,7 @@ def same_shape(plan: Plan, call: Mapping[str, Any]) -> bool:
 
 
 def _given(call: Mapping[str, Any]) -> Any:
-    """The ids or embeddings of a call's new tokens; None where there is one per row, as in decoding, or no
-    input at all, of which the model itself says what is missing."""
+    """The ids or embeddings of a call's new tokens; None where there is one per row, as in decoding, or no input."""
     given = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
     return None if given is None or given.shape[1] == 1 else given
 

@@ -1,7 +1,4 @@
-"""A forward pass in two parts: what enters one layer is kept, and a later pass over the same inputs begins there.
-
-So reductions that agree above a layer share all that is computed above it.
-"""
+"""A forward pass in two parts: what enters one layer is kept, and a later pass over the same inputs begins there."""
 
 from __future__ import annotations
 
@@ -51,22 +48,16 @@ class Snapshot(Mapped):
 
 
 def can_share(model: Any) -> bool:
-    """Whether passes of a model can be cut in two.
-
-    Not where layers have a sliding window, whose caches hold more than keys and values, nor where they are on
-    several devices.
-    """
+    """Whether passes of a model can be cut in two: not where layers have a sliding window, whose caches hold more than
+    keys and values, nor where they are on several devices."""
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     return len(devices) <= 1 and not sliding_layers(model)
 
 
 @contextmanager
 def snapshotting(handle: Handle, layer: int) -> Iterator[list[Snapshot]]:
-    """The next pass with vision tokens leaves a snapshot of what enters ``layer``, before it is reduced.
-
-    Yields:
-        A list that then holds it. It stays empty where the pass's cache is of a kind that is not kept.
-    """
+    """The next pass with vision tokens leaves a snapshot of what enters ``layer``, before it is reduced, in the list
+    yielded; none where the pass's cache is of a kind that is not kept."""
     layers = decoder_layers(handle.model)
     if not 1 <= layer < len(layers):
         raise BadInput(f"layer is {layer}; it must be from 1 to {len(layers) - 1}")

@@ -1,8 +1,8 @@
 """Tensors in the two token spaces of a pass, and the way of states, masks and rotary tables between them.
 
-*Logical* columns number the pass's new tokens as the caller gave them, padding included: 0..seq-1. *Physical*
-columns number the tokens that really run through a layer. Masks, positions and cache lengths are always
-logical; hidden states, keys and values are physical. Knows nothing about models or why a column was dropped.
+*Logical* columns number the pass's new tokens as the caller gave them, padding included: 0..seq-1. *Physical* columns
+number the tokens that really run through a layer. Masks, positions and cache lengths are always logical; hidden
+states, keys and values are physical.
 """
 
 from __future__ import annotations
