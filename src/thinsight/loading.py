@@ -236,11 +236,8 @@ def locate_model(name: str | Path) -> tuple[str, bool]:
 def base_name(name: str | Path) -> str:
     """What a reduction says it was searched for: a demo's name, a Hub id, or a local folder's own name, without where
     it lies. Never the id in a folder's config.json, which a fine-tuned model goes on naming."""
-    for demo, embedded in DEMOS.items():
-        if str(name) in (demo, str(embedded)):
-            return demo
-    folder = _folder(name)
-    return public_name(str(name if folder is None else folder))
+    demo = next((demo for demo, embedded in DEMOS.items() if str(name) in (demo, str(embedded))), None)
+    return demo or public_name(str(_folder(name) or name))
 
 
 def checkpoint_hash(name: str | Path) -> str | None:
@@ -281,11 +278,10 @@ def _check_hub_id(name: str) -> None:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
-        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
     except HFValidationError:
         raise BadInput(f"model {name!r} is neither a folder that exists nor a hub id (owner/name)") from None
-    if cached:
-        return
     if constants.HF_HUB_OFFLINE:
         raise BadInput(
             f"model {name!r} is not a folder, not in the local cache, and HF_HUB_OFFLINE forbids asking the "

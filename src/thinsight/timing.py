@@ -12,7 +12,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -67,13 +67,11 @@ def measure(
     batch = on_device(model, inputs)
     size = int(batch["input_ids"].shape[0])
     jobs = _jobs(model, batch, reduction, new_tokens)
-    in_all, done = 2 * len(jobs) * (runs + warmup), 0
+    done, in_all = itertools.count(1), 2 * len(jobs) * (runs + warmup)
 
     def tick() -> None:
-        nonlocal done
-        done += 1
         if progress is not None:
-            progress(done, in_all)
+            progress(next(done), in_all)
 
     timings = []
     for what, job in jobs.items():
@@ -163,21 +161,13 @@ def alternate(
     They swap who goes first in every round, so that a machine that warms up or slows down treats both alike.
     ``reduced`` puts the reduction in force; putting it on and off is not timed.
     """
-    full_times, reduced_times = [], []
-
-    def run_full() -> None:
-        full_times.append(clock())
-        tick()
-
-    def run_reduced() -> None:
-        with reduced():
-            reduced_times.append(clock())
-        tick()
-
+    times: dict[bool, list[float]] = {False: [], True: []}  # by whether it is reduced
     for i in range(warmup + runs):
-        for run in (run_full, run_reduced) if i % 2 == 0 else (run_reduced, run_full):
-            run()
-    return tuple(full_times[warmup:]), tuple(reduced_times[warmup:])
+        for side in (False, True) if i % 2 == 0 else (True, False):
+            with reduced() if side else nullcontext():
+                times[side].append(clock())
+            tick()
+    return tuple(times[False][warmup:]), tuple(times[True][warmup:])
 
 
 def cache_bytes(cache: Any) -> int:

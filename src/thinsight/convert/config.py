@@ -18,21 +18,9 @@ from transformers import InternVLConfig, LlamaConfig, Phi3Config, PreTrainedToke
 from ..errors import BadInput, ThinsightError, Unsupported
 
 _SHARED_TEXT = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings initializer_range rms_norm_eps rope_theta rope_scaling bos_token_id eos_token_id "
+    "pad_token_id"
 )
 _INTERNLM2_DEFAULTS = {
     "vocab_size": 103168,
@@ -206,7 +194,7 @@ def _convert_text(architecture: str, llm: Mapping[str, Any]) -> Any:
     if architecture == "InternLM2ForCausalLM":
         llm = {**_INTERNLM2_DEFAULTS, **llm}
         llm["attention_bias"] = llm["bias"]
-    fields = {name: llm[name] for name in (*_SHARED_TEXT, *own) if name in llm}
+    fields = {name: llm[name] for name in (*_SHARED_TEXT.split(), *own) if name in llm}
     if kind is Phi3Config:
         # a window as long as the longest sequence never hides a key; without it the cache stays a plain one
         window, longest = fields.get("sliding_window"), fields.get("max_position_embeddings", 4096)

@@ -116,15 +116,10 @@ _ROLES = {
     "video_token": VIDEO_TOKEN,
 }
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "InternLM2Tokenizer": {
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "</s>",
-        "add_bos_token": True,
-    },
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True},
+    "InternLM2Tokenizer": {**_LLAMA, "pad_token": "</s>"},
+    "LlamaTokenizer": _LLAMA,
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
 }
 _QWEN2_WORDS = (

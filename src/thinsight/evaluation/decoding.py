@@ -75,8 +75,7 @@ class DecodingRules:
         return {**asdict(self), "stop_tokens": sorted(self.stop_tokens)}
 
     def cut(self, tokens: Sequence[int], stop: int | None) -> tuple[int, ...]:
-        """Tokens and a stop token as one answer: over at the first token that ends it, and no longer than
-        allowed."""
+        """Tokens and a stop token as one answer: over at the first token that ends it, and no longer than allowed."""
         whole = [*tokens, *([] if stop is None else [stop])][: self.max_new_tokens]
         ends = (place + 1 for place, token in enumerate(whole) if token in self.stop_tokens)
         return tuple(whole[: next(ends, None)])
@@ -223,10 +222,8 @@ class _Run:
         keep_cache: bool,
         beginning: Beginning | None,
     ) -> None:
-        """The one forward pass over prompt and draft; each answer is then exact up to its first new token.
-
-        ``drafts`` are those whose likelihoods are asked for, if any.
-        """
+        """The one forward pass over prompt and draft; each answer is then exact up to its first new token. ``drafts``:
+        those whose likelihoods are asked for, if any."""
         # 1) The draft behind the prompt. Its columns all count as real: no earlier row can see them, and an
         # unpadded batch needs no mask.
         extra = max(map(len, forced))

@@ -63,8 +63,8 @@ def hash_model(digest: Any, model: Any, without: Collection[Any] = ()) -> None:
 
 
 def _hash_weights(digest: Any, prefix: str, module: torch.nn.Module) -> None:
-    """The tensors that a module itself has, as its model's `state_dict` gives them: of all modules at once
-    that would be a copy of every weight that is made anew each time, and none of those that wait on a disk."""
+    """The tensors that a module itself has: a model's `state_dict` would be a copy of every weight, made anew each
+    time, and none of those that wait on a disk."""
     own: dict[str, Any] = {}
     with align_module_device(module):
         module._save_to_state_dict(own, prefix, keep_vars=False)

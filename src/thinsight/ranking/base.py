@@ -197,16 +197,7 @@ def get_ranker(spec: str | Mapping[str, Any] | Ranker) -> Ranker:
 
 
 def best(scores: Tensor, valid: Tensor, count: int) -> Tensor:
-    """The `count` best valid tokens of each row: `choose` where a row is one group.
-
-    Args:
-        scores: (batch, tokens) float, higher is better; ignored where `valid` is False.
-        valid: (batch, tokens) bool, the tokens to choose from.
-        count: how many are to be chosen.
-
-    Returns:
-        (batch, tokens) bool, as for `choose`.
-    """
+    """The `count` best valid tokens of each row, (batch, tokens) bool: `choose` where a row is one group."""
     # stable, which topk is not: equal scores fall to the earlier token
     order = _comparable(scores, valid).argsort(dim=1, descending=True, stable=True)
     return torch.zeros_like(valid).scatter(1, order[:, :count], True) & valid

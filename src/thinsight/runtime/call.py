@@ -66,23 +66,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Plan(Mapped):
-    """All that a pass needs to know of its inputs: with it, the pass asks the device for nothing.
+    """All that a pass needs to know of its inputs: with it, the pass asks the device for nothing."""
 
-    Attributes:
-        call: what was read.
-        queries: logical columns (batch, queries) int64 of the text that ranks and which of them are real
-            (batch, queries) bool; None where none does.
-        last: (batch, tokens) bool, the vision tokens in which prompts end; None where none does.
-        ends: per row, the group of that token, -1 where there is none; None as `last` is.
-        quota: (stages, batch, groups) int64, how many tokens each group may keep; None where the pass itself
-            decides it.
-    """
-
-    call: Call
-    queries: tuple[Tensor, Tensor] | None
-    last: Tensor | None
-    ends: tuple[int, ...] | None
-    quota: Tensor | None
+    call: Call  # what was read
+    queries: tuple[Tensor, Tensor] | None  # (batch, queries): columns int64 of the text that ranks, bool which are real
+    last: Tensor | None  # (batch, tokens) bool: the vision tokens in which prompts end; None where none does
+    ends: tuple[int, ...] | None  # per row, the group of that token, -1 where there is none; None as `last` is
+    quota: Tensor | None  # (stages, batch, groups) int64: what a group may keep; None where the pass itself decides
 
 
 @dataclass(frozen=True)
@@ -236,16 +226,8 @@ def _per_row(layout: Layout, received: list[Tensor] | None) -> Tensor | None:
 
 
 def build_layout(parts: Sequence[Vision], real: Tensor, by_run: bool = False) -> Layout | None:
-    """Describe a pass from its vision positions.
-
-    Args:
-        parts: the vision tokens, by modality; no position belongs to two.
-        real: (batch, seq) bool, False at padding.
-        by_run: an image is an unbroken run of vision tokens, as it is where lengths are not known or do not fit.
-
-    Returns:
-        The layout, or None when there is no vision token.
-    """
+    """Describe a pass from its vision tokens, by modality, and what is `real`, (batch, seq) bool, False at padding.
+    None: no vision token. `by_run`: an image is an unbroken run, as it is where lengths are not known or do not fit."""
     device, batch = real.device, real.shape[0]
     sizes: list[list[int]] = [[] for _ in range(batch)]
     tables: list[list[np.ndarray]] = [[] for _ in range(batch)]  # (4, n) each: column, image, index, size
@@ -298,16 +280,10 @@ def _runs(columns: np.ndarray) -> list[int]:
 
 
 def query_columns(layout: Layout, prompt: Tensor, queries: str, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """The prompt's text tokens whose attention ranks.
+    """The prompt's text tokens whose attention ranks: columns (batch, queries) int64, and (same) bool which are real.
 
-    Args:
-        layout: of the pass.
-        prompt: (batch, seq) bool, as `Call` has it.
-        queries: "last", or "instruction" (text after the row's last vision token; the last token if there is none).
-        most: of a row with more such tokens, this many, evenly spaced from the first to the last; None: all.
-
-    Returns:
-        Logical columns (batch, queries) int64, and which of them are real (batch, queries) bool.
+    `prompt` is (batch, seq) bool; `queries` "last", or "instruction" (text after the row's last vision token; the last
+    token if there is none). Of more such tokens than `most`, that many, evenly spaced and the last among them.
     """
     place = torch.arange(prompt.shape[1], device=prompt.device).expand_as(prompt)  # (batch, seq)
     last = _last(prompt)

@@ -30,21 +30,13 @@ class _CacheLayer:
 
 @dataclass(frozen=True)
 class Snapshot(Mapped):
-    """All that the layers from ``layer`` on need of those before it, for one batch of inputs.
+    """All that the layers from ``layer`` on need of those before it, for one batch of inputs."""
 
-    Attributes:
-        layer: the first layer that has not run.
-        states: (batch, physical, hidden), what enters it.
-        state: which vision tokens are there, and what was read to rank them.
-        cache: keys and values of the layers before; None where the pass kept none.
-        outputs: how many outputs a layer has, 0 for a bare tensor.
-    """
-
-    layer: int
-    states: Tensor
-    state: PassState
-    cache: tuple[_CacheLayer, ...] | None
-    outputs: int
+    layer: int  # the first one that has not run
+    states: Tensor  # (batch, physical, hidden): what enters it
+    state: PassState  # which vision tokens are there, and what was read to rank them
+    cache: tuple[_CacheLayer, ...] | None  # keys and values of the layers before; None where the pass kept none
+    outputs: int  # how many a layer has, 0 for a bare tensor
 
 
 def can_share(model: Any) -> bool:
