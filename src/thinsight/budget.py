@@ -60,6 +60,7 @@ class _Stated(Budget):
 
     @property
     def limit(self) -> float:  # type: ignore[override]
+        """The rate, the FLOPs or the milliseconds."""
         amount: float = getattr(self, self.amount)
         return amount
 
