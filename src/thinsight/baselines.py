@@ -1,15 +1,12 @@
 """The published methods as a schedule and a ranker, with their own constants or brought to a given cost.
 
-Knows cost and schedules. Knows nothing about torch, models, data or searches: a baseline is a ``Reduction`` like any
-other and is run, scored and saved like one.
-
 A comparison is only worth printing at equal cost: each function takes a ``budget=`` (see budget.py) and then solves its
 one free parameter so that the cost comes to the budget within one token per layer, never above it. Where a paper's
 layers were chosen for 32 of them, the paper's numbers are the default, and ``scale_layers=True`` brings them to the
 model's depth: layer K of 32 becomes ``max(1, round(K * L / 32))``.
 
-To add a method: write one function that returns a ``Reduction``; give it one parameter that raises its cost and, for
-``budget=``, hand ``budget.fit`` the function from that parameter to a schedule; enter it in ``BASELINES``.
+To add a method, write a function that returns a ``Reduction`` and hands ``budget.fit`` the function from a parameter
+that raises its cost to a schedule; enter it in ``BASELINES``.
 """
 
 from __future__ import annotations
@@ -143,7 +140,10 @@ def fitprune(statistics: Iterable[Iterable[float]], budget: Budget) -> Reduction
     profiles = _profiles(statistics, budget.num_layers)
 
     def pruned(attention: float) -> Schedule:  # 1 - threshold
-        kept = [1.0, *(_needed(profile, attention) for profile in profiles[:-1])]
+        kept = [1.0]  # the smallest share of each layer's tokens that holds so much of its attention
+        for profile in profiles[:-1]:
+            most = len(profile) - 1
+            kept.append(min(bisect.bisect_left(profile, attention), most) / most if attention > 0 else 0.0)
         return Schedule(list(itertools.accumulate(kept, min)))
 
     return Reduction(fill(budget, fit(budget, pruned, 0.0, 1.0, "FitPrune"), first_layer=1), "text-attention")
@@ -370,10 +370,3 @@ def _profiles(statistics: Iterable[Iterable[float]], depth: int) -> list[list[fl
         if not (layer and all(0 <= value < math.inf for value in layer) and sum(layer) > 0):
             raise BadInput(f"statistics[{number}] is no attention: give at least one value, none below 0, not all 0")
     return [[value / sum(layer) for value in itertools.accumulate(layer, initial=0.0)] for layer in layers]
-
-
-def _needed(profile: list[float], attention: float) -> float:
-    """The smallest share of the tokens that holds so much of the attention."""
-    if attention <= 0:
-        return 0.0
-    return min(bisect.bisect_left(profile, attention), len(profile) - 1) / (len(profile) - 1)

@@ -1,8 +1,6 @@
 """Budgets: what a schedule may cost, as a mean keep rate, as decoder FLOPs or as measured milliseconds.
 
-A comparison is only worth printing at equal cost. A budget holds exactly: what `fit` and `fill` return never
-costs more, and raising every layer by one token would. Knows schedules and cost; knows nothing about models,
-rankers, data or searches.
+A budget holds exactly: what `fit` and `fill` return never costs more, and one token more in every layer would.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ class Budget:
         return self.spent(schedule) <= self.limit * (1 + _ROUNDING)
 
     def limited(self, limit: float) -> Budget:
-        """The same kind of budget on the same prompt with another limit."""
+        """The same kind of budget on the same prompt with another limit; a mean keep rate above 1 is 1."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,46 +53,55 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class KeepBudget(Budget):
+class _Stated(Budget):
+    """A budget whose limit is one of its fields, the ``amount``."""
+
+    amount: ClassVar[str]
+
+    @property
+    def limit(self) -> float:  # type: ignore[override]
+        """The rate, the FLOPs or the milliseconds."""
+        amount: float = getattr(self, self.amount)
+        return amount
+
+    def limited(self, limit: float) -> Budget:
+        changed: dict[str, Any] = {self.amount: min(1.0, limit) if self.unit == "keep" else limit}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class KeepBudget(_Stated):
     """A mean keep rate over all layers (the paper's "memory cost"), counted in whole tokens.
 
     Raises:
         ThinsightError: a rate outside (0, 1].
     """
 
-    unit = "keep"
+    unit, amount = "keep", "rate"
     num_layers: int
     n_vision: int
     rate: float
 
     def __post_init__(self) -> None:
-        if not 0 < real(self.rate) <= 1:
+        if not 0 < (rate := real(self.rate)) <= 1:
             raise BadInput(f"budget is {self.rate!r}; a mean keep rate must be above 0 and at most 1")
-
-    @property
-    def limit(self) -> float:  # type: ignore[override]
-        """The rate."""
-        return float(self.rate)
+        object.__setattr__(self, "rate", rate)
 
     def spent(self, schedule: Schedule) -> float:
         """Mean share of the N tokens that enter a layer, after rounding to whole tokens."""
         counts = schedule.counts(self.n_vision)
         return sum(counts) / (len(counts) * self.n_vision) if self.n_vision else 0.0
 
-    def limited(self, limit: float) -> KeepBudget:
-        """Another mean keep rate; above 1 it is 1."""
-        return replace(self, rate=min(1.0, limit))
-
 
 @dataclass(frozen=True)
-class FlopsBudget(Budget):
+class FlopsBudget(_Stated):
     """Decoder prefill FLOPs that a schedule may cost on one stated prompt.
 
     ``shape`` is the decoder, ``n_vision`` and ``n_text`` the prompt's tokens (medians over a data set, as a
     rule), ``flops`` the limit. Build one with ``like`` or ``ratio``.
     """
 
-    unit = "flops"
+    unit, amount = "flops", "flops"
     shape: cost.DecoderShape
     n_vision: int
     n_text: int
@@ -122,18 +129,9 @@ class FlopsBudget(Budget):
         """Of the decoder."""
         return self.shape.num_layers
 
-    @property
-    def limit(self) -> float:  # type: ignore[override]
-        """The FLOPs."""
-        return self.flops
-
     def spent(self, schedule: Schedule) -> float:
         """Decoder FLOPs of ``schedule`` on this prompt."""
         return self.shape.prefill_flops(self.n_vision, self.n_text, schedule)
-
-    def limited(self, limit: float) -> FlopsBudget:
-        """Other FLOPs."""
-        return replace(self, flops=limit)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "n_text": self.n_text}
@@ -194,29 +192,20 @@ class LatencyModel:
 
 
 @dataclass(frozen=True)
-class TimeBudget(Budget):
+class TimeBudget(_Stated):
     """Milliseconds of one prefill of the stated prompt, as a latency model of the device predicts them."""
 
-    unit = "ms"
+    unit, amount = "ms", "milliseconds"
     latency: LatencyModel
     num_layers: int
     n_vision: int
     n_text: int
     milliseconds: float
 
-    @property
-    def limit(self) -> float:  # type: ignore[override]
-        """The milliseconds."""
-        return self.milliseconds
-
     def spent(self, schedule: Schedule) -> float:
         """Predicted milliseconds of a prefill under ``schedule``."""
         tokens = cost.layer_tokens(self.num_layers, self.n_vision, self.n_text, schedule)
         return 1e3 * self.latency.prefill(tokens)
-
-    def limited(self, limit: float) -> TimeBudget:
-        """Other milliseconds."""
-        return replace(self, milliseconds=limit)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "n_text": self.n_text, "latency": self.latency.to_dict()}
@@ -252,11 +241,7 @@ def make_budget(
 
 
 def check_budget_value(value: Any, unit: str) -> None:
-    """Check what needs no model.
-
-    Raises:
-        ThinsightError: an unknown unit, or a value out of range.
-    """
+    """Refuse an unknown unit, or a value out of range: what can be told without a model."""
     if unit not in UNITS:
         raise BadInput(f"budget_unit is {unit!r}; choose one of {', '.join(UNITS)}")
     number = real(value)
@@ -293,10 +278,9 @@ def fit_rate(budget: Budget, make: Callable[[float], Schedule], name: str = "the
 
 
 def fill(budget: Budget, schedule: Schedule, first_layer: int = 0) -> Schedule:
-    """A schedule that holds, with what is left of the budget spent one token at a time.
+    """A schedule that holds, in whole tokens of the budget's N, with what is left spent one token at a time.
 
-    Layers from ``first_layer`` on take turns, shallow to deep, as long as anything fits; counts never rise
-    with depth. What comes back is in whole tokens of the budget's N.
+    Layers from ``first_layer`` on take turns, shallow to deep, as long as anything fits; counts never rise with depth.
     """
     counts = list(schedule.counts(budget.n_vision))
     grew = True
@@ -320,11 +304,7 @@ def schedule_of(counts: Sequence[int], n: int) -> Schedule:
 
 
 def refuse_unreachable(budget: Budget, cheapest: Schedule, name: str) -> None:
-    """Raise if even the cheapest schedule of its kind costs too much.
-
-    Raises:
-        ThinsightError: saying what it costs and what may be spent.
-    """
+    """Raise, with what it costs and what may be spent, if even the cheapest schedule of its kind costs too much."""
     if not budget.holds(cheapest):
         what = {"keep": "a mean keep rate of", "flops": "decoder FLOPs of", "ms": "milliseconds of prefill:"}
         raise Unreachable(

@@ -1,33 +1,29 @@
 """What a schedule costs: FLOPs of the decoder's prefill and bytes of its KV cache, from a model config alone.
 
-Arithmetic only. Knows nothing about torch, models, rankers or clocks (measured time is timing.py's subject).
-
 How it is counted, so that two figures can be compared:
 
-- one multiply-add is 2 FLOPs; norms, activations, RoPE, softmax and the ranking itself are left out
-  (together far below 1 %);
+- one multiply-add is 2 FLOPs; norms, activations, RoPE, softmax and the ranking itself are left out (together far below
+  1 %), and so is DeepStack's addition of vision features inside the decoder (Qwen3-VL);
 - layer i runs on t_i = n_text + count_i tokens, its *input*;
 - projections count q, k, v and o with their true widths, so grouped-query attention is counted as it is;
-- attention counts the full t_i x t_i square, as the field's formula (FastV, arXiv 2403.06764, section 4.3)
-  and the paper (arXiv 2412.00556) do, although a causal kernel may skip half of it;
-- a layer with a sliding window of w (Gemma 3, Cohere 2) counts t_i x min(t_i, w), and caches at most w - 1
-  positions; what is dropped inside the window makes both figures upper bounds;
+- attention counts the full t_i x t_i square, as the field's formula (FastV, arXiv 2403.06764, section 4.3) and the
+  paper (arXiv 2412.00556) do, although a causal kernel may skip half of it;
+- a layer with a sliding window of w (Gemma 3, Cohere 2) counts t_i x min(t_i, w), and caches at most w - 1 positions;
+  what is dropped inside the window makes both figures upper bounds;
 - the MLP has three matrices when it is gated (Llama, Mistral, Qwen2 ...) and two otherwise;
-- a mixture of experts (GLM-4.5V) counts what a token runs through: the router, its top-k routed experts and
-  the shared ones; its first layers may be dense;
-- DeepStack's addition of vision features inside the decoder (Qwen3-VL) is left out, as all additions are;
-- the vision encoder and the language-model head are counted apart: `vision_flops` and
-  ``Breakdown.lm_head``.
+- a mixture of experts (GLM-4.5V) counts what a token runs through: the router, its top-k routed experts and the shared
+  ones; its first layers may be dense;
+- the vision encoder and the language-model head are counted apart: `vision_flops` and ``Breakdown.lm_head``.
 
-Of a vision encoder (tower and projector) rotary tables and interpolated position embeddings are left out too.
-Every layer of the tower counts, because stock transformers runs all of them even when the features are taken
-from an earlier one. A pooling head after the tower is not counted: its output is not used.
+Of a vision encoder (tower and projector) rotary tables, interpolated position embeddings and a pooling head, whose
+output is not used, are left out. Every layer of the tower counts, because stock transformers runs all of them even when
+the features are taken from an earlier one.
 
-Towers of a fixed image size (CLIP, SigLIP, InternViT, Idefics) cost the same for every image or tile. Towers
-that take any image (Qwen-VL, GLM-V, Pixtral) are counted from the number of vision tokens that came out of
-them, all images taken to be of one size, the windows of Qwen2.5-VL's attention to be full. LLaVA-NeXT and
-LLaVA-OneVision cut padding away after the tower, and Idefics2 resamples every image to equally many tokens,
-so tokens do not tell how much the tower saw: refused.
+Towers of a fixed image size (CLIP, SigLIP, InternViT, Idefics) cost the same for every image or tile. Towers that take
+any image (Qwen-VL, GLM-V, Pixtral) are counted from the number of vision tokens that came out of them, all images taken
+to be of one size, the windows of Qwen2.5-VL's attention to be full. LLaVA-NeXT and LLaVA-OneVision cut padding away
+after the tower, and Idefics2 resamples every image to equally many tokens, so tokens do not tell how much the tower
+saw: refused.
 """
 
 from __future__ import annotations
@@ -39,19 +35,6 @@ from typing import Any
 from .errors import BadInput, Unsupported
 from .families import NOT_KNOWN, Tower, family_of, field_of, patches_of, size_of, text_config, tower_of
 from .schedule import Schedule
-
-__all__ = [
-    "Breakdown",
-    "DecoderShape",
-    "Experts",
-    "breakdown",
-    "decoder_shape",
-    "flops",
-    "kv_bytes",
-    "layer_tokens",
-    "text_config",
-    "vision_flops",
-]
 
 # Text models whose MLP is two matrices (up, down) rather than three (gate, up, down).
 _UNGATED = frozenset({"opt", "phi", "gpt2", "gpt_neox", "starcoder2", "bloom", "falcon"})
@@ -195,9 +178,8 @@ def decoder_shape(config: Any) -> DecoderShape:
     Raises ThinsightError when a size is missing, or for a mixture of experts whose sizes are not told.
     """
     text = text_config(config)
-    layers = size_of(text, "num_hidden_layers")
-    hidden = size_of(text, "hidden_size")
-    heads = size_of(text, "num_attention_heads")
+    sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads")
+    layers, hidden, heads = (size_of(text, name) for name in sizes)
     return DecoderShape(
         num_layers=layers,
         hidden=hidden,

@@ -1,7 +1,4 @@
-"""Loads a model and its processor through transformers' own ``from_pretrained``; mistakes become one line.
-
-Has no loader of its own: whatever stock transformers can read, it reads. Code from the hub runs only when asked for.
-"""
+"""Loads a model and its processor through transformers' own ``from_pretrained``; mistakes become one line."""
 
 from __future__ import annotations
 
@@ -96,7 +93,12 @@ def load_model(
         if any((folder / each).is_file() for each in _PROCESSORS):  # saved beside it: it may have learned tokens
             options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
             processor = _load_processor(str(folder), name, options)
-        return _with_adapter(model, name), processor
+        from peft import PeftModel
+
+        with _one_line(name, "its adapter"), warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys")  # random ones would stand there
+            wrapped = PeftModel.from_pretrained(model, os.path.expanduser(name))
+        return unwrapped(wrapped).eval(), processor
     if device_map is not None and not is_accelerate_available():
         raise MissingPackage("device_map needs the package accelerate: pip install accelerate")
     source, local = locate_model(name)
@@ -164,33 +166,16 @@ def _base_of(name: str | Path) -> str | None:
     return base
 
 
-def _with_adapter(model: Any, name: str | Path) -> Any:
-    """The model with a folder's adapter in its layers."""
-    from peft import PeftModel
-
-    with _one_line(name, "its adapter"), warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*missing adapter keys")  # random ones would stand there
-        wrapped = PeftModel.from_pretrained(model, os.path.expanduser(name))
-    return unwrapped(wrapped).eval()
-
-
 def how_to_install(package: str) -> str:
     """How to get a package that some processors need, in words."""
     if package != "torchvision":
         return f"pip install {package}"
-    line = "pip install 'thinsight[vision]'"
-    if torch.__version__.endswith("+cpu"):
-        line += f", or, to keep torch {torch.__version__}, the torchvision from where that one came from"
-    return line
+    keep = f", or, to keep torch {torch.__version__}, the torchvision from where that one came from"
+    return "pip install 'thinsight[vision]'" + (keep if torch.__version__.endswith("+cpu") else "")
 
 
 def load_config(name: str | Path, trust_remote_code: bool = False) -> Any:
-    """A model's config, without its weights, an adapter's base model's; arguments as for `load_model`.
-
-    Raises:
-        ThinsightError: an unknown path or hub id, no network, a family that is not supported, or a
-            transformers that is too old.
-    """
+    """A model's config, without its weights, an adapter's base model's; arguments and errors as for `load_model`."""
     check_version()
     base = _base_of(name)
     if base is not None:
@@ -251,21 +236,13 @@ def locate_model(name: str | Path) -> tuple[str, bool]:
 def base_name(name: str | Path) -> str:
     """What a reduction says it was searched for: a demo's name, a Hub id, or a local folder's own name, without where
     it lies. Never the id in a folder's config.json, which a fine-tuned model goes on naming."""
-    for demo, embedded in DEMOS.items():
-        if str(name) in (demo, str(embedded)):
-            return demo
-    folder = _folder(name)
-    return public_name(str(name if folder is None else folder))
+    demo = next((demo for demo, embedded in DEMOS.items() if str(name) in (demo, str(embedded))), None)
+    return demo or public_name(str(_folder(name) or name))
 
 
 def checkpoint_hash(name: str | Path) -> str | None:
-    """What a checkpoint in a local folder is known by wherever it lies; None: it is not in one.
-
-    Covers its config, an adapter's too, and size and an even sample of each file of weights.
-
-    Raises:
-        ThinsightError: a file of it cannot be read.
-    """
+    """What a checkpoint in a local folder is known by wherever it lies; None: it is not in one. Covers its config, an
+    adapter's too, and size and an even sample of each file of weights."""
     folder = _folder(name)
     if folder is None:
         return None
@@ -301,11 +278,10 @@ def _check_hub_id(name: str) -> None:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
-        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
     except HFValidationError:
         raise BadInput(f"model {name!r} is neither a folder that exists nor a hub id (owner/name)") from None
-    if cached:
-        return
     if constants.HF_HUB_OFFLINE:
         raise BadInput(
             f"model {name!r} is not a folder, not in the local cache, and HF_HUB_OFFLINE forbids asking the "
@@ -337,9 +313,7 @@ def _check_hub_id(name: str) -> None:
 def computes_bfloat16() -> bool:
     """Whether the CPU has instructions for bfloat16; taken for granted where torch does not tell."""
     found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch has none
-    if found.get("architecture") != "x86_64":
-        return True
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    return found.get("architecture") != "x86_64" or bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def _check_weights(info: dict[str, Any], config: Any, name: str | Path) -> None:
@@ -380,10 +354,8 @@ def _one_line(name: str | Path, what: str) -> Iterator[None]:
             ) from error
         package = next((each for each in _OPTIONAL if each in str(error).lower()), None)
         if package is not None and find_spec(package) is None:
-            remedy = how_to_install(package)
-            raise MissingPackage(
-                f"model {str(name)!r}: {what} needs {package}, which is not installed: {remedy}"
-            ) from error
+            said = f"model {str(name)!r}: {what} needs {package}, which is not installed: {how_to_install(package)}"
+            raise MissingPackage(said) from error
         raise BadInput(
             f"model {str(name)!r}: cannot load {what} ({_first_line(error)}): "
             "check the checkpoint's files, or download or save it anew"

@@ -1,7 +1,6 @@
 """Records on disk: JSON read strictly, dataclasses as JSON values, files that appear whole or not at all.
 
-A damaged record is told by its checksum, a hostile one cannot nest or count without end, and a full disk or an
-interruption leaves nothing half-written. Knows nothing about what a record means.
+A checksum tells a damaged record, and a hostile one cannot nest or count without end.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -259,16 +258,12 @@ def replace_file(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file in a folder that exists under a name of its own, which follows no link, and then put it in its place
     in one step; ``durable`` waits until the disk has it. Whatever ends that early, a full disk or Ctrl-C, leaves the
     old file and no other. Raises OSError."""
-    part = _part_of(path.parent)
-    try:
+    with _part_of(path.parent) as part:
         with open(part, "xb", buffering=0) as file:
             _write_all(file, data)
             if durable:
                 os.fsync(file.fileno())
         os.replace(part, path)
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str, remedy: str) -> None:
@@ -293,12 +288,8 @@ def append_line(path: Path, line: str, remedy: str) -> None:
 def probe(folder: Path) -> None:
     """Make a folder, and find out now whether files can be made in it; OSError if not."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = _part_of(folder)
-    try:
+    with _part_of(folder) as part:
         open(part, "xb").close()
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
@@ -308,9 +299,15 @@ def sweep(folder: Path) -> None:
             part.unlink()
 
 
-def _part_of(folder: Path) -> Path:
-    """A name that no other process uses."""
-    return folder / _PART.replace("*", secrets.token_hex(8))
+@contextmanager
+def _part_of(folder: Path) -> Iterator[Path]:
+    """A name that no other process uses; what is left under it in the end goes."""
+    part = folder / _PART.replace("*", secrets.token_hex(8))
+    try:
+        yield part
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def _write_all(file: FileIO, data: bytes) -> None:

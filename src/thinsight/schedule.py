@@ -1,7 +1,4 @@
-"""Schedules: how many of a prompt's vision tokens enter each decoder layer, for all prompts or by prompt.
-
-Knows nothing about which tokens those are, about models, or about what a schedule costs.
-"""
+"""Schedules: how many of a prompt's vision tokens enter each decoder layer, for all prompts or by prompt."""
 
 from __future__ import annotations
 
@@ -45,7 +42,21 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Apart, for a record that is read back is made without ``__init__``."""
-        object.__setattr__(self, "keep_rates", _checked_rates(self.keep_rates))
+        keep_rates: Any = self.keep_rates
+        try:
+            given = None if isinstance(keep_rates, (str, bytes)) else list(keep_rates)
+        except TypeError:
+            given = None
+        if not given:
+            raise BadInput(f"keep_rates is {'empty' if given == [] else repr(keep_rates)}; {_WANTED}")
+        rates = [_rate(rate, f"keep_rates[{i}]") for i, rate in enumerate(given)]
+        for i in range(1, len(rates)):
+            if rates[i] > rates[i - 1]:
+                raise BadInput(
+                    f"keep_rates[{i}] is {rates[i]} but keep_rates[{i - 1}] is {rates[i - 1]}; "
+                    "rates must not rise with depth, since a dropped token stays dropped"
+                )
+        object.__setattr__(self, "keep_rates", tuple(rates))
 
     def __repr__(self) -> str:
         runs = [
@@ -82,23 +93,13 @@ class Schedule:
 
         Layer 0 is among them when it receives fewer than ``n``.
         """
-        result: dict[int, int] = {}
-        above = n
-        for layer, count in enumerate(self.counts(n)):
-            if count < above:
-                result[layer] = count
-                above = count
-        return result
+        counts = self.counts(n)
+        return {i: count for i, (above, count) in enumerate(zip((n, *counts), counts, strict=False)) if count < above}
 
     def runs(self) -> list[tuple[int, int, float]]:
         """Maximal runs of layers with one rate: ``(first layer, last layer, rate)``."""
-        result: list[tuple[int, int, float]] = []
-        for layer, rate in enumerate(self.keep_rates):
-            if result and result[-1][2] == rate:
-                result[-1] = (result[-1][0], layer, rate)
-            else:
-                result.append((layer, layer, rate))
-        return result
+        ends = itertools.accumulate(len(list(run)) for _, run in itertools.groupby(self.keep_rates))
+        return [(first, end - 1, self.keep_rates[first]) for first, end in itertools.pairwise((0, *ends))]
 
     def with_tail(self, layer: int, rate: float) -> Schedule:
         """This schedule with the rates from ``layer`` on lowered to at most ``rate``."""
@@ -305,25 +306,6 @@ class Adaptive:
             tuple(Schedule(rates) for rates in stored["keep_rates"]),
             tuple(stored["shares"]),
         )
-
-
-def _checked_rates(keep_rates: Any) -> tuple[float, ...]:
-    if isinstance(keep_rates, (str, bytes)):
-        raise BadInput(f"keep_rates is {keep_rates!r}; {_WANTED}")
-    try:
-        given = list(keep_rates)
-    except TypeError:
-        raise BadInput(f"keep_rates is {keep_rates!r}; {_WANTED}") from None
-    if not given:
-        raise BadInput(f"keep_rates is empty; {_WANTED}")
-    rates = [_rate(rate, f"keep_rates[{i}]") for i, rate in enumerate(given)]
-    for i in range(1, len(rates)):
-        if rates[i] > rates[i - 1]:
-            raise BadInput(
-                f"keep_rates[{i}] is {rates[i]} but keep_rates[{i - 1}] is {rates[i - 1]}; "
-                "rates must not rise with depth, since a dropped token stays dropped"
-            )
-    return tuple(rates)
 
 
 def real(value: Any) -> float:

@@ -1,10 +1,8 @@
 """Measured time: the full model and the reduced one side by side in one run, alternating, medians.
 
-Knows models, batches and clocks. Knows nothing about scores, searches or where a reduction came from.
-
-Three things are measured, because the gain is in the first and thins out towards the last:
-*prefill* (the decoder over a prompt whose images are encoded already, what the FLOPs figures count),
-*prefill with images* (the vision encoder included), and the *whole answer* of a fixed number of new tokens.
+Three things are measured, because the gain is in the first and thins out towards the last: *prefill* (the decoder over
+a prompt whose images are encoded already, what the FLOPs figures count), *prefill with images* (the vision encoder
+included), and the *whole answer* of a fixed number of new tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -69,13 +67,11 @@ def measure(
     batch = on_device(model, inputs)
     size = int(batch["input_ids"].shape[0])
     jobs = _jobs(model, batch, reduction, new_tokens)
-    in_all, done = 2 * len(jobs) * (runs + warmup), 0
+    done, in_all = itertools.count(1), 2 * len(jobs) * (runs + warmup)
 
     def tick() -> None:
-        nonlocal done
-        done += 1
         if progress is not None:
-            progress(done, in_all)
+            progress(next(done), in_all)
 
     timings = []
     for what, job in jobs.items():
@@ -92,8 +88,7 @@ def measure(
         kv_reduced=kv_reduced,
         batch=size,
         new_tokens=new_tokens,
-        device=_device_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        **_machine(model),
         threads=torch.get_num_threads(),
     )
 
@@ -145,8 +140,7 @@ def profile(
                 taken.append(_clock(model, job) / 1e3)
     medians = [statistics.median(taken[warmup:]) / layers for taken in times]
     return LatencyModel(
-        device=_device_name(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        **_machine(model),
         batch=int(batch["input_ids"].shape[0]),
         constant=0.0,
         tokens=tuple(text + count for count in by_count),
@@ -164,34 +158,22 @@ def alternate(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Times of both sides, (full, reduced), ``runs`` each, in the unit that ``clock`` returns.
 
-    The sides take turns and swap who goes first in every round, so that a machine that warms up or slows down
-    treats both alike. ``reduced`` puts the reduction in force; putting it on and off is not timed.
+    They swap who goes first in every round, so that a machine that warms up or slows down treats both alike.
+    ``reduced`` puts the reduction in force; putting it on and off is not timed.
     """
-    full_times, reduced_times = [], []
-
-    def run_full() -> None:
-        full_times.append(clock())
-        tick()
-
-    def run_reduced() -> None:
-        with reduced():
-            reduced_times.append(clock())
-        tick()
-
+    times: dict[bool, list[float]] = {False: [], True: []}  # by whether it is reduced
     for i in range(warmup + runs):
-        for run in (run_full, run_reduced) if i % 2 == 0 else (run_reduced, run_full):
-            run()
-    return tuple(full_times[warmup:]), tuple(reduced_times[warmup:])
+        for side in (False, True) if i % 2 == 0 else (True, False):
+            with reduced() if side else nullcontext():
+                times[side].append(clock())
+            tick()
+    return tuple(times[False][warmup:]), tuple(times[True][warmup:])
 
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of all keys and values that a transformers cache holds."""
-    total = 0
-    for layer in cache.layers:
-        for tensor in (layer.keys, layer.values):
-            if tensor is not None:
-                total += tensor.numel() * tensor.element_size()
-    return total
+    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 
 def _jobs(model: Any, batch: dict[str, Any], reduction: Reduction, new_tokens: int) -> dict[str, Callable[[], Any]]:
@@ -217,5 +199,8 @@ def _clock(model: Any, job: Callable[[], Any]) -> float:
     return 1000 * (time.perf_counter() - start)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+def _machine(model: Any) -> dict[str, str]:
+    """What times belong to."""
+    on_gpu = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if on_gpu else str(model.device)
+    return {"device": device, "dtype": str(model.dtype).removeprefix("torch.")}

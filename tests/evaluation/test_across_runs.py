@@ -296,7 +296,8 @@ def test_features_of_every_family_come_back_to_the_bit(family: Family, tmp_path:
         cache.inputs(processor.examples)
         found: list[tuple[str, torch.Tensor]] = []
         for example in processor.examples:
-            entry = cache._entry(example)
+            entry = cache.store.get(example.image_keys)
+            assert entry is not None
             entry.mapped(lambda name, tensor, found=found: found.append((name, tensor)) or tensor)
             shapes.append((entry.modalities, entry.stacked))
         entries.append(found)

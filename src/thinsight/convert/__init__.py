@@ -1,7 +1,4 @@
-"""Turns an original InternVL checkpoint into a folder for stock transformers, running none of its code.
-
-The package's one entry is `convert`. Knows nothing about reductions, searches or evaluation.
-"""
+"""Turns an original InternVL checkpoint into a folder for stock transformers, running none of its code."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Converts a checkpoint: checks all of it from its headers, then streams it into a new folder.
+"""Converts a checkpoint: checks all of it from its headers, then streams it into a folder that appears when complete.
 
-Nothing is written before everything has been checked, and the folder appears under its name only when it is complete.
-Which tensor becomes which is from the modelling code that InternVL publishes (github.com/OpenGVLab/InternVL,
-internvl_chat/internvl/model).
+Which tensor becomes which: the modelling code in github.com/OpenGVLab/InternVL, internvl_chat/internvl/model.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import InternVLConfig, InternVLForConditionalGeneration
+from transformers import GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
 
 from ..errors import BadInput, StorageError, ThinsightError
 from ..progress import Watcher
@@ -34,7 +32,6 @@ from .config import (
     find_conversation,
     stop_token_id,
     vision_depths,
-    write_generation_config,
     write_processor,
 )
 from .source import Source, TensorSpec, open_source, write_shards
@@ -73,7 +70,14 @@ def convert(
     with _one_line(source):
         # 1. The settings, from the original's own.
         opened = open_source(source)
-        _check_settings(opened)
+        check_original(opened.config, opened.name)
+        for part in ("vision_config", "llm_config"):  # the model alone could not be laid out
+            depth = opened.config[part].get("num_hidden_layers", 1)
+            if depth > len(opened.tensors):
+                raise BadInput(
+                    f"{part}.num_hidden_layers is {depth} in config.json, but the checkpoint has just "
+                    f"{len(opened.tensors)} tensors: download it anew"
+                )
         conversation = find_conversation(opened.config)
         tokenizer = convert_tokenizer(opened.folder, _embedding_rows(opened))
         stop = stop_token_id(conversation, tokenizer)
@@ -90,7 +94,12 @@ def convert(
         # 2. Every tensor, held to the model that will load it.
         conversions = _find_conversions(opened, config)
         specs = _check_shapes(opened, conversions, _expected_shapes(config))
-    _check_space(target, sum(spec.nbytes for spec in specs.values()))
+    needed, free = sum(spec.nbytes for spec in specs.values()), shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise StorageError(
+            f"out {target} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free: make room, or "
+            "give a folder on another disk"
+        )
 
     def converted() -> Iterator[tuple[str, Tensor]]:
         for done, (name, tensor) in enumerate(opened.read(), start=1):
@@ -102,7 +111,9 @@ def convert(
         watcher.on_stage("Converting the weights")
         write_shards(converted(), specs, folder, max_shard_bytes)
         write_processor(folder, opened.config, conversation, tokenizer, config.image_seq_length)
-        write_generation_config(folder, stop, tokenizer)
+        GenerationConfig(
+            eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
+        ).save_pretrained(folder)
         config.save_pretrained(folder)
     return target
 
@@ -122,18 +133,6 @@ def _one_line(name: str | Path) -> Iterator[None]:
             f"model {str(name)!r} has a value in its config or tokenizer files that cannot be right "
             f"({type(error).__name__}: {error}): download the checkpoint anew"
         ) from error
-
-
-def _check_settings(source: Source) -> None:
-    """Refuse what is no original, and a config of so many layers that the model alone could not be laid out."""
-    check_original(source.config, source.name)
-    for part in ("vision_config", "llm_config"):
-        depth = source.config[part].get("num_hidden_layers", 1)
-        if depth > len(source.tensors):
-            raise BadInput(
-                f"{part}.num_hidden_layers is {depth} in config.json, but the checkpoint has just "
-                f"{len(source.tensors)} tensors: download it anew"
-            )
 
 
 def _embedding_rows(source: Source) -> int:
@@ -175,8 +174,7 @@ def _check_shapes(
                 f"{name} has shape {stored.shape}, which does not divide into the heads that config.json gives: "
                 "download the checkpoint anew"
             ) from error
-        for target, part in zip(conversion.targets, parts, strict=True):
-            shape = tuple(part.shape)
+        for target, shape in zip(conversion.targets, (tuple(part.shape) for part in parts), strict=True):
             if target not in expected:
                 raise _misfit(source, [name], "unknown tensors that the model has no place for")
             if shape != expected[target]:
@@ -214,9 +212,7 @@ class Conversion:
 
     def apply(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The target tensors, in the order of ``targets``; views where the tensor is packed."""
-        if not self.targets:
-            return ()
-        return (tensor,) if self.split is None else self.split(tensor)
+        return self.split(tensor) if self.split is not None else (tensor,) * len(self.targets)
 
 
 Rules = dict[str, Conversion]
@@ -239,17 +235,9 @@ def _find_conversions(source: Source, config: InternVLConfig) -> dict[str, Conve
     return found
 
 
-def _split_stacked(packed: Tensor) -> tuple[Tensor, ...]:
-    """InternViT's ``qkv``: all queries, then all keys, then all values: (3 * width, ...) -> three of (width, ...)."""
-    return packed.chunk(3, dim=0)
-
-
 def _split_grouped(packed: Tensor, kv_heads: int, head_dim: int) -> tuple[Tensor, ...]:
-    """InternLM2's ``wqkv``: per key-value head, the query heads that share it, its key, and its value.
-
-    ((heads + 2 * kv_heads) * head_dim, ...) -> (heads * head_dim, ...) and twice (kv_heads * head_dim, ...).
-    Query heads keep their order, so that query head h still reads key-value head h // (heads // kv_heads).
-    """
+    """InternLM2's ``wqkv``: per key-value head, the query heads that share it in their order, its key, and its value:
+    ((heads + 2 * kv_heads) * head_dim, ...) -> (heads * head_dim, ...) and twice (kv_heads * head_dim, ...)."""
     groups = packed.unflatten(0, (kv_heads, -1, head_dim))  # (kv_heads, heads per kv head + 2, head_dim, ...)
     queries, keys, values = groups[:, :-2], groups[:, -2], groups[:, -1]
     return queries.flatten(0, 2), keys.flatten(0, 1), values.flatten(0, 1)
@@ -296,7 +284,8 @@ def _vision_rules(depth: int, stored_depth: int) -> Rules:
         embeddings + "class_embedding": _one(_NEW_TOWER + "embeddings.cls_token"),
         embeddings + "position_embedding": _one(_NEW_TOWER + "embeddings.position_embeddings"),
         embeddings + "patch_embedding" + _END: _one(_NEW_TOWER + r"embeddings.patch_embeddings.projection.\1"),
-        _OLD_LAYER + r"attn\.qkv" + _END: Conversion(qkv, _split_stacked),
+        # all queries, then all keys, then all values: (3 * width, ...)
+        _OLD_LAYER + r"attn\.qkv" + _END: Conversion(qkv, partial(torch.chunk, chunks=3)),
         _OLD_LAYER + r"ls([12])": _one(_NEW_LAYER + r"lambda_\2"),
         **{_OLD_LAYER + old + _END: _one(_NEW_LAYER + new + r".\2") for old, new in _LAYER_NAMES.items()},
         **{_OLD_PROJECTOR + old + _END: _one(_NEW_PROJECTOR + new + r".\1") for old, new in _PROJECTOR_NAMES.items()},
@@ -304,11 +293,8 @@ def _vision_rules(depth: int, stored_depth: int) -> Rules:
 
 
 def _text_rules(architecture: str, text_config: Any) -> Rules:
-    """Of a text model; ``text_config`` is the converted one.
-
-    Qwen2, Llama and Phi-3 keep their names below the prefix, and Phi-3 its packed projections, since the
-    transformers classes have the same ones. InternLM2 becomes Llama.
-    """
+    """Of a text model with this converted config. InternLM2 becomes Llama; the others keep their names below the
+    prefix, and Phi-3 its packed projections, since the transformers classes have the same ones."""
     rotary: Rules = {r"language_model\..+\.rotary_emb\.inv_freq": Conversion()}  # computed from the config
     if architecture != "InternLM2ForCausalLM":
         return {
@@ -345,15 +331,6 @@ def _check_out(out: Path) -> Path:
     if not os.access(out.parent, os.W_OK):
         raise StorageError(f"out {out} cannot be made: its parent folder may not be written")
     return out
-
-
-def _check_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if free < needed:
-        raise StorageError(
-            f"out {out} needs {needed / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free: make room, or "
-            "give a folder on another disk"
-        )
 
 
 @contextmanager

@@ -1,11 +1,8 @@
 """The original's settings as stock files: config.json, the chat template, the processor, generation settings.
 
-Whatever cannot be said exactly in the stock config is refused. Defaults are those of the original config
-classes, since a saved config may leave them out. The files are written rather than saved from an
-`InternVLProcessor`, since that one cannot be made where torchvision is not installed.
-
-Sources: `load_image` of the model cards, `dynamic_preprocess` in internvl_chat/internvl/train/dataset.py and
-conversation.py of github.com/OpenGVLab/InternVL.
+What the stock config cannot say exactly is refused. The files are written rather than saved from an
+`InternVLProcessor`, which cannot be made where torchvision is not installed. Sources: `load_image` of the model cards,
+internvl_chat/internvl/train/dataset.py (`dynamic_preprocess`) and conversation.py of github.com/OpenGVLab/InternVL.
 """
 
 from __future__ import annotations
@@ -16,26 +13,14 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, InternVLConfig, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config
+from transformers import InternVLConfig, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config
 
 from ..errors import BadInput, ThinsightError, Unsupported
 
 _SHARED_TEXT = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings initializer_range rms_norm_eps rope_theta rope_scaling bos_token_id eos_token_id "
+    "pad_token_id"
 )
 _INTERNLM2_DEFAULTS = {
     "vocab_size": 103168,
@@ -67,7 +52,18 @@ _VISION_DEFAULTS = {
     "initializer_range": 0.02,
     "initializer_factor": 0.1,
 }
+_VISION_RENAMED = {
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+    "initializer_factor": "layer_scale_init_value",
+}
 _QK_NORM_EPS = 1e-6  # fixed in InternVLVisionAttention
+_TEXT_CONFIGS: dict[str, tuple[Any, tuple[str, ...]]] = {  # the stock class, and what it has besides _SHARED_TEXT
+    "InternLM2ForCausalLM": (LlamaConfig, ("attention_bias",)),
+    "Qwen2ForCausalLM": (Qwen2Config, ("use_sliding_window", "sliding_window", "max_window_layers")),
+    "Phi3ForCausalLM": (Phi3Config, ("original_max_position_embeddings", "sliding_window")),
+    "LlamaForCausalLM": (LlamaConfig, ("attention_bias", "mlp_bias", "head_dim")),
+}
 _ROPE_TYPES = {
     "InternLM2ForCausalLM": ("linear", "dynamic"),
     "Phi3ForCausalLM": ("su", "longrope"),  # the first is the second's name in the original code
@@ -124,17 +120,13 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 def image_size_of(config: Mapping[str, Any]) -> int:
     """Height and width in pixels of the tiles that the vision tower reads."""
-    own = config["vision_config"].get("image_size", _VISION_DEFAULTS["image_size"])
-    return int(config.get("force_image_size") or own)
+    return int(config.get("force_image_size") or _vision_field(config, "image_size"))
 
 
 def vision_depths(config: Mapping[str, Any]) -> tuple[int, int]:
-    """How many vision layers are needed for ``select_layer``, and how many there are.
-
-    Hidden state i is the output of i layers, and nothing follows the last layer, so the layers behind the
-    selected state can go. Refused: a state that the tower does not have, or its input.
-    """
-    stored = int(config["vision_config"].get("num_hidden_layers", _VISION_DEFAULTS["num_hidden_layers"]))
+    """How many vision layers are needed for ``select_layer`` (hidden state i is the output of i layers), and how many
+    there are. Refused: a state that the tower does not have, or its input."""
+    stored = int(_vision_field(config, "num_hidden_layers"))
     selected = config.get("select_layer", -1)
     needed = selected if selected >= 0 else stored + 1 + selected
     if not 1 <= needed <= stored:
@@ -143,21 +135,13 @@ def vision_depths(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def convert_config(config: Mapping[str, Any], *, tied: bool, image_token_id: int, dtype: str) -> InternVLConfig:
-    """The stock config.
-
-    Args:
-        config: config.json of a checkpoint that `check_original` let through.
-        tied: the checkpoint stores no output embeddings, because they are the input embeddings.
-        image_token_id: id of the token that stands for one vision token.
-        dtype: "bfloat16", "float16" or "float32", as the weights are stored.
-
-    Raises:
-        ThinsightError: a field that is missing, of the wrong kind, or without a counterpart.
+    """The stock config of a checkpoint that `check_original` let through. ``tied``: it stores no output embeddings,
+    because they are the input embeddings. Refused: a field that is missing, of the wrong kind, or without counterpart.
     """
     image_size, patch_size = image_size_of(config), _vision_field(config, "patch_size")
     ratio = config.get("downsample_ratio", 0.5)
     try:
-        text = _TEXT_CONFIGS[architecture_of(config)](config["llm_config"])
+        text = _convert_text(architecture_of(config), config["llm_config"])
         text.tie_word_embeddings = tied
         return InternVLConfig(
             vision_config=_convert_vision(config),
@@ -181,9 +165,6 @@ def convert_config(config: Mapping[str, Any], *, tied: bool, image_token_id: int
         ) from error
 
 
-# -- parts -----------------------------------------------------------------------------------------------
-
-
 def _vision_field(config: Mapping[str, Any], name: str) -> Any:
     return config["vision_config"].get(name, _VISION_DEFAULTS[name])
 
@@ -195,74 +176,34 @@ def _convert_vision(config: Mapping[str, Any]) -> dict[str, Any]:
             f"vision_config.layer_norm_eps is {vision['layer_norm_eps']} with qk_normalization: transformers "
             f"fixes it to {_QK_NORM_EPS} there"
         )
-    return {
-        "hidden_size": vision["hidden_size"],
-        "num_hidden_layers": vision_depths(config)[0],
-        "num_attention_heads": vision["num_attention_heads"],
-        "attention_bias": vision["qkv_bias"],
-        "use_qk_norm": vision["qk_normalization"],
-        "intermediate_size": vision["intermediate_size"],
-        "hidden_act": vision["hidden_act"],
-        "initializer_range": vision["initializer_range"],
-        "norm_type": vision["norm_type"],
-        "layer_norm_eps": vision["layer_norm_eps"],
-        "image_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
-        "num_channels": vision["num_channels"],
-        "layer_scale_init_value": vision["initializer_factor"],
-    }
+    stock = {_VISION_RENAMED.get(name, name): value for name, value in vision.items()}
+    return {**stock, "num_hidden_layers": vision_depths(config)[0]}
 
 
-def _pick(llm: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    return {name: llm[name] for name in (*_SHARED_TEXT, *names) if name in llm}
-
-
-def _check_rope(llm: Mapping[str, Any], architecture: str) -> None:
+def _convert_text(architecture: str, llm: Mapping[str, Any]) -> Any:
+    """The stock text config; InternLM2 computes what Llama computes, ``bias`` being that of its attention."""
+    kind, own = _TEXT_CONFIGS[architecture]
     scaling = llm.get("rope_scaling")
-    if scaling is None:
-        return
-    kind = scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, dict) else scaling
-    if kind not in _ROPE_TYPES[architecture]:
-        raise Unsupported(
-            f"llm_config.rope_scaling is of type {kind!r} in config.json; supported for {architecture}: "
-            f"{', '.join(_ROPE_TYPES[architecture])}"
-        )
-
-
-def _from_internlm2(llm: Mapping[str, Any]) -> LlamaConfig:
-    """InternLM2 computes what Llama computes; ``bias`` is on all four attention projections."""
-    _check_rope(llm, "InternLM2ForCausalLM")
-    fields = {**_INTERNLM2_DEFAULTS, **llm}
-    return LlamaConfig(**_pick(fields), attention_bias=fields["bias"])
-
-
-def _from_llama(llm: Mapping[str, Any]) -> LlamaConfig:
-    return LlamaConfig(**_pick(llm, "attention_bias", "mlp_bias", "head_dim"))
-
-
-def _from_qwen2(llm: Mapping[str, Any]) -> Qwen2Config:
-    return Qwen2Config(**_pick(llm, "use_sliding_window", "sliding_window", "max_window_layers"))
-
-
-def _from_phi3(llm: Mapping[str, Any]) -> Phi3Config:
-    """A window as long as the longest sequence never hides a key; without it the cache stays a plain one."""
-    _check_rope(llm, "Phi3ForCausalLM")
-    fields = _pick(llm, "original_max_position_embeddings", "sliding_window")
-    window, longest = fields.get("sliding_window"), fields.get("max_position_embeddings", 4096)
-    if window is not None and window >= longest:
-        fields["sliding_window"] = None
-    if fields.get("rope_scaling") is not None:
-        factors = {name: fields["rope_scaling"][name] for name in ("short_factor", "long_factor")}
-        fields["rope_scaling"] = {"rope_type": "longrope", **factors}
-    return Phi3Config(**fields)
-
-
-_TEXT_CONFIGS: dict[str, Any] = {
-    "InternLM2ForCausalLM": _from_internlm2,
-    "Qwen2ForCausalLM": _from_qwen2,
-    "Phi3ForCausalLM": _from_phi3,
-    "LlamaForCausalLM": _from_llama,
-}
+    if scaling is not None and architecture in _ROPE_TYPES:
+        form = scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, dict) else scaling
+        if form not in _ROPE_TYPES[architecture]:
+            raise Unsupported(
+                f"llm_config.rope_scaling is of type {form!r} in config.json; supported for {architecture}: "
+                f"{', '.join(_ROPE_TYPES[architecture])}"
+            )
+    if architecture == "InternLM2ForCausalLM":
+        llm = {**_INTERNLM2_DEFAULTS, **llm}
+        llm["attention_bias"] = llm["bias"]
+    fields = {name: llm[name] for name in (*_SHARED_TEXT.split(), *own) if name in llm}
+    if kind is Phi3Config:
+        # a window as long as the longest sequence never hides a key; without it the cache stays a plain one
+        window, longest = fields.get("sliding_window"), fields.get("max_position_embeddings", 4096)
+        if window is not None and window >= longest:
+            fields["sliding_window"] = None
+        if scaling is not None:
+            factors = {name: scaling[name] for name in ("short_factor", "long_factor")}
+            fields["rope_scaling"] = {"rope_type": "longrope", **factors}
+    return kind(**fields)
 
 
 IMAGE_TOKEN = "<IMG_CONTEXT>"
@@ -298,10 +239,7 @@ _CONVERSATIONS = {
 
 
 def find_conversation(config: dict[str, Any]) -> Conversation:
-    """The conversation template that an original config.json names in ``template``.
-
-    Its ``system_message``, where it has one, replaces the template's. Refused: a template that is not known.
-    """
+    """The template that an original config.json names, with its own ``system_message`` where it has one."""
     name = config.get("template")
     if name not in _CONVERSATIONS:
         raise Unsupported(f"template is {name!r} in config.json; supported: {', '.join(_CONVERSATIONS)}")
@@ -310,12 +248,7 @@ def find_conversation(config: dict[str, Any]) -> Conversation:
 
 
 def chat_template(conversation: Conversation) -> str:
-    """A Jinja chat template that renders what the original code renders.
-
-    Message contents are strings, or lists of ``{"type": "text" | "image" | "video", ...}`` in which an image
-    is its token and a line break, as the original puts it before a question. A system message that is given
-    replaces the default one.
-    """
+    """A Jinja chat template that renders what the original code renders; an image is its token and a line break."""
     default, system, user, assistant, end = map(_literal, astuple(conversation))
     return "".join(
         (
@@ -403,10 +336,3 @@ def stop_token_id(conversation: Conversation, tokenizer: PreTrainedTokenizerFast
             "template: they belong to different checkpoints"
         )
     return int(number)
-
-
-def write_generation_config(folder: Path, stop: int, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write generation_config.json; ``stop`` is the token that ends an answer."""
-    GenerationConfig(
-        eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
-    ).save_pretrained(folder)

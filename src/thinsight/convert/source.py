@@ -1,6 +1,5 @@
-"""Safetensors files of a checkpoint: opening the original's, and writing the converted one's, shard by shard.
+"""Safetensors files of a checkpoint: opening the original's, and writing the converted one's, tensor by tensor.
 
-Reads headers first; reads and writes one tensor at a time. Runs none of the checkpoint's code.
 Format: github.com/huggingface/safetensors, README: an 8-byte length, a JSON header, then the tensors' bytes.
 """
 
@@ -41,10 +40,7 @@ class TensorSpec:
 
 
 def plan_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
-    """Tensor names per file, in the order given; a tensor larger than the bound gets a file of its own.
-
-    ``sizes``: bytes of every tensor; ``max_bytes``: bound on the tensors of one file.
-    """
+    """Tensor names per file, in the order of their ``sizes`` in bytes; one larger than the bound has its own file."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -59,10 +55,7 @@ def plan_shards(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
 def write_shards(
     tensors: Iterable[tuple[str, Tensor]], specs: Mapping[str, TensorSpec], folder: Path, max_bytes: int
 ) -> None:
-    """Write the tensors, which come in the order of ``specs``, and an index where they take more than one file.
-
-    ``max_bytes``: bound on the tensors of one file.
-    """
+    """Write the tensors, which come in the order of ``specs``, and an index where they take more than one file."""
     sizes = {name: spec.nbytes for name, spec in specs.items()}
     shards = plan_shards(sizes, max_bytes)
     incoming = iter(tensors)
@@ -131,12 +124,8 @@ class Source:
 
 
 def open_source(name: str | Path) -> Source:
-    """Open a folder, or download a hub repository's weights, configs and tokenizer files and open those.
-
-    Raises:
-        ThinsightError: neither a folder nor a reachable hub id; weights that are missing, pickled, quantized
-            or broken; a shard that the index names and the folder lacks.
-    """
+    """Open a folder, or download a hub repository's weights, configs and tokenizer files and open those. Refused:
+    weights that are missing, pickled, quantized or broken; a shard that the index names and the folder lacks."""
     where, local = locate_model(name)
     folder, name = Path(where) if local else _download(where), str(name)
     config = read_json(folder / "config.json")
@@ -172,8 +161,7 @@ def _shard_files(folder: Path, name: str) -> list[str]:
         weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise BadInput(f"{folder / _INDEX} has no weight_map: download the checkpoint anew")
-        files = sorted({str(file) for file in weight_map.values()})
-        for file in files:
+        for file in (files := sorted({str(file) for file in weight_map.values()})):
             if Path(file).name != file:
                 raise BadInput(f"{_INDEX} names {file!r}, which is not a file of the checkpoint's folder")
             if not (folder / file).is_file():

@@ -1,7 +1,7 @@
 """The original checkpoint's tokenizer as one that stock transformers loads, with every token at its old id.
 
-Reads the slow tokenizer's files, as the original's own examples do (``use_fast=False``), and a tokenizer.json
-only where there is nothing else. Source: Kudo and Richardson, SentencePiece, arXiv:1808.06226.
+From the slow tokenizer's files, as in the original's own examples, or a tokenizer.json where there is nothing else.
+Source: Kudo and Richardson, SentencePiece, arXiv:1808.06226.
 """
 
 from __future__ import annotations
@@ -50,16 +50,13 @@ def read_model(path: Path) -> Any:
 
 
 def build_tokenizer(model: Any, *, prefix: str, renamed: dict[int, str]) -> Tokenizer:
-    """The tokenizer, without special tokens around a text.
+    """The tokenizer of what `read_model` gives, without special tokens around a text.
 
     Args:
-        model: what `read_model` gives.
+        model: as `read_model` gives it.
         prefix: where a space goes in front: "always" (every stretch of text between added tokens), "first"
             (the text's beginning alone), or "never".
         renamed: pieces, by id, that added tokens take the place of.
-
-    Raises:
-        ThinsightError: user-defined pieces that cannot go together with ``prefix``.
     """
     own = [(piece.piece, piece.score, piece.type) for piece in model.pieces]
     unknown = model.trainer_spec.unk_piece
@@ -102,10 +99,8 @@ def build_tokenizer(model: Any, *, prefix: str, renamed: dict[int, str]) -> Toke
 
 
 def _merges(normal: Mapping[str, tuple[float, int]]) -> list[tuple[str, str]]:
-    """Every way to make a normal piece out of two, best piece first; ``normal``: their negative scores, and ids.
-
-    SentencePiece joins the neighbours whose joined piece has the highest score, whichever two they are.
-    """
+    """Every way to make a normal piece out of two, best piece first, as SentencePiece joins neighbours; ``normal``:
+    their negative scores, and ids."""
     merges: list[tuple[str, str]] = []
     for text in sorted(normal, key=lambda text: normal[text]):
         halves = [(text[:cut], text[cut:]) for cut in range(1, len(text))]
@@ -121,15 +116,10 @@ _ROLES = {
     "video_token": VIDEO_TOKEN,
 }
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "InternLM2Tokenizer": {
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "</s>",
-        "add_bos_token": True,
-    },
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True},
+    "InternLM2Tokenizer": {**_LLAMA, "pad_token": "</s>"},
+    "LlamaTokenizer": _LLAMA,
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
 }
 _QWEN2_WORDS = (
@@ -139,16 +129,8 @@ _QWEN2_WORDS = (
 
 
 def convert_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer, padding on the left, with the names that `InternVLProcessor` asks for.
-
-    Args:
-        folder: the original checkpoint's.
-        vocab_size: rows of the text model's embeddings.
-
-    Raises:
-        ThinsightError: files that are missing or broken, a tokenizer class that is not known, an image token
-            that is missing or has no embedding.
-    """
+    """The tokenizer of the original in a folder, padding on the left, with the names that `InternVLProcessor` asks for.
+    Refused: files that are missing or broken, and an image token without a row in the ``vocab_size`` embeddings."""
     settings = _read_settings(folder)
     backend = _read_backend(folder, settings)
     for number, token in settings["added"].items():  # in the order of their ids, and held to those

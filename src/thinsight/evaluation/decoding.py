@@ -1,13 +1,10 @@
 """Exact greedy decoding that checks a drafted answer in one forward pass and goes on only where it differs.
 
-The draft is appended to the prompt (teacher forcing). Causal attention makes the row at each answer position
-the same as in step-by-step decoding as long as the tokens before it are the ones greedy decoding would have
-chosen; so the answer up to and including the first token that differs from the draft is exactly that of
-``generate()``. From there on, decoding continues step by step on the same KV cache, with the rejected
-positions masked out. A sliding window counts the columns of rejected positions too, so where it is shorter
-than the row the prompt and the exact answer so far are read anew, without them.
-
-Knows nothing about reductions, examples or scores.
+The draft is appended to the prompt (teacher forcing). Causal attention makes the row at each answer position the same
+as in step-by-step decoding as long as the tokens before it are those that greedy decoding would have chosen; so the
+answer up to and including the first token that differs from the draft is exactly that of ``generate()``. From there on,
+decoding goes on step by step on the same KV cache, the rejected positions masked out. A sliding window counts their
+columns too, so where it is shorter than the row the prompt and the exact answer so far are read anew.
 """
 
 from __future__ import annotations
@@ -78,8 +75,7 @@ class DecodingRules:
         return {**asdict(self), "stop_tokens": sorted(self.stop_tokens)}
 
     def cut(self, tokens: Sequence[int], stop: int | None) -> tuple[int, ...]:
-        """Tokens and a stop token as one answer: over at the first token that ends it, and no longer than
-        allowed."""
+        """Tokens and a stop token as one answer: over at the first token that ends it, and no longer than allowed."""
         whole = [*tokens, *([] if stop is None else [stop])][: self.max_new_tokens]
         ends = (place + 1 for place, token in enumerate(whole) if token in self.stop_tokens)
         return tuple(whole[: next(ends, None)])
@@ -226,10 +222,8 @@ class _Run:
         keep_cache: bool,
         beginning: Beginning | None,
     ) -> None:
-        """The one forward pass over prompt and draft; each answer is then exact up to its first new token.
-
-        ``drafts`` are those whose likelihoods are asked for, if any.
-        """
+        """The one forward pass over prompt and draft; each answer is then exact up to its first new token. ``drafts``:
+        those whose likelihoods are asked for, if any."""
         # 1) The draft behind the prompt. Its columns all count as real: no earlier row can see them, and an
         # unpadded batch needs no mask.
         extra = max(map(len, forced))

@@ -1,8 +1,7 @@
-"""Examples: an image (or several), a question and the answers that count as right; the JSON-lines files they
-come in; and how their images are opened.
+"""Examples: images, a question and the answers that count as right; their JSON-lines files; how images are opened.
 
-A file is checked as a whole before anything runs. This is the one place where users' pixels come in: turned as
-their EXIF data says, scaled to 8 bits, and bounded in size before they are decoded.
+A file is checked as a whole before anything runs. This is the one place where users' pixels come in: turned as their
+EXIF data says, scaled to 8 bits, and bounded in size before they are decoded.
 """
 
 from __future__ import annotations
@@ -338,38 +337,31 @@ def check_examples(examples: Sequence[Example], source: str = "the examples") ->
             raise BadInput(f"{source}: id {example.id!r} occurs twice: ids must be unique")
         seen.add(example.id)
         where = f"{source}: example {example.id!r}"
-        _check_fields(example, where)
+        if not example.question.strip():
+            raise BadInput(f"{where} has an empty question: give it a text")
+        if not all(answer.strip() for answer in example.answers):
+            raise BadInput(f"{where} has an empty answer: leave it out where there is no label")
+        task = example.extra.get("task")  # scores are listed by it
+        if isinstance(task, (list, dict)) or (isinstance(task, float) and not math.isfinite(task)):
+            what = task if isinstance(task, float) else f"a {type(task).__name__}"
+            raise BadInput(f"{where}: task is {what}: write a text, or null")
+        shown = [example.id, example.question, *example.answers, example.metric, example.group, example.task]
+        for text in (*shown, *example.extra, *example.extra.values()):
+            if isinstance(text, str) and _HALF.search(text):
+                raise BadInput(f"{where}: {text!r} holds half of a surrogate pair: write the character itself")
+        if not example.images:
+            raise BadInput(f"{where} has no image: vision tokens cannot be reduced without one; give it an image")
+        metric_for(example.answers, example.metric, where)
         for image in example.images:
             if isinstance(image, Path) and image not in found:
                 check_exists(image, where)
                 found.add(image)
 
 
-def _check_fields(example: Example, where: str) -> None:
-    if not example.question.strip():
-        raise BadInput(f"{where} has an empty question: give it a text")
-    if not all(answer.strip() for answer in example.answers):
-        raise BadInput(f"{where} has an empty answer: leave it out where there is no label")
-    task = example.extra.get("task")  # scores are listed by it
-    if isinstance(task, (list, dict)) or (isinstance(task, float) and not math.isfinite(task)):
-        what = task if isinstance(task, float) else f"a {type(task).__name__}"
-        raise BadInput(f"{where}: task is {what}: write a text, or null")
-    shown = [example.id, example.question, *example.answers, example.metric, example.group, example.task]
-    for text in (*shown, *example.extra, *example.extra.values()):
-        if isinstance(text, str) and _HALF.search(text):
-            raise BadInput(f"{where}: {text!r} holds half of a surrogate pair: write the character itself")
-    if not example.images:
-        raise BadInput(f"{where} has no image: vision tokens cannot be reduced without one; give it an image")
-    metric_for(example.answers, example.metric, where)
-
-
 def check_images(examples: Sequence[Example], source: str = "the examples", progress: Progress | None = None) -> None:
     """Decode every image file of a set that `check_examples` let pass once; what has room in memory waits there for
-    its processor. ``progress("images", done, total)`` is told, in examples.
-
-    Raises:
-        ThinsightError: an image that is truncated, no image, or too large; ``source`` begins the message.
-    """
+    its processor. ``progress("images", done, total)`` is told, in examples. Refused: an image that is truncated, no
+    image, or too large; ``source`` begins the message."""
     opened = OpenedImages()
     for done, example in enumerate(examples, start=1):
         if example.opened is None:

@@ -1,8 +1,8 @@
-"""Vision features of the examples' images: the encoder runs once per distinct set of images, and is kept.
+"""Vision features of the examples' images: the encoder runs once per distinct set of images, and is kept by hashes of
+all that features depend on.
 
-By hashes of all that features depend on: images, processor, weights, machine. An example's images are
-encoded together, because some families treat one image otherwise than several. Which examples share a run of
-the encoder is fixed: the last bits of its numbers may depend on the company.
+An example's images are encoded together, because some families treat one image otherwise than several. Which examples
+share a run of the encoder is fixed: the last bits of its numbers may depend on the company.
 """
 
 from __future__ import annotations
@@ -41,11 +41,8 @@ def hash_json(digest: Any, value: Any) -> None:
 
 
 def hash_model(digest: Any, model: Any, without: Collection[Any] = ()) -> None:
-    """A model's class, config, dtype and weights, of which an even sample of each tensor enters; which of its
-    adapters are active, and how; and what autocast would make of its numbers.
-
-    ``without`` are modules whose weights do not matter.
-    """
+    """A model's class, config, dtype and weights, of which an even sample of each tensor enters, but for modules in
+    ``without``; which of its adapters are active, and how; and what autocast would make of its numbers."""
     config = {**model.config.to_dict(), "_name_or_path": None}  # a model may move
     hash_json(digest, [type(model).__name__, config, str(model.dtype)])
     if autocasts(model.device):
@@ -66,8 +63,8 @@ def hash_model(digest: Any, model: Any, without: Collection[Any] = ()) -> None:
 
 
 def _hash_weights(digest: Any, prefix: str, module: torch.nn.Module) -> None:
-    """The tensors that a module itself has, as its model's `state_dict` gives them: of all modules at once
-    that would be a copy of every weight that is made anew each time, and none of those that wait on a disk."""
+    """The tensors that a module itself has: a model's `state_dict` would be a copy of every weight, made anew each
+    time, and none of those that wait on a disk."""
     own: dict[str, Any] = {}
     with align_module_device(module):
         module._save_to_state_dict(own, prefix, keep_vars=False)
@@ -197,13 +194,9 @@ class VisionCache:
                 missing.append(self._group_of[example.image_keys])
         for number in dict.fromkeys(missing):
             self._fill(self._groups[number], ranker if ranked else None)
-        wanted = [self._entry(example) for example in examples]
+        wanted = [entry for example in examples if (entry := self.store.get(example.image_keys)) is not None]
+        assert len(wanted) == len(examples)
         return EncodedImages.concat(wanted).to(self._model.device).model_inputs()
-
-    def _entry(self, example: Example) -> EncodedImages:
-        entry = self.store.get(example.image_keys)
-        assert entry is not None
-        return entry
 
     def _fill(self, group: Sequence[Example], ranker: Any) -> None:
         """Put a group's features into the store: as an earlier run left them, or else encoded now."""
@@ -212,18 +205,14 @@ class VisionCache:
         if found is not None:
             encoded, shares = _unpacked(*found)
         else:
-            encoded, shares = self._encode(group, ranker)
+            pixels, counts = self.reader.pixels(group)
+            encoded = encode_images(self._model, pixels, ranker).to("cpu")
+            shares = _split(encoded, counts)
             about = {"shares": shares, "modalities": encoded.modalities, "stacked": sorted(encoded.stacked)}
             if self.store.persistent:
                 self.store.keep_tensors(name, separate_tensors(encoded), about)
         for example, entries in zip(group, shares, strict=True):
             self.store.put(example.image_keys, encoded.rows(entries))
-
-    def _encode(self, group: Sequence[Example], ranker: Any) -> tuple[EncodedImages, list[list[int]]]:
-        """A group's features on the CPU, and which entries belong to each example."""
-        pixels, counts = self.reader.pixels(group)
-        encoded = encode_images(self._model, pixels, ranker).to("cpu")
-        return encoded, _split(encoded, counts)
 
     def _name(self, group: Sequence[Example], received: bool) -> str:
         """What a group's features are called on disk: other features have another name."""

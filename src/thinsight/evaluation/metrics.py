@@ -1,7 +1,5 @@
 """Metrics: how good one predicted text is, given the answers that count as right. Each returns a number in [0, 1].
 
-Pure functions of strings. Knows nothing about models, tokens, images or how a prediction came about.
-
 Texts are compared after Unicode normalisation: NFKC (full-width letters and ligatures are the plain ones) in
 `exact_match` and `multiple_choice`; the canonical NFC, which changes no character's look, in the metrics that a
 benchmark has published, so that text in NFC, as nearly all is, scores as there; none in `agreement`.

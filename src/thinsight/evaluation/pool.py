@@ -1,7 +1,6 @@
 """A pool of evaluators of one model on several devices, which scores several schedules at the same time.
 
-Each evaluator has a thread of its own for as long as several schedules are scored; nothing outlives that. All
-else is asked of the first one. Knows nothing about searches, nor about how a schedule is scored.
+Each evaluator has a thread of its own for as long as several schedules are scored; all else is asked of the first.
 """
 
 from __future__ import annotations
@@ -91,8 +90,6 @@ class EvaluatorPool(StandIn):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self._members)} x {self._members[0]!r})"
 
-    # -- what a search sees ----------------------------------------------------------------------------------
-
     @property
     def at_once(self) -> int:  # type: ignore[override]
         """How many schedules are scored at the same time: the number of evaluators."""
@@ -145,8 +142,6 @@ class EvaluatorPool(StandIn):
         for each in self._members:
             each.share(schedule, layer)
 
-    # -- what is the same for all of them --------------------------------------------------------------------
-
     def fix_batch_size(self, size: int | None = None) -> int | None:
         """The batch size of all evaluators for good, see `Evaluator.fix_batch_size`."""
         if size is None:
@@ -162,8 +157,6 @@ class EvaluatorPool(StandIn):
         other._members = tuple(each.with_ranker(ranker) for each in self._members)
         other.inner = other._members[0]
         return other
-
-    # -- threads ---------------------------------------------------------------------------------------------
 
     def _all_at_once(
         self, work: Sequence[Callable[[Any], T]], done: Callable[[int, T], object], first: int = 0

@@ -1,6 +1,5 @@
-"""Prompts: an example becomes the token ids that a model reads, and several become one left-padded batch.
-
-Every example is processed alone, and its images only once for all questions about them; a batch is put together here.
+"""Prompts: an example becomes the token ids that a model reads, and several become one left-padded batch. Every example
+is processed alone, and its images only once for all questions about them.
 """
 
 from __future__ import annotations
@@ -136,14 +135,8 @@ def pass_inputs(
     cache: Any = None,
     **more: Any,
 ) -> dict[str, Any]:
-    """What the model's ``forward`` takes for new tokens, the first or (with a cache) later ones.
-
-    Args:
-        input_ids: (batch, new).
-        attention_mask: (batch, all columns so far and new ones), 1 where a column may be attended to.
-        position_ids: (batch, new) or (axes, batch, new).
-        token_types: by name, (batch, new).
-    """
+    """What the model's ``forward`` takes for new tokens, the first or (with a cache) later ones: ids and token types
+    (batch, new), positions (batch, new) or (axes, batch, new), mask (batch, all columns), 1 where seen."""
     prepared: dict[str, Any] = model.prepare_inputs_for_generation(
         input_ids,
         # attention without a mask is faster
@@ -288,21 +281,6 @@ def _prompt_of(model: Any, example: Example, inputs: Mapping[str, Any]) -> Promp
     )
 
 
-def _check_length(model: Any, example: Example, tokens: int) -> str:
-    """What to say of a prompt that is longer than the model was made for; "" if it is not. One that is so much
-    longer that its answer would mean nothing, and take hours, is refused."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is None or tokens <= most:
-        return ""
-    said = (
-        f"the prompt of example {example.id!r} has {tokens} tokens, but the model was made for at most "
-        f"{most} (max_position_embeddings)"
-    )
-    if tokens > _MOST_STRETCH * most:
-        raise BadInput(f"{said}: give fewer or smaller images, or a shorter question")
-    return f"{said}: what it answers may mean little"
-
-
 @dataclass(frozen=True)
 class _Pixels:
     """What the encoder takes for the images of a prompt, on the CPU, and how many vision tokens they make."""
@@ -315,10 +293,8 @@ class _Pixels:
 
 
 class PromptReader:
-    """Reads examples once: every distinct set of images is opened and processed one time, whatever is asked
-    about it, and what the encoder takes is kept until it runs.
-
-    A quarter of ``cache_gib``, the main memory for features, is taken for pixels; more goes into temporary files.
+    """Reads examples once: every distinct set of images is opened and processed one time, whatever is asked about it.
+    What the encoder takes is kept until it runs, in a quarter of ``cache_gib`` (main memory), then in temporary files.
     """
 
     def __init__(self, model: Any, processor: Any, cache_gib: float = DEFAULT_CACHE_GIB) -> None:
@@ -343,11 +319,18 @@ class PromptReader:
             if progress is not None:
                 progress("images", done, len(examples))
         prompts = [self._prompts[example.image_keys, example.question] for example in examples]
-        longest = max(range(len(prompts)), key=lambda index: len(prompts[index]))
-        said = _check_length(self.model, examples[longest], len(prompts[longest]))
-        if said and not self._warned:
-            self._warned = True
-            warnings.warn(said, stacklevel=2)
+        longest, example = max(zip(prompts, examples, strict=True), key=lambda pair: len(pair[0]))
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if most is not None and len(longest) > most:
+            said = (
+                f"the prompt of example {example.id!r} has {len(longest)} tokens, but the model was made for at most "
+                f"{most} (max_position_embeddings)"
+            )
+            if len(longest) > _MOST_STRETCH * most:  # the answer would mean nothing, and take hours
+                raise BadInput(f"{said}: give fewer or smaller images, or a shorter question")
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"{said}: what it answers may mean little", stacklevel=2)
         return prompts
 
     def pixels(self, examples: Sequence[Example]) -> tuple[dict[str, Tensor], list[int]]:
@@ -390,20 +373,18 @@ class PromptReader:
         for example in together:
             inputs = _process(processor, example, images)
             prompt = self._prompts[example.image_keys, example.question] = _prompt_of(self.model, example, inputs)
-            if self._pixels.outline(key) is None:
-                self._pixels.put(key, self._encoder_inputs(inputs, prompt.n_vision))
-
-    def _encoder_inputs(self, inputs: Mapping[str, Any], n_vision: int) -> _Pixels:
-        tensors = {}
-        for name in sorted(self._names & inputs.keys()):
-            value = inputs[name]
-            if not isinstance(value, Tensor):
-                raise Unsupported(
-                    f"the processor gives {name!r} as a {type(value).__name__}, not as a tensor: use the one "
-                    "that transformers has for this model"
-                )
-            tensors[name] = value.to(self.model.dtype) if value.is_floating_point() else value
-        return _Pixels(tensors, n_vision)
+            if self._pixels.outline(key) is not None:
+                continue
+            tensors = {}
+            for name in sorted(self._names & inputs.keys()):
+                value = inputs[name]
+                if not isinstance(value, Tensor):
+                    raise Unsupported(
+                        f"the processor gives {name!r} as a {type(value).__name__}, not as a tensor: use the one "
+                        "that transformers has for this model"
+                    )
+                tensors[name] = value.to(self.model.dtype) if value.is_floating_point() else value
+            self._pixels.put(key, _Pixels(tensors, prompt.n_vision))
 
 
 class _Once:

@@ -1,7 +1,4 @@
-"""Rankers: which vision tokens are worth keeping. `base.py` holds the contract, and how to add one.
-
-Knows nothing about how many are kept, nor about models.
-"""
+"""Rankers: which vision tokens are worth keeping. `base.py` holds the contract, and how to add one."""
 
 from .attention import TextAttention, VisionAttention
 from .base import (

@@ -1,7 +1,4 @@
-"""Rankers: the attention that a vision token receives, from the prompt's text or inside the vision tower.
-
-Know nothing about how attention is read.
-"""
+"""Rankers: the attention that a vision token receives, from the prompt's text or inside the vision tower."""
 
 from __future__ import annotations
 

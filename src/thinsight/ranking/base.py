@@ -1,11 +1,9 @@
 """The contract of a ranker, and the rankers by name.
 
-Knows nothing about models, hooks or schedules: a ranker is given tensors about the vision tokens that are still there
-and returns a score for each. How many are kept, and how they are taken out, is decided elsewhere.
-
-CONTRIBUTING says how to add one. The only hard contract (`thinsight.testing.RankerContract` holds a ranker to it):
-`score` returns a finite (batch, tokens) tensor, and depends on nothing but the context and the settings, so that a
-prompt is ranked alike whether alone or in a batch.
+A ranker is given tensors about the vision tokens that are still there and returns a score for each. The only hard
+contract (`thinsight.testing.RankerContract` holds a ranker to it; CONTRIBUTING says how to add one): `score` returns a
+finite (batch, tokens) tensor, and depends on nothing but the context and the settings, so that a prompt is ranked
+alike whether alone or in a batch.
 """
 
 from __future__ import annotations
@@ -190,8 +188,7 @@ def get_ranker(spec: str | Mapping[str, Any] | Ranker) -> Ranker:
     ranker = RANKERS[name]
     parameters = inspect.signature(ranker).parameters.values()
     allowed = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-    unknown = sorted(set(settings) - set(allowed))
-    if unknown:
+    if unknown := sorted(set(settings) - set(allowed)):
         raise BadInput(f"ranker {name!r} has no setting {unknown[0]!r}; it has {', '.join(allowed) or 'none'}")
     try:
         return ranker(**settings)
@@ -200,16 +197,7 @@ def get_ranker(spec: str | Mapping[str, Any] | Ranker) -> Ranker:
 
 
 def best(scores: Tensor, valid: Tensor, count: int) -> Tensor:
-    """The `count` best valid tokens of each row: `choose` where a row is one group.
-
-    Args:
-        scores: (batch, tokens) float, higher is better; ignored where `valid` is False.
-        valid: (batch, tokens) bool, the tokens to choose from.
-        count: how many are to be chosen.
-
-    Returns:
-        (batch, tokens) bool, as for `choose`.
-    """
+    """The `count` best valid tokens of each row, (batch, tokens) bool: `choose` where a row is one group."""
     # stable, which topk is not: equal scores fall to the earlier token
     order = _comparable(scores, valid).argsort(dim=1, descending=True, stable=True)
     return torch.zeros_like(valid).scatter(1, order[:, :count], True) & valid

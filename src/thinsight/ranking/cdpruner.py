@@ -1,7 +1,4 @@
-"""Ranker: CDPruner, diverse tokens among those that the instruction is about.
-
-Knows nothing about attention.
-"""
+"""Ranker: CDPruner, diverse tokens among those that the instruction is about."""
 
 from __future__ import annotations
 
@@ -47,10 +44,8 @@ class CDPruner(Ranker):
         text_states = self.given(context.text_states, STATES_OF_TEXT)
 
         def order_of(image: Image) -> Tensor:
-            text, tokens = (
-                unit(text_of(context, image, text_states)),
-                unit(image.pick(states)),
-            )  # (queries or n, hidden)
+            text = unit(text_of(context, image, text_states))  # (queries, hidden)
+            tokens = unit(image.pick(states))  # (n, hidden)
             cosine = (tokens @ text.to(tokens.device).T).mean(dim=1)  # (n,)
             return greedy_map(tokens, _scaled(-cosine if self.invert else cosine))
 

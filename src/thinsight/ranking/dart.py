@@ -1,17 +1,11 @@
-"""Ranker: DART, the tokens that least duplicate a few pivots.
-
-Knows nothing about attention.
-"""
+"""Ranker: DART, the tokens that least duplicate a few pivots."""
 
 from __future__ import annotations
-
-from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
+from ..errors import BadInput, whole
 from .base import STATES, Context, Ranker, register
 from .images import STATES_OF_TEXT, STATES_OF_TOKENS, Image, in_order, text_of, unit
 
@@ -35,8 +29,8 @@ class Dart(Ranker):
     needs = frozenset({STATES})
 
     def __init__(self, vision_pivots: int = 4, text_pivots: int = 4) -> None:
-        self.vision_pivots = _pivots(vision_pivots, "vision_pivots")
-        self.text_pivots = _pivots(text_pivots, "text_pivots")
+        self.vision_pivots = whole(vision_pivots, "vision_pivots", 0)
+        self.text_pivots = whole(text_pivots, "text_pivots", 0)
         if not self.vision_pivots + self.text_pivots:
             raise BadInput("vision_pivots and text_pivots are both 0; there must be a pivot")
         super().__init__(vision_pivots=self.vision_pivots, text_pivots=self.text_pivots)
@@ -76,9 +70,3 @@ def _largest(states: Tensor, count: int) -> Tensor:
     """The `count` of (n, hidden) with the largest L1 norm, largest first: int64."""
     norm = states.detach().float().abs().sum(dim=1)
     return norm.argsort(descending=True, stable=True)[:count]
-
-
-def _pivots(value: Any, field: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 0:
-        raise BadInput(f"{field} is {value!r}; it must be a whole number of at least 0")
-    return int(value)

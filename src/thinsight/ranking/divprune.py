@@ -1,7 +1,4 @@
-"""Ranker: DivPrune, the tokens that lie farthest apart.
-
-Knows nothing about attention or the text: an image is ranked alike whatever is asked about it.
-"""
+"""Ranker: DivPrune, the tokens that lie farthest apart; nothing of the text."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What rankers that compare an image's tokens with each other share: one image at a time, and token averages.
-
-Knows nothing about any one method.
-"""
+"""What rankers that compare an image's tokens with each other share: one image at a time, and token averages."""
 
 from __future__ import annotations
 
@@ -36,10 +33,7 @@ class Image:
 
 
 def images(context: Context) -> Iterator[Image]:
-    """Each image of each row of which any token is left.
-
-    They are taken one by one, so that an image is ranked to the bit alike whatever else is in its batch.
-    """
+    """Each image of which any token is left, one by one: ranked to the bit alike whatever else is in its batch."""
     for row in range(context.valid.shape[0]):
         places = context.valid[row].nonzero().flatten()
         number = context.image[row, places]
@@ -50,12 +44,7 @@ def images(context: Context) -> Iterator[Image]:
 
 def in_order(context: Context, order_of: Callable[[Image], Tensor]) -> Tensor:
     """Scores, (batch, tokens) float32, under which each image's tokens come in an order: minus the turn, so that images
-    which compete (``per="prompt"``) get equal shares.
-
-    Args:
-        context: what is ranked.
-        order_of: an image's tokens best first: (n,) int64, a permutation of 0..n-1.
-    """
+    which compete (``per="prompt"``) get equal shares. ``order_of``: an image's tokens, (n,) int64, best first."""
     scores = torch.zeros(context.valid.shape, dtype=torch.float32, device=context.valid.device)
     for image in images(context):
         order = order_of(image)
@@ -79,15 +68,8 @@ def unit(states: Tensor) -> Tensor:
 
 
 def average_into(states: Tensor, target: Tensor) -> Tensor:
-    """Each token's mean over all tokens that go into it.
-
-    Args:
-        states: (n, hidden).
-        target: (n,) int64, the token that each one goes into; its own number where it stays itself.
-
-    Returns:
-        (n, hidden), zeros at tokens into which none goes.
-    """
+    """Each token's mean over all tokens that go into it: states (n, hidden), and the token, (n,) int64, that each goes
+    into (its own number where it stays itself) -> (n, hidden), zeros at tokens into which none goes."""
     wide = states.to(torch.promote_types(states.dtype, torch.float32))
     total = torch.zeros_like(wide).index_add(0, target, wide)
     count = torch.bincount(target, minlength=len(target)).clamp(min=1)

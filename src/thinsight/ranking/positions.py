@@ -1,19 +1,15 @@
-"""Rankers that go by a token's place alone: a random order, an even spread, a lower resolution.
-
-Know nothing about the image's content or the text.
-"""
+"""Rankers that go by a token's place alone: a random order, an even spread, a lower resolution."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
+from ..errors import whole
 from .base import STATES, Context, Ranker, register
 from .images import STATES_OF_TOKENS, average_into, images
 
@@ -35,9 +31,7 @@ class Random(Ranker):
     name = "random"
 
     def __init__(self, seed: int = 0) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= seed < _SEEDS:
-            raise BadInput(f"seed is {seed!r}; it must be a whole number from 0 to {_SEEDS - 1}")
-        self.seed: int = int(seed)
+        self.seed = whole(seed, "seed", 0, _SEEDS - 1)
         super().__init__(seed=self.seed)
 
     def score(self, context: Context) -> Tensor:
@@ -108,9 +102,7 @@ def _permutation(seed: int, image: int, size: int) -> Tensor:
 def grid(size: int) -> tuple[int, int]:
     """Rows and columns of an image of `size` tokens, as far as its size tells."""
     rows = max(r for r in range(1, math.isqrt(size) + 1) if size % r == 0)
-    if size > 4 * rows * rows:
-        rows = 1
-    return rows, size // rows
+    return (rows, size // rows) if size <= 4 * rows * rows else (1, size)
 
 
 @lru_cache(maxsize=64)
@@ -139,12 +131,8 @@ def _pull(length: int) -> Tensor:
 
 
 def nearest_kept(index: Tensor, kept: Tensor, size: int) -> Tensor:
-    """The kept token, of 0..n-1, that is nearest to each token: (n,) int64.
-
-    Args:
-        index: (n,) int64, places on the grid of an image of `size` tokens.
-        kept: (n,) bool, at least one True.
-    """
+    """The kept token, of 0..n-1, that is nearest to each: (n,) int64. Their places `index` (n,) int64 are on the grid
+    of an image of `size` tokens; `kept` (n,) bool has at least one True."""
     _, columns = grid(size)
     place = torch.stack([index // columns, index % columns], dim=1)  # (n, 2)
     chosen = kept.nonzero().flatten()

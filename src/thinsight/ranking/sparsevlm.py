@@ -1,7 +1,4 @@
-"""Ranker: SparseVLM, the attention of those text tokens that have to do with the image.
-
-Knows nothing about how attention rows are obtained.
-"""
+"""Ranker: SparseVLM, the attention of those text tokens that have to do with the image."""
 
 from __future__ import annotations
 
@@ -41,11 +38,7 @@ class SparseVLM(Ranker):
 
 def raters(states: Tensor, valid: Tensor, text: Tensor, queries: Tensor) -> Tensor:
     """Which text tokens rate, (batch, queries) bool: all real ones where none stands out, or without a vision token.
-
-    Args:
-        states: (batch, tokens, hidden), `valid` (batch, tokens) bool says which count.
-        text: (batch, queries, hidden), `queries` (batch, queries) bool says which are real.
-    """
+    `valid` and `queries` (bool) say which of states and text, (batch, tokens or queries, hidden), count."""
     queries, valid = queries.to(states.device), valid.to(states.device)
     product = states.detach().float() @ text.detach().float().transpose(1, 2)  # (batch, tokens, queries)
     hidden = ~queries[:, None, :]

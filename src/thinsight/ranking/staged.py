@@ -1,7 +1,4 @@
-"""Ranker: one way of ranking before the first decoder layer, another one after it.
-
-Knows nothing about how either of them ranks.
-"""
+"""Ranker: one way of ranking before the first decoder layer, another one after it."""
 
 from __future__ import annotations
 

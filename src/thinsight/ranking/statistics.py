@@ -1,7 +1,4 @@
-"""Numbers that a prompt's text-to-vision attention gives: how peaked it is, how much it depends on the word.
-
-Each maps attention rows to one value per prompt. Knows nothing about schedules or what the numbers are for.
-"""
+"""Numbers that a prompt's text-to-vision attention gives: how peaked it is, how much it depends on the word."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Ranker: VisPruner, half by the vision tower's attention, half by removing duplicates from the rest.
-
-Knows nothing about the text: an image is ranked alike whatever is asked about it.
-"""
+"""Ranker: VisPruner, half by the tower's attention, half by removing duplicates from the rest; nothing of the text."""
 
 from __future__ import annotations
 
@@ -52,13 +49,8 @@ class VisPruner(Ranker):
 
 
 def distinct_last(vectors: Tensor, given: Tensor, wanted: int) -> Tensor:
-    """Tokens, (m,) int64: the survivors of the removal of duplicates, then the removed ones, last removed first.
-
-    Args:
-        vectors: (n, hidden), unit length.
-        given: (m,) int64, the tokens to choose from, most important first.
-        wanted: how many are to survive.
-    """
+    """The tokens `given`, (m,) int64, most important first, of unit vectors (n, hidden): the `wanted` survivors of the
+    removal of duplicates, then the removed ones, last removed first."""
     left, removed = given, []
     while len(left) > max(wanted, 1):
         even, odd = left[::2], left[1::2]

@@ -1,8 +1,6 @@
-"""Where a multimodal model's parts are: decoder layers, attention modules, vision tower, vision positions.
+"""Where a multimodal model's parts are, and which models, wrappers and attention implementations are refused.
 
-Also says which models, wrappers and attention implementations are refused. What is known of a family is its row in
-`thinsight.families`; of one without a row, its attributes say where things are. Knows nothing about schedules,
-rankers or hooks.
+A family's row in `thinsight.families` says what is known of it; of one without a row, its attributes.
 """
 
 from __future__ import annotations
@@ -71,10 +69,8 @@ def unwrapped(model: Any) -> PreTrainedModel:
             model = _inside_peft(model)
         else:
             inner = model.modules() if isinstance(model, nn.Module) else ()
-            held = next(
-                (f", such as the {type(m).__name__} in it" for m in inner if isinstance(m, PreTrainedModel)), ""
-            )
-            raise BadInput(f"model is a {type(model).__name__}; pass a loaded transformers model{held}")
+            held = [f", such as the {type(each).__name__} in it" for each in inner if isinstance(each, PreTrainedModel)]
+            raise BadInput(f"model is a {type(model).__name__}; pass a loaded transformers model{(held or [''])[0]}")
     return model
 
 
@@ -145,11 +141,6 @@ def vision_placeholders(model: PreTrainedModel, input_ids: Tensor) -> dict[str, 
 def vision_token_mask(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Which positions of a prompt are vision tokens: (batch, seq) int64 -> (batch, seq) bool."""
     return torch.stack(list(vision_placeholders(model, input_ids).values())).any(0)
-
-
-def tiles_stand_apart(model: PreTrainedModel) -> bool:
-    """Whether an image is an unbroken run of vision tokens, not an entry of the encoder's output."""
-    return family_of(model.config).runs
 
 
 def reads_prompt_both_ways(model: PreTrainedModel) -> bool:
@@ -270,10 +261,8 @@ def check_version() -> None:
 
 
 def check_attention(model: PreTrainedModel, paged: bool = False) -> None:
-    """Refuse a decoder's attention implementation that cannot run on fewer tokens than it was told of.
-
-    ``paged``: whether a pass brings the cache of continuous batching.
-    """
+    """Refuse a decoder's attention that cannot run on fewer tokens than it was told of, or a ``paged`` cache, that of
+    continuous batching."""
     implementation = attention_implementation(model)
     if paged or implementation.startswith("paged"):
         raise Unsupported(

@@ -1,11 +1,11 @@
 """Cache layers that hold fewer tokens than they report: keys and values physical, lengths logical.
 
-What was kept lives on the cache itself, so that decoding, beam search, copies and later turns find it. Knows
-by which name a call carries its cache; knows nothing about models, hooks or how tokens were chosen.
+What was kept lives on the cache itself, so that decoding, beam search, copies and later turns find it.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -33,8 +33,7 @@ CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWit
 
 
 def cache_of(call: Mapping[str, Any]) -> Cache | None:
-    """The cache of layers among a call's arguments, by whichever name; None where there is none, or a paged
-    one, which has no layers."""
+    """The cache among a call's arguments, by whichever name; None where there is none, or a paged one (no layers)."""
     cache = call[CACHE] if CACHE in call else call.get(_RENAMED)
     return None if isinstance(cache, PagedAttentionCache) else cache
 
@@ -85,8 +84,7 @@ def append(before: Kept | None, past: int, new: Columns, seq: int) -> Kept:
     record until then, None where nothing was dropped."""
     if not past:
         return Kept(new, seq)
-    if before is None:
-        before = Kept(Columns(new.index[:, :0], None), 0)
+    before = before or Kept(Columns(new.index[:, :0], None), 0)
     return Kept(before.until(past).join(new.index + past, new.valid), past + seq)
 
 
@@ -237,14 +235,11 @@ class ThinnedSlidingLayer(ThinnedLayer, DynamicSlidingWindowLayer):
             # what the stock layer held before it was thinned: the last of its logical columns
             past = range(start - self.keys.shape[-2], start)
             self._hold(torch.tensor(past, device=self.keys.device).expand(self.keys.shape[0], -1), None, past)
-        if not self.record_past and self.held is not None:
-            gone = 0
-            while gone < len(self.ends) and self.ends[gone] < self.offset:  # they ascend
-                gone += 1
-            if gone:
-                self.keys, self.values = self.keys[..., gone:, :], self.values[..., gone:, :]
-                self.held = self.held.part(slice(gone, None))
-                del self.ends[:gone]
+        gone = 0 if self.record_past else bisect.bisect_left(self.ends, self.offset)  # they ascend
+        if gone and self.held is not None:
+            self.keys, self.values = self.keys[..., gone:, :], self.values[..., gone:, :]
+            self.held = self.held.part(slice(gone, None))
+            del self.ends[:gone]
         if new is None:
             device = None if self.held is None else self.held.index.device
             index = torch.arange(start, start + seq, device=device).expand(batch, -1)

@@ -1,7 +1,4 @@
-"""Reads one call of a multimodal model: what of its input is vision, what is padding, what is prompt.
-
-Knows nothing about schedules, or about what is done with the tokens.
-"""
+"""Reads one call of a multimodal model: what of its input is vision, what is padding, what is prompt."""
 
 from __future__ import annotations
 
@@ -18,8 +15,9 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from ..errors import BadInput, Unsupported
+from ..families import family_of
 from ..ranking import Context
-from .anatomy import MODALITIES, tiles_stand_apart, vision_placeholders
+from .anatomy import MODALITIES, vision_placeholders
 from .cache import cache_of
 from .encoding import received_of, vision_outputs
 from .tensors import Mapped
@@ -68,23 +66,13 @@ class Call:
 
 @dataclass(frozen=True)
 class Plan(Mapped):
-    """All that a pass needs to know of its inputs: with it, the pass asks the device for nothing.
+    """All that a pass needs to know of its inputs: with it, the pass asks the device for nothing."""
 
-    Attributes:
-        call: what was read.
-        queries: logical columns (batch, queries) int64 of the text that ranks and which of them are real
-            (batch, queries) bool; None where none does.
-        last: (batch, tokens) bool, the vision tokens in which prompts end; None where none does.
-        ends: per row, the group of that token, -1 where there is none; None as `last` is.
-        quota: (stages, batch, groups) int64, how many tokens each group may keep; None where the pass itself
-            decides it.
-    """
-
-    call: Call
-    queries: tuple[Tensor, Tensor] | None
-    last: Tensor | None
-    ends: tuple[int, ...] | None
-    quota: Tensor | None
+    call: Call  # what was read
+    queries: tuple[Tensor, Tensor] | None  # (batch, queries): columns int64 of the text that ranks, bool which are real
+    last: Tensor | None  # (batch, tokens) bool: the vision tokens in which prompts end; None where none does
+    ends: tuple[int, ...] | None  # per row, the group of that token, -1 where there is none; None as `last` is
+    quota: Tensor | None  # (stages, batch, groups) int64: what a group may keep; None where the pass itself decides
 
 
 @dataclass(frozen=True)
@@ -124,7 +112,7 @@ def read_call(model: PreTrainedModel, call: Mapping[str, Any], said: Said | None
     batch, seq = given.shape[:2]
     past = _length(cache_of(call))
     real = _real(call.get("attention_mask"), batch, seq, past, given.device)
-    layout = build_layout(_vision(model, call, said, real), real, tiles_stand_apart(model))
+    layout = build_layout(_vision(model, call, said, real), real, family_of(model.config).runs)
     if layout is None:
         return None
     prompt = real if said.prompt is None else real & _rows(said.prompt, real, "prompt").bool()
@@ -135,8 +123,8 @@ def read_call(model: PreTrainedModel, call: Mapping[str, Any], said: Said | None
 
 
 def same_shape(plan: Plan, call: Mapping[str, Any]) -> bool:
-    """Whether a call is one that a plan describes; False for one new token per row, which no plan does. Refuses
-    more or fewer tokens than the plan's, or a cache of other length."""
+    """Whether a plan describes a call: not one new token per row. Refuses more or fewer tokens than the plan's, or a
+    cache of other length."""
     given = _given(call)
     if given is None:
         return False
@@ -151,8 +139,7 @@ def same_shape(plan: Plan, call: Mapping[str, Any]) -> bool:
 
 
 def _given(call: Mapping[str, Any]) -> Any:
-    """The ids or embeddings of a call's new tokens; None where there is one per row, as in decoding, or no
-    input at all, of which the model itself says what is missing."""
+    """The ids or embeddings of a call's new tokens; None where there is one per row, as in decoding, or no input."""
     given = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
     return None if given is None or given.shape[1] == 1 else given
 
@@ -239,16 +226,8 @@ def _per_row(layout: Layout, received: list[Tensor] | None) -> Tensor | None:
 
 
 def build_layout(parts: Sequence[Vision], real: Tensor, by_run: bool = False) -> Layout | None:
-    """Describe a pass from its vision positions.
-
-    Args:
-        parts: the vision tokens, by modality; no position belongs to two.
-        real: (batch, seq) bool, False at padding.
-        by_run: an image is an unbroken run of vision tokens, as it is where lengths are not known or do not fit.
-
-    Returns:
-        The layout, or None when there is no vision token.
-    """
+    """Describe a pass from its vision tokens, by modality, and what is `real`, (batch, seq) bool, False at padding.
+    None: no vision token. `by_run`: an image is an unbroken run, as it is where lengths are not known or do not fit."""
     device, batch = real.device, real.shape[0]
     sizes: list[list[int]] = [[] for _ in range(batch)]
     tables: list[list[np.ndarray]] = [[] for _ in range(batch)]  # (4, n) each: column, image, index, size
@@ -301,16 +280,10 @@ def _runs(columns: np.ndarray) -> list[int]:
 
 
 def query_columns(layout: Layout, prompt: Tensor, queries: str, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """The prompt's text tokens whose attention ranks.
+    """The prompt's text tokens whose attention ranks: columns (batch, queries) int64, and (same) bool which are real.
 
-    Args:
-        layout: of the pass.
-        prompt: (batch, seq) bool, as `Call` has it.
-        queries: "last", or "instruction" (text after the row's last vision token; the last token if there is none).
-        most: of a row with more such tokens, this many, evenly spaced from the first to the last; None: all.
-
-    Returns:
-        Logical columns (batch, queries) int64, and which of them are real (batch, queries) bool.
+    `prompt` is (batch, seq) bool; `queries` "last", or "instruction" (text after the row's last vision token; the last
+    token if there is none). Of more such tokens than `most`, that many, evenly spaced and the last among them.
     """
     place = torch.arange(prompt.shape[1], device=prompt.device).expand_as(prompt)  # (batch, seq)
     last = _last(prompt)

@@ -1,6 +1,5 @@
-"""Vision features computed once: the encoder's output for some images and videos, kept and passed in again.
-
-Also carries what the tower's attention says of each token, for rankers that want it.
+"""Vision features computed once: the encoder's output for some images and videos, kept and passed in again, with what
+the tower's attention says of each token for rankers that want it.
 """
 
 from __future__ import annotations
@@ -147,11 +146,8 @@ def received_of(output: Any) -> list[Tensor] | None:
 
 
 def vision_outputs(model: PreTrainedModel, call: Mapping[str, Any], modality: str) -> Any:
-    """Run the vision encoder on a call's images or videos ("image" or "video"), as the model itself would.
-
-    Of the output, `pooler_output` holds entries of (tokens, hidden), as a list, a tuple or one tensor; attention
-    that a `VisionTap` read is there for each entry's tokens, or refused where these are not the tower's rows.
-    """
+    """Run the vision encoder on a call's images or videos ("image" or "video"), as the model itself would: its
+    `pooler_output` holds entries of (tokens, hidden), and attention that a `VisionTap` read is for their tokens."""
     encoder = getattr(base_model(model), f"get_{modality}_features")
     given = {name: call[name] for name in encoder_inputs(model, modality) if call.get(name) is not None}
     output = encoder(**{**given, "return_dict": True})
@@ -166,9 +162,8 @@ def vision_outputs(model: PreTrainedModel, call: Mapping[str, Any], modality: st
 def encoder_inputs(model: PreTrainedModel, modality: str) -> list[str]:
     """The keyword arguments that the encoder of a modality takes; none where the family has none."""
     encoder = getattr(base_model(model), f"get_{modality}_features", None)
-    if encoder is None:
-        return []
-    return [name for name in inspect.signature(encoder).parameters if name != "kwargs"]
+    names = () if encoder is None else inspect.signature(encoder).parameters
+    return [name for name in names if name != "kwargs"]
 
 
 def has_pixels(model: PreTrainedModel, call: Mapping[str, Any], modality: str) -> bool:
@@ -236,10 +231,8 @@ def on_device(model: Any, inputs: Mapping[str, Any], device: torch.device | None
 
 
 def _fit(received: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
-    """Attention per row of the tower, (rows,) float32 for each image, -> per token of the projector, (tokens,) for
-    each of its entries, which hold one or more whole images and are so long. A token that stands for a block of
-    rows (pixel shuffle, average pooling) gets their mean.
-    """
+    """Attention per row of the tower, (rows,) float32 for each image, -> per token of the projector, (tokens,) for each
+    of its entries, which hold whole images and are so long. A token for a block of rows gets their mean."""
     rows, tokens = len(received[0]), sum(lengths) // len(received)
     block = math.isqrt(rows // tokens) if tokens else 0
     side = math.isqrt(rows)

@@ -1,7 +1,6 @@
 """Puts a reduction on a model, and takes it off: the checks, and the handle that a caller then has in hand.
 
-Everything the caller sees (logits, masks, positions, cache lengths) stays in the caller's own columns. What
-happens in a pass is in reducer.py.
+What the caller sees (logits, masks, positions, cache lengths) stays in his own columns. A pass itself: reducer.py.
 """
 
 from __future__ import annotations
@@ -243,7 +242,15 @@ def apply(
     if isinstance(reduction, Schedule):
         schedule, chosen = reduction, get_ranker("text-attention" if ranker is None else ranker)
     else:
-        _check_reduction(model, reduction, ranker)
+        if not isinstance(reduction, Reduction):
+            raise BadInput(f"reduction is a {type(reduction).__name__}; pass a Reduction or a Schedule")
+        if ranker is not None:
+            raise BadInput("ranker is given twice; a Reduction brings its own, pass reduction.schedule to change it")
+        if reduction.model_type not in (None, model.config.model_type):
+            raise BadInput(
+                f"reduction is for model_type {reduction.model_type!r} but the model is {model.config.model_type!r}; "
+                "apply reduction.schedule to try it all the same"
+            )
         schedule, chosen = reduction.schedule, get_ranker(reduction.ranker)
         adaptive, again = reduction.adaptive, reduction.rerank
     rerank = again if rerank is None else check_rerank(rerank)
@@ -264,18 +271,6 @@ def apply(
             "tokens; load the model with attn_implementation='sdpa'"
         )
     return Handle(model, schedule, chosen, per, rerank, adaptive)
-
-
-def _check_reduction(model: PreTrainedModel, reduction: Any, ranker: Any) -> None:
-    if not isinstance(reduction, Reduction):
-        raise BadInput(f"reduction is a {type(reduction).__name__}; pass a Reduction or a Schedule")
-    if ranker is not None:
-        raise BadInput("ranker is given twice; a Reduction brings its own, pass reduction.schedule to change it")
-    if reduction.model_type not in (None, model.config.model_type):
-        raise BadInput(
-            f"reduction is for model_type {reduction.model_type!r} but the model is {model.config.model_type!r}; "
-            "apply reduction.schedule to try it all the same"
-        )
 
 
 def check_rankable(schedule: Schedule, ranker: Ranker) -> None:

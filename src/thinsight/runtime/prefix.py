@@ -1,7 +1,4 @@
-"""A forward pass in two parts: what enters one layer is kept, and a later pass over the same inputs begins there.
-
-So reductions that agree above a layer share all that is computed above it.
-"""
+"""A forward pass in two parts: what enters one layer is kept, and a later pass over the same inputs begins there."""
 
 from __future__ import annotations
 
@@ -33,40 +30,26 @@ class _CacheLayer:
 
 @dataclass(frozen=True)
 class Snapshot(Mapped):
-    """All that the layers from ``layer`` on need of those before it, for one batch of inputs.
+    """All that the layers from ``layer`` on need of those before it, for one batch of inputs."""
 
-    Attributes:
-        layer: the first layer that has not run.
-        states: (batch, physical, hidden), what enters it.
-        state: which vision tokens are there, and what was read to rank them.
-        cache: keys and values of the layers before; None where the pass kept none.
-        outputs: how many outputs a layer has, 0 for a bare tensor.
-    """
-
-    layer: int
-    states: Tensor
-    state: PassState
-    cache: tuple[_CacheLayer, ...] | None
-    outputs: int
+    layer: int  # the first one that has not run
+    states: Tensor  # (batch, physical, hidden): what enters it
+    state: PassState  # which vision tokens are there, and what was read to rank them
+    cache: tuple[_CacheLayer, ...] | None  # keys and values of the layers before; None where the pass kept none
+    outputs: int  # how many a layer has, 0 for a bare tensor
 
 
 def can_share(model: Any) -> bool:
-    """Whether passes of a model can be cut in two.
-
-    Not where layers have a sliding window, whose caches hold more than keys and values, nor where they are on
-    several devices.
-    """
+    """Whether passes of a model can be cut in two: not where layers have a sliding window, whose caches hold more than
+    keys and values, nor where they are on several devices."""
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     return len(devices) <= 1 and not sliding_layers(model)
 
 
 @contextmanager
 def snapshotting(handle: Handle, layer: int) -> Iterator[list[Snapshot]]:
-    """The next pass with vision tokens leaves a snapshot of what enters ``layer``, before it is reduced.
-
-    Yields:
-        A list that then holds it. It stays empty where the pass's cache is of a kind that is not kept.
-    """
+    """The next pass with vision tokens leaves a snapshot of what enters ``layer``, before it is reduced, in the list
+    yielded; none where the pass's cache is of a kind that is not kept."""
     layers = decoder_layers(handle.model)
     if not 1 <= layer < len(layers):
         raise BadInput(f"layer is {layer}; it must be from 1 to {len(layers) - 1}")

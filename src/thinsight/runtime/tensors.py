@@ -1,8 +1,8 @@
 """Tensors in the two token spaces of a pass, and the way of states, masks and rotary tables between them.
 
-*Logical* columns number the pass's new tokens as the caller gave them, padding included: 0..seq-1. *Physical*
-columns number the tokens that really run through a layer. Masks, positions and cache lengths are always
-logical; hidden states, keys and values are physical. Knows nothing about models or why a column was dropped.
+*Logical* columns number the pass's new tokens as the caller gave them, padding included: 0..seq-1. *Physical* columns
+number the tokens that really run through a layer. Masks, positions and cache lengths are always logical; hidden
+states, keys and values are physical.
 """
 
 from __future__ import annotations
@@ -136,17 +136,14 @@ def causal(queries: int, keys: int, implementation: str, device: torch.device) -
 
 
 def reduce_mask(mask: Any, keys: Columns, queries: Columns | None, offset: int = 0) -> Any:
-    """A logical attention mask in physical columns.
+    """A logical attention mask for the columns that are there; filling is hidden from everyone, and so are columns in
+    front of the mask's first or behind its last.
 
     Args:
         mask: (batch or 1, heads or 1, queries, keys) bool (seen) or float (added), (batch or 1, keys), `BlockMask`.
         keys: the logical column of each physical key.
         queries: which of the pass's own tokens are there; None for all.
         offset: the logical column of the mask's first key.
-
-    Returns:
-        The mask for the columns that are there. Filling is hidden from everyone, and so are columns in front
-        of the mask's first or behind its last.
     """
     blocks = isinstance(mask, BlockMask)
     length = mask.seq_lengths[1] if blocks else mask.shape[-1]
