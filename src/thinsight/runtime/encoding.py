@@ -159,7 +159,7 @@ def vision_outputs(model: PreTrainedModel, call: Mapping[str, Any], modality: st
     if received is not None:
         if hasattr(base_model(model), "image_newline"):
             raise _no_fit("its projector cuts padding away and adds line ends")
-        setattr(output, _RECEIVED, _fit(received, [len(entry) for entry in output.pooler_output]))
+        setattr(output, _RECEIVED, fit_received(received, [len(entry) for entry in output.pooler_output]))
     return output
 
 
@@ -235,7 +235,7 @@ def on_device(model: Any, inputs: Mapping[str, Any], device: torch.device | None
     return {name: moved(each, model.dtype if name.startswith("pixel_") else None) for name, each in inputs.items()}
 
 
-def _fit(received: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+def fit_received(received: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
     """Attention per row of the tower, (rows,) float32 for each image, -> per token of the projector, (tokens,) for
     each of its entries, which hold one or more whole images and are so long. A token that stands for a block of
     rows (pixel shuffle, average pooling) gets their mean.
