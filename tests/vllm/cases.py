@@ -89,3 +89,8 @@ CASES: dict[str, tuple[Case, ...]] = {
 
 def reduction_folder(root: Path, case: Case) -> Path:
     return root / "reductions" / case.name
+
+
+def inputs_file(root: Path, name: str, prompt: Prompt) -> Path:
+    """What a checkpoint's processor makes of a prompt."""
+    return root / "inputs" / name / f"{prompt.name}.safetensors"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from cases import PROMPTS, SPECIALS, VOCABULARY, Prompt
+from cases import PROMPTS, SPECIALS, VOCABULARY, Prompt, inputs_file
 from conformance import families as conformance
 from conformance.family import draw_weights
 from PIL import Image
@@ -93,11 +93,12 @@ class Checkpoint:
         for old, new in self.renames:
             kept = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in kept.items()}
         save_file(kept, weights, metadata={"format": "pt"})
+        (folder.parent / "inputs" / self.name).mkdir(parents=True, exist_ok=True)
         for prompt in prompts:
             images = self.images(prompt)
             given = processor(text=[self.text(prompt)], images=images or None, return_tensors="pt")
             tensors = {name: torch.as_tensor(value).contiguous() for name, value in given.items()}
-            save_file(tensors, folder / f"{prompt.name}.safetensors")
+            save_file(tensors, inputs_file(folder.parent, self.name, prompt))
 
     def images(self, prompt: Prompt) -> list[Image.Image]:
         return [image(i, self.sizes[i % len(self.sizes)]) for i in prompt.images]

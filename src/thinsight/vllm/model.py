@@ -63,7 +63,8 @@ class Reduced:
         self.plan = plan_of(vllm_config)
         self.ledger = Ledger(self.plan)
         self._pass: Pass | None = None
-        self._decoder = list(self.get_language_model().model.layers)  # type: ignore[attr-defined]
+        language = self.get_language_model()  # type: ignore[attr-defined]
+        self._decoder = list(getattr(language, "model", language).layers)
         self._attention = [_attention_of(layer) for layer in self._decoder]
         self._names = [list(inspect.signature(layer.forward).parameters) for layer in self._decoder]
         self._stage_names = []
