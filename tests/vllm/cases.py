@@ -81,7 +81,7 @@ CASES: dict[str, tuple[Case, ...]] = {
     "qwen2.5-vl": (STAIRS, EARLY),
     "qwen3-vl": (STAIRS, EARLY),
     "mistral3": (STAIRS, EARLY),
-    "glm4v": (STAIRS, EARLY),
+    "glm4v": (FULL, STAIRS, EARLY),
     "idefics3": (STAIRS, EARLY),
     "smolvlm": (STAIRS, EARLY),
 }

@@ -163,6 +163,13 @@ def vision_outputs(model: PreTrainedModel, call: Mapping[str, Any], modality: st
     return output
 
 
+def settle(output: Any) -> None:
+    """Have attention that a `VisionTap` left per row of the tower stand per token, all entries alike; what does stays."""
+    received, pooled = received_of(output), getattr(output, "pooler_output", None)
+    if received and pooled is not None and len(pooled) and len(received[0]) != len(pooled[0]):
+        setattr(output, _RECEIVED, fit_received(received, [len(pooled[0])] * len(received)))
+
+
 def encoder_inputs(model: PreTrainedModel, modality: str) -> list[str]:
     """The keyword arguments that the encoder of a modality takes; none where the family has none."""
     encoder = getattr(base_model(model), f"get_{modality}_features", None)
