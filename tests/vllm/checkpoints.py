@@ -319,7 +319,7 @@ TABLE = (
         "glm4v",
         "Glm4vForConditionalGeneration",
         conformance.config(
-            mrope("glm4v_text", rope={"partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}),
+            mrope("glm4v_text", attention_bias=True, rope={"partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]}),
             {**PATCHES, "image_size": 112},
             **conformance.GLM_MARKS,
         ),
