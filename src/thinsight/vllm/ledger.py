@@ -87,7 +87,7 @@ class Ledger:
         lost = np.array([self._lost.get(name, self._nothing) for name in batch.req_ids], dtype=np.int64).T
         if len(self._lost) > 2 * len(runner.requests) + 64:
             self._forget(runner.requests)
-        if lost.any():
+        if step.prefills or lost.any():
             self._make(step, common, block_size, computed + lengths - lost, lengths - dropped)
         return step
 
@@ -99,7 +99,7 @@ class Ledger:
         prompt = self._prompts.get(name)
         if prompt is None:
             prompt = self._prompts[name] = self._prompt(self.runner.requests[name])
-        if not len(prompt.vision) or not any(prompt.lost):
+        if not self._loses(prompt):
             return
         prefill = Prefill(name, prompt, number, first, start)
         needs_keys = self.plan.needs(TEXT_ATTENTION) and name not in self.prefix_keys
@@ -109,7 +109,8 @@ class Ledger:
                 step.prefixes.append(prefill)
             return
         if decision:
-            if prompt.vision[0] >= first:
+            self.prefix_keys.pop(name, None)
+            if prompt.vision[0] >= first:  # the first of several chunks that it is cut into
                 logger.warning_once("thinsight: a prompt was kept whole: %s", decision)
                 self._tally.add(WHOLE, 1, reason=decision)
                 self._count(prompt, reduced=False)
@@ -118,6 +119,10 @@ class Ledger:
         self._lost[name] = prompt.lost
         self._tally.add(REDUCED, 1)
         self._count(prompt, reduced=True)
+
+    @staticmethod
+    def _loses(prompt: Prompt) -> bool:
+        return any(prompt.lost)
 
     def _count(self, prompt: Prompt, *, reduced: bool) -> None:
         self._tally.add(SEEN, len(prompt.vision))
