@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import PROMPTS, STAIRS
+from cases import PROMPTS, STAIRS, Prompt
 from engine import answers, compare, engine, model_of, references, request, sampling, told
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from thinsight.vllm.ledger import Ledger
+from thinsight.vllm.plan import Prompt as PromptPlan
 
 
 def identical(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
@@ -64,7 +65,7 @@ def test_a_preempted_request_ranks_by_its_own_prompt_again(monkeypatch: pytest.M
         return stock(self, request, *rest, **more)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", noted)
-    with engine("llava", STAIRS, block_size=32, max_model_len=256, num_gpu_blocks_override=9) as llm:
+    with engine("llava", STAIRS, block_size=32, max_model_len=128, num_gpu_blocks_override=6, max_num_batched_tokens=128) as llm:
         compare(answers(llm, "llava"), references()["llava"]["stairs"])
     assert any(computed > prompt for prompt, computed in preempted)  # with words of its answer to read again
 
@@ -88,13 +89,27 @@ def test_chunked_prompts_are_reduced_where_image_and_question_are_read_together(
 
 
 def test_text_in_front_of_images_may_be_read_in_a_chunk_of_its_own() -> None:
-    """Its keys are kept for the ranking."""
-    prompts = [PROMPTS[2]]  # 5 tokens, an image of 16, a question of 30
-    known = references()["llava"]["stairs"][2:3]
-    with engine("llava", STAIRS, enable_chunked_prefill=True, max_num_batched_tokens=48, max_num_seqs=1) as llm:
-        runner = model_of(llm).ledger.runner
-        runner.scheduler_config.long_prefill_token_threshold = 0
-        compare(answers(llm, "llava", prompts), known)
+    """Its keys are kept for the ranking: a chunk never ends inside an image, so that text before it is read alone."""
+    words = (tuple(range(30, 70)), tuple(range(80, 85)))
+    prompts = [Prompt("long text", words, (1,), 12), Prompt("longer", (words[0][::-1] + words[0][:9], words[1]), (2,), 9)]
+    with engine("llava", STAIRS) as llm:
+        wanted = answers(llm, "llava", prompts)
+    with engine("llava") as llm:
+        assert [each["ids"] for each in answers(llm, "llava", prompts)] != [each["ids"] for each in wanted]
+    chunks: list[tuple[int, int]] = []
+    decide = PromptPlan.decision
+
+    def noted(self: PromptPlan, first: int, end: int, needs_keys: bool) -> str | None:
+        decision = decide(self, first, end, needs_keys)
+        chunks.append((first, end))
+        assert not decision
+        return decision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PromptPlan, "decision", noted)
+        with engine("llava", STAIRS, enable_chunked_prefill=True, max_num_batched_tokens=48, max_num_seqs=2) as llm:
+            compare(answers(llm, "llava", prompts), wanted, 1e-5)
+    assert sum(first > 0 for first, _ in chunks) >= 2
 
 
 def test_compiled_steps() -> None:

@@ -10,6 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from functools import cache
 
 FOLDER = "THINSIGHT_VLLM_METRICS"
 """The environment variable that names the folder of these files, for the processes that vLLM starts."""
@@ -26,12 +27,13 @@ _HELP = {
 }
 
 
+@cache
 def publish() -> None:
     """In the process that serves /metrics: show what the engine's processes count."""
     from prometheus_client import REGISTRY
     from prometheus_client.multiprocess import MultiProcessCollector
 
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ or FOLDER in os.environ:
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         return  # several API servers: vLLM collects that folder itself
     folder = os.environ[FOLDER] = tempfile.mkdtemp(prefix="thinsight-metrics-")
     owner = os.getpid()
