@@ -15,9 +15,11 @@ from torch import Tensor
 
 from thinsight.errors import ThinsightError
 from thinsight.families import FAMILIES as ROWS
-from thinsight.runtime import EncodedImages, encode_images
+from thinsight.reduction import Reduction
+from thinsight.runtime import EncodedImages, apply, encode_images
 from thinsight.runtime.anatomy import MODALITIES
 from thinsight.runtime.encoding import encoder_inputs, fit_received, on_device
+from thinsight.schedule import Schedule
 
 HELD = {name: family for name, family in FAMILIES.items() if family.model_type in ROWS}
 WITH_VIDEO = [name for name, family in HELD.items() if family.video is not None]
@@ -148,3 +150,20 @@ def test_mean_of_blocks_in_reading_order() -> None:
     (fitted,) = fit_received([rows], [9])
     assert torch.equal(fitted, mean)
     assert math.isclose(float(fitted[0]), (0 + 1 + 6 + 7) / 4)
+
+
+@pytest.mark.parametrize("name", ["llava", *POOLED])
+def test_generate_ranks_by_the_tower_though_it_encodes_images_itself(name: str) -> None:
+    """transformers 5.23 and later call the encoder before the model, whose attention is then per row of the tower."""
+    family = HELD[name]
+    model, inputs = family.model(), family.inputs()
+    reduction = Reduction(Schedule([0.5] * 4), "vision-attention")
+    options = {"max_new_tokens": 3, "do_sample": False}
+    with apply(model, reduction):
+        found = model.generate(**inputs, **options)
+        encoded = encode_images(model, inputs, reduction)
+        rest = without_pixels(family, inputs)
+        assert torch.equal(model.generate(**rest, **encoded.model_inputs(), **options), found)
+        if name not in ("idefics3", "smolvlm"):  # which list the images of a row as one, and so are refused for beams
+            beams = model.generate(**inputs, **options, num_beams=2)
+            assert torch.equal(model.generate(**rest, **encoded.model_inputs(), **options, num_beams=2), beams)

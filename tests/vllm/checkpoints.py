@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,12 @@ def image(number: int, size: tuple[int, int]) -> Image.Image:
 # -- processors ----------------------------------------------------------------------------------------------
 
 SQUARE = {"height": 56, "width": 56}
-QWEN = {"<image>": "<|image_pad|>", "<video>": "<|video_pad|>", "<start>": "<|vision_start|>", "<end>": "<|vision_end|>"}
+QWEN = {
+    "<image>": "<|image_pad|>",
+    "<video>": "<|video_pad|>",
+    "<start>": "<|vision_start|>",
+    "<end>": "<|vision_end|>",
+}
 GLM = {
     "<image>": "<|image|>",
     "<video>": "<|video|>",
@@ -219,7 +224,10 @@ CLIP = conformance.tower("clip_vision_model", 56, 14, projection_dim=32)
 SIGLIP = conformance.tower("siglip_vision_model", 56, 14, vision_use_head=False)
 IDEFICS_TOWER = conformance.tower("idefics3_vision", 56, 14)
 PATCHES = {**conformance.PATCH_TOWER, "patch_size": 14, "out_hidden_size": 128}
-CLIP_KEYS = (("vision_tower.", "vision_tower.vision_model."), ("model.vision_tower.", "model.vision_tower.vision_model."))
+CLIP_KEYS = (
+    ("vision_tower.", "vision_tower.vision_model."),
+    ("model.vision_tower.", "model.vision_tower.vision_model."),
+)
 ANY = ((112, 112), (56, 112), (112, 56))
 GRID = ((112, 112), (56, 140), (84, 112))
 VIDEO_ID = {"video_token_id": VIDEO}
@@ -279,9 +287,7 @@ TABLE = (
         "qwen2.5-vl",
         "Qwen2_5_VLForConditionalGeneration",
         conformance.config(
-            mrope("qwen2_5_vl_text"),
-            {**PATCHES, "window_size": 56, "fullatt_block_indexes": [1]},
-            **conformance.MARKS,
+            mrope("qwen2_5_vl_text"), {**PATCHES, "window_size": 56, "fullatt_block_indexes": [1]}, **conformance.MARKS
         ),
         lambda: _qwen("Qwen2_5_VL"),
         placeholder="<|vision_start|> <|image_pad|> <|vision_end|>",

@@ -45,7 +45,9 @@ def settings(name: str, **more: Any) -> dict[str, Any]:
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 512,
-        "limit_mm_per_prompt": {"image": 3, "video": 0} if "video_token_id" in CHECKPOINTS[name].config else {"image": 3},
+        "limit_mm_per_prompt": {"image": 3, "video": 0}
+        if "video_token_id" in CHECKPOINTS[name].config
+        else {"image": 3},
         "max_num_seqs": 4,
         "max_num_batched_tokens": 1024,
         "enable_chunked_prefill": False,

@@ -65,7 +65,9 @@ def test_a_preempted_request_ranks_by_its_own_prompt_again(monkeypatch: pytest.M
         return stock(self, request, *rest, **more)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", noted)
-    with engine("llava", STAIRS, block_size=32, max_model_len=128, num_gpu_blocks_override=6, max_num_batched_tokens=128) as llm:
+    with engine(
+        "llava", STAIRS, block_size=32, max_model_len=128, num_gpu_blocks_override=6, max_num_batched_tokens=128
+    ) as llm:
         compare(answers(llm, "llava"), references()["llava"]["stairs"])
     assert any(computed > prompt for prompt, computed in preempted)  # with words of its answer to read again
 
@@ -82,7 +84,10 @@ def test_chunked_prompts_are_reduced_where_image_and_question_are_read_together(
         reduced = [any(name.split("-")[0] == output.request_id for name in lost) for output in outputs]
     assert True in reduced
     pairs = zip(known["stairs"], known["full"], reduced, strict=True)
-    wanted = [stairs if mine or not prompt.images else full for (stairs, full, mine), prompt in zip(pairs, PROMPTS, strict=True)]
+    wanted = [
+        stairs if mine or not prompt.images else full
+        for (stairs, full, mine), prompt in zip(pairs, PROMPTS, strict=True)
+    ]
     compare([told(output) for output in outputs], wanted)
     whole = [prompt for prompt, mine in zip(PROMPTS, reduced, strict=True) if prompt.images and not mine]
     assert whole  # some were cut
@@ -91,7 +96,10 @@ def test_chunked_prompts_are_reduced_where_image_and_question_are_read_together(
 def test_text_in_front_of_images_may_be_read_in_a_chunk_of_its_own() -> None:
     """Its keys are kept for the ranking: a chunk never ends inside an image, so that text before it is read alone."""
     words = (tuple(range(30, 70)), tuple(range(80, 85)))
-    prompts = [Prompt("long text", words, (1,), 12), Prompt("longer", (words[0][::-1] + words[0][:9], words[1]), (2,), 9)]
+    prompts = [
+        Prompt("long text", words, (1,), 12),
+        Prompt("longer", (words[0][::-1] + words[0][:9], words[1]), (2,), 9),
+    ]
     with engine("llava", STAIRS) as llm:
         wanted = answers(llm, "llava", prompts)
     with engine("llava") as llm:

@@ -1,5 +1,5 @@
-"""vLLM's OpenAI server on loopback, as users run it: the plugin found by its entry point, the engine in a process of its
-own; concurrent clients, streams, aborts, /metrics, and `thinsight evaluate --server`."""
+"""vLLM's OpenAI server on loopback, as users run it: the plugin found by its entry point, the engine in its own
+process; concurrent clients, streams, aborts, /metrics, and `thinsight evaluate --server`."""
 
 from __future__ import annotations
 
@@ -147,7 +147,9 @@ def test_evaluate_scores_it(port: int, tmp_path: Path) -> None:
     lines = []
     for number in range(6):
         CHECKPOINT.images(PROMPTS[0])[0].save(tmp_path / f"{number}.png")
-        lines.append({"id": str(number), "image": f"{number}.png", "question": f"w{30 + number} w40", "answers": ["w1"]})
+        lines.append(
+            {"id": str(number), "image": f"{number}.png", "question": f"w{30 + number} w40", "answers": ["w1"]}
+        )
     (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
     options = EvaluateOptions(
         server=url, against=url, data=str(tmp_path / "data.jsonl"), metric="agreement", max_new_tokens=6, concurrency=4

@@ -1,7 +1,7 @@
 """A running server, scored as a model is: the same data, metrics and intervals, whatever engine answers.
 
-Speaks the OpenAI chat API and nothing else of a server. Every answer is kept in a file as soon as it is there, if one is
-named, so that an interrupted run goes on where it stopped.
+Speaks the OpenAI chat API and nothing else of a server. If a file is named, every answer is kept there as it comes, so
+that an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -242,7 +242,9 @@ class Server:
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off
                 why = str(getattr(error, "reason", None) or error) or type(error).__name__
             except ValueError as error:
-                raise BadInput(f"{self.url}{path} does not answer in JSON ({error}): is it the API's address?") from None
+                raise BadInput(
+                    f"{self.url}{path} does not answer in JSON ({error}): is it the API's address?"
+                ) from None
             if attempt == TRIES or (stop is not None and stop.is_set()):
                 break
             # not all at once again

@@ -164,10 +164,12 @@ def vision_outputs(model: PreTrainedModel, call: Mapping[str, Any], modality: st
 
 
 def settle(output: Any) -> None:
-    """Have attention that a `VisionTap` left per row of the tower stand per token, all entries alike; what does stays."""
+    """Have attention that a `VisionTap` left per row of the tower stand per token; what does so already stays."""
     received, pooled = received_of(output), getattr(output, "pooler_output", None)
     if received and pooled is not None and len(pooled) and len(received[0]) != len(pooled[0]):
-        setattr(output, _RECEIVED, fit_received(received, [len(pooled[0])] * len(received)))
+        alone = len(pooled) % len(received) == 0  # an image per entry, perhaps once for each beam
+        tokens = len(pooled[0]) if alone else sum(map(len, pooled)) // len(received)
+        setattr(output, _RECEIVED, fit_received(received, [tokens] * len(received)))
 
 
 def encoder_inputs(model: PreTrainedModel, modality: str) -> list[str]:

@@ -11,9 +11,6 @@ tells both which requests run. What of vLLM's configuration cannot run so is ref
 
 from __future__ import annotations
 
-PREFIX = "Thinsight"
-"""Before a stock architecture's name: the class that runs it under a reduction."""
-
 
 def register() -> None:
     """The entry point of the group ``vllm.general_plugins``, called once in every process of vLLM.
@@ -23,7 +20,7 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from .plan import SERVED
+    from .plan import PREFIX, SERVED
     from .settings import settings_of
 
     for name in list(ModelRegistry.get_supported_archs()):

@@ -81,7 +81,9 @@ class Ledger:
         step.tokens = int(start[-1])
         dropped = np.zeros((len(self._nothing), requests), dtype=np.int64)
         for number in np.flatnonzero(computed < batch.num_prompt_tokens[:requests]).tolist():
-            self._read(step, batch.req_ids[number], number, int(computed[number]), int(lengths[number]), int(start[number]))
+            self._read(
+                step, batch.req_ids[number], number, int(computed[number]), int(lengths[number]), int(start[number])
+            )
         for prefill in step.prefills:
             dropped[:, prefill.number] = prefill.prompt.lost
         lost = np.array([self._lost.get(name, self._nothing) for name in batch.req_ids], dtype=np.int64).T

@@ -37,7 +37,12 @@ def publish() -> None:
         return  # several API servers: vLLM collects that folder itself
     folder = os.environ[FOLDER] = tempfile.mkdtemp(prefix="thinsight-metrics-")
     owner = os.getpid()
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+
+    def clear() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(clear)
     MultiProcessCollector(REGISTRY, path=folder)
 
 

@@ -26,9 +26,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from ..errors import Unsupported
 from ..ranking import STATES, TEXT_ATTENTION, VISION_ATTENTION, Context, Ranker, choose, row_weights, weighted_rows
-from . import PREFIX
 from .ledger import Ledger, Step, reduced_backend
-from .plan import Plan
+from .plan import PREFIX, Plan
 from .settings import BACKENDS, plan_of
 
 RECEIVED = "thinsight_received"  # attribute of an encoder output: attention inside the tower, (tokens,) float32
@@ -96,7 +95,7 @@ class Reduced:
             return stock(**kwargs)
         read: list[Tensor] = []
         hook = self._tower_attention.register_forward_pre_hook(
-            lambda module, args: read.append(_received(module, *args[:2], self._has_class_token))
+            lambda module, args: read.append(_received(module, args[0], args[1], self._has_class_token))
         )
         try:
             outputs = list(stock(**kwargs))
@@ -363,7 +362,7 @@ class Pass:
         )
 
     def _rows_of_attention(self, stage: int, layer: int, queries: Tensor, columns: Tensor) -> Tensor:
-        """The softmax of the text rows that rank over their own prompts' keys: (prompts, heads, rows, tokens) float32."""
+        """The softmax of the text rows that rank, over their prompts' keys: (prompts, heads, rows, tokens) float32."""
         assert self._read is not None
         assert self.step.starts is not None
         query, key = self._read

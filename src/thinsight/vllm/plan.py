@@ -18,6 +18,8 @@ from ..ranking import STATES, TEXT_ATTENTION, VISION_ATTENTION, Ranker, get_rank
 from ..reduction import Reduction
 
 KEY = "thinsight"
+PREFIX = "Thinsight"
+"""Before a stock architecture's name: the class that runs it under a reduction."""
 PER = ("image", "prompt")
 
 
@@ -99,9 +101,7 @@ class Plan:
         self.schedule = reduction.schedule
         self.ranker: Ranker = get_ranker(reduction.ranker)
         name, rates = self.ranker.name, self.schedule.keep_rates
-        self.starts: tuple[int, ...] = tuple(
-            i for i, rate in enumerate(rates) if rate < (rates[i - 1] if i else 1.0)
-        )
+        self.starts: tuple[int, ...] = tuple(i for i, rate in enumerate(rates) if rate < (rates[i - 1] if i else 1.0))
         """The first layer of each stage; a stage is a run of layers with one keep rate below 1."""
         if reduction.adaptive is not None:
             raise Unsupported("an adaptive reduction cannot run in vLLM: counts must be known before a prompt is read")

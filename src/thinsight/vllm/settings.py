@@ -11,9 +11,8 @@ from typing import Any
 from ..errors import BadInput, Unsupported
 from ..ranking import TEXT_ATTENTION, VISION_ATTENTION
 from ..reduction import Reduction
-from . import PREFIX
 from .metrics import publish
-from .plan import KEY, SERVED, Plan, read_options
+from .plan import KEY, PREFIX, SERVED, Plan, read_options
 
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 """Attention backends whose metadata is made from what `ledger` changes."""
@@ -78,11 +77,14 @@ def plan_of(vllm_config: Any) -> Plan:
             f"thinsight does not run {architecture} in vLLM; it runs {', '.join(sorted(SERVED))}, and others on "
             "transformers"
         )
-    plan = Plan(Reduction.from_pretrained(options.reduction, revision=options.revision), SERVED[architecture], options.per)
+    plan = Plan(
+        Reduction.from_pretrained(options.reduction, revision=options.revision), SERVED[architecture], options.per
+    )
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     if plan.schedule.num_layers != layers:
         raise BadInput(
-            f"{options.reduction} is for {plan.schedule.num_layers} layers but the model has {layers}; search on this model"
+            f"{options.reduction} is for {plan.schedule.num_layers} layers but the model has {layers}; "
+            "search on this model"
         )
     return plan
 
