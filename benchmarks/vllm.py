@@ -109,7 +109,9 @@ def write_model(folder: Path, size: Size, side: int) -> Any:
         tie_word_embeddings=False,
     )
     text.architectures = ["LlamaForCausalLM"]
-    config = LlavaConfig(vision, text, image_token_id=4, image_seq_length=side**2, tie_word_embeddings=False)
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=4, image_seq_length=side**2, tie_word_embeddings=False
+    )
     config.architectures = ["LlavaForConditionalGeneration"]
     config.save_pretrained(folder)
     names = ["<pad>", "<unk>", "<s>", "</s>", "<image>", *(f"w{i}" for i in range(WORDS))]

@@ -240,6 +240,15 @@ def test_what_is_read_of_a_configuration(tmp_path: Path) -> None:
         plan_of(config)
 
 
+def test_a_tower_that_runs_all_images_as_one_has_no_attention_per_image(tmp_path: Path) -> None:
+    config = configuration(tmp_path)
+    ts.Reduction(ts.Schedule(list(STAIRS)), "vision-attention").save_pretrained(tmp_path)
+    assert plan_of(config).ranker.name == "vision-attention"
+    config.model_config.hf_config.vision_config = SimpleNamespace(model_type="pixtral")
+    with pytest.raises(Unsupported, match="for all images together"):
+        plan_of(config)
+
+
 def test_tensor_parallelism_goes_with_pooled_text_attention_alone(tmp_path: Path) -> None:
     config = configuration(tmp_path, parallel_config__tensor_parallel_size=2)
     refuse(config, plan())

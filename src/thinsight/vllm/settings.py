@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from ..errors import BadInput, Unsupported
+from ..families import tower_of
 from ..ranking import TEXT_ATTENTION, VISION_ATTENTION
 from ..reduction import Reduction
 from .metrics import publish
@@ -80,6 +81,11 @@ def plan_of(vllm_config: Any) -> Plan:
     plan = Plan(
         Reduction.from_pretrained(options.reduction, revision=options.revision), SERVED[architecture], options.per
     )
+    if plan.needs(VISION_ATTENTION) and tower_of(config).images != "fixed":  # Pixtral under LLaVA's class
+        raise Unsupported(
+            f"{plan.ranker.name} reads attention inside the vision tower, which this one has for all images "
+            "together; rank by text-attention"
+        )
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     if plan.schedule.num_layers != layers:
         raise BadInput(
