@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo test test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench limit peers bench-gpu overhead search-cost coverage pool results train train-internvl data clean
+.PHONY: demo test test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench limit peers bench-gpu bench-vllm overhead search-cost coverage pool results train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
@@ -24,6 +24,7 @@ test-vllm: .venv/ready $(VLLM_ENV)/ready
 	PYTHONPATH=src:tests:tests/vllm OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/vllm/references.py out/vllm
 	PYTHONPATH=tests:tests/vllm OMP_NUM_THREADS=1 $(VLLM_ENV)/bin/python -m pytest tests/vllm -n 2 --dist worksteal \
 		--junitxml=out/vllm/results.xml
+	PYTHONPATH=src:tests:tests/vllm $(VLLM_ENV)/bin/python tests/vllm/table.py out/vllm/results.xml docs/serving.md
 
 # The same on the newest vLLM for CPUs, nothing pinned: for a nightly run.
 test-vllm-newest: .venv-vllm-newest/ready
@@ -83,6 +84,10 @@ peers: .venv/ready
 # The large shapes, on one GPU; `python -m benchmarks.gpu --tiny` tries the script on a CPU.
 bench-gpu: .venv/ready
 	$(BIN)/python -m benchmarks.gpu --resume
+
+# Stock vLLM, one ratio before the decoder and a schedule, taking turns; on a GPU add --size 7b --device cuda.
+bench-vllm: .venv-vllm/ready
+	PYTHONPATH=src:. .venv-vllm/bin/python -m benchmarks.vllm --kind prefill decode load --out out/bench/vllm.json
 
 # What a schedule that keeps everything costs over the stock model.
 overhead: .venv/ready

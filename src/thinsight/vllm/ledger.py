@@ -57,7 +57,6 @@ class Ledger:
         self._nothing = (0,) * len(plan.starts)
         self._lost: dict[str, tuple[int, ...]] = {}
         self._prompts: dict[str, Prompt] = {}
-        self._decided: dict[str, int] = {}  # at which computed token a request's images were last decided on
         self._tally = Tally()
         self._labels = stage_labels(plan)
         self.prefix_keys: dict[str, dict[int, Tensor]] = {}  # per request and layer, (tokens, heads, size)
@@ -96,8 +95,8 @@ class Ledger:
     def _read(self, step: Step, name: str, number: int, first: int, length: int, start: int) -> None:
         """A part of a prompt is read."""
         if first == 0:  # it begins, or begins anew after a preemption
-            self._lost.pop(name, None)
-            self.prefix_keys.pop(name, None)
+            for table in (self._lost, self._prompts, self.prefix_keys):
+                table.pop(name, None)
         prompt = self._prompts.get(name)
         if prompt is None:
             prompt = self._prompts[name] = self._prompt(self.runner.requests[name])

@@ -17,6 +17,8 @@ from .plan import KEY, PREFIX, SERVED, Plan, read_options
 
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 """Attention backends whose metadata is made from what `ledger` changes."""
+RUN_ON = ("0.32",)
+"""The releases of vLLM on which the tests passed."""
 WORKER = "thinsight.vllm.model.Worker"
 
 
@@ -48,6 +50,7 @@ def prepare(vllm_config: Any) -> None:
     """
     if read_options(vllm_config.additional_config) is None:
         return
+    from vllm import __version__
     from vllm.logger import init_logger
 
     config = vllm_config.model_config.hf_config
@@ -59,7 +62,10 @@ def prepare(vllm_config: Any) -> None:
     vllm_config.parallel_config.worker_cls = WORKER
     publish()
     told = f"thinsight: {architecture} with {plan.describe()}" + (f"; {'; '.join(changed)}" if changed else "")
-    init_logger(f"vllm.{KEY}").info("%s", told)
+    logger = init_logger(f"vllm.{KEY}")
+    logger.info("%s", told)
+    if not __version__.startswith(tuple(f"{each}." for each in RUN_ON)):
+        logger.warning("thinsight was tested on vLLM %s; this is %s", ", ".join(RUN_ON), __version__)
 
 
 def plan_of(vllm_config: Any) -> Plan:
