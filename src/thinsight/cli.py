@@ -213,10 +213,11 @@ def search(options: SearchOptions) -> None:
 
 @_command(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> None:
-    """Score full against reduced on a set of examples (default: demo:test)."""
-    from .job import commands
+    """Score full against reduced on a set of examples (default: demo:test), or a running server."""
+    from .job import commands, server
 
-    Console().print(_watched(lambda watcher: commands.evaluate(options, watcher)))
+    run = commands.evaluate if options.server is None else server.evaluate_server
+    Console().print(_watched(lambda watcher: run(options, watcher)))
 
 
 @_command(CompareOptions)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from thinsight.errors import ThinsightError
 from thinsight.families import FAMILIES as ROWS
-from thinsight.runtime import EncodedImages, encode_images
+from thinsight.reduction import Reduction
+from thinsight.runtime import EncodedImages, apply, encode_images
 from thinsight.runtime.anatomy import MODALITIES
-from thinsight.runtime.encoding import _fit, encoder_inputs, on_device
+from thinsight.runtime.encoding import encoder_inputs, fit_received, on_device
+from thinsight.schedule import Schedule
 
 HELD = {name: family for name, family in FAMILIES.items() if family.model_type in ROWS}
 WITH_VIDEO = [name for name, family in HELD.items() if family.video is not None]
@@ -112,7 +114,7 @@ def test_a_token_that_stands_for_a_block_gets_the_mean_of_the_block(name: str) -
     assert (found.sum(1) == 1).all()
     tokens = len(plain) // images
     values = torch.rand(images, rows - first)
-    pooled = torch.cat(_fit(list(values), [len(plain)]))
+    pooled = torch.cat(fit_received(list(values), [len(plain)]))
     for token in range(tokens):
         assert pooled[token] == pytest.approx(float(values[0][found[:, token] > 0].mean()), abs=1e-6)
 
@@ -139,12 +141,29 @@ def test_received_attention_that_cannot_be_told_apart_is_refused(name: str, word
 )
 def test_tokens_that_are_no_blocks_of_rows_are_refused(rows: list[int], lengths: list[int]) -> None:
     with pytest.raises(ThinsightError, match="do not match the projector's"):
-        _fit([torch.ones(count) for count in rows], lengths)
+        fit_received([torch.ones(count) for count in rows], lengths)
 
 
 def test_mean_of_blocks_in_reading_order() -> None:
     rows = torch.arange(36.0)
     mean = torch.stack([rows.view(6, 6)[i : i + 2, j : j + 2].mean() for i in (0, 2, 4) for j in (0, 2, 4)])
-    (fitted,) = _fit([rows], [9])
+    (fitted,) = fit_received([rows], [9])
     assert torch.equal(fitted, mean)
     assert math.isclose(float(fitted[0]), (0 + 1 + 6 + 7) / 4)
+
+
+@pytest.mark.parametrize("name", ["llava", *POOLED])
+def test_generate_ranks_by_the_tower_though_it_encodes_images_itself(name: str) -> None:
+    """transformers 5.23 and later call the encoder before the model, whose attention is then per row of the tower."""
+    family = HELD[name]
+    model, inputs = family.model(), family.inputs()
+    reduction = Reduction(Schedule([0.5] * 4), "vision-attention")
+    options = {"max_new_tokens": 3, "do_sample": False}
+    with apply(model, reduction):
+        found = model.generate(**inputs, **options)
+        encoded = encode_images(model, inputs, reduction)
+        rest = without_pixels(family, inputs)
+        assert torch.equal(model.generate(**rest, **encoded.model_inputs(), **options), found)
+        if name not in ("idefics3", "smolvlm"):  # which list the images of a row as one, and so are refused for beams
+            beams = model.generate(**inputs, **options, num_beams=2)
+            assert torch.equal(model.generate(**rest, **encoded.model_inputs(), **options, num_beams=2), beams)

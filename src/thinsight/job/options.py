@@ -165,11 +165,30 @@ class ScoringOptions(JobOptions):
         return super().check()
 
 
+_OF_A_SERVER = ("against", "served_model", "answers")
+
+
 @dataclass(frozen=True)
 class EvaluateOptions(ScoringOptions):
-    """What `thinsight evaluate` is told."""
+    """What `thinsight evaluate` is told. With a ``server``, what is of a model here is not read."""
 
     reduction: str | None = told(None, _REDUCTION)
+    server: str | None = told(
+        None, "Score a running OpenAI-compatible server in place of a model: http://127.0.0.1:8000/v1.", place=3
+    )
+    against: str | None = told(None, "--server: another one, such as the full model's, for the drop.", place=3)
+    served_model: str | None = told(None, "--server: its model. Default: the only one it has.", place=3)
+    concurrency: int = told(8, "--server: questions asked at once.", least=1, place=3)
+    answers: Path | None = told(
+        None, "--server: file that keeps the answers; the same command goes on where it stopped.", place=3
+    )
+
+    def check(self) -> Any:
+        """As above."""
+        given = [name for name in _OF_A_SERVER if getattr(self, name) is not None]
+        if given:
+            raise BadInput(f"{given[0]} is of a server: name one with --server, or leave it out")
+        return super().check()
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..families import family_of
 from ..ranking import Context
 from .anatomy import MODALITIES, vision_placeholders
 from .cache import cache_of
-from .encoding import received_of, vision_outputs
+from .encoding import received_of, settle, vision_outputs
 from .tensors import Mapped
 
 
@@ -92,6 +92,8 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 def encode_pixels(model: PreTrainedModel, call: dict[str, Any]) -> dict[str, Any]:
     """The call with its pixels replaced by the tower's output, so that each image's token count is known."""
     outputs = dict(call.get("mm_encoder_outputs") or {})
+    for output in filter(None, outputs.values()):  # encoded by `generate` itself, under the tap
+        settle(output)
     raw = [name for name, pixels in MODALITIES.items() if call.get(pixels) is not None and outputs.get(name) is None]
     if not raw:
         return call

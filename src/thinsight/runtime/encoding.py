@@ -155,8 +155,17 @@ def vision_outputs(model: PreTrainedModel, call: Mapping[str, Any], modality: st
     if received is not None:
         if hasattr(base_model(model), "image_newline"):
             raise _no_fit("its projector cuts padding away and adds line ends")
-        setattr(output, _RECEIVED, _fit(received, [len(entry) for entry in output.pooler_output]))
+        setattr(output, _RECEIVED, fit_received(received, [len(entry) for entry in output.pooler_output]))
     return output
+
+
+def settle(output: Any) -> None:
+    """Have attention that a `VisionTap` left per row of the tower stand per token; what does so already stays."""
+    received, pooled = received_of(output), getattr(output, "pooler_output", None)
+    if received and pooled is not None and len(pooled) and len(received[0]) != len(pooled[0]):
+        alone = len(pooled) % len(received) == 0  # an image per entry, perhaps once for each beam
+        tokens = len(pooled[0]) if alone else sum(map(len, pooled)) // len(received)
+        setattr(output, _RECEIVED, fit_received(received, [tokens] * len(received)))
 
 
 def encoder_inputs(model: PreTrainedModel, modality: str) -> list[str]:
@@ -230,7 +239,7 @@ def on_device(model: Any, inputs: Mapping[str, Any], device: torch.device | None
     return {name: moved(each, model.dtype if name.startswith("pixel_") else None) for name, each in inputs.items()}
 
 
-def _fit(received: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+def fit_received(received: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
     """Attention per row of the tower, (rows,) float32 for each image, -> per token of the projector, (tokens,) for each
     of its entries, which hold whole images and are so long. A token for a block of rows gets their mean."""
     rows, tokens = len(received[0]), sum(lengths) // len(received)
