@@ -264,6 +264,16 @@ class Certificate(shown.Shown):
         }
         return [shown.facts_table("Certificate", known.items()), steps_table(self)]
 
+    def outcome(self, schedule: Schedule) -> str:
+        """What came of a schedule, in words: "certified", "not tested" ...; empty where the path does not hold it."""
+        if schedule not in self.path:
+            return ""
+        place = self.path.index(schedule)
+        if place >= len(self.steps):
+            return "not tested"
+        step = self.steps[place]
+        return "certified" if step.certified else "not certified" if step.complete else "stopped, not certified"
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         rates = [schedule.keep_rates for schedule in self.path]
@@ -318,12 +328,6 @@ def steps_table(certificate: Certificate, flops_ratios: Sequence[float] = ()) ->
 
         return cell
 
-    def outcome(row: int) -> str:
-        if row >= len(certificate.steps):
-            return "not tested"
-        step = certificate.steps[row]
-        return "certified" if step.certified else "not certified" if step.complete else "stopped, not certified"
-
     ratios = [shown.Column("FLOPs", lambda row: shown.ratio(flops_ratios[row]), "full / this")] if flops_ratios else []
     return shown.Table(
         "The path, costly schedules first",
@@ -335,7 +339,7 @@ def steps_table(certificate: Certificate, flops_ratios: Sequence[float] = ()) ->
         shown.Column("Losses", figure("losses", shown.count), "losses"),
         shown.Column("Wins", figure("wins", shown.count), "wins"),
         shown.Column("p", figure("p_value", shown_p)),
-        shown.Column("Outcome", outcome, "outcome", text=True),
+        shown.Column("Outcome", lambda row: certificate.outcome(certificate.path[row]), "outcome", text=True),
         strong=lambda row: row == certificate.place,
         notes=[certificate.reason and f"{certificate.reason[0].upper()}{certificate.reason[1:]}."],
     )
@@ -343,7 +347,7 @@ def steps_table(certificate: Certificate, flops_ratios: Sequence[float] = ()) ->
 
 def shown_p(value: float) -> str:
     """A p-value with three decimals, never smaller than it is."""
-    return f"{math.ceil(1000 * value - 1e-9) / 1000:.3f}"
+    return f"{math.ceil(1000 * value - 1e-6) / 1000:.3f}"
 
 
 def examples_needed(max_drop: float, agreement: float, drop: float = 0.0, *, confidence: float = 0.95) -> int | None:

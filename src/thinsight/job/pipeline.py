@@ -27,6 +27,7 @@ from ..report.html import write_report
 from ..runtime import apply
 from ..schedule import Schedule
 from ..searches import SearchResult, frontier
+from ..searches.certify import fingerprint_of
 from ..searches.run import Trial
 from ..searches.search import AUTO, rankers_for
 from ..searches.sensitivity import SHARES
@@ -192,6 +193,7 @@ def report_of(
         metric=options.metric or metric_words(sets.test),
         test_hash=content_hash(sets.test),
         calibration_hash=content_hash(sets.calibration),
+        fingerprint=fingerprint_of(sets.test),
     )
     assert rows[1].drop is not None
     headline = Headline(
@@ -221,6 +223,7 @@ def report_of(
         calibration_score=search.score,
     )
     doubts = (("calibration", search.doubt), ("test", full.doubt))
+    certificate = found.reduction.certificate
     return ReportData(
         title=f"Fewer vision tokens for {options.model.model}",
         model=replace(prepared.opened.info, num_vision_tokens=prompt.n_vision),
@@ -239,6 +242,8 @@ def report_of(
         commands=(options.command,) if options.command else (),
         created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         doubts=tuple(f"on the {name} set {doubt}" for name, doubt in doubts if doubt),
+        certificate=certificate,
+        path_ratios=tuple(prompt.flops() / prompt.flops(each) for each in certificate.path) if certificate else (),
     )
 
 

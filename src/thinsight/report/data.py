@@ -21,6 +21,7 @@ from PIL import Image
 from pydantic import PlainValidator, ValidationInfo
 
 from .. import shown
+from ..certificate import Certificate, steps_table
 from ..errors import BadInput, StorageError
 from ..evaluation.result import Interval, RankConsistency, Timing, consistency_table, timing_table
 from ..records import decode, encode, read_sealed, seal, user_path, write_atomically
@@ -70,6 +71,7 @@ class DatasetInfo:
     metric: str = ""
     test_hash: str = ""
     calibration_hash: str = ""
+    fingerprint: str = ""  # of the test set, as certificates name their examples
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,8 @@ class ReportData(shown.Shown):
     commands: tuple[str, ...] = ()
     created: str = ""
     doubts: tuple[str, ...] = ()  # why the full model's scores are too low to tell much
+    certificate: Certificate | None = None
+    path_ratios: tuple[float, ...] = ()  # full model's decoder FLOPs over those of each schedule that it names
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -236,6 +240,19 @@ class ReportData(shown.Shown):
         layers = self.model.num_layers
         if self.keep_rates and layers is not None and len(self.keep_rates) != layers:
             raise BadInput(f"the schedule has {len(self.keep_rates)} layers but the model has {layers}")
+        self._check_certificate()
+
+    def _check_certificate(self) -> None:
+        path = () if self.certificate is None else self.certificate.path
+        if self.path_ratios and len(self.path_ratios) != len(path):
+            raise BadInput(f"path_ratios has {len(self.path_ratios)} ratios for a path of {len(path)}; give one each")
+        if not all(math.isfinite(ratio) for ratio in self.path_ratios):
+            raise BadInput(f"path_ratios is {self.path_ratios}; give finite numbers or leave them out")
+        if self.certificate is None or not self.keep_rates:
+            return
+        schedule, promised = Schedule(self.keep_rates), self.certificate.schedule
+        if promised != schedule and not (promised is None and schedule.is_full):
+            raise BadInput(f"certificate is of {promised or 'the full model'!r}, and keep_rates are {schedule!r}'s")
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -254,12 +271,17 @@ class ReportData(shown.Shown):
             yield title.append("\n").append_text(shown.line(words.headline(self.headline), "bold green"))
             yield from (shown.line(f"Warning: {doubt}", "bold red") for doubt in self.doubts)
             yield tables.headline_table(self.headline, self.dataset)
-            yield shown.line(words.meaning(self.headline, self.search))
+            yield shown.line(words.meaning(self))
+        if self.certificate is not None:
+            told = words.certified(self.certificate)
+            yield shown.line(told[0], "bold green" if self.certificate.schedule else "bold")
+            yield shown.line(" ".join(told[1:]))
+            yield steps_table(self.certificate, self.path_ratios)
         if self.keep_rates:
             yield shown.schedule_bars(self.keep_rates)
         several: tuple[tuple[Any, Callable[[Any], shown.Table]], ...] = (
             (self.methods, tables.methods_table),
-            (self.frontier, tables.frontier_table),
+            (self.frontier, lambda rows: tables.frontier_table(rows, self.certificate)),
             (self.per_task, tables.tasks_table),
             (self.timing, timing_table),
         )

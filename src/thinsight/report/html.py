@@ -14,6 +14,7 @@ from typing import Any
 from markupsafe import Markup
 
 from .. import shown, texts
+from ..certificate import steps_table
 from ..evaluation.result import consistency_table, timing_table
 from ..records import user_path, write_atomically
 from ..searches.run import trials_table
@@ -38,6 +39,7 @@ def write_report(path: str | Path, data: ReportData) -> Path:
 def render(data: ReportData) -> str:
     """The report as the text of an HTML page. Parts that `data` lacks leave out their section."""
     sections = {
+        "promise": ("What is promised", data.certificate),
         "schedule": ("The schedule", data.keep_rates),
         "pictures": ("Kept vision tokens", data.pictures),
         "methods": ("Methods side by side", data.methods),
@@ -59,7 +61,8 @@ def render(data: ReportData) -> str:
         tasks=_tasks(data),
         timing=timing_table(data.timing),
         consistency=data.consistency and consistency_table(data.consistency),
-        frontier=tables.frontier_table(data.frontier),
+        frontier=tables.frontier_table(data.frontier, data.certificate),
+        steps=data.certificate and steps_table(data.certificate, data.path_ratios),
         trials=trials_table(data.trials),
         thumbs=_thumbs,
         figure=_figure,

@@ -7,6 +7,8 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from .. import shown
+from ..certificate import Certificate
+from ..schedule import Schedule
 from ..shown import Column, Table
 from . import words
 
@@ -50,9 +52,10 @@ def methods_table(methods: Sequence[MethodRow]) -> Table:
     )
 
 
-def frontier_table(frontier: Sequence[FrontierRow]) -> Table:
-    """One schedule for each cost; the one that was taken stands out."""
-    return Table(
+def frontier_table(frontier: Sequence[FrontierRow], certificate: Certificate | None = None) -> Table:
+    """One schedule for each cost, and what came of it where it was tested; the one that was taken stands out."""
+    outcomes = [] if certificate is None else [certificate.outcome(Schedule(row.keep_rates)) for row in frontier]
+    found = Table(
         "The frontier, on the calibration set",
         frontier,
         Column("Mean keep rate", lambda row: shown.percent(row.mean_keep_rate), "mean keep rate"),
@@ -61,6 +64,7 @@ def frontier_table(frontier: Sequence[FrontierRow]) -> Table:
         Column("", lambda row: "taken" if row.chosen else "", text=True),
         strong=lambda row: row.chosen,
     )
+    return found.put(4, outcomes, "Certificate") if any(outcomes) else found
 
 
 def tasks_table(per_task: Sequence[TaskRow]) -> Table:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..certificate import ASSUMES, ESTIMATED, Certificate
 from ..evaluation.result import Interval
 from ..shown import NOTHING, count, fixed, percent, points, ratio
 
@@ -65,17 +66,39 @@ def scores(data: ReportData) -> str:
     return f"{text} Measured: {' and '.join(speeds)}." if speeds else text
 
 
-def meaning(value: Headline, search: SearchInfo | None) -> str:
-    """What the headline's drop allows one to say."""
+def meaning(data: ReportData) -> str:
+    """What the headline's drop allows one to say, and whether more is promised."""
+    value, certificate = data.headline, data.certificate
+    if value is None:
+        return ""
+    agreement = data.dataset is not None and data.dataset.metric == "agreement"
     if value.full_score == 0:
-        return "The full model scores 0 here: nothing could be lost, so the drop says nothing."
-    return drop_meaning(value.drop, search)
+        text = "The full model scores 0 here: nothing could be lost, so the drop says nothing."
+    elif value.mean_keep_rate == 1:
+        text = "Every layer sees every vision token: this is the full model, and nothing is lost."
+    else:  # a certified search keeps its promise by the certificate, not on the calibration set
+        text = drop_meaning(value.drop, data.search if certificate is None else None, agreement)
+    if certificate is None:
+        return f"{text} What is lost is {ESTIMATED}."
+    if data.dataset is not None and data.dataset.fingerprint == certificate.fingerprint:
+        chosen = "these questions had a part in choosing this one, which only the certificate allows for"
+        return f"{text} The interval is that of a schedule chosen beforehand; {chosen}."
+    return f"{text} The certificate is of other questions than these."
 
 
-def drop_meaning(drop: Interval, search: SearchInfo | None) -> str:
-    """What a 95 % interval of the drop allows one to say: what it holds is not ruled out, and no more."""
+def certified(certificate: Certificate) -> list[str]:
+    """What is promised, on what grounds, and what it takes, a sentence each."""
+    return [certificate.promise, certificate.evidence, *certificate.caveats, ASSUMES]
+
+
+def drop_meaning(drop: Interval, search: SearchInfo | None, agreement: bool = False) -> str:
+    """What a 95 % interval of the drop allows one to say: what it holds is not ruled out, and no more. Of
+    ``agreement`` with the full model, the drop is the share of answers that change."""
     low, high = outward(drop, 2)
-    if drop.low > 0:
+    if agreement:
+        ruled_out = f"up to {fixed(high, 2)} % are not ruled out (95 %)"
+        text = f"{percent(drop.mean)} of the answers here are not the full model's; {ruled_out}."
+    elif drop.low > 0:
         text = f"A loss beyond chance: even the low end of the 95 % interval is {fixed(low, 2)} points."
     elif drop.high < 0:
         by = f"by {fixed(-high, 2)} points at the near end of the 95 % interval."
