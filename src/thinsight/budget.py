@@ -44,7 +44,7 @@ class Budget:
         return self.spent(schedule) <= self.limit * (1 + _ROUNDING)
 
     def limited(self, limit: float) -> Budget:
-        """The same kind of budget on the same prompt with another limit; a mean keep rate above 1 is 1."""
+        """The same kind of budget on the same prompt with another limit."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,55 +53,46 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class _Stated(Budget):
-    """A budget whose limit is one of its fields, the ``amount``."""
-
-    amount: ClassVar[str]
-
-    @property
-    def limit(self) -> float:  # type: ignore[override]
-        """The rate, the FLOPs or the milliseconds."""
-        amount: float = getattr(self, self.amount)
-        return amount
-
-    def limited(self, limit: float) -> Budget:
-        changed: dict[str, Any] = {self.amount: min(1.0, limit) if self.unit == "keep" else limit}
-        return replace(self, **changed)
-
-
-@dataclass(frozen=True)
-class KeepBudget(_Stated):
+class KeepBudget(Budget):
     """A mean keep rate over all layers (the paper's "memory cost"), counted in whole tokens.
 
     Raises:
         ThinsightError: a rate outside (0, 1].
     """
 
-    unit, amount = "keep", "rate"
+    unit = "keep"
     num_layers: int
     n_vision: int
     rate: float
 
     def __post_init__(self) -> None:
-        if not 0 < (rate := real(self.rate)) <= 1:
+        if not 0 < real(self.rate) <= 1:
             raise BadInput(f"budget is {self.rate!r}; a mean keep rate must be above 0 and at most 1")
-        object.__setattr__(self, "rate", rate)
+
+    @property
+    def limit(self) -> float:  # type: ignore[override]
+        """The rate."""
+        return float(self.rate)
 
     def spent(self, schedule: Schedule) -> float:
         """Mean share of the N tokens that enter a layer, after rounding to whole tokens."""
         counts = schedule.counts(self.n_vision)
         return sum(counts) / (len(counts) * self.n_vision) if self.n_vision else 0.0
 
+    def limited(self, limit: float) -> KeepBudget:
+        """Another mean keep rate; above 1 it is 1."""
+        return replace(self, rate=min(1.0, limit))
+
 
 @dataclass(frozen=True)
-class FlopsBudget(_Stated):
+class FlopsBudget(Budget):
     """Decoder prefill FLOPs that a schedule may cost on one stated prompt.
 
     ``shape`` is the decoder, ``n_vision`` and ``n_text`` the prompt's tokens (medians over a data set, as a
     rule), ``flops`` the limit. Build one with ``like`` or ``ratio``.
     """
 
-    unit, amount = "flops", "flops"
+    unit = "flops"
     shape: cost.DecoderShape
     n_vision: int
     n_text: int
@@ -129,9 +120,18 @@ class FlopsBudget(_Stated):
         """Of the decoder."""
         return self.shape.num_layers
 
+    @property
+    def limit(self) -> float:  # type: ignore[override]
+        """The FLOPs."""
+        return self.flops
+
     def spent(self, schedule: Schedule) -> float:
         """Decoder FLOPs of ``schedule`` on this prompt."""
         return self.shape.prefill_flops(self.n_vision, self.n_text, schedule)
+
+    def limited(self, limit: float) -> FlopsBudget:
+        """Other FLOPs."""
+        return replace(self, flops=limit)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "n_text": self.n_text}
@@ -192,20 +192,29 @@ class LatencyModel:
 
 
 @dataclass(frozen=True)
-class TimeBudget(_Stated):
+class TimeBudget(Budget):
     """Milliseconds of one prefill of the stated prompt, as a latency model of the device predicts them."""
 
-    unit, amount = "ms", "milliseconds"
+    unit = "ms"
     latency: LatencyModel
     num_layers: int
     n_vision: int
     n_text: int
     milliseconds: float
 
+    @property
+    def limit(self) -> float:  # type: ignore[override]
+        """The milliseconds."""
+        return self.milliseconds
+
     def spent(self, schedule: Schedule) -> float:
         """Predicted milliseconds of a prefill under ``schedule``."""
         tokens = cost.layer_tokens(self.num_layers, self.n_vision, self.n_text, schedule)
         return 1e3 * self.latency.prefill(tokens)
+
+    def limited(self, limit: float) -> TimeBudget:
+        """Other milliseconds."""
+        return replace(self, milliseconds=limit)
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "n_text": self.n_text, "latency": self.latency.to_dict()}

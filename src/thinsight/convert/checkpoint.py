@@ -215,22 +215,21 @@ class Conversion:
         return self.split(tensor) if self.split is not None else (tensor,) * len(self.targets)
 
 
-Rules = dict[str, Conversion]
+Rules = Mapping[str, Conversion | str]  # a bare new name: nothing is taken apart
 """By a pattern that must match a whole original name, whose groups the targets may use; the first that matches."""
 
 
 def _find_conversions(source: Source, config: InternVLConfig) -> dict[str, Conversion]:
-    rules = _vision_rules(*vision_depths(source.config)) | _text_rules(
-        architecture_of(source.config), config.text_config
-    )
+    text_rules = _text_rules(architecture_of(source.config), config.text_config)
+    rules = {**_vision_rules(*vision_depths(source.config)), **text_rules}
     found: dict[str, Conversion] = {}
     for name in source.tensors:
         for pattern, rule in rules.items():
             if match := re.fullmatch(pattern, name):
-                found[name] = Conversion(tuple(match.expand(target) for target in rule.targets), rule.split)
+                made = Conversion((rule,)) if isinstance(rule, str) else rule
+                found[name] = Conversion(tuple(match.expand(target) for target in made.targets), made.split)
                 break
-    unknown = [name for name in source.tensors if name not in found]
-    if unknown:
+    if unknown := [name for name in source.tensors if name not in found]:
         raise _misfit(source, unknown, "unknown tensors that no rule knows")
     return found
 
@@ -270,10 +269,6 @@ _INTERNLM2_LAYER_NAMES = {
 }
 
 
-def _one(target: str) -> Conversion:
-    return Conversion((target,))
-
-
 def _vision_rules(depth: int, stored_depth: int) -> Rules:
     """Of InternViT and the projector. Of the ``stored_depth`` layers only the first ``depth`` are needed."""
     unneeded = "|".join(str(layer) for layer in range(depth, stored_depth))
@@ -281,14 +276,14 @@ def _vision_rules(depth: int, stored_depth: int) -> Rules:
     embeddings = _OLD_TOWER + r"embeddings\."
     return {
         **({_OLD_TOWER + rf"encoder\.layers\.(?:{unneeded})\..+": Conversion()} if unneeded else {}),
-        embeddings + "class_embedding": _one(_NEW_TOWER + "embeddings.cls_token"),
-        embeddings + "position_embedding": _one(_NEW_TOWER + "embeddings.position_embeddings"),
-        embeddings + "patch_embedding" + _END: _one(_NEW_TOWER + r"embeddings.patch_embeddings.projection.\1"),
+        embeddings + "class_embedding": _NEW_TOWER + "embeddings.cls_token",
+        embeddings + "position_embedding": _NEW_TOWER + "embeddings.position_embeddings",
+        embeddings + "patch_embedding" + _END: _NEW_TOWER + r"embeddings.patch_embeddings.projection.\1",
         # all queries, then all keys, then all values: (3 * width, ...)
         _OLD_LAYER + r"attn\.qkv" + _END: Conversion(qkv, partial(torch.chunk, chunks=3)),
-        _OLD_LAYER + r"ls([12])": _one(_NEW_LAYER + r"lambda_\2"),
-        **{_OLD_LAYER + old + _END: _one(_NEW_LAYER + new + r".\2") for old, new in _LAYER_NAMES.items()},
-        **{_OLD_PROJECTOR + old + _END: _one(_NEW_PROJECTOR + new + r".\1") for old, new in _PROJECTOR_NAMES.items()},
+        _OLD_LAYER + r"ls([12])": _NEW_LAYER + r"lambda_\2",
+        **{_OLD_LAYER + old + _END: _NEW_LAYER + new + r".\2" for old, new in _LAYER_NAMES.items()},
+        **{_OLD_PROJECTOR + old + _END: _NEW_PROJECTOR + new + r".\1" for old, new in _PROJECTOR_NAMES.items()},
     }
 
 
@@ -297,22 +292,18 @@ def _text_rules(architecture: str, text_config: Any) -> Rules:
     prefix, and Phi-3 its packed projections, since the transformers classes have the same ones."""
     rotary: Rules = {r"language_model\..+\.rotary_emb\.inv_freq": Conversion()}  # computed from the config
     if architecture != "InternLM2ForCausalLM":
-        return {
-            **rotary,
-            _OLD_TEXT + "(.+)": _one(_NEW_TEXT + r"\1"),
-            r"language_model\.(lm_head\.weight)": _one(r"\1"),
-        }
+        return {**rotary, _OLD_TEXT + "(.+)": _NEW_TEXT + r"\1", r"language_model\.(lm_head\.weight)": r"\1"}
     head_dim = text_config.hidden_size // text_config.num_attention_heads
     split = partial(_split_grouped, kv_heads=text_config.num_key_value_heads, head_dim=head_dim)
     qkv = tuple(_NEW_TEXT_LAYER + rf"self_attn.{part}_proj.\2" for part in "qkv")
     names = _INTERNLM2_LAYER_NAMES.items()
     return {
         **rotary,
-        _OLD_TEXT + r"tok_embeddings\.weight": _one(_NEW_TEXT + "embed_tokens.weight"),
-        _OLD_TEXT + r"norm\.weight": _one(_NEW_TEXT + "norm.weight"),
-        r"language_model\.output\.weight": _one("lm_head.weight"),
+        _OLD_TEXT + r"tok_embeddings\.weight": _NEW_TEXT + "embed_tokens.weight",
+        _OLD_TEXT + r"norm\.weight": _NEW_TEXT + "norm.weight",
+        r"language_model\.output\.weight": "lm_head.weight",
         _OLD_TEXT_LAYER + r"attention\.wqkv" + _END: Conversion(qkv, split),
-        **{_OLD_TEXT_LAYER + old + _END: _one(_NEW_TEXT_LAYER + new + r".\2") for old, new in names},
+        **{_OLD_TEXT_LAYER + old + _END: _NEW_TEXT_LAYER + new + r".\2" for old, new in names},
     }
 
 

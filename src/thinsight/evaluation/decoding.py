@@ -323,9 +323,8 @@ class _Run:
     def _predict_all(
         self, logits: Tensor, draft: Tensor, rated: Sequence[Sequence[int]]
     ) -> tuple[list[list[int]], list[list[float]], list[list[float]]]:
-        """For every answer position, the greedy token given the draft before it, its lead, and the
-        log-probability of the token that is rated there (of the greedy one where none is)."""
-        # logits: (batch, extra + 1, vocabulary)
+        """For every answer position of logits (batch, extra + 1, vocabulary), the greedy token given the draft before
+        it, its lead, and the log-probability of the token that is rated there (of the greedy one where none is)."""
         before = draft.tolist()
         tokens, gaps, likely = [], [], []
         for position in range(logits.shape[1]):

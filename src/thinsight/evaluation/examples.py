@@ -378,8 +378,7 @@ def check_images(examples: Sequence[Example], source: str = "the examples", prog
 
 
 def read_examples(source: str | Path) -> list[Example]:
-    """The examples of a file, line by line: nothing is checked that takes more than one line, and no image is
-    looked at."""
+    """The examples of a file, each line checked alone, no image looked at."""
     path = Path(os.path.expanduser(source))
     if isinstance(source, str) and source.startswith(DEMO_PREFIX):
         name = source.removeprefix(DEMO_PREFIX)
@@ -457,8 +456,8 @@ def _text(record: dict[str, Any], name: str, where: str, also: type | None = Non
 
 
 def _strings(record: dict[str, Any], one: str, where: str) -> tuple[str, ...]:
-    """The texts of a field that may be given as one text or under its plural name as a list; () if it is not.
-    A number is accepted as the text it is written as, where it is an answer."""
+    """The texts of a field given as one text or under its plural name as a list; () if it is not. A number that is an
+    answer is the text it is written as."""
     many = f"{one}s"
     given = [name for name in (one, many) if record.get(name) is not None]
     if len(given) == 2:
