@@ -230,6 +230,41 @@ def test_every_interval_is_one(pairs: list[tuple[float, float]], images: int) ->
     assert back.mean == pytest.approx(-found.mean)
 
 
+@pytest.mark.parametrize("count", [3, 40, 1152])
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_no_corner_is_narrower_than_the_rule_of_three(count: int, images: int) -> None:
+    """All right, all wrong, one changed image, and scores between that do not change: with groups too."""
+    groups = [place // images for place in range(count)]
+    one = np.ones(count)
+    one[:images] = 0.0
+    few = np.full(count, 0.3)
+    few[0] = 0.6
+    corners = [(np.ones(count), np.ones(count)), (np.zeros(count), np.zeros(count)), (np.ones(count), one)]
+    corners += [(one, np.ones(count)), (few, few), (few, np.full(count, 0.3)), (np.zeros(count), np.full(count, 1e-9))]
+    for full, reduced in corners:
+        found = drop_interval(full, reduced, groups=groups, resamples=50)
+        assert found.mean == pytest.approx(float((full - reduced).mean()))
+        assert found.low <= max(-1.0, found.mean - 3.7 / count) + 1e-12
+        assert found.high >= min(1.0, found.mean + 3.7 / count) - 1e-12
+        assert found.low < found.mean < found.high or abs(found.mean) == 1
+
+
+def test_scores_between_are_as_wide_as_when_they_are_rounded() -> None:
+    """Both at one threshold, as a certificate rounds them: on average over thresholds."""
+    rng = np.random.default_rng(5)
+    full = rng.choice([0.0, 0.3, 0.6, 0.9, 1.0], 200)
+    for changed in (0.02, 0.2, 0.6):
+        reduced = np.where(rng.random(200) < changed, rng.choice([0.0, 0.3, 0.6, 0.9, 1.0], 200), full)
+        found = drop_interval(full, reduced, resamples=500)
+        widths = []
+        for _ in range(100):
+            limits = rng.random(200)
+            rounded = drop_interval((limits < full).astype(float), (limits < reduced).astype(float))
+            widths.append(rounded.high - rounded.low)
+        error = np.std(widths) / math.sqrt(len(widths))
+        assert found.high - found.low >= np.mean(widths) - 2 * error
+
+
 def test_scores_outside_of_a_metrics_range_are_refused() -> None:
     for bad in (-0.1, 1.5):
         with pytest.raises(BadInput, match="outside of"):

@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import json
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +23,17 @@ from thinsight.baselines import BASELINES
 from thinsight.errors import BadInput, StorageError, ThinsightError
 from thinsight.evaluation import full_model
 from thinsight.evaluation import store as feature_store
+from thinsight.evaluation.examples import Example
 from thinsight.job.compare import CompareOutcome, compare
 from thinsight.job.options import CompareOptions, ModelOptions, SearchOptions, method_names
 from thinsight.job.pipeline import search_and_report
 from thinsight.loading import load_model
+from thinsight.progress import Watcher
 from thinsight.records import decode, encode
 from thinsight.reduction import Reduction
-from thinsight.report.comparison import Comparison, Run, markdown, table
+from thinsight.report.comparison import Comparison, Run, certified_costs, certified_table, markdown, table, to_csv
 from thinsight.schedule import Schedule
+from thinsight.searches.certify import certify, exact_p_value
 from thinsight.searches.search import under_budget
 
 BUDGETS = (0.6, 0.2)
@@ -293,6 +297,122 @@ def test_the_table_averages_seeds_and_pairs_examples() -> None:
     assert "| Vtw | refused: cannot go below 0.6 |" in markdown(comparison)
 
 
+# -- certified costs -----------------------------------------------------------------------------------------
+
+
+def ladder(method: str, counts: dict[float, tuple[int, int]], seed: int | None = None, n: int = 1000) -> list[Run]:
+    """A method at several budgets, each with so many losses and wins of n, 90 % right under the full model."""
+    runs = []
+    for budget, (losses, wins) in counts.items():
+        scores = [0.0] * losses + [1.0] * (n * 9 // 10 - losses) + [1.0] * wins + [0.0] * (n // 10 - wins)
+        rates = (1.0, budget)
+        score = float(np.mean(scores))
+        spent = (1 + budget) / 2
+        runs.append(
+            Run(budget, method, method.title(), seed, rates, {"name": "x"}, spent, 4 * spent, score, (*scores,))
+        )
+    return runs
+
+
+EXAMPLES = [Example(f"t{place}", (), "What?", ("this",), group=f"image {place}") for place in range(1000)]
+
+
+def compared(*runs: Run) -> Comparison:
+    full = (1.0,) * 900 + (0.0,) * 100
+    groups = tuple(str(example.group) for example in EXAMPLES)
+    return Comparison("m", "t", "h", "keep", 16, (0,), 0.9, 4.0, full, groups, runs, {})
+
+
+def test_each_method_is_certified_along_its_own_budgets() -> None:
+    good = ladder("sensitivity", {0.5: (1, 1), 0.25: (3, 3), 0.125: (30, 2)}, seed=0)
+    early = ladder("fastv", {0.25: (9, 0), 0.5: (2, 0), 0.125: (0, 20)})  # the cheapest is behind a failure
+    never = ladder("vtw", {0.5: (40, 0)})
+    refused = replace(never[0], method="dart", refused="cannot go below 0.6", keep_rates=(), per_example=(), flops=0.0)
+    comparison = compared(*good, *early, *never, refused)
+    found = certified_costs(comparison, EXAMPLES, 0.01)
+    assert [(each.method, each.budget, each.seed) for each in found] == [
+        ("sensitivity", 0.25, 0),
+        ("fastv", 0.5, None),
+        ("vtw", None, None),
+    ]
+    assert [each.flops_ratio for each in found] == [1 / 0.625, 1 / 0.75, 1.0]
+    assert [len(each.certificate.steps) for each in found] == [3, 2, 1]
+    assert found[0].certificate.p_value == exact_p_value(3, 3, 1000, 0.01)
+    assert found[1].certificate.path == tuple(Schedule((1.0, rate)) for rate in (0.5, 0.25, 0.125))
+    assert len({each.certificate.fingerprint for each in found}) == 1
+    read = decode(Comparison, json.loads(json.dumps(encode(replace(comparison, certified=found)))), "here", "again")
+    assert read.certified == found
+
+
+def test_each_seed_is_a_method_of_its_own() -> None:
+    runs = [*ladder("random", {0.5: (1, 1), 0.25: (40, 0)}, 0), *ladder("random", {0.5: (40, 1), 0.25: (1, 1)}, 1)]
+    found = certified_costs(compared(*runs), EXAMPLES, 0.01)
+    assert [(each.seed, each.budget) for each in found] == [(0, 0.5), (1, None)]
+    told = certified_table(replace(compared(*runs), certified=found))
+    assert [row[0] for row in told.rows] == ["Random", "Random, seed 1"]
+
+
+def test_two_budgets_of_one_cost_are_tested_once() -> None:
+    first, second, third = ladder("fastv", {0.5: (1, 1), 0.25: (3, 3), 0.125: (40, 0)})
+    comparison = compared(first, replace(first, budget=0.4), second, third)
+    [found] = certified_costs(comparison, EXAMPLES, 0.01)
+    assert len(found.certificate.path) == 3
+    assert found.budget == 0.25
+    rows = list(csv.DictReader(to_csv(replace(comparison, certified=(found,))).splitlines()))
+    assert [row["certified"] for row in rows] == ["certified", "certified", "certified", "not certified"]
+    assert "certified" not in to_csv(comparison)
+
+
+def test_the_tables_say_what_is_promised_and_of_how_many() -> None:
+    comparison = compared(*ladder("sensitivity", {0.5: (1, 1)}), *ladder("vtw", {0.5: (40, 0), 0.25: (0, 0)}))
+    comparison = replace(comparison, certified=certified_costs(comparison, EXAMPLES, 0.01, metric="exact_match"))
+    text = markdown(comparison)
+    assert "### What each method costs at 1 point, certified with 95 % confidence" in text
+    p = f"{np.ceil(1000 * exact_p_value(1, 1, 1000, 0.01)) / 1000:.3f}"
+    assert rf"| **Sensitivity** | 1.33x | 0.5 | 1 / 1 | {p} | all of its budgets are certified |" in text
+    assert "| Vtw | 1.00x | | | | not certified at 1 points: 40 losses and 0 wins in 1,000 examples; " in text
+    assert "several promises: each one holds with 95 % confidence" in text
+    console = Console(file=io.StringIO(), width=120, color_system=None)
+    console.print(comparison)
+    for words in ("What each method costs at 1 point", "several promises", "all of its budgets are certified"):
+        assert words in console.file.getvalue()
+    assert "certified" not in markdown(replace(comparison, certified=()))
+
+
+def test_a_comparison_certifies_on_the_scores_it_has(
+    small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `certify` does that runs each schedule; too few examples are told before any work; nothing is run again."""
+    options = options_for(small, tmp_path / "run", methods=("fastv", "divprune"), n_trials=None)
+    plain = compare(options).comparison
+    assert plain.certified == ()
+    told: list[str] = []
+
+    class Noting(Watcher):
+        def on_note(self, text: str) -> None:
+            told.append(text)
+
+    monkeypatch.setattr(Evaluator, "_report", lambda *_: pytest.fail("ran the model again"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        outcome = compare(replace(options, resume=True, max_drop=0.9, confidence=0.8), Noting())
+    assert not any("certify no method" in text for text in told)
+    monkeypatch.undo()
+    found = outcome.comparison
+    assert [run.per_example for run in found.runs] == [run.per_example for run in plain.runs]
+    assert {each.method for each in found.certified} == {run.method for run in found.runs if not run.refused}
+    assert "What each method costs at 90 points, certified with 80 % confidence" in outcome.files[2].read_text()
+    model, processor = load_model(small.model, device="cpu")
+    test = Evaluator(model, processor, load_examples(small.test), max_new_tokens=2, batch_size=4)
+    for each in found.certified:
+        runs = sorted((run for run in found.runs if run.method == each.method), key=lambda run: -run.flops)
+        path = [Reduction(Schedule(run.keep_rates), run.ranker) for run in runs if not run.refused]
+        assert certify(path, test, 0.9, 0.8) == each.certificate
+        assert each.certificate.metric == test.metric_names != ""
+    compare(replace(options, resume=True, max_drop=0.01), Noting())
+    assert any("12 test examples certify no method at max_drop 0.01" in text for text in told)
+
+
 def test_a_hostile_title_stays_in_its_cell() -> None:
     scored = replace(run_of("sensitivity", (1.0,)), title="mine |\n| <b>x</b>")
     refused = run_of("vtw", (), refused="a `b` | \x1b[31m\n| c |")
@@ -326,6 +446,10 @@ def test_a_hostile_title_stays_in_its_cell() -> None:
         ({"batch_size": "many"}, "batch_size is 'many'"),
         ({"cache_gib": -1.0}, "cache_gib is -1.0"),
         ({"metric": "vibes"}, "metric is 'vibes'"),
+        ({"max_drop": 0.0}, "max_drop is 0.0, and no number of examples"),
+        ({"max_drop": 1.5}, "max_drop is 1.5"),
+        ({"max_drop": 0.01, "confidence": 1.0}, "confidence is 1.0"),
+        ({"confidence": 0.9}, "confidence is 0.9, but no max_drop"),
     ],
 )
 def test_bad_options_are_named_before_any_work(

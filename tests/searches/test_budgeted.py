@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from oracles import SmoothOracle
+from oracles import NeedOracle, SmoothOracle
 
 from thinsight.budget import FlopsBudget, KeepBudget
 from thinsight.errors import BadInput, ThinsightError
@@ -17,6 +17,7 @@ from thinsight.evaluation.result import Evaluation
 from thinsight.experimental.adaptive import adaptive_search
 from thinsight.schedule import Schedule
 from thinsight.searches import StandIn, frontier, psigmoid, random_search, sensitivity_search
+from thinsight.searches.certify import certify
 from thinsight.searches.sensitivity import SHARES, ExitModel
 from thinsight.searches.shapes import deform, first_layer_for, fit_sigmoid, random_staircase, sigmoid
 
@@ -271,3 +272,42 @@ def test_the_first_layer_is_the_papers_unless_the_budget_is_small() -> None:
     assert first_layer_for(KeepBudget(L, N, 0.6), 1) == 2
     assert first_layer_for(KeepBudget(L, N, 0.3), 1) == 1
     assert first_layer_for(KeepBudget(L, N, 0.1), 0) == 0
+
+
+# -- certified points ----------------------------------------------------------------------------------------
+
+
+class Scored(NeedOracle):
+    """Tells each example's score."""
+
+    def __call__(self, candidate: Any, /) -> Evaluation:
+        counts = getattr(candidate, "schedule", candidate).counts(self.num_vision_tokens)
+        right = [all(c >= k for c, k in zip(counts, need, strict=True)) for need in self.needs]
+        scores = np.array([*right, *[False] * self.lost], dtype=float)
+        return Evaluation(float(scores.mean()), scores, cost=float(sum(counts)))
+
+
+def test_a_frontier_is_certified_from_its_costly_end() -> None:
+    rng = np.random.default_rng(0)
+
+    def drawn(count: int) -> Scored:
+        """Half of the tokens are enough for all, an eighth for nine of ten."""
+        needs = np.where(rng.random(count) < 0.1, rng.integers(8, 32, count), rng.integers(0, 8, count))
+        return Scored(64, [[0, 0, need, need] for need in needs], lost=count // 10)
+
+    found = frontier(drawn(200), [0.55, 0.65, 0.8])
+    fresh = drawn(1000)
+    chosen = found.certified(fresh, 0.02)
+    certificate = chosen.certificate
+    assert certificate is not None
+    assert certificate.schedule == chosen.schedule
+    assert certificate.path == tuple(point.schedule for point in reversed(found.points))
+    spent = [schedule.mean_keep_rate for schedule in certificate.path]
+    assert spent == sorted(spent, reverse=True)
+    assert certificate == certify([point.reduction for point in reversed(found.points)], fresh, 0.02)
+    again = found.certified(drawn(20), 0.02)
+    assert again.schedule.is_full
+    assert again.certificate is not None
+    assert again.certificate.schedule is None
+    with pytest.raises(BadInput, match="max_drop is 0"):
+        found.certified(fresh, 0.0)

@@ -6,20 +6,21 @@ Keeps the result of every run, so that an interruption loses nothing. Knows noth
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..baselines import BASELINES
 from ..budget import Budget
+from ..certificate import least_examples
 from ..errors import BadInput, MissingPackage, Unreachable, Unsupported
 from ..evaluation.consistency import attention_statistics
 from ..progress import Watcher
 from ..ranking import get_ranker
 from ..records import encode, write_atomically
 from ..reduction import Reduction
-from ..report.comparison import Comparison, Run, draw, markdown, to_csv
+from ..report.comparison import Comparison, Run, certified_costs, draw, markdown, to_csv
 from ..schedule import Adaptive, Schedule
 from ..searches.search import SEARCHES, rankers_for
 from .opening import Limits, Prepared, content_hash, environment, limits_of, prepare
@@ -70,6 +71,13 @@ def compare(options: CompareOptions, watcher: Watcher | None = None) -> CompareO
         ThinsightError: bad input, before long work starts, or a folder of another comparison.
     """
     prepared = prepare(options, options.own_ranker, watcher or Watcher())
+    if options.max_drop is not None:
+        least, tested = least_examples(options.max_drop, confidence=options.certainty), len(prepared.sets.test)
+        if tested < least:
+            prepared.watcher.on_note(
+                f"warning: {tested} test examples certify no method at max_drop {options.max_drop:g}, were all "
+                f"answers the same: give at least {least:,}, or a larger --max-drop"
+            )
     searches = any(map(_searches, options.chosen))
     prepared.check_full_score(prepared.test, *([prepared.calibration] if searches else []))
     prepared.folder.bind(
@@ -117,6 +125,11 @@ class _Comparing:
             environment=environment(prepared.opened),
             doubt=full.doubt,
         )
+        if options.max_drop is not None:
+            prepared.watcher.on_stage("Certifying on the scores of the test set")
+            names, told = prepared.test.metric_names, (options.max_drop, options.certainty)
+            certified = certified_costs(comparison, prepared.sets.test, *told, metric=names)
+            comparison = replace(comparison, certified=certified)
         prepared.watcher.on_stage("Writing the comparison")
         return _written(comparison, prepared.folder.path)
 

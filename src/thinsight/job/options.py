@@ -436,6 +436,10 @@ class CompareOptions(RunOptions):
     ranker: str | dict[str, Any] | None = told(
         None, "Of the searches that do not choose it. Default: text-attention.", kind=str | None, read=ranker_of
     )
+    max_drop: float | None = told(
+        None, "Say too what each method costs at this drop of the score, certified on the test set, 0.01 for one point."
+    )
+    confidence: float | None = told(None, "Of that (0.95).")
     n_trials: int | None = told(None, "Evaluations of each search (16).", least=1)
     seeds: tuple[int, ...] = told(
         (0,),
@@ -453,6 +457,11 @@ class CompareOptions(RunOptions):
         return 16 if self.n_trials is None else self.n_trials
 
     @property
+    def certainty(self) -> float:
+        """The certificates' confidence."""
+        return 0.95 if self.confidence is None else self.confidence
+
+    @property
     def own_ranker(self) -> str | dict[str, Any]:
         """Of the searches that do not choose theirs."""
         return "text-attention" if self.ranker is None else self.ranker
@@ -467,6 +476,7 @@ class CompareOptions(RunOptions):
         """As above."""
         from ..budget import check_budget_value
         from ..ranking import get_ranker
+        from ..searches.certify import check_promise
 
         for budget in self.budgets:
             check_budget_value(budget, self.unit)
@@ -477,6 +487,12 @@ class CompareOptions(RunOptions):
             if method not in ("all", *method_names()):
                 raise BadInput(f"method is {method!r}; choose all, or some of {', '.join(method_names())}")
         self._check_taken()
+        if self.max_drop is not None:
+            check_promise(self.max_drop, self.certainty)
+        elif self.confidence is not None:
+            raise BadInput(
+                f"confidence is {self.confidence!r}, but no max_drop is to be certified: give it, or neither"
+            )
         get_ranker(self.own_ranker)
         return super().check()
 

@@ -17,9 +17,14 @@ from typing import Any
 import numpy as np
 
 from .. import shown, texts
+from ..certificate import Certificate, shown_p
 from ..errors import MissingPackage
-from ..evaluation.result import Interval, drop_interval
+from ..evaluation.base import SearchEvaluator
+from ..evaluation.examples import Example
+from ..evaluation.result import Evaluation, Interval, drop_interval
 from ..records import write_atomically
+from ..schedule import Schedule
+from ..searches.certify import certify
 from . import words
 
 OURS = "sensitivity"
@@ -46,6 +51,22 @@ class Run:
 
 
 @dataclass(frozen=True)
+class CertifiedCost:
+    """What a method costs at a promised drop: its own budgets, from costly to cheap, are the path that is tested.
+
+    ``flops_ratio`` is the full model's FLOPs over those of its cheapest certified run, at ``budget``; 1 and None where
+    none is certified.
+    """
+
+    method: str
+    title: str
+    seed: int | None
+    budget: float | None
+    flops_ratio: float
+    certificate: Certificate
+
+
+@dataclass(frozen=True)
 class Comparison(shown.Shown):
     """All runs of one model, with what is needed to judge them."""
 
@@ -62,6 +83,7 @@ class Comparison(shown.Shown):
     runs: tuple[Run, ...]
     environment: dict[str, str]
     doubt: str = ""  # why the full model's score is too low to tell much
+    certified: tuple[CertifiedCost, ...] = ()  # where a drop was to be promised
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -70,12 +92,14 @@ class Comparison(shown.Shown):
         return Group(*shown.spaced([*parts, *self._tables()]), "")
 
     def _tables(self) -> Iterable[shown.Table]:
-        """One for each budget, best score first; our search stands out."""
+        """One for each budget, best score first, our search standing out; and what each method costs for certain."""
         full = shown.percent(self.full_score)
         for budget, lines in by_budget(self):
             refused = [f"{line.title}: {line.refused}" for line in lines if line.refused]
             title = f"{budget_title(budget, self.unit)}; full model {full}"
             yield _drawn(title, [line for line in lines if not line.refused], refused)
+        if self.certified:
+            yield certified_table(self)
 
 
 @dataclass(frozen=True)
@@ -131,8 +155,109 @@ def _line(comparison: Comparison, runs: Sequence[Run], ours: Sequence[Sequence[f
     )
 
 
+class _Stored(SearchEvaluator):
+    """An evaluator that has run everything before: it tells the scores that are stored."""
+
+    num_vision_tokens = 1  # no count is told to it
+
+    def __init__(self, comparison: Comparison, examples: Sequence[Example], runs: Sequence[Run], metric: str) -> None:
+        self.num_layers, self.examples, self.metric_names = len(runs[0].keep_rates), examples, metric
+        self.full = Evaluation(comparison.full_score, np.array(comparison.full_per_example))
+        self.found = {Schedule(run.keep_rates): np.array(run.per_example) for run in runs}
+
+    def __call__(self, candidate: Any, /) -> Evaluation:
+        scores = self.found[candidate]
+        return Evaluation(float(scores.mean()), scores)
+
+
+def certified_costs(
+    comparison: Comparison, examples: Sequence[Example], max_drop: float, confidence: float = 0.95, metric: str = ""
+) -> tuple[CertifiedCost, ...]:
+    """What each method costs at a promised drop, cheapest first; a method of several seeds once for each.
+
+    Its budgets, which were given before the test set was looked at, are the path; the scores are those of the
+    comparison, so that nothing is run again. Methods that were refused everywhere are left out.
+
+    Args:
+        comparison: with all of its runs.
+        examples: the test set, in the order of the scores.
+        max_drop, confidence: see `thinsight.certify`.
+        metric: the names of what the scores are of.
+
+    Raises:
+        ThinsightError: what cannot be promised.
+    """
+    ladders: dict[tuple[str, int | None], list[Run]] = {}
+    for run in sorted(comparison.runs, key=lambda run: -run.flops):
+        ladder = ladders.setdefault((run.method, run.seed), [])
+        if not run.refused and (not ladder or _cheaper(run, ladder[-1])):
+            ladder.append(run)
+    found = []
+    for (method, seed), ladder in ladders.items():
+        if not ladder:
+            continue
+        path = [Schedule(run.keep_rates) for run in ladder]
+        certificate = certify(path, _Stored(comparison, examples, ladder, metric), max_drop, confidence)
+        best = None if certificate.place is None else ladder[certificate.place]
+        budget, ratio = (None, 1.0) if best is None else (best.budget, comparison.full_flops / best.flops)
+        found.append(CertifiedCost(method, ladder[0].title, seed, budget, ratio, certificate))
+    return tuple(sorted(found, key=lambda each: -each.flops_ratio))
+
+
+def _cheaper(run: Run, last: Run) -> bool:
+    """Whether a run goes on where a path has come to; of two that cost the same, whatever their budgets, the first
+    stands for both."""
+    rates = zip(run.keep_rates, last.keep_rates, strict=True)
+    return run.flops < last.flops and any(cheap < costly for cheap, costly in rates)
+
+
+def certified_table(comparison: Comparison) -> shown.Table:
+    """What each method costs at the promised drop, and where its path ended."""
+
+    def tested(line: CertifiedCost) -> str:
+        certificate = line.certificate
+        return "" if certificate.schedule is None else f"{certificate.losses} / {certificate.wins}"
+
+    def ended(line: CertifiedCost) -> str:
+        return line.certificate.reason or "all of its budgets are certified"
+
+    first = comparison.certified[0].certificate
+    points = "1 point" if first.max_drop == 0.01 else f"{100 * first.max_drop:g} points"
+    sure = f"{100 * first.confidence:g} % confidence"
+    budget = "mean keep rate" if comparison.unit == "keep" else comparison.unit
+    notes = [
+        f"Each method's budgets, from costly to cheap, were tested until one failed; 1.00{shown.TIMES} is the full "
+        f"model. Several methods on one test set are several promises: each one holds with {sure}, all of them "
+        "together with less, and so does the best one, picked by looking at this table."
+    ]
+    return shown.Table(
+        f"What each method costs at {points}, certified with {sure}",
+        comparison.certified,
+        shown.Column("method", _named, text=True),
+        shown.Column("FLOPs", lambda line: shown.ratio(line.flops_ratio), "full / this"),
+        shown.Column("budget", lambda line: "" if line.budget is None else f"{line.budget:g}", budget),
+        shown.Column("losses / wins", tested),
+        shown.Column("p", lambda line: "" if line.certificate.p_value is None else shown_p(line.certificate.p_value)),
+        shown.Column("then", ended, text=True),
+        strong=lambda line: line.method == OURS,
+        notes=notes,
+    )
+
+
+def _named(line: CertifiedCost) -> str:
+    return line.title if not line.seed else f"{line.title}, seed {line.seed}"
+
+
 def to_csv(comparison: Comparison) -> str:
-    """Every run, one line each."""
+    """Every run, one line each; where a drop was to be promised, with what came of it."""
+    paths = {(each.method, each.seed): each.certificate for each in comparison.certified}
+
+    def promised(run: Run) -> dict[str, Any]:
+        if not comparison.certified:
+            return {}
+        certificate = paths.get((run.method, run.seed))
+        return {"certified": certificate.outcome(Schedule(run.keep_rates)) if certificate and not run.refused else None}
+
     rows: list[dict[str, Any]] = [
         {
             "budget": run.budget,
@@ -149,6 +274,7 @@ def to_csv(comparison: Comparison) -> str:
             "ranker": json.dumps(run.ranker) if run.ranker else None,
             "keep_rates": " ".join(f"{rate:.6g}" for rate in run.keep_rates),
             "refused": run.refused,
+            **promised(run),
         }
         for run in comparison.runs
     ]
@@ -165,6 +291,9 @@ def markdown(comparison: Comparison) -> str:
     for budget, lines in by_budget(comparison):
         title = budget_title(budget, comparison.unit)
         parts += [f"### {title}", "", _drawn(title, lines).markdown(), ""]
+    if comparison.certified:
+        found = certified_table(comparison)
+        parts += [f"### {found.title}", "", found.markdown(), "", *found.notes, ""]
     return "\n".join(parts)
 
 

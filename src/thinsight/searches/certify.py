@@ -93,7 +93,7 @@ class _Region:
         high = n - self.losses + 1  # belongs, or is no table any more
         while (high - low > 1).any():
             middle = (low + high) // 2
-            inside = _tango(losses, middle.astype(float), n, self.max_drop) <= seen + _TIE
+            inside = _tango(losses, np.maximum(middle, 0).astype(float), n, self.max_drop) <= seen + _TIE
             moving = high - low > 1
             high, low = np.where(moving & inside, middle, high), np.where(moving & ~inside, middle, low)
         return high

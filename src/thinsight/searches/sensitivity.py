@@ -27,6 +27,7 @@ from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
 from ..reduction import Reduction
 from ..schedule import Schedule, solve
+from .certify import certify
 from .run import Run, SearchResult, Trial, budget_of, first_layers
 from .shapes import blend, deform, random_staircase, sigmoid
 from .study import Study
@@ -408,6 +409,28 @@ class Frontier(shown.Shown):
         model."""
         fitting = [p for p in self.points if p.drop <= max_drop + _SLACK]
         return min(fitting, key=lambda p: p.spent or 0.0) if fitting else None
+
+    def certified(self, evaluator: Any, max_drop: float, confidence: float = 0.95, **options: Any) -> Reduction:
+        """The cheapest reduction of the frontier whose drop is certified, holding its certificate; the full model where
+        none is. The points, from costly to cheap, are the path.
+
+        Args:
+            evaluator: on examples that the frontier was not found on.
+            max_drop, confidence, options: see `thinsight.certify`.
+
+        Raises:
+            ThinsightError: as of `thinsight.certify`.
+        """
+        path: list[Reduction] = []
+        for point in reversed(self.points):
+            pairs = zip(point.schedule.keep_rates, path[-1].schedule.keep_rates if path else (2.0,), strict=False)
+            if any(cheap < costly for cheap, costly in pairs):
+                path.append(point.reduction)
+        certificate = certify(path, evaluator, max_drop, confidence, **options)
+        if certificate.place is None:
+            full = Schedule.full(path[0].schedule.num_layers)
+            return replace(path[0], schedule=full, adaptive=None, search=None, certificate=certificate)
+        return replace(path[certificate.place], certificate=certificate)
 
 
 def frontier(
