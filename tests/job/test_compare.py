@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import json
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -366,14 +367,14 @@ def test_the_tables_say_what_is_promised_and_of_how_many() -> None:
     comparison = compared(*ladder("sensitivity", {0.5: (1, 1)}), *ladder("vtw", {0.5: (40, 0), 0.25: (0, 0)}))
     comparison = replace(comparison, certified=certified_costs(comparison, EXAMPLES, 0.01, metric="exact_match"))
     text = markdown(comparison)
-    assert "### What each method costs at 1 points, certified with 95 % confidence" in text
+    assert "### What each method costs at 1 point, certified with 95 % confidence" in text
     p = f"{np.ceil(1000 * exact_p_value(1, 1, 1000, 0.01)) / 1000:.3f}"
     assert rf"| **Sensitivity** | 1.33x | 0.5 | 1 / 1 | {p} | all of its budgets are certified |" in text
     assert "| Vtw | 1.00x | | | | not certified at 1 points: 40 losses and 0 wins in 1,000 examples; " in text
     assert "several promises: each one holds with 95 % confidence" in text
     console = Console(file=io.StringIO(), width=120, color_system=None)
     console.print(comparison)
-    for words in ("What each method costs at 1 points", "several promises", "all of its budgets are certified"):
+    for words in ("What each method costs at 1 point", "several promises", "all of its budgets are certified"):
         assert words in console.file.getvalue()
     assert "certified" not in markdown(replace(comparison, certified=()))
 
@@ -392,7 +393,9 @@ def test_a_comparison_certifies_on_the_scores_it_has(
             told.append(text)
 
     monkeypatch.setattr(Evaluator, "_report", lambda *_: pytest.fail("ran the model again"))
-    outcome = compare(replace(options, resume=True, max_drop=0.9, confidence=0.8), Noting())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        outcome = compare(replace(options, resume=True, max_drop=0.9, confidence=0.8), Noting())
     assert not any("certify no method" in text for text in told)
     monkeypatch.undo()
     found = outcome.comparison

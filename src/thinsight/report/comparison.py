@@ -222,15 +222,16 @@ def certified_table(comparison: Comparison) -> shown.Table:
         return line.certificate.reason or "all of its budgets are certified"
 
     first = comparison.certified[0].certificate
+    points = "1 point" if first.max_drop == 0.01 else f"{100 * first.max_drop:g} points"
     sure = f"{100 * first.confidence:g} % confidence"
     budget = "mean keep rate" if comparison.unit == "keep" else comparison.unit
     notes = [
         f"Each method's budgets, from costly to cheap, were tested until one failed; 1.00{shown.TIMES} is the full "
-        f"model. Several methods on one test set are several promises: each one holds with {sure}, all of them together with "
-        "less, and so does the best one, picked by looking at this table."
+        f"model. Several methods on one test set are several promises: each one holds with {sure}, all of them "
+        "together with less, and so does the best one, picked by looking at this table."
     ]
     return shown.Table(
-        f"What each method costs at {100 * first.max_drop:g} points, certified with {sure}",
+        f"What each method costs at {points}, certified with {sure}",
         comparison.certified,
         shown.Column("method", _named, text=True),
         shown.Column("FLOPs", lambda line: shown.ratio(line.flops_ratio), "full / this"),
