@@ -380,7 +380,40 @@ def certifiable(n: int, agreement: float, drop: float = 0.0, *, confidence: floa
 
 def least_examples(max_drop: float, *, confidence: float = 0.95) -> int:
     """How many examples it takes to certify a schedule under which no score changes, 300 for one point."""
-    return math.ceil(math.log(1 - confidence - NUISANCE) / math.log1p(-max_drop))
+    return math.ceil(math.log(1 - confidence - NUISANCE) / math.log1p(-max_drop)) if max_drop < 1 else 1
+
+
+def least_drop(n: int, *, confidence: float = 0.95) -> float:
+    """The smallest ``max_drop`` that ``n`` examples certify of a schedule under which no score changes."""
+    return -math.expm1(math.log(1 - confidence - NUISANCE) / n)
+
+
+def too_few(n: int, max_drop: float, confidence: float = 0.95) -> str:
+    """Why ``n`` examples cannot certify ``max_drop``, and what would help; empty where they can."""
+    least = least_examples(max_drop, confidence=confidence)
+    if n >= least:
+        return ""
+    best = math.ceil(1e4 * least_drop(n, confidence=confidence)) / 100
+    return (
+        f"{n:,} examples to certify on show a drop of less than {_points(best / 100)} at best, where not one answer "
+        f"changes; less than {_points(max_drop)} takes at least {least:,} at {_number(confidence)} % confidence: give more "
+        "examples, allow more with --max-drop (max_drop), or only estimate with --no-certify (certify=False)"
+    )
+
+
+def outlook(max_drop: float, agreement: float, n: int | None = None, *, confidence: float = 0.95) -> str:
+    """How many examples certify ``max_drop`` where this share of scores stays the same, and what ``n`` of them do, in a
+    sentence; of the rest as many are taken to be won as lost."""
+    needed = examples_needed(max_drop, agreement, confidence=confidence) or 0
+    about = f"about {_rounded(needed):,} examples certify {_points(max_drop)}"
+    said = f"With {100 * agreement:.1f} % of scores unchanged, {about}"
+    if n is None:
+        return said
+    return f"{said}; {n:,} certify about {math.ceil(1e4 * certifiable(n, agreement, confidence=confidence)) / 100:g}"
+
+
+def _points(share: float) -> str:
+    return f"{_number(share)} point{'s' * (_number(share) != '1')}"
 
 
 def _counts(losses: int, wins: int, n: int) -> str:

@@ -281,7 +281,7 @@ def check_promise(max_drop: Any, confidence: Any = 0.95) -> None:
     if real(max_drop) <= 0:
         raise BadInput(
             f"max_drop is {max_drop!r}, and no number of examples can show that nothing at all is lost: allow a "
-            "little, such as 0.01, or search without a certificate"
+            "little, such as 0.01, or search without a certificate (--no-certify, certify=False)"
         )
     if not real(max_drop) <= 1:
         raise BadInput(f"max_drop is {max_drop!r}; it must be a number above 0 and at most 1, such as 0.01")
