@@ -13,7 +13,7 @@ from typing import Any
 from . import shown
 from .errors import BadInput
 from .records import decode, encode
-from .schedule import Schedule
+from .schedule import Schedule, real
 
 ASSUMES = (
     "It is about data like these examples, images drawn independently of each other; none of them had a part in laying "
@@ -230,6 +230,15 @@ class Certificate(shown.Shown):
         return tuple(said)
 
     @property
+    def agreement(self) -> float | None:
+        """The share of examples whose score is the full model's under the certified schedule, else under the failed
+        one; None where neither was run to its end."""
+        step = self.certified or self.failed
+        if step is None or step.losses is None or step.wins is None:
+            return None
+        return 1 - (step.losses + step.wins) / self.n
+
+    @property
     def needed(self) -> int | None:
         """About how many examples would certify the schedule that failed in 4 of 5 draws, if it is as these
         examples say; None where none failed or no number would do."""
@@ -410,6 +419,71 @@ def outlook(max_drop: float, agreement: float, n: int | None = None, *, confiden
     if n is None:
         return said
     return f"{said}; {n:,} certify about {math.ceil(1e4 * certifiable(n, agreement, confidence=confidence)) / 100:g}"
+
+
+PLANNED = (100, 200, 300, 500, 1000, 1500, 2000, 3000, 5000, 10_000)
+_SAME = (1.0, 0.995, 0.99, 0.98, 0.97, 0.95)
+
+
+@dataclass(frozen=True)
+class Plan(shown.Shown):
+    """How many examples certify what.
+
+    Attributes:
+        max_drop: the drop that is to be promised.
+        confidence: of the promise.
+        agreement: the share of examples whose score stays as it is; None: not known.
+        n: examples that there are; None: not known.
+    """
+
+    max_drop: float = 0.01
+    confidence: float = 0.95
+    agreement: float | None = None
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.agreement is not None and not 0 <= real(self.agreement) <= 1:
+            raise BadInput(f"agreement is {self.agreement!r}; it must be a share of examples from 0 to 1, such as 0.98")
+
+    @property
+    def lines(self) -> list[str]:
+        """What the table means for this drop, in sentences."""
+        sure = {"confidence": self.confidence}
+        least = least_examples(self.max_drop, **sure)
+        said = [
+            f"Less than {_points(self.max_drop)}, with {_number(self.confidence)} % confidence, takes at least "
+            f"{least:,} examples, even where no score changes."
+        ]
+        if self.agreement is not None:
+            said.append(f"{outlook(self.max_drop, self.agreement, self.n, **sure)}.")
+        if self.n is not None and (doubts := too_few(self.n, self.max_drop, self.confidence)):
+            said.append(f"{doubts}.")
+        return said
+
+    def smallest(self, n: int, agreement: float) -> float:
+        """The smallest drop that ``n`` examples certify in about 4 of 5 draws; 1: none."""
+        sure = {"confidence": self.confidence}
+        return min(1.0, max(certifiable(n, agreement, **sure), least_drop(n, **sure)))
+
+    def _tables(self) -> Iterable[shown.Table]:
+        own = () if self.agreement is None else (self.agreement,)
+        counts = () if self.n is None else (self.n,)
+
+        def column(same: float) -> shown.Column:
+            return shown.Column(
+                f"{100 * same:.6g} % same",
+                short=f"{100 * same:.6g} %",
+                cell=lambda n: f"{100 * self.smallest(n, same):.2f}",
+            )
+
+        yield shown.Table(
+            "The smallest drop, in points, that so many examples certify, by the share of scores that stay the same",
+            sorted({*PLANNED, *counts}),
+            shown.Column("Examples", shown.count, "examples"),
+            *map(column, sorted({*_SAME, *own}, reverse=True)),
+            strong=lambda n: n == self.n,
+            notes=["In about 4 of 5 draws, where of the scores that change as many are won as lost.", *self.lines],
+        )
 
 
 def _points(share: float) -> str:

@@ -470,6 +470,17 @@ class SearchOptions(RunOptions):
 
 
 @dataclass(frozen=True)
+class PlanOptions:
+    """What `thinsight plan` is told."""
+
+    max_drop: float = told(0.01, "The drop of the score to be promised, 0.01 for one point.")
+    confidence: float = told(0.95, "Of the promise.")
+    agreement: float | None = told(None, "Share of examples whose score stays the same, such as 0.98.")
+    reduction: str | None = told(None, "Folder or hub id of a certified reduction, for the agreement that it showed.")
+    data: str | None = told(None, "JSON-lines file: what its examples certify. Only their number is looked at.")
+
+
+@dataclass(frozen=True)
 class CompareOptions(RunOptions):
     """What `thinsight compare` is told."""
 

@@ -278,6 +278,8 @@ def check_promise(max_drop: Any, confidence: Any = 0.95) -> None:
         ThinsightError: ``max_drop`` is not above 0 and at most 1, or ``confidence`` not between 0 and 1.
     """
     check_confidence(confidence)
+    if confidence >= 1 - NUISANCE:
+        raise BadInput(f"confidence is {confidence!r}; no p-value is below {NUISANCE}: give less than {1 - NUISANCE}")
     if real(max_drop) <= 0:
         raise BadInput(
             f"max_drop is {max_drop!r}, and no number of examples can show that nothing at all is lost: allow a "
