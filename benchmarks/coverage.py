@@ -287,8 +287,9 @@ class Cell:
 
 def simulate(
     images: Images, sizes: tuple[int, int], max_drop: float, rounds: int, seed: int = 0, everybody: bool = False
-) -> tuple[dict[str, Cell], dict[str, Cell]]:
-    """Every rule on the path of one step, and our rule on ``everybody``'s path."""
+) -> tuple[dict[str, Cell], dict[str, Cell], float]:
+    """Every rule on the path of one step, our rule on ``everybody``'s path, and the share of what G-Search asked for
+    that the pool does not hold."""
     rng = np.random.default_rng([seed, *sizes, round(1e6 * max_drop)])
     paths = Paths(images)
     rules = {name: Cell() for name in RULES}
@@ -303,7 +304,7 @@ def simulate(
             for name, lay in paths.layers().items():
                 laid = lay(a, images.questions(drawn), max_drop)
                 layers[name].add(images, ours(a, b, laid, max_drop), max_drop)
-    return rules, layers
+    return rules, layers, paths.missed / max(1, paths.asked)
 
 
 def boundary(images: Images, n: int, rounds: int, seed: int = 1) -> Iterator[tuple[float, Cell]]:
@@ -374,17 +375,23 @@ def page(rounds: int) -> str:
         rows, laid = [], []
         for sizes in SIZES:
             for max_drop in DROPS:
-                rules, layers = simulate(images, sizes, max_drop, rounds, everybody=sizes == MAIN)
+                rules, layers, missed = simulate(images, sizes, max_drop, rounds, everybody=sizes == MAIN)
                 worst = max(worst, rules["ours"].share)
                 rows.append([f"{sizes[0]}, {sizes[1]}", f"{100 * max_drop:g}", *map(str, rules.values())])
                 print(name, *rows[-1], sep=" | ", flush=True)
                 if sizes == MAIN:
                     worst = max(worst, *(cell.share for cell in layers.values()))
-                    laid.append([f"{100 * max_drop:g}", *map(str, layers.values())])
+                    laid.append([f"{100 * max_drop:g}", *map(str, layers.values()), f"{100 * missed:.1f}"])
                     print(name, *laid[-1], sep=" | ", flush=True)
         parts.append(markdown(["A, B", "points", *RULES], rows))
         parts.append(f"### Who lays the path (our rule, A = {MAIN[0]}, B = {MAIN[1]})")
-        parts.append(markdown(["points", *steps.layers()], laid))
+        parts.append(markdown(["points", *steps.layers(), "not in the pool, %"], laid))
+        parts.append(
+            "*G-Search*: real searches on A, counts in multiples of "
+            f"{STEP[name]}, schedules accepted and steps between; a candidate that the pool does not hold counts as "
+            "failing. *Several steps*: of all schedules with more than one step, the best on A in each band of 8 % of "
+            "FLOPs, a stand-in for the sensitivity search's frontier. *Pareto front*: likewise, of all schedules."
+        )
         hard = [[f"{100 * drop:.2f}", str(cell)] for drop, cell in boundary(images, MAIN[1], rounds)]
         worst = max(worst, *(float(row[1].split(" / ")[0]) / 100 for row in hard))
         parts.append(f"### A hair below the true drop of a schedule on the path (our rule, B = {MAIN[1]})")

@@ -31,7 +31,7 @@ def test_a_pool_is_whole(images: Images) -> None:
 
 
 def test_our_promises_are_kept_and_todays_are_not(images: Images) -> None:
-    rules, _ = simulate(images, MAIN, 0.01, ROUNDS)
+    rules, _, _ = simulate(images, MAIN, 0.01, ROUNDS)
     assert all(cell.rounds == ROUNDS for cell in rules.values())
     for name in ("ours", "e-value", "Clopper-Pearson", "Bonferroni"):
         assert rules[name].share <= ALPHA
@@ -42,7 +42,7 @@ def test_our_promises_are_kept_and_todays_are_not(images: Images) -> None:
 
 
 def test_everybody_lays_a_path_that_can_be_certified(images: Images) -> None:
-    _, layers = simulate(images, MAIN, 0.02, 12, everybody=True)
+    _, layers, _ = simulate(images, MAIN, 0.02, 12, everybody=True)
     assert all(cell.rounds == 12 and cell.broken <= 2 for cell in layers.values())
     assert layers["one step"].mean_ratio > 2
 

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from thinsight.searches.certify import (
     largest_surplus,
     lay_path,
     one_step,
+    path_for,
     split_examples,
     uniforms,
 )
@@ -500,6 +502,26 @@ def test_a_damaged_step_is_refused(place: int, change: dict[str, Any], named: st
         ts.Certificate.from_dict([written])
 
 
+def test_a_reduction_carries_its_certificate(tmp_path: Path) -> None:
+    certificate = ts.certify(PATH, answers([0, 7, 22, 0], [0, 8, 7, 20]), 0.01)
+    reduction = Reduction(PATH[1], certificate=certificate)
+    reduction.save_pretrained(tmp_path)
+    back = Reduction.from_pretrained(tmp_path)
+    assert back == reduction
+    assert back.certificate == certificate
+    assert "certified" in repr(back)
+    assert "certificate" not in Reduction(PATH[1]).to_dict()
+    nothing = ts.certify(PATH, answers([11, 0], [6, 0]), 0.01)
+    assert Reduction(Schedule.full(LAYERS), certificate=nothing).certificate == nothing
+    for given, named in ((certificate.to_dict(), "must be a thinsight.Certificate"), (nothing, "another schedule")):
+        with pytest.raises(ts.BadInput, match=named):
+            Reduction(PATH[1], certificate=given)  # type: ignore[arg-type]
+    written = reduction.to_dict()
+    written["certificate"]["steps"][1]["p_value"] = 0.5
+    with pytest.raises(ts.ThinsightError, match=r"reduction_config\.json: certificate: a step is certified with p 0.5"):
+        Reduction.from_dict(written)
+
+
 # -- how much data -------------------------------------------------------------------------------------------
 
 
@@ -551,6 +573,15 @@ def test_images_that_one_example_shows_together_stay_together() -> None:
 
 def spent(schedule: Schedule) -> float:
     return 1 + 9 * schedule.mean_keep_rate
+
+
+def test_the_path_of_an_evaluator() -> None:
+    evaluator = answers([0], [0])
+    path = path_for(evaluator)
+    assert path == lay_path(one_step(LAYERS, N), lambda schedule: schedule.mean_keep_rate, N, most=None)
+    assert evaluator.ran == []
+    found = SearchResult(PATH[1], Reduction(PATH[1]), (), "gsearch", 0.01, 1.0, 1.0, 0)
+    assert path_for(evaluator, found)[-1] == PATH[1]
 
 
 def test_a_path_falls_in_small_steps_and_begins_safely() -> None:

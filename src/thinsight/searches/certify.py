@@ -12,7 +12,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -93,7 +92,7 @@ class _Region:
         high = n - self.losses + 1  # belongs, or is no table any more
         while (high - low > 1).any():
             middle = (low + high) // 2
-            inside = _tango(losses, middle.astype(float), n, self.max_drop) <= seen + _TIE
+            inside = _tango(losses, np.maximum(middle, 0).astype(float), n, self.max_drop) <= seen + _TIE
             moving = high - low > 1
             high, low = np.where(moving & inside, middle, high), np.where(moving & ~inside, middle, low)
         return high
@@ -418,6 +417,24 @@ def one_step(num_layers: int, n_vision: int, first_layer: int = 2) -> list[Sched
     return [Schedule.step(num_layers, layer, count / n_vision) for count in range(n_vision - 1, 0, -1)]
 
 
+def path_for(evaluator: Any, found: SearchResult | None = None, *, first_layer: int = 2) -> tuple[Schedule, ...]:
+    """The path to certify along for an evaluator's model and prompts, none of whose answers are looked at.
+
+    By default one step at ``first_layer``, with ever fewer tokens: of all ways of laying a path that were measured,
+    none reached more FLOPs at the same promise (benchmarks/results/coverage.md), and it needs no set to search on.
+    With ``found`` it leads through what that search took.
+
+    Raises:
+        ThinsightError: ``found`` took nothing that costs less than the full model.
+    """
+    oracle = as_evaluator(evaluator)
+    spent = oracle.cost if oracle.model is None else oracle.budget(1.0, "flops").spent
+    n_vision = int(oracle.num_vision_tokens)
+    if found is not None:
+        return lay_path(accepted(found), spent, n_vision)
+    return lay_path(one_step(int(oracle.num_layers), n_vision, first_layer), spent, n_vision, most=None)
+
+
 def lay_path(
     schedules: Iterable[Schedule],
     spent: Callable[[Schedule], float],
@@ -503,8 +520,3 @@ def best_of_bands(
         if known is None or (score, -cost) > known[:2]:
             best[place] = (score, -cost, schedule)
     return [best[place][2] for place in sorted(best, reverse=True)]
-
-
-def with_used(certificate: Certificate, used: Collection[str]) -> Certificate:
-    """The certificate, saying whether its examples are among those used before."""
-    return replace(certificate, used_before=certificate.used_before or certificate.fingerprint in used)
