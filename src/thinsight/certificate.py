@@ -405,8 +405,8 @@ def too_few(n: int, max_drop: float, confidence: float = 0.95) -> str:
     best = math.ceil(1e4 * least_drop(n, confidence=confidence)) / 100
     return (
         f"{n:,} examples to certify on show a drop of less than {_points(best / 100)} at best, where not one answer "
-        f"changes; less than {_points(max_drop)} takes at least {least:,} at {_number(confidence)} % confidence: give more "
-        "examples, allow more with --max-drop (max_drop), or only estimate with --no-certify (certify=False)"
+        f"changes; less than {_points(max_drop)} takes at least {least:,} at {_number(confidence)} % confidence: give "
+        "more examples, allow more with --max-drop (max_drop), or only estimate with --no-certify (certify=False)"
     )
 
 

@@ -300,7 +300,7 @@ def load_sets(
         "(give --test-data to choose the test set yourself)"
     )
     parts = {0.5: ("one half", "the other half"), 0.25: ("a quarter", "the other three quarters")}[share]
-    return Sets(calibration, test, *(f"{name} ({part})" for part in parts), note)
+    return Sets(calibration, test, f"{name} ({parts[0]})", f"{name} ({parts[1]})", note)
 
 
 def reduction_for(source: str | None, model: str, config: Any) -> Sourced:

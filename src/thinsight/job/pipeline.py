@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import baselines, shown
 from ..budget import KeepBudget
-from ..certificate import Certificate, Step, outlook, shown_p
+from ..certificate import ESTIMATED, Certificate, Step, outlook, shown_p
 from ..errors import BadInput, StorageError, Unreachable, Unsupported
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.evaluator import Evaluator
@@ -32,9 +32,9 @@ from ..report.html import write_report
 from ..runtime import apply
 from ..schedule import Schedule
 from ..searches import SearchResult, certify, frontier
-from ..searches.certify import fingerprint_of
+from ..searches.certify import fingerprint_of, path_for
 from ..searches.run import Trial
-from ..searches.search import AUTO, certified_reduction, path_for, rankers_for, shared_layers
+from ..searches.search import AUTO, along, certified_reduction, rankers_for, shared_layers
 from ..searches.sensitivity import SHARES
 from ..timing import measure
 from .findings import MedianPrompt, drop_of, method_row, metric_words, picture_of, ranker_words, task_rows, varied
@@ -61,13 +61,6 @@ class SearchRecord:
     doubt: str = ""
     path: tuple[tuple[float, ...], ...] = ()  # to certify along, laid before the test set is looked at
     agreement: float | None = None  # share of the calibration set's scores that the reduction leaves as they are
-
-    def along(self) -> list[Reduction]:
-        """The path as reductions."""
-        found = Reduction.from_dict(self.reduction, "the run's search")
-        if found.adaptive is not None:
-            return [found]
-        return [replace(found, schedule=Schedule(rates)) for rates in self.path]
 
 
 @dataclass(frozen=True)
@@ -117,12 +110,15 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
     found = {**(reduction.search or {}), **({} if checkpoint is None else {"checkpoint": checkpoint})}
     reduction = replace(reduction, base_model_name_or_path=base_name(name), search=found)
     reduction.save_pretrained(prepared.folder.path)
-    path: list[Reduction] = []
+    path: tuple[Schedule, ...] = ()
     agreement = None
     if options.certified:
-        path = path_for(result, prepared.calibration, [Schedule(point.keep_rates) for point in points])
+        path = path_for(prepared.calibration, result, through=[Schedule(point.keep_rates) for point in points])
         agreement = _unchanged(prepared.calibration, reduction)
-    elif result.schedule.is_full and options.budget is None:
+    else:
+        why = "--no-certify was given" if options.budget is None else "a budget says nothing of the score"
+        prepared.watcher.on_note(f"  What is lost is {ESTIMATED}: {why}")
+    if result.schedule.is_full and options.budget is None and not options.certified:
         prepared.watcher.on_note(
             f"No vision token can go within a drop of {options.tolerance}: allow more with --max-drop, "
             "or calibrate on more examples"
@@ -137,7 +133,7 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
         points,
         result.full_forwards,
         prepared.calibration.doubt,
-        tuple(each.schedule.keep_rates for each in path),
+        tuple(each.keep_rates for each in path),
         agreement,
     )
 
@@ -413,7 +409,7 @@ class _Run:
 
     def _certified(self, search: SearchRecord, found: Reduction) -> Reduction:
         """The cheapest reduction of the path that the test set certifies, or the full model; with the certificate."""
-        prepared, path = self.prepared, search.along()
+        prepared, path = self.prepared, along(found, [Schedule(rates) for rates in search.path])
         stage, note = prepared.watcher.on_stage, prepared.watcher.on_note
         stage("Certifying on the test set")
         note(f"  {self._outlook(search)}")

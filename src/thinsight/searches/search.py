@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 from ..budget import Budget, check_budget_value
 from ..certificate import Certificate, too_few
 from ..errors import BadInput, whole
-from ..evaluation.base import SearchEvaluator
 from ..reduction import Reduction
 from ..registry import Registry
 from ..schedule import Schedule
-from .certify import START, accepted, check_disjoint, check_promise, lay_path, one_step, split_examples
 from .certify import certify as certify_path
+from .certify import check_disjoint, check_promise, path_for, split_examples
 from .gsearch import check_early_stop, check_max_drop, get_solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
@@ -132,34 +130,11 @@ DEFAULT_MAX_DROP = 0.01
 SHARED = 0.25  # of one set of examples, what is searched on
 
 
-def path_for(found: SearchResult, evaluator: SearchEvaluator, through: Sequence[Schedule] = ()) -> list[Reduction]:
-    """The path to certify along for what a search found, costly ones first, all with its ranker.
-
-    It goes ``through`` these schedules, or else through what the search accepted, and then on, one step at its first
-    layer with ever fewer tokens: made without data, for a search that its examples kept from going further. The first
-    schedule costs at most the geometric mean of the full model and the one found, and 1 / `certify.START`: what is
-    dearer is rarely the last that can be certified, and the dearest ones take longest to run.
-
-    Raises:
-        ThinsightError: nothing costs less than the full model.
-    """
-    layers, n = int(evaluator.num_layers), int(evaluator.num_vision_tokens)
-    if found.reduction.adaptive is not None:  # there is nothing between two of them
-        return [found.reduction]
-    spent, spine = _cost_of(evaluator), list(through)
-    if not spine:
-        first = int((found.reduction.search or {}).get("first_layer", 2))
-        beyond = [step for step in one_step(layers, n, first) if spent(step) < spent(found.schedule)]
-        spine = [*accepted(found), *beyond]
-    start = max(START, math.sqrt(spent(Schedule.full(layers)) / spent(found.schedule)))
-    return [replace(found.reduction, schedule=each) for each in lay_path(spine, spent, n, start=start, most=None)]
-
-
-def _cost_of(evaluator: SearchEvaluator) -> Callable[[Schedule], float]:
-    """FLOPs of the median prompt, or what the evaluator can tell instead."""
-    if evaluator.model is None:
-        return evaluator.cost
-    return evaluator.budget(1.0, "flops").spent
+def along(found: Reduction, path: Sequence[Schedule]) -> list[Reduction]:
+    """The schedules of a path as reductions, all with the ranker of the one found."""
+    if found.adaptive is not None:  # which is all of its path
+        return [found]
+    return [replace(found, schedule=schedule) for schedule in path]
 
 
 def shared_layers(path: Sequence[Reduction]) -> int:
@@ -304,19 +279,23 @@ def search(
     from ..evaluation.examples import load_examples
     from ..evaluation.store import DEFAULT_CACHE_GIB
 
-    read, testing = (
-        load_examples(each) if isinstance(each, (str, Path)) else each for each in (examples, test_examples)
-    )
+    read = load_examples(examples) if isinstance(examples, (str, Path)) else examples
+    testing = load_examples(test_examples) if isinstance(test_examples, (str, Path)) else test_examples
     if promised:
         read, testing = _two_sets(read, testing)
         if doubts := too_few(len(testing), tolerance, confidence):
             warnings.warn(doubts, stacklevel=2)
-    given = {"metric": metric, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": progress}
+    given: dict[str, Any] = {
+        "metric": metric,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "progress": progress,
+    }
     memory = DEFAULT_CACHE_GIB if cache_gib is None else cache_gib
     given |= {"cache_dir": cache_dir, "cache_gib": memory / 2 if promised else memory}
     given["ranker"] = FIRST_CHOICE if ranker in (None, AUTO) else ranker
     evaluator = Evaluator(model, processor, read, **given)
-    tester = Evaluator(model, processor, testing, **given) if promised else None
+    tester = Evaluator(model, processor, testing, **given) if testing is not None and promised else None
     if ranker in (None, AUTO) and SEARCHES[chosen].chooses_ranker:
         options.setdefault("rankers", rankers_for(evaluator))
     goal = tolerance if budget is None else budget_of(evaluator, budget, budget_unit)
@@ -325,7 +304,7 @@ def search(
     found = SEARCHES[chosen](evaluator, goal, **options)
     if tester is None:
         return found
-    path = path_for(found, evaluator)
+    path = along(found.reduction, path_for(evaluator, found))
     tester.share(Schedule.full(tester.num_layers), shared_layers(path))
     return as_certified(found, path, certify_path(path, tester, tolerance, confidence))
 
