@@ -404,8 +404,9 @@ def page(rounds: int) -> str:
             "*G-Search*: real searches on A, counts in multiples of "
             f"{STEP[name]}, schedules accepted and steps between; a candidate that the pool does not hold counts as "
             "failing. *G-Search, then one step*: the default of `thinsight search`, on with fewer tokens from layer "
-            f"{FIRST_LAYER} on. *Several steps*: of all schedules with more than one step, the best on A in each band of 8 % of "
-            "FLOPs, a stand-in for the sensitivity search's frontier. *Pareto front*: likewise, of all schedules."
+            f"{FIRST_LAYER} on. *Several steps*: of all schedules with more than one step, the best on A in each band "
+            "of 8 % of FLOPs, a stand-in for the sensitivity search's frontier. *Pareto front*: likewise, of all "
+            "schedules."
         )
         hard = [[f"{100 * drop:.2f}", str(cell)] for drop, cell in boundary(images, MAIN[1], rounds)]
         worst = max(worst, *(float(row[1].split(" / ")[0]) / 100 for row in hard))
