@@ -448,7 +448,8 @@ def path_for(
     path = lay_path(spine, spent, n_vision, start=max(START, half), most=None)
     if half <= START:
         return path
-    return (*lay_path(path[:1], spent, n_vision, apart=2 * APART, most=None)[:-1], *path)
+    early = lay_path(spine, spent, n_vision, apart=2 * APART, most=None)
+    return (*(each for each in early if spent(each) > spent(path[0]) / (1 - APART)), *path)
 
 
 def lay_path(
