@@ -9,7 +9,7 @@ COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py
 .PHONY: demo test test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench limit peers bench-gpu bench-vllm overhead search-cost coverage pool results train train-internvl data clean
 
 demo: .venv/ready
-	$(BIN)/thinsight search --max-drop 0 --step 32 --out $(OUT) --resume
+	$(BIN)/thinsight search --max-drop 0.01 --limit 2000 --out $(OUT) --resume
 	@echo "The report: $(OUT)/report.html"
 
 test: .venv/ready

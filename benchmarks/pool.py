@@ -318,6 +318,9 @@ class Redrawn(SearchEvaluator):
     def full(self) -> Evaluation:
         return Evaluation(self.full_score, self.pool.full[self.rows].astype(float), full_score=self.full_score)
 
+    def cost(self, candidate: Schedule | Reduction) -> float:
+        return self.pool.spent(self.bind(candidate).schedule) / self.pool.spent(Schedule.full(self.num_layers))
+
     def __call__(self, schedule: Schedule | Reduction) -> Evaluation:
         schedule = schedule.schedule if isinstance(schedule, Reduction) else schedule
         self.asked += 1

@@ -53,7 +53,7 @@ def error_of(*arguments: object) -> str:
 
 def search(small: SmallRun, *more: object) -> Result:
     options = ["--model", small.model, "--data", small.calibration, "--test-data", small.test, "--device", "cpu"]
-    return run("search", *options, "--max-drop", 0.7, "--max-new-tokens", 2, *more)
+    return run("search", *options, "--max-drop", 0.7, "--no-certify", "--max-new-tokens", 2, *more)
 
 
 def test_batches_and_early_stops_of_a_search(small: SmallRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +62,7 @@ def test_batches_and_early_stops_of_a_search(small: SmallRun, monkeypatch: pytes
         return 2
 
     monkeypatch.setattr(full_model, "fastest", found)
-    result = search(small, "--batch-size", "auto", "--confidence", 0.9, "--limit", 4, "--step", 8)
+    result = search(small, "--batch-size", "auto", "--early-stop", 0.9, "--limit", 4, "--step", 8)
     assert result.exit_code == 0
     assert "The calibration set runs in batches of 2 prompts" in result.stderr
     assert "warning: the machine is odd\n" in result.stderr
@@ -224,14 +224,14 @@ def test_every_command_runs_without_arguments(small: SmallRun, tmp_path: Path, m
     """The demo itself is large; here a small one stands in its place."""
     demo = tmp_path / "demo"
     demo.mkdir()
-    for name in ("calibration", "test"):
-        lines = [json.loads(line) for line in Path(getattr(small, name)).read_text().splitlines()]
+    for name, source in (("calibration", small.calibration), ("test", small.test), ("certification", small.test)):
+        lines = [json.loads(line) for line in Path(source).read_text().splitlines()]
         for line in lines:
             line["image"] = str(small.folder / line["image"])
         (demo / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setitem(loading.DEMOS, "demo", Path(small.model))
     monkeypatch.setattr(example_files, "_DEMO_FOLDER", demo)
-    for command in ("search", "evaluate", "bench", "analyze", "show", "report"):
+    for command in ("search", "evaluate", "bench", "analyze", "show", "report", "plan"):
         result = run(command)
         assert result.exit_code == 0, result.output
     assert Reduction.from_pretrained("thinsight-out").base_model_name_or_path == "demo"

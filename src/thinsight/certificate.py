@@ -13,7 +13,7 @@ from typing import Any
 from . import shown
 from .errors import BadInput
 from .records import decode, encode
-from .schedule import Schedule
+from .schedule import Schedule, real
 
 ASSUMES = (
     "It is about data like these examples, images drawn independently of each other; none of them had a part in laying "
@@ -230,6 +230,15 @@ class Certificate(shown.Shown):
         return tuple(said)
 
     @property
+    def agreement(self) -> float | None:
+        """The share of examples whose score is the full model's under the certified schedule, else under the failed
+        one; None where neither was run to its end."""
+        step = self.certified or self.failed
+        if step is None or step.losses is None or step.wins is None:
+            return None
+        return 1 - (step.losses + step.wins) / self.n
+
+    @property
     def needed(self) -> int | None:
         """About how many examples would certify the schedule that failed in 4 of 5 draws, if it is as these
         examples say; None where none failed or no number would do."""
@@ -384,7 +393,105 @@ def certifiable(n: int, agreement: float, drop: float = 0.0, *, confidence: floa
 
 def least_examples(max_drop: float, *, confidence: float = 0.95) -> int:
     """How many examples it takes to certify a schedule under which no score changes, 300 for one point."""
-    return math.ceil(math.log(1 - confidence - NUISANCE) / math.log1p(-max_drop))
+    return math.ceil(math.log(1 - confidence - NUISANCE) / math.log1p(-max_drop)) if max_drop < 1 else 1
+
+
+def least_drop(n: int, *, confidence: float = 0.95) -> float:
+    """The smallest ``max_drop`` that ``n`` examples certify of a schedule under which no score changes."""
+    return -math.expm1(math.log(1 - confidence - NUISANCE) / n)
+
+
+def too_few(n: int, max_drop: float, confidence: float = 0.95) -> str:
+    """Why ``n`` examples cannot certify ``max_drop``, and what would help; empty where they can."""
+    least = least_examples(max_drop, confidence=confidence)
+    if n >= least:
+        return ""
+    best = math.ceil(1e4 * least_drop(n, confidence=confidence)) / 100
+    return (
+        f"{n:,} examples to certify on show a drop of less than {_points(best / 100)} at best, where not one answer "
+        f"changes; less than {_points(max_drop)} takes at least {least:,} at {_number(confidence)} % confidence: give "
+        "more examples, allow more with --max-drop (max_drop), or only estimate with --no-certify (certify=False)"
+    )
+
+
+def outlook(max_drop: float, agreement: float, n: int | None = None, *, confidence: float = 0.95) -> str:
+    """How many examples certify ``max_drop`` where this share of scores stays the same, and what ``n`` of them do, in a
+    sentence; of the rest as many are taken to be won as lost."""
+    needed = examples_needed(max_drop, agreement, confidence=confidence) or 0
+    about = f"about {_rounded(needed):,} examples certify {_points(max_drop)}"
+    said = f"With {100 * agreement:.1f} % of scores unchanged, {about}"
+    if n is None:
+        return said
+    return f"{said}; {n:,} certify about {math.ceil(1e4 * certifiable(n, agreement, confidence=confidence)) / 100:g}"
+
+
+PLANNED = (100, 200, 300, 500, 1000, 1500, 2000, 3000, 5000, 10_000)
+_SAME = (1.0, 0.995, 0.99, 0.98, 0.97, 0.95)
+
+
+@dataclass(frozen=True)
+class Plan(shown.Shown):
+    """How many examples certify what.
+
+    Attributes:
+        max_drop: the drop that is to be promised.
+        confidence: of the promise.
+        agreement: the share of examples whose score stays as it is; None: not known.
+        n: examples that there are; None: not known.
+    """
+
+    max_drop: float = 0.01
+    confidence: float = 0.95
+    agreement: float | None = None
+    n: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.agreement is not None and not 0 <= real(self.agreement) <= 1:
+            raise BadInput(f"agreement is {self.agreement!r}; it must be a share of examples from 0 to 1, such as 0.98")
+
+    @property
+    def lines(self) -> list[str]:
+        """What the table means for this drop, in sentences."""
+        sure = {"confidence": self.confidence}
+        least = least_examples(self.max_drop, **sure)
+        said = [
+            f"Less than {_points(self.max_drop)}, with {_number(self.confidence)} % confidence, takes at least "
+            f"{least:,} examples, even where no score changes."
+        ]
+        if self.agreement is not None:
+            said.append(f"{outlook(self.max_drop, self.agreement, self.n, **sure)}.")
+        if self.n is not None and (doubts := too_few(self.n, self.max_drop, self.confidence)):
+            said.append(f"{doubts}.")
+        return said
+
+    def smallest(self, n: int, agreement: float) -> float:
+        """The smallest drop that ``n`` examples certify in about 4 of 5 draws; 1: none."""
+        sure = {"confidence": self.confidence}
+        return min(1.0, max(certifiable(n, agreement, **sure), least_drop(n, **sure)))
+
+    def _tables(self) -> Iterable[shown.Table]:
+        own = () if self.agreement is None else (self.agreement,)
+        counts = () if self.n is None else (self.n,)
+
+        def column(same: float) -> shown.Column:
+            return shown.Column(
+                f"{100 * same:.6g} % same",
+                short=f"{100 * same:.6g} %",
+                cell=lambda n: f"{100 * self.smallest(n, same):.2f}",
+            )
+
+        yield shown.Table(
+            "The smallest drop, in points, that so many examples certify, by the share of scores that stay the same",
+            sorted({*PLANNED, *counts}),
+            shown.Column("Examples", shown.count, "examples"),
+            *map(column, sorted({*_SAME, *own}, reverse=True)),
+            strong=lambda n: n == self.n,
+            notes=["In about 4 of 5 draws, where of the scores that change as many are won as lost.", *self.lines],
+        )
+
+
+def _points(share: float) -> str:
+    return f"{_number(share)} point{'s' * (_number(share) != '1')}"
 
 
 def _counts(losses: int, wins: int, n: int) -> str:

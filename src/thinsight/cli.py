@@ -33,6 +33,7 @@ from .job.options import (
     BenchOptions,
     CompareOptions,
     EvaluateOptions,
+    PlanOptions,
     SearchOptions,
     ShowOptions,
     Told,
@@ -228,6 +229,14 @@ def compare(options: CompareOptions) -> None:
     outcome = _watched(lambda watcher: run(options, watcher))
     Console().print(outcome.comparison)
     _print(*(f"Written: {path}" for path in outcome.files), *filter(None, [outcome.note]))
+
+
+@_command(PlanOptions)
+def plan(options: PlanOptions) -> None:
+    """How many examples certify which drop of the score."""
+    from .job import commands
+
+    Console().print(commands.plan(options))
 
 
 @_command(AnalyzeOptions)

@@ -39,7 +39,7 @@ SEARCHES = {
     "budget": {"budget": 0.5},
 }
 VALUES = {
-    "confidence": 0.9,
+    "early_stop": 0.9,
     "first_layer": 2,
     "n_trials": 12,
     "solver": "bisect",
@@ -55,7 +55,7 @@ VALUES = {
 ANY = {"ranker", "seed"}
 UNDER_A_BUDGET = {"budget", "budget_unit", "first_layer", "n_trials", *ANY}
 TAKEN = {
-    "gsearch": {"confidence", "first_layer", "max_drop", "solver", "step", *ANY},
+    "gsearch": {"early_stop", "first_layer", "max_drop", "solver", "step", *ANY},
     "gsearch, bayes": {"first_layer", "max_drop", "n_trials", "solver", "trade_off", *ANY},
     "frontier": {"max_drop", "n_trials", "budget", *ANY},
     "frontier, budget": {"n_trials", "budget", "budget_unit", *ANY},
@@ -131,10 +131,11 @@ def test_the_table_has_every_search_and_every_option_that_one_of_them_lacks() ->
     assert {name.split(",")[0] for name in SEARCHES} == {"gsearch", "frontier", "budget", *under_budget()}
     assert set(TAKEN) == set(SEARCHES)
     assert set(told._NOT_OF_ALL) <= set(VALUES)
+    assert set(told._PARAMETERS) <= set(told._NOT_OF_ALL)
     own = {"evaluator", "budgets", "study", "resume", "observer", "rankers", "amplitude", "floor"}
     for search in (FRONTIER, *NAMED.values()):
         names = set(search.parameters) - own
-        assert names - {"warm_start"} <= set(VALUES), search
+        assert names - {"warm_start", "confidence"} <= set(VALUES), search
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -233,7 +234,13 @@ def test_numbers_that_are_none_are_refused_by_name(command: str) -> None:
 def test_the_commands_have_the_numbers_and_texts_that_they_are_thought_to_have() -> None:
     """So that the two tests above look at something."""
     numbers = {(command, name) for command in COMMANDS for name, _ in options_of(command, int, float)}
-    wanted = {("search", "max_drop"), ("search", "confidence"), ("compare", "budget"), ("bench", "runs")}
+    wanted = {
+        ("search", "max_drop"),
+        ("search", "confidence"),
+        ("plan", "agreement"),
+        ("compare", "budget"),
+        ("bench", "runs"),
+    }
     assert wanted <= numbers
     texts = {(command, name) for command in COMMANDS for name, _ in options_of(command, str, Path)}
     assert {("search", "data"), ("search", "out"), ("show", "image"), ("convert", "source")} <= texts

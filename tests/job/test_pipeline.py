@@ -43,6 +43,7 @@ def options_for(small: SmallRun, out: Path, **changes: Any) -> SearchOptions:
         data=small.calibration,
         test_data=small.test,
         max_drop=0.7,
+        certify=False,
         max_new_tokens=2,
         batch_size=4,
         timing_runs=1,
@@ -274,12 +275,12 @@ def test_a_full_disk_costs_a_run_no_more_than_the_stage(
 
 
 def test_a_confidence_reaches_the_search_and_its_record(small: SmallRun, tmp_path: Path) -> None:
-    options = options_for(small, tmp_path / "run", confidence=0.9)
+    options = options_for(small, tmp_path / "run", early_stop=0.9)
     outcome = search_and_report(options)
     assert outcome.reduction.search is not None
     assert outcome.reduction.search["confidence"] == 0.9
-    message = error_of(replace(options, resume=True, confidence=None))
-    assert "made with confidence 0.9, this run has None" in message
+    message = error_of(replace(options, resume=True, early_stop=None))
+    assert "made with early_stop 0.9, this run has None" in message
 
 
 def test_a_batch_size_is_found_once_and_kept_with_the_run(
@@ -361,17 +362,24 @@ def test_a_rank_free_search_may_begin_at_layer_0(small: SmallRun, tmp_path: Path
         ({"ranker": {"name": "text-attention", "columns": 3}}, "no setting 'columns'"),
         ({"solver": "guess"}, "solver is 'guess'"),
         ({"batch_size": "many"}, "batch_size is 'many'"),
-        ({"confidence": 1.5}, "confidence is 1.5"),
+        ({"early_stop": 1.5}, "early_stop is 1.5"),
         (
-            {"confidence": 0.9, "max_drop": None, "budget": 0.5},
-            "confidence is 0.9, which Sensitivity search does not take, but G-Search: leave it out",
+            {"early_stop": 0.9, "max_drop": None, "budget": 0.5},
+            "early_stop is 0.9, which Sensitivity search does not take, but G-Search: leave it out",
         ),
-        ({"confidence": 0.9, "frontier": True}, "confidence is 0.9, which Frontier does not take"),
+        ({"early_stop": 0.9, "frontier": True}, "early_stop is 0.9, which Frontier does not take"),
+        ({"confidence": 0.9}, "confidence is 0.9, but nothing is promised with --no-certify"),
+        ({"confidence": 0.9, "max_drop": None, "budget": 0.5}, "confidence is 0.9, but nothing is promised und"),
+        ({"confidence": 1.5, "certify": True}, "confidence is 1.5; it must be between 0 and 1"),
+        (
+            {"max_drop": 0.0, "certify": True},
+            "no number of examples can show that nothing at all is lost: allow a little",
+        ),
         ({"max_drop": 5.0}, "max_drop is 5.0, but scores lie between 0 and 1: give points as hundredths, 0.05"),
         ({"max_drop": math.inf}, "max_drop is inf"),
         ({"seed": 2**31}, "seed is 2147483648"),
         ({"max_drop": None, "budget": 0.5, "ranker": "oracle"}, "ranker is 'oracle'"),
-        ({"confidence": 0.9, "solver": "bayes"}, "confidence is 0.9, but solver 'bayes'"),
+        ({"early_stop": 0.9, "solver": "bayes"}, "early_stop is 0.9, but solver 'bayes'"),
         ({"metric": "vibes"}, "metric is 'vibes'"),
         ({"metric": "exact_match"}, "has no answer"),
         ({"data": "nowhere.jsonl"}, "'nowhere.jsonl' does not exist"),

@@ -59,7 +59,19 @@ def test_search_and_report(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
     calibration, test = write_data(tmp_path)
     out = tmp_path / "out"
     arguments = ["search", "--model", tmp_path / "model", "--data", calibration, "--test-data", test]
-    settings = ["--out", out, "--max-drop", 0.5, "--max-new-tokens", 2, "--batch-size", 3, "--device", "cpu"]
+    settings = [
+        "--out",
+        out,
+        "--max-drop",
+        0.5,
+        "--no-certify",
+        "--max-new-tokens",
+        2,
+        "--batch-size",
+        3,
+        "--device",
+        "cpu",
+    ]
     bounded = ["--cache-gib", 0]
     result = CliRunner().invoke(app, [str(word) for word in (*arguments, *settings, *bounded)])
     assert result.exit_code == 0, result.output

@@ -513,7 +513,7 @@ def test_a_reduction_carries_its_certificate(tmp_path: Path) -> None:
     assert "certificate" not in Reduction(PATH[1]).to_dict()
     nothing = ts.certify(PATH, answers([11, 0], [6, 0]), 0.01)
     assert Reduction(Schedule.full(LAYERS), certificate=nothing).certificate == nothing
-    for given, named in ((certificate.to_dict(), "must be a thinsight.Certificate"), (nothing, "another schedule")):
+    for given, named in ((certificate.to_dict(), "pass what thinsight.certify"), (nothing, "promises nothing but")):
         with pytest.raises(ts.BadInput, match=named):
             Reduction(PATH[1], certificate=given)  # type: ignore[arg-type]
     written = reduction.to_dict()
@@ -581,7 +581,11 @@ def test_the_path_of_an_evaluator() -> None:
     assert path == lay_path(one_step(LAYERS, N), lambda schedule: schedule.mean_keep_rate, N, most=None)
     assert evaluator.ran == []
     found = SearchResult(PATH[1], Reduction(PATH[1]), (), "gsearch", 0.01, 1.0, 1.0, 0)
-    assert path_for(evaluator, found)[-1] == PATH[1]
+    through = path_for(evaluator, found)
+    assert PATH[1] in through
+    assert through[-1] == path[-1]
+    assert path_for(evaluator, found, through=PATH)[-1] == PATH[-1]
+    assert evaluator.ran == []
 
 
 def test_a_path_falls_in_small_steps_and_begins_safely() -> None:

@@ -76,7 +76,8 @@ def examples(folder: Path) -> list[Example]:
 def test_one_call_searches_a_model(tmp_path: Path) -> None:
     model, processor, asked = tiny_llava(), tiny_processor(), examples(tmp_path)
     options = {"ranker": "uniform", "max_new_tokens": 3}
-    result = ts.search(model, processor, asked, 0.25, study=tmp_path / "s", **options)
+    result = ts.search(model, processor, asked, 0.25, study=tmp_path / "s", certify=False, **options)
+    assert result.certificate is None
     evaluator = Evaluator(model, processor, asked, **options)
     assert result.score == evaluator(result.schedule).score >= 0.75
     assert result.schedule == ts.gsearch(evaluator, 0.25).schedule
@@ -153,8 +154,11 @@ def test_what_is_wrong_is_said_before_an_image_is_read(monkeypatch: pytest.Monke
         ({"solver": "newton"}, "solver is 'newton'"),
         ({"step": 0}, "step is 0"),
         ({"solver": "bayes", "step": 2}, "step is 2, which solver 'bayes' does not take"),
-        ({"solver": "bayes", "confidence": 0.9}, "confidence is 0.9, but solver 'bayes'"),
+        ({"solver": "bayes", "early_stop": 0.9}, "early_stop is 0.9, but solver 'bayes'"),
+        ({"early_stop": 2}, "early_stop is 2"),
         ({"confidence": 2}, "confidence is 2"),
+        ({"max_drop": 0}, "max_drop is 0, and no number of examples can show"),
+        ({"budget": 0.5, "early_stop": 0.9}, "method 'sensitivity' takes no option 'early_stop'"),
     ):
         with pytest.raises(BadInput, match=re.escape(said)):
             ts.search(None, None, [], **options)

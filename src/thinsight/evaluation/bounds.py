@@ -23,11 +23,11 @@ _ROUNDING_SLACK = 1e-9  # an early stop must be certain in spite of rounding
 _STAKES = np.array([0.05, 0.1, 0.2, 0.4, 0.8])  # shares of the capital; no one of them suits every loss
 
 
-def check_confidence(confidence: Any) -> None:
+def check_confidence(confidence: Any, name: str = "confidence") -> None:
     """Refuse a confidence level that is not a number between 0 and 1."""
     number = isinstance(confidence, Real) and not isinstance(confidence, bool)
     if not number or not 0 < confidence < 1:
-        raise BadInput(f"confidence is {confidence!r}; it must be between 0 and 1, such as 0.99")
+        raise BadInput(f"{name} is {confidence!r}; it must be between 0 and 1, such as 0.99")
 
 
 def random_order(weights: ArrayLike, seed: int | list[int]) -> list[int]:

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from .. import shown
+from ..certificate import Plan
 from ..errors import BadInput
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.evaluator import check_metric
@@ -20,9 +21,11 @@ from ..evaluation.examples import Example, Progress, check_exists, load_examples
 from ..evaluation.full_model import AUTO
 from ..evaluation.prompts import PromptReader
 from ..progress import Watcher
+from ..reduction import Reduction
 from ..report.data import DatasetInfo, Headline, Picture, ReportData
 from ..report.pictures import check_picture_name
 from ..schedule import Schedule
+from ..searches.certify import check_promise
 from ..timing import Measurement, measure
 from .findings import MedianPrompt, drop_of, method_row, metric_words, picture_of, ranker_words, task_rows, varied
 from .opening import (
@@ -35,7 +38,7 @@ from .opening import (
     open_model,
     reduction_for,
 )
-from .options import AnalyzeOptions, BenchOptions, EvaluateOptions, JobOptions, ShowOptions
+from .options import AnalyzeOptions, BenchOptions, EvaluateOptions, JobOptions, PlanOptions, ShowOptions
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,27 @@ def show(options: ShowOptions, watcher: Watcher | None = None) -> ShowResult:
     longest = options.max_new_tokens
     picture = picture_of(opened.model, opened.processor, examples[0], found.reduction, max_new_tokens=longest)
     return ShowResult(picture, found)
+
+
+def plan(options: PlanOptions) -> Plan:
+    """How many examples certify what, by the agreement that is given or that a certified reduction showed.
+
+    Raises:
+        ThinsightError: bad input, or a reduction that has nothing to say about it.
+    """
+    check_promise(options.max_drop, options.confidence)
+    agreement = options.agreement
+    if options.reduction is not None:
+        if agreement is not None:
+            raise BadInput(f"agreement is {agreement!r}, and reduction {options.reduction!r} has one: leave one out")
+        certificate = Reduction.from_pretrained(options.reduction).certificate
+        agreement = None if certificate is None else certificate.agreement
+        if agreement is None:
+            raise BadInput(f"reduction {options.reduction!r} has no certificate with an agreement: give --agreement")
+    n = None if options.data is None else len(read_examples(options.data))
+    if n == 0:
+        raise BadInput(f"data {options.data!r} holds no examples: give another file")
+    return Plan(float(options.max_drop), float(options.confidence), agreement, n)
 
 
 def _open(

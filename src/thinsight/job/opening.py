@@ -106,13 +106,24 @@ class RunFolder:
 
     def once(self, stage: str, kind: type[T], compute: Callable[[], T]) -> T:
         """A stage's result, a plain dataclass of type ``kind``: read if it is done, else computed and kept."""
-        path, remedy = self.path / _STAGES / f"{stage}.json", "remove it, then resume"
-        if path.exists():
-            result: T = decode(kind, read_sealed(path, remedy), str(path), remedy)
-            return result
-        result = compute()
-        self._write(path, encode(result))
+        found = self.find(stage, kind)
+        return self.keep(stage, compute()) if found is None else found
+
+    def find(self, stage: str, kind: type[T]) -> T | None:
+        """A stage's result, where it is done."""
+        path, remedy = self._stage(stage), "remove it, then resume"
+        if not path.exists():
+            return None
+        result: T = decode(kind, read_sealed(path, remedy), str(path), remedy)
         return result
+
+    def keep(self, stage: str, result: T) -> T:
+        """Write a stage's result."""
+        self._write(self._stage(stage), encode(result))
+        return result
+
+    def _stage(self, stage: str) -> Path:
+        return self.path / _STAGES / f"{stage}.json"
 
     def _write(self, path: Path, value: dict[str, Any]) -> None:
         write_atomically(path, json.dumps(seal(value), indent=1, allow_nan=False), _REMEDY)
@@ -258,29 +269,38 @@ def open_model(options: ModelOptions) -> Opened:
     return Opened(model, processor, info)
 
 
-def load_sets(data: str | None, test_data: str | None, limit: int | None, progress: Progress | None = None) -> Sets:
+def load_sets(
+    data: str | None,
+    test_data: str | None,
+    limit: int | None,
+    progress: Progress | None = None,
+    split: tuple[float, str] = (0.5, DEMO_TEST),
+) -> Sets:
     """Calibration and test examples that share no image.
 
-    Both given: as they are. Only ``data``: it is split by image, half and half; the demo's calibration set
-    has a test set of its own. None given: the demo's two sets. ``limit`` applies to each set, and
-    only images of examples within it are decoded, of which ``progress("images", done, total)`` tells.
+    Both given: as they are. Only ``data``: it is split by image; the demo's calibration set has a test set of its own.
+    None given: the demo's two sets. ``split`` is the share to calibrate on and that test set, see `RunOptions.split`.
+    ``limit`` applies to each set, and only images of examples within it are decoded, of which
+    ``progress("images", done, total)`` tells.
     """
+    share, demo_test = split
     name = DEMO_CALIBRATION if data is None else data
     if test_data is None and name == DEMO_CALIBRATION:
-        test_data = DEMO_TEST
+        test_data = demo_test
     if test_data is not None:
         calibration, test = (load_examples(source, limit, progress=progress) for source in (name, test_data))
         check_disjoint(calibration, test)
         return Sets(calibration, test, name, test_data)
     examples = read_examples(name)
     check_examples(examples, name)
-    calibration, test = (side[:limit] for side in split_by_image(examples))
+    calibration, test = (side[:limit] for side in split_by_image(examples, share))
     validate_examples([*calibration, *test], name, progress)
     note = (
         f"{name} was split by image: {len(calibration)} examples to calibrate on, {len(test)} to test on "
         "(give --test-data to choose the test set yourself)"
     )
-    return Sets(calibration, test, f"{name} (one half)", f"{name} (the other half)", note)
+    parts = {0.5: ("one half", "the other half"), 0.25: ("a quarter", "the other three quarters")}[share]
+    return Sets(calibration, test, f"{name} ({parts[0]})", f"{name} ({parts[1]})", note)
 
 
 def reduction_for(source: str | None, model: str, config: Any) -> Sourced:
@@ -456,9 +476,11 @@ def prepare(options: RunOptions, ranker: Any, watcher: Watcher) -> Prepared:
     options.check()
     folder = RunFolder(options.out, resume=options.resume)
     watcher.on_stage("Reading the data")
-    sets = load_sets(options.data, options.test_data, options.limit, watcher.on_progress)
+    sets = load_sets(options.data, options.test_data, options.limit, watcher.on_progress, options.split)
     if sets.note:
         watcher.on_note(sets.note)
+    if doubts := options.doubts(len(sets.test)):
+        watcher.on_note(f"warning: {doubts}")
     check_metric([*sets.calibration, *sets.test], options.metric)
     watcher.on_stage("Loading the model")
     opened = open_model(options.model)

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 DEFAULT_OUT = Path("thinsight-out")
 DEMO_TEST = "demo:test"
+DEMO_CERTIFICATION = "demo:certification"
+_PARAMETERS = {"start": "warm_start", "early_stop": "confidence"}  # where a search calls it otherwise
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 SEARCH_PREFIX = "search-"  # "random" is a baseline and a search
-_NOT_OF_ALL = ("confidence", "first_layer", "n_trials", "solver", "start", "step", "trade_off")  # searches
+_NOT_OF_ALL = ("early_stop", "first_layer", "n_trials", "solver", "start", "step", "trade_off")  # searches
 _LARGE_DROP = 0.2
 
 
@@ -232,12 +234,24 @@ class RunOptions(ScoringOptions):
     """What `thinsight search` and `thinsight compare` are both told; for the sets see `opening.load_sets`."""
 
     data: str | None = told(None, "Calibration examples: JSON-lines file. Default: demo:calibration.")
-    test_data: str | None = told(None, "Test examples. Default: the demo's, or half of --data, split by image.")
+    test_data: str | None = told(
+        None,
+        "Test examples. Default: the demo's, or a part of --data, split by image: half; to certify on, three quarters.",
+    )
     out: Path = DEFAULT_OUT
     resume: bool = told(False, "Continue what was begun in --out.")
     budget_unit: str | None = told(
         None, "Of --budget: keep (mean keep rate, the default), flops (up to 1 a fraction of the full decoder's) or ms."
     )
+
+    @property
+    def split(self) -> tuple[float, str]:
+        """The share of one file that is calibrated on, and the demo's set that goes with its calibration set."""
+        return 0.5, DEMO_TEST
+
+    def doubts(self, tested: int) -> str:
+        """What so many test examples are too few for; "" if nothing."""
+        return ""
 
     @property
     def unit(self) -> str:
@@ -280,6 +294,17 @@ class SearchOptions(RunOptions):
         None, "Evaluations under a budget (16); bayes: per layer (8); frontier: per cost (4).", least=1
     )
     confidence: float | None = told(
+        None, "Of the certificate (0.95): how sure --max-drop is held on data like the test set."
+    )
+    certify: bool = told(
+        True,
+        "Only estimate the drop: what is cheapest within --max-drop on the calibration set, without a certificate.",
+        "--no-certify",
+        kind=bool,
+        said=False,
+        read=lambda without: not without,
+    )
+    early_stop: float | None = told(
         None,
         "bisect: leave a candidate that fails with this confidence, such as 0.99. Default: one that fails for certain.",
     )
@@ -297,7 +322,7 @@ class SearchOptions(RunOptions):
         self._check_method()
         self._check_taken()
         self._check_numbers()
-        check_early_stop(self.layer_solver, self.confidence)
+        check_early_stop(self.layer_solver, self.early_stop, "early_stop")
         config = super().check()
         layers = layers_of(config)
         self.start_schedule(layers)
@@ -336,7 +361,7 @@ class SearchOptions(RunOptions):
         from ..searches.search import FRONTIER, SEARCHES
 
         for option in _NOT_OF_ALL:
-            value, parameter = getattr(self, option), "warm_start" if option == "start" else option
+            value, parameter = getattr(self, option), _PARAMETERS.get(option, option)
             if value is not None and parameter not in self.search.parameters:
                 takers = [each.title for each in (*SEARCHES.values(), FRONTIER) if parameter in each.parameters]
                 raise BadInput(
@@ -355,9 +380,40 @@ class SearchOptions(RunOptions):
             if self.frontier and self.budget < SHARES[0]:
                 raise BadInput(f"budget is {self.budget}: a frontier begins at a mean keep rate of {SHARES[0]}")
         check_score_drop(self.tolerance)
+        self._check_promise()
         if self.n_trials is not None:
             _check_trials(self.n_trials, self.search)
         get_ranker({"name": "random", "seed": self.seed})  # the yardstick of the report, which has bounds
+
+    def _check_promise(self) -> None:
+        from ..searches.certify import check_promise
+
+        if self.certified:
+            check_promise(self.tolerance, self.certainty)
+        elif self.confidence is not None:
+            why = "with --no-certify" if self.budget is None else "under a budget"
+            raise BadInput(f"confidence is {self.confidence!r}, but nothing is promised {why}: leave it out")
+
+    @property
+    def certified(self) -> bool:
+        """Whether the search ends with a certificate: it was not told to do without, and there is a drop to promise."""
+        return self.certify and self.budget is None
+
+    @property
+    def certainty(self) -> float:
+        """The certificate's confidence."""
+        return 0.95 if self.confidence is None else self.confidence
+
+    @property
+    def split(self) -> tuple[float, str]:
+        """As above; a certificate needs more of the examples than the search."""
+        return (0.25, DEMO_CERTIFICATION) if self.certified else super().split
+
+    def doubts(self, tested: int) -> str:
+        """As above: for a certificate, before any work."""
+        from ..certificate import too_few
+
+        return too_few(tested, self.tolerance, self.certainty) if self.certified else ""
 
     def start_schedule(self, num_layers: int) -> Schedule | None:
         """The schedule that the search starts from, at the model's depth."""
@@ -430,6 +486,17 @@ class SearchOptions(RunOptions):
 
         settings = ("step", "trade_off", "n_trials") if self.searches_layers else ()
         return get_solver(self.solver_name, **{name: getattr(self, name) for name in settings})
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What `thinsight plan` is told."""
+
+    max_drop: float = told(0.01, "The drop of the score to be promised, 0.01 for one point.")
+    confidence: float = told(0.95, "Of the promise.")
+    agreement: float | None = told(None, "Share of examples whose score stays the same, such as 0.98.")
+    reduction: str | None = told(None, "Folder or hub id of a certified reduction, for the agreement that it showed.")
+    data: str | None = told(None, "JSON-lines file: what its examples certify. Only their number is looked at.")
 
 
 @dataclass(frozen=True)

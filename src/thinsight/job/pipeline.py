@@ -7,6 +7,8 @@ about terminals, nor about how one search works.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,22 +16,25 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .. import baselines
+from .. import baselines, shown
 from ..budget import KeepBudget
-from ..errors import BadInput, Unreachable, Unsupported
+from ..certificate import ESTIMATED, Certificate, Step, outlook, shown_p
+from ..errors import BadInput, StorageError, Unreachable, Unsupported
 from ..evaluation.consistency import rank_consistency
+from ..evaluation.evaluator import Evaluator
 from ..evaluation.result import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Evaluation, Measurement, RankConsistency
 from ..loading import base_name, checkpoint_hash
 from ..progress import Watcher
-from ..reduction import Reduction, public_name
+from ..records import user_path, write_atomically
+from ..reduction import CONFIG_NAME, Reduction, public_name
 from ..report.data import DatasetInfo, FrontierRow, Headline, Picture, ReportData, SearchInfo, save_report_data
 from ..report.html import write_report
 from ..runtime import apply
 from ..schedule import Schedule
-from ..searches import SearchResult, frontier
-from ..searches.certify import fingerprint_of
+from ..searches import SearchResult, certify, frontier
+from ..searches.certify import fingerprint_of, path_for
 from ..searches.run import Trial
-from ..searches.search import AUTO, rankers_for
+from ..searches.search import AUTO, along, certified_reduction, rankers_for, shared_layers
 from ..searches.sensitivity import SHARES
 from ..timing import measure
 from .findings import MedianPrompt, drop_of, method_row, metric_words, picture_of, ranker_words, task_rows, varied
@@ -54,6 +59,22 @@ class SearchRecord:
     frontier: tuple[FrontierRow, ...] = ()
     full_forwards: float | None = None
     doubt: str = ""
+    path: tuple[tuple[float, ...], ...] = ()  # to certify along, laid before the test set is looked at
+    agreement: float | None = None  # share of the calibration set's scores that the reduction leaves as they are
+
+
+@dataclass(frozen=True)
+class _Used:
+    """Sets of examples that served the certificate of the reduction which this run replaces in its folder."""
+
+    fingerprints: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A certificate as the run folder keeps it."""
+
+    certificate: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,15 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
     found = {**(reduction.search or {}), **({} if checkpoint is None else {"checkpoint": checkpoint})}
     reduction = replace(reduction, base_model_name_or_path=base_name(name), search=found)
     reduction.save_pretrained(prepared.folder.path)
-    if result.schedule.is_full and options.budget is None:
+    path: tuple[Schedule, ...] = ()
+    agreement = None
+    if options.certified:
+        path = path_for(prepared.calibration, result, through=[Schedule(point.keep_rates) for point in points])
+        agreement = _unchanged(prepared.calibration, reduction)
+    else:
+        why = "--no-certify was given" if options.budget is None else "a budget says nothing of the score"
+        prepared.watcher.on_note(f"  What is lost is {ESTIMATED}: {why}")
+    if result.schedule.is_full and options.budget is None and not options.certified:
         prepared.watcher.on_note(
             f"No vision token can go within a drop of {options.tolerance}: allow more with --max-drop, "
             "or calibrate on more examples"
@@ -104,14 +133,25 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
         points,
         result.full_forwards,
         prepared.calibration.doubt,
+        tuple(each.keep_rates for each in path),
+        agreement,
     )
+
+
+def _unchanged(evaluator: Evaluator, reduction: Reduction) -> float:
+    """The share of examples whose score a reduction leaves as it is."""
+    full, reduced = evaluator.full.per_example, evaluator(reduction).per_example
+    assert full is not None
+    assert reduced is not None
+    return float((full == reduced).mean())
 
 
 def _by_name(options: SearchOptions, prepared: Prepared, told: dict[str, Any]) -> SearchResult:
     """What the search that was asked for finds, told the options that were given."""
     evaluator = prepared.calibration
     # the solver by name: the evaluator says how many counts are tried at once
-    given = {name: getattr(options, name) for name in ("confidence", "first_layer", "solver", "step", "trade_off")}
+    given = {name: getattr(options, name) for name in ("first_layer", "solver", "step", "trade_off")}
+    given["confidence"] = options.early_stop
     told |= {name: value for name, value in given.items() if value is not None}
     if options.chooses_ranker:
         told["rankers"] = rankers_for(evaluator)
@@ -286,6 +326,26 @@ def _budget_words(options: SearchOptions) -> str:
     return f"{100 * options.budget:g} % {of}"
 
 
+def _replaced(prepared: Prepared) -> _Used:
+    """What the folder's earlier reduction was certified on, read before it is replaced."""
+
+    def read() -> _Used:
+        if not (prepared.folder.path / CONFIG_NAME).is_file():
+            return _Used(())
+        try:
+            earlier = Reduction.from_pretrained(prepared.folder.path)
+        except (BadInput, StorageError) as error:
+            prepared.watcher.on_note(f"warning: an earlier reduction's certificate is not read: {error}")
+            return _Used(())
+        return _Used(() if earlier.certificate is None else (earlier.certificate.fingerprint,))
+
+    return prepared.folder.once("used", _Used, read)
+
+
+def _step_name(place: int) -> str:
+    return f"certify-{place:03}"
+
+
 CONSISTENCY_EXAMPLES = 64
 
 
@@ -317,6 +377,8 @@ def search_and_report(options: SearchOptions, watcher: Watcher | None = None) ->
     apply(prepared.opened.model, prepared.calibration.reduction(schedule)).remove()
     prepared.check_full_score(prepared.calibration)
     prepared.folder.bind(_settings(options, prepared))
+    if options.certified:
+        _replaced(prepared)
     return _Run(options, prepared).run()
 
 
@@ -332,6 +394,9 @@ class _Run:
         stage("Searching on the calibration set")
         search = self.prepared.folder.once("search", SearchRecord, lambda: _search(self.options, self.prepared))
         reduction = Reduction.from_dict(search.reduction, "the run's search")
+        if self.options.certified:
+            reduction = self._certified(search, reduction)
+            reduction.save_pretrained(folder)
         tested = self._test(reduction)
         stage("Timing full against reduced")
         measurement = self._measure(reduction)
@@ -346,19 +411,92 @@ class _Run:
         save_report_data(folder, data)
         return SearchOutcome(folder, reduction, data, write_report(folder / "report.html", data))
 
+    def _certified(self, search: SearchRecord, found: Reduction) -> Reduction:
+        """The cheapest reduction of the path that the test set certifies, or the full model; with the certificate."""
+        prepared, path = self.prepared, along(found, [Schedule(rates) for rates in search.path])
+        stage, note = prepared.watcher.on_stage, prepared.watcher.on_note
+        stage("Certifying on the test set")
+        note(f"  {self._outlook(search)}")
+
+        def run() -> _Kept:
+            return _Kept(self._certify(path).to_dict())
+
+        kept = prepared.folder.once("certificate", _Kept, run)
+        certificate = Certificate.from_dict(kept.certificate, "the run's certificate")
+        note(f"  {certificate.promise} {certificate.evidence}")
+        for caveat in certificate.caveats:
+            note(f"  {caveat}")
+        if certificate.reason:
+            note(f"  The next cheaper schedule is {certificate.reason}")
+        if certificate.schedule is None:
+            instead = "give more test examples, allow more with --max-drop, or only estimate with --no-certify"
+            note(f"  The full model stays. {self._outlook(search)}: {instead}")
+        return certified_reduction(found, path, certificate)
+
+    def _outlook(self, search: SearchRecord) -> str:
+        options = self.options
+        assert search.agreement is not None
+        count = len(self.prepared.sets.test)
+        return outlook(options.tolerance, search.agreement, count, confidence=options.certainty)
+
+    def _certify(self, path: Sequence[Reduction]) -> Certificate:
+        """Along the path, from the first schedule that is not yet tested."""
+        options, prepared, folder = self.options, self.prepared, self.prepared.folder
+        steps: list[Step] = []
+        while len(steps) < len(path) and (step := folder.find(_step_name(len(steps)), Step)) is not None:
+            steps.append(step)
+        prepared.fix_batch_size("test")
+        evaluator = prepared.test
+        evaluator.share(Schedule.full(evaluator.num_layers), shared_layers(path))
+
+        def keep(step: Step, place: int, schedules: int) -> None:
+            folder.keep(_step_name(place), step)
+            ratio = shown.ratio(prepared.prompt.flops() / prepared.prompt.flops(path[place].schedule))
+            found = "stopped: it could not be certified any more"
+            if step.p_value is not None:
+                verdict = "certified" if step.certified else "not certified"
+                found = f"{step.losses} losses, {step.wins} wins, p {shown_p(step.p_value)}: {verdict}"
+            prepared.watcher.on_note(f"  {place + 1} of {schedules}, {ratio} fewer FLOPs: {found}")
+
+        used = self._used_before(path)
+        certificate = certify(
+            path, evaluator, options.tolerance, options.certainty, used=used, known=steps, on_step=keep
+        )
+        evaluator.share(Schedule.full(evaluator.num_layers), 0)
+        return certificate
+
+    def _used_before(self, path: Sequence[Reduction]) -> list[str]:
+        """Sets that have served another certificate, as far as the folder and ``--cache-dir`` remember, which now
+        remembers this one too."""
+        kept, options = self.options.cache_dir, self.options
+        used = list(_replaced(self.prepared).fingerprints)
+        if kept is None:
+            return used
+        told = [[each.schedule.keep_rates for each in path], options.tolerance, options.certainty]
+        promise = hashlib.sha256(json.dumps([*told, dict(path[0].ranker)], default=repr).encode()).hexdigest()[:16]
+        fingerprint = fingerprint_of(self.prepared.test)
+        mark = user_path(kept, "cache_dir") / f"certified-{fingerprint}-{promise}"
+        others = [each for each in mark.parent.glob(f"certified-{fingerprint}-*") if each.name != mark.name]
+        write_atomically(mark, "")
+        return [*used, *([fingerprint] if others else [])]
+
     def _test(self, reduction: Reduction) -> list[Tested]:
         """Full, found, and its rivals at the same cost, all on the test set."""
         full = Reduction(Schedule.full(reduction.schedule.num_layers))
         tested = []
         for key, name, kind, method, note in [
             ("full", "Full model", "full", full, ""),
-            ("found", self.options.search.title, "found", reduction, "found on the calibration set"),
+            ("found", self.options.search.title, "found", reduction, self._how_found),
             *self._rivals(reduction),
         ]:
             self.prepared.watcher.on_stage(f"Testing {name}")
             scores = self.prepared.test_scores(f"test-{key}", None if kind == "full" else method)
             tested.append(Tested(name, kind, method, scores.evaluation(), note, scores.doubt))
         return tested
+
+    @property
+    def _how_found(self) -> str:
+        return "certified on these questions" if self.options.certified else "found on the calibration set"
 
     def _rivals(self, reduction: Reduction) -> list[tuple[str, str, str, Reduction, str]]:
         """(key, name, kind, reduction, note) of what the search has to be compared with at its own cost."""
@@ -448,7 +586,8 @@ def _settings(options: SearchOptions, prepared: Prepared) -> dict[str, Any]:
         "max_drop": options.tolerance if options.budget is None else None,
         "ranker": AUTO if options.chooses_ranker else prepared.calibration.ranker.to_dict(),
         "solver": dict(options.layer_solver.settings),
-        "confidence": options.confidence,
+        "early_stop": options.early_stop,
+        "confidence": options.certainty if options.certified else None,
         "first_layer": options.gsearch_layer if options.budget is None else options.first_layer,
         "seed": options.seed,
         "calibration fingerprint": prepared.calibration.fingerprint,

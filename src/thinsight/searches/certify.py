@@ -277,10 +277,12 @@ def check_promise(max_drop: Any, confidence: Any = 0.95) -> None:
         ThinsightError: ``max_drop`` is not above 0 and at most 1, or ``confidence`` not between 0 and 1.
     """
     check_confidence(confidence)
+    if confidence >= 1 - NUISANCE:
+        raise BadInput(f"confidence is {confidence!r}; no p-value is below {NUISANCE}: give less than {1 - NUISANCE}")
     if real(max_drop) <= 0:
         raise BadInput(
             f"max_drop is {max_drop!r}, and no number of examples can show that nothing at all is lost: allow a "
-            "little, such as 0.01, or search without a certificate"
+            "little, such as 0.01, or search without a certificate (--no-certify, certify=False)"
         )
     if not real(max_drop) <= 1:
         raise BadInput(f"max_drop is {max_drop!r}; it must be a number above 0 and at most 1, such as 0.01")
@@ -415,22 +417,39 @@ def one_step(num_layers: int, n_vision: int, first_layer: int = 2) -> list[Sched
     return [Schedule.step(num_layers, layer, count / n_vision) for count in range(n_vision - 1, 0, -1)]
 
 
-def path_for(evaluator: Any, found: SearchResult | None = None, *, first_layer: int = 2) -> tuple[Schedule, ...]:
+def path_for(
+    evaluator: Any, found: SearchResult | None = None, *, through: Sequence[Schedule] = (), first_layer: int = 2
+) -> tuple[Schedule, ...]:
     """The path to certify along for an evaluator's model and prompts, none of whose answers are looked at.
 
-    By default one step at ``first_layer``, with ever fewer tokens: of all ways of laying a path that were measured,
-    none reached more FLOPs at the same promise (benchmarks/results/coverage.md), and it needs no set to search on.
-    With ``found`` it leads through what that search took.
+    By default one step at ``first_layer``, with ever fewer tokens. With ``found`` it leads through what that search
+    took (or ``through`` these schedules) and then on, one step at its first layer with fewer tokens still, so that a
+    search whose examples were unlucky holds nothing up. How far each way of laying a path gets at the same promise is
+    measured in benchmarks/results/coverage.md.
+
+    Down to half of the way to what was found, where hardly any path ends and schedules take longest to run, steps are
+    twice as long.
 
     Raises:
-        ThinsightError: ``found`` took nothing that costs less than the full model.
+        ThinsightError: nothing costs less than the full model.
     """
     oracle = as_evaluator(evaluator)
-    spent = oracle.cost if oracle.model is None else oracle.budget(1.0, "flops").spent
-    n_vision = int(oracle.num_vision_tokens)
-    if found is not None:
-        return lay_path(accepted(found), spent, n_vision)
-    return lay_path(one_step(int(oracle.num_layers), n_vision, first_layer), spent, n_vision, most=None)
+    layers, n_vision = int(oracle.num_layers), int(oracle.num_vision_tokens)
+    spent = cache(oracle.cost if oracle.model is None else oracle.budget(1.0, "flops").spent)
+    if found is None:
+        return lay_path(one_step(layers, n_vision, first_layer), spent, n_vision, most=None)
+    if found.reduction.adaptive is not None:  # there is nothing between two of them
+        return (found.schedule,)
+    spine = list(through) or accepted(found)
+    if not through:
+        first = int((found.reduction.search or {}).get("first_layer", first_layer))
+        spine += [step for step in one_step(layers, n_vision, first) if spent(step) < spent(found.schedule)]
+    half = math.sqrt(spent(Schedule.full(layers)) / spent(found.schedule))
+    path = lay_path(spine, spent, n_vision, start=max(START, half), most=None)
+    if half <= START:
+        return path
+    early = lay_path(spine, spent, n_vision, apart=2 * APART, most=None)
+    return (*(each for each in early if spent(each) > spent(path[0]) / (1 - APART)), *path)
 
 
 def lay_path(

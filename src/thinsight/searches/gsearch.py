@@ -220,7 +220,7 @@ def get_solver(
     return kind(**given, **({"at_once": at_once} if "at_once" in taken else {}))
 
 
-def check_early_stop(solver: Solver, confidence: float | None) -> None:
+def check_early_stop(solver: Solver, confidence: float | None, name: str = "confidence") -> None:
     """Check that a confidence of early stops (None: there is none) is one, and that the solver has them.
 
     Raises:
@@ -228,11 +228,11 @@ def check_early_stop(solver: Solver, confidence: float | None) -> None:
     """
     if confidence is None:
         return
-    check_confidence(confidence)
+    check_confidence(confidence, name)
     if solver.exact:
-        name = solver.settings.get("name")
+        title = solver.settings.get("name")
         raise BadInput(
-            f"confidence is {confidence!r}, but solver {name!r} scores every candidate on all examples: "
+            f"{name} is {confidence!r}, but solver {title!r} scores every candidate on all examples: "
             "leave it out, or choose 'bisect'"
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import shown
 from ..budget import Budget
+from ..certificate import ESTIMATED, Certificate
 from ..errors import BadInput, Unreachable
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import Progress, SearchObserver, SearchPlan, Silent
@@ -80,7 +81,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult(shown.Shown):
-    """The outcome of a search. ``score`` and ``full_score`` are on the calibration set.
+    """The outcome of a search. ``score`` and ``full_score`` are on the calibration set; of a certified search they and
+    the schedule are the ``certificate``'s. Without one, what is lost is estimated.
 
     ``evaluations`` counts the schedules that were run, one on a share of the examples as that share (the full
     model's own run is not among them); ``cost`` is their decoder FLOPs in all, None when the evaluator does
@@ -103,6 +105,7 @@ class SearchResult(shown.Shown):
     spent: float | None = None
     full_forwards: float | None = None
     agreement: float | None = None
+    certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "trials", tuple(self.trials))
@@ -120,8 +123,9 @@ class SearchResult(shown.Shown):
     def _tables(self) -> Iterable[shown.Table]:
         known = {
             "schedule": repr(self.schedule),
-            "calibration score": f"{shown.plain(self.score, 4)}, the full model's {shown.plain(self.full_score, 4)}",
+            "score": f"{shown.plain(self.score, 4)}, the full model's {shown.plain(self.full_score, 4)}",
             "allowed drop": "" if self.max_drop is None else f"{self.max_drop:g}",
+            "drop": ESTIMATED if self.certificate is None else self.certificate.promise,
             "budget": "" if self.budget is None else f"{self.budget['limit']:.4g} {self.budget['unit']}",
             "evaluations": f"{self.evaluations:g}",
             "time": shown.duration(self.seconds),

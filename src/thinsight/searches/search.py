@@ -8,16 +8,22 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..budget import Budget, check_budget_value
+from ..certificate import Certificate, too_few
 from ..errors import BadInput, whole
+from ..reduction import Reduction
 from ..registry import Registry
+from ..schedule import Schedule
+from .certify import certify as certify_path
+from .certify import check_disjoint, check_promise, path_for, split_examples
 from .gsearch import check_early_stop, check_max_drop, get_solver, gsearch
 from .psigmoid import psigmoid
 from .random_search import random_search
@@ -118,7 +124,52 @@ def choosing() -> list[str]:
     return [search.name for search in SEARCHES.values() if search.chooses_ranker]
 
 
+# -- certified -----------------------------------------------------------------------------------------------
+
 DEFAULT_MAX_DROP = 0.01
+SHARED = 0.25  # of one set of examples, what is searched on
+
+
+def along(found: Reduction, path: Sequence[Schedule]) -> list[Reduction]:
+    """The schedules of a path as reductions, all with the ranker of the one found."""
+    if found.adaptive is not None:  # which is all of its path
+        return [found]
+    return [replace(found, schedule=schedule) for schedule in path]
+
+
+def shared_layers(path: Sequence[Reduction]) -> int:
+    """How many layers see all tokens under every schedule of a path: what its runs can share."""
+    kept = [next((i for i, rate in enumerate(each.schedule.keep_rates) if rate < 1), 0) for each in path]
+    return min(kept)
+
+
+def as_certified(found: SearchResult, path: Sequence[Reduction], certificate: Certificate) -> SearchResult:
+    """What a search found, as far as it is certified: the schedule, scores and reduction are the certificate's.
+
+    The reduction's record of the search still says how the one found scored, and what it was.
+    """
+    reduction = certified_reduction(found.reduction, path, certificate)
+    return replace(
+        found,
+        schedule=reduction.schedule,
+        reduction=reduction,
+        full_score=certificate.full_score,
+        score=certificate.score,
+        certificate=certificate,
+    )
+
+
+def certified_reduction(found: Reduction, path: Sequence[Reduction], certificate: Certificate) -> Reduction:
+    """The last reduction of the path that is certified, or the full model; with the certificate."""
+    full = replace(found, schedule=Schedule.full(found.schedule.num_layers), adaptive=None)
+    taken = full if certificate.place is None else path[certificate.place]
+    record = dict(found.search or {})
+    if taken.schedule != found.schedule:
+        record["found"] = list(found.schedule.keep_rates)
+    return replace(taken, search=record, measured=None, certificate=certificate)
+
+
+# -- the one call --------------------------------------------------------------------------------------------
 
 
 def choose_method(method: str | None, max_drop: float | None, budget: Budget | float | None) -> str:
@@ -168,15 +219,24 @@ def search(
     cache_gib: float | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    certify: bool = True,
+    confidence: float = 0.95,
+    test_examples: Sequence[Example] | str | Path | None = None,
     **options: Any,
 ) -> SearchResult:
-    """Search the cheapest reduction of ``model`` whose score on ``examples`` falls by at most ``max_drop``,
-    or the best-scoring one within ``budget``.
+    """Search the cheapest reduction of ``model`` that is certain to lose at most ``max_drop``, or the best-scoring one
+    within ``budget``.
+
+    Under ``max_drop`` the result is certified, see `thinsight.certify`: the search runs on one part of the examples and
+    lays a path of schedules, and these are tested, costly ones first, on the other part. The last one that passes is
+    the result, or the full model where none does; ``certificate.reason`` says why. Under ``budget``, and with
+    ``certify=False``, what is lost is estimated.
 
     Args:
         model: a loaded multimodal ``transformers`` model.
         processor: its processor.
-        examples: calibration examples, or what `thinsight.load_examples` takes.
+        examples: calibration examples, or what `thinsight.load_examples` takes. To certify without ``test_examples``
+            they are split by image: a quarter to search on, the rest to certify on.
         max_drop: largest drop of the score, in the metric's own unit; 0.01 if no budget is given.
         budget: what a prefill may cost: a number, see `thinsight.budget.make_budget`, or a budget.
         budget_unit: of a number: "keep" (mean keep rate), "flops" or "ms".
@@ -190,9 +250,13 @@ def search(
         cache_gib: main memory for vision features, see `thinsight.Evaluator`.
         cache_dir: folder that keeps vision features and the full model's answers for later runs.
         progress: called as ``progress(what, done, total)`` after each batch, in examples.
+        certify: whether ``max_drop`` is to be promised. Too few examples for that are warned of before any work.
+        confidence: of the promise.
+        test_examples: those to certify on, or what `thinsight.load_examples` takes; they share no image with
+            ``examples``, and serve one certificate.
         **options: further arguments of the search that runs, such as ``n_trials``, ``seed``, ``first_layer``,
-            ``study`` and ``resume``: see `gsearch`, `sensitivity_search`, `adaptive_search`, `psigmoid` and
-            `random_search`.
+            ``study`` and ``resume``: see `gsearch` (whose own ``confidence`` is ``early_stop`` here),
+            `sensitivity_search`, `adaptive_search`, `psigmoid` and `random_search`.
 
     Raises:
         ThinsightError: bad arguments, examples or model; before long work starts.
@@ -203,8 +267,11 @@ def search(
     if ranker == AUTO and not SEARCHES[chosen].chooses_ranker:
         raise BadInput(f"ranker is 'auto', which needs a budget and a method that chooses it: {', '.join(choosing())}")
     tolerance = DEFAULT_MAX_DROP if max_drop is None else max_drop
+    promised = certify and budget is None
     if budget is None:
         check_score_drop(tolerance)
+        if promised:
+            check_promise(tolerance, confidence)
     elif not isinstance(budget, Budget):
         check_budget_value(budget, budget_unit)
     _check_options(chosen, options)
@@ -212,24 +279,48 @@ def search(
     from ..evaluation.examples import load_examples
     from ..evaluation.store import DEFAULT_CACHE_GIB
 
-    if isinstance(examples, (str, Path)):
-        examples = load_examples(examples)
-    evaluator = Evaluator(
-        model,
-        processor,
-        examples,
-        metric=metric,
-        batch_size=batch_size,
-        ranker=FIRST_CHOICE if ranker in (None, AUTO) else ranker,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
-        cache_gib=DEFAULT_CACHE_GIB if cache_gib is None else cache_gib,
-        cache_dir=cache_dir,
-    )
+    read = load_examples(examples) if isinstance(examples, (str, Path)) else examples
+    testing = load_examples(test_examples) if isinstance(test_examples, (str, Path)) else test_examples
+    if promised:
+        read, testing = _two_sets(read, testing)
+        if doubts := too_few(len(testing), tolerance, confidence):
+            warnings.warn(doubts, stacklevel=2)
+    given: dict[str, Any] = {
+        "metric": metric,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "progress": progress,
+    }
+    memory = DEFAULT_CACHE_GIB if cache_gib is None else cache_gib
+    given |= {"cache_dir": cache_dir, "cache_gib": memory / 2 if promised else memory}
+    given["ranker"] = FIRST_CHOICE if ranker in (None, AUTO) else ranker
+    evaluator = Evaluator(model, processor, read, **given)
+    tester = Evaluator(model, processor, testing, **given) if testing is not None and promised else None
     if ranker in (None, AUTO) and SEARCHES[chosen].chooses_ranker:
         options.setdefault("rankers", rankers_for(evaluator))
     goal = tolerance if budget is None else budget_of(evaluator, budget, budget_unit)
-    return SEARCHES[chosen](evaluator, goal, **options)
+    if "early_stop" in options:
+        options["confidence"] = options.pop("early_stop")
+    found = SEARCHES[chosen](evaluator, goal, **options)
+    if tester is None:
+        return found
+    path = along(found.reduction, path_for(evaluator, found))
+    tester.share(Schedule.full(tester.num_layers), shared_layers(path))
+    return as_certified(found, path, certify_path(path, tester, tolerance, confidence))
+
+
+def _two_sets(
+    examples: Sequence[Example], testing: Sequence[Example] | None
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Examples to search on and to certify on, which share no image."""
+    from ..evaluation.examples import check_examples
+
+    check_examples(examples)
+    if testing is None:
+        return split_examples(examples, SHARED)
+    check_examples(testing)
+    check_disjoint(examples, testing)
+    return examples, testing
 
 
 def _check_options(method: str, options: Mapping[str, Any]) -> None:
@@ -239,7 +330,8 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
         ThinsightError: with the option that was meant or all that there are, or with the values it may have.
     """
     own = inspect.signature(search).parameters
-    taken = [name for name in SEARCHES[method].parameters if name not in (*own, "evaluator")]
+    names = ("early_stop" if name == "confidence" else name for name in SEARCHES[method].parameters)
+    taken = [name for name in names if name not in (*own, "evaluator")]
     for name in options:
         if name in taken:
             continue
@@ -249,6 +341,7 @@ def _check_options(method: str, options: Mapping[str, Any]) -> None:
     whole(options.get("seed", 0), "seed", 0)
     if "solver" in taken:
         settings: dict[str, Any] = {name: options.get(name) for name in ("step", "trade_off", "n_trials")}
-        check_early_stop(get_solver(options.get("solver", "bisect"), **settings), options.get("confidence"))
+        solver = get_solver(options.get("solver", "bisect"), **settings)
+        check_early_stop(solver, options.get("early_stop"), "early_stop")
     elif "n_trials" in options:
         whole(options["n_trials"], "n_trials", SEARCHES[method].least_trials)
