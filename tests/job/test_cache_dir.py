@@ -12,8 +12,7 @@ from typer.testing import CliRunner, Result
 
 from thinsight import load_examples
 from thinsight.cli import app
-from thinsight.evaluation import Evaluator
-from thinsight.evaluation.features import VisionCache
+from thinsight.evaluation import Evaluator, features
 from thinsight.evaluation.full_model import FullModel
 from thinsight.loading import load_model
 
@@ -47,7 +46,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def forbid() -> None:
         monkeypatch.setattr(FullModel, "_answer_all", computed)
-        monkeypatch.setattr(VisionCache, "_encode", computed)
+        monkeypatch.setattr(features, "encode_images", computed)
 
     return forbid
 
