@@ -624,11 +624,11 @@ def test_the_card_says_what_is_promised(tmp_path: Path) -> None:
         "At most 1 point of the score is lost on data like these, with 95 % confidence. "
         "2 losses and 1 win in 1,152 examples about 384 images, p = 0.004.\n"
     )
-    assert "Schedules tested, costly ones first: 2 of 2; not certified at 1 points: 22 losses and 7 wins" in told
+    assert "Schedules tested, costly ones first: 2 of 2; not certified at 1 point: 22 losses and 7 wins" in told
     assert "`0123456789abcdef`" in told
     assert "docs/guarantee.md" in told
     assert "before" not in told
     assert "had been used for a certificate before" in card(dataclasses.replace(PROMISE, used_before=True))
     nothing = card(NOTHING, Schedule.full(4))
     assert nothing.startswith("Nothing is promised but the full model")
-    assert "Schedules tested, costly ones first: 1 of 2; not certified at 1 points" in nothing
+    assert "Schedules tested, costly ones first: 1 of 2; not certified at 1 point" in nothing

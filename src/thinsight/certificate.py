@@ -123,7 +123,7 @@ class Certificate(shown.Shown):
         if self.schedule is None:
             return f"Certificate(the full model: {self.reason})"
         return (
-            f"Certificate({self.confidence:.0%} sure of less than {100 * self.max_drop:g} points, {self.counts}, "
+            f"Certificate({self.confidence:.0%} sure of less than {in_points(self.max_drop)}, {self.counts}, "
             f"p {self.p_value:.2g}, {self.schedule!r})"
         )
 
@@ -256,7 +256,7 @@ class Certificate(shown.Shown):
         step = self.failed
         if step is None:
             return ""
-        points = f"not certified at {100 * self.max_drop:g} points"
+        points = "not certified at " + in_points(self.max_drop)
         if step.losses is None or step.wins is None:
             return f"{points}: stopped as soon as the {self.n:,} examples could not show it any more"
         counted = f"{points}: {_counts(step.losses, step.wins, self.n)}"
@@ -492,6 +492,12 @@ class Plan(shown.Shown):
 
 def _points(share: float) -> str:
     return f"{_number(share)} point{'s' * (_number(share) != '1')}"
+
+
+def in_points(share: float) -> str:
+    """A drop in points of 100, "1 point"."""
+    size = f"{100 * share:g}"
+    return f"{size} point{'s' * (size != '1')}"
 
 
 def _counts(losses: int, wins: int, n: int) -> str:

@@ -370,7 +370,7 @@ def test_the_tables_say_what_is_promised_and_of_how_many() -> None:
     assert "### What each method costs at 1 point, certified with 95 % confidence" in text
     p = f"{np.ceil(1000 * exact_p_value(1, 1, 1000, 0.01)) / 1000:.3f}"
     assert rf"| **Sensitivity** | 1.33x | 0.5 | 1 / 1 | {p} | all of its budgets are certified |" in text
-    assert "| Vtw | 1.00x | | | | not certified at 1 points: 40 losses and 0 wins in 1,000 examples; " in text
+    assert "| Vtw | 1.00x | | | | not certified at 1 point: 40 losses and 0 wins in 1,000 examples; " in text
     assert "several promises: each one holds with 95 % confidence" in text
     console = Console(file=io.StringIO(), width=120, color_system=None)
     console.print(comparison)

@@ -225,9 +225,7 @@ def test_each_schedule_of_the_path_has_a_row() -> None:
         "| 43.8 % | 2.70x | 24 | 7 | 1.000 | not certified |",
         "| 34.4 % | 3.07x | | | | not tested |",
     ]
-    assert table.notes == [
-        "Not certified at 1 points: 24 losses and 7 wins in 1,152 examples; this schedule loses 1.5."
-    ]
+    assert table.notes == ["Not certified at 1 point: 24 losses and 7 wins in 1,152 examples; this schedule loses 1.5."]
     stopped = replace(certificate, steps=(Step(0.8, None, None, None, 1.0, certified=False, complete=False),))
     assert steps_table(stopped).rows[0][1:] == ["\N{EN DASH}"] * 3 + ["stopped, not certified"]
     assert "stopped as soon as" in steps_table(stopped).notes[0]

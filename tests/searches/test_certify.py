@@ -259,7 +259,7 @@ def test_the_last_one_before_a_failure_is_certified() -> None:
     assert (certificate.max_drop, certificate.confidence, certificate.images) == (0.01, 0.95, 1152)
     assert certificate.drop == pytest.approx(-1 / 1152)
     assert certificate.reason == (
-        "not certified at 1 points: 22 losses and 7 wins in 1,152 examples; this schedule loses 1.3"
+        "not certified at 1 point: 22 losses and 7 wins in 1,152 examples; this schedule loses 1.3"
     )
     assert certificate.needed is None
 
@@ -276,7 +276,7 @@ def test_the_full_model_remains_where_the_first_one_fails() -> None:
     assert certificate.place is None
     assert (certificate.losses, certificate.wins, certificate.p_value, certificate.drop) == (0, 0, None, 0.0)
     assert certificate.needed == pytest.approx(3300, rel=0.15)
-    assert certificate.reason.startswith("not certified at 1 points: 11 losses and 6 wins in 1,152 examples: about 3,")
+    assert certificate.reason.startswith("not certified at 1 point: 11 losses and 6 wins in 1,152 examples: about 3,")
     assert "the full model" in repr(certificate)
 
 
@@ -284,7 +284,7 @@ def test_the_full_model_remains_where_the_first_one_fails() -> None:
 def test_so_few_examples_certify_nothing_even_where_nothing_changes(n: int) -> None:
     certificate = ts.certify(PATH[:1], answers([0], [0], n), 0.01)
     assert certificate.schedule is None
-    assert certificate.reason.startswith(f"not certified at 1 points: 0 losses and 0 wins in {n} examples: about ")
+    assert certificate.reason.startswith(f"not certified at 1 point: 0 losses and 0 wins in {n} examples: about ")
     assert certificate.needed is not None
     assert certificate.needed > n
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .. import shown, texts
-from ..certificate import Certificate, shown_p
+from ..certificate import Certificate, in_points, shown_p
 from ..errors import MissingPackage
 from ..evaluation.base import SearchEvaluator
 from ..evaluation.examples import Example
@@ -222,7 +222,6 @@ def certified_table(comparison: Comparison) -> shown.Table:
         return line.certificate.reason or "all of its budgets are certified"
 
     first = comparison.certified[0].certificate
-    points = "1 point" if first.max_drop == 0.01 else f"{100 * first.max_drop:g} points"
     sure = f"{100 * first.confidence:g} % confidence"
     budget = "mean keep rate" if comparison.unit == "keep" else comparison.unit
     notes = [
@@ -231,7 +230,7 @@ def certified_table(comparison: Comparison) -> shown.Table:
         "together with less, and so does the best one, picked by looking at this table."
     ]
     return shown.Table(
-        f"What each method costs at {points}, certified with {sure}",
+        f"What each method costs at {in_points(first.max_drop)}, certified with {sure}",
         comparison.certified,
         shown.Column("method", _named, text=True),
         shown.Column("FLOPs", lambda line: shown.ratio(line.flops_ratio), "full / this"),
