@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 from tiny import IMAGE, tiny_inputs, tiny_llava
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from thinsight.errors import Unsupported
-from thinsight.runtime import apply, encode_images, layer_scores
+from thinsight.ranking import weighted_rows
+from thinsight.runtime import apply, encode_images, layer_scores, scoring
 from thinsight.runtime.anatomy import attention_of, decoder_layers
 from thinsight.runtime.scoring import Probe, TextRows, attention_rows
 from thinsight.schedule import Schedule
@@ -222,3 +225,51 @@ def test_pooled_rows_are_the_mean_of_whole_ones() -> None:
     assert len(found[True]) == 2
     for pooled, whole in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(pooled, whole)
+
+
+@pytest.mark.parametrize("causal_mask", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_a_few_heads_at_a_time_are_all_of_them(
+    kv_heads: int, causal_mask: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(3)
+    query, key = torch.randn(3, 4, 9, 8, generator=draw), torch.randn(3, kv_heads, 9, 8, generator=draw)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()[None, None].expand(3, 4, 9, 9) if causal_mask else None
+    rows = torch.tensor([[8, 1], [3, 8], [5, 8]])
+    weights = torch.tensor([[0.5, 0.5], [0.0, 1.0], [0.25, 0.75]])
+    whole = attention_rows(query, key, mask, 0.3, rows, is_causal=True)
+    pooled = weighted_rows(whole, weights)
+    assert torch.equal(attention_rows(query, key, mask, 0.3, rows, is_causal=True, weights=weights), pooled)
+    for numbers in (1, 9 * 8, 2 * 9 * 8, 5 * 9 * 8):
+        monkeypatch.setattr(scoring, "_NUMBERS_AT_ONCE", numbers)
+        torch.testing.assert_close(attention_rows(query, key, mask, 0.3, rows, is_causal=True), whole)
+        got = attention_rows(query, key, mask, 0.3, rows, is_causal=True, weights=weights)
+        torch.testing.assert_close(got, pooled)
+        one = [each[:1] for each in (query, key)]
+        some = None if mask is None else mask[:1]
+        alone = attention_rows(*one, some, 0.3, rows[:1], is_causal=True, weights=weights[:1])
+        torch.testing.assert_close(alone, got[:1])
+
+
+class _Largest(TorchDispatchMode):
+    """The most bytes that any one tensor made meanwhile has."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(each, torch.Tensor):
+                self.bytes = max(self.bytes, each.untyped_storage().nbytes())
+        return made
+
+
+def test_memory_is_bounded_where_prompts_are_long() -> None:
+    """16,384 vision tokens and 64 rows of text, two prompts of 16 heads: 128 MiB of softmax, never there at once."""
+    query, key = torch.zeros(2, 16, 64, 16, dtype=torch.bfloat16), torch.zeros(2, 4, 16_448, 16, dtype=torch.bfloat16)
+    rows = torch.arange(64).expand(2, -1)
+    with _Largest() as largest:
+        got = attention_rows(query, key, None, 1.0, rows, is_causal=True, weights=torch.full((2, 64), 1 / 64))
+    assert got.shape == (2, 16_448)
+    torch.testing.assert_close(got.sum(1), torch.ones(2))
+    assert largest.bytes <= 4 * scoring._NUMBERS_AT_ONCE < 4 * 2 * 16 * 64 * 16_448

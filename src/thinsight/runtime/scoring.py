@@ -29,6 +29,7 @@ from ..ranking import full_precision, weighted_rows
 
 _NAME = "thinsight_scoring"
 _ROWS_AT_ONCE = 128  # bounds the memory of whole-matrix requests
+_NUMBERS_AT_ONCE = 1 << 24  # of logits, or of keys in float32, that are held at a time: 64 MiB
 
 
 def attention_rows(
@@ -41,8 +42,10 @@ def attention_rows(
     is_causal: bool,
     cached: int | None = None,
     softcap: float | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """The softmax of some query rows over all keys: (batch, heads, rows, keys) float32.
+    """The softmax of some query rows over all keys: (batch, heads, rows, keys) float32; with `weights`, their mean over
+    heads and weighted rows, (batch, keys), for which at most 64 MiB of the softmax are held at once, or one key head's.
 
     Args:
         query: (batch, heads, queries, dim), as the attention implementation gets it.
@@ -53,8 +56,10 @@ def attention_rows(
         is_causal: whether a query sees only keys up to its own place, where the mask does not say.
         cached: the place of the first query among the keys; the last queries' if not given.
         softcap: tanh limit of the logits, for models that have one.
+        weights: (batch, rows) float32, see `ranking.row_weights`.
     """
     batch, heads, _, dim = query.shape
+    _, key_heads, keys, _ = key.shape
     if batch == 1:
         picked = query.index_select(2, rows[0])
     else:
@@ -63,16 +68,36 @@ def attention_rows(
     # Float32 whatever the model runs in: tokens are ordered by what comes out, and the two or three digits
     # of bfloat16 would make ties of them. It is a few rows; the layer itself stays as it is.
     picked = picked.float() * scaling  # (batch, heads, rows, dim)
-    # Heads that share a key head (grouped-query attention) follow each other, so they can be taken for more
-    # rows of that one head, and keys need not be repeated for each of them.
-    grouped = picked.reshape(batch * key.shape[1], -1, dim)  # (batch * key heads, heads of each * rows, dim)
-    # flat before it is transposed: the product would copy a transposed batch of keys element by element
-    logits = grouped @ key.float().flatten(0, 1).transpose(1, 2)
-    logits = logits.view(batch, heads, -1, key.shape[2])
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
     added = _added(mask, query, key, rows, is_causal, cached)
-    return (logits if added is None else logits.add_(added)).softmax(dim=-1)
+
+    def softmax(row: slice, head: slice) -> Tensor:
+        """Of some rows of the batch and some key heads: (some, heads of them, rows, keys)."""
+        # Heads that share a key head (grouped-query attention) follow each other, so they can be taken for more
+        # rows of that one head, and keys need not be repeated for each of them. Flat before it is transposed: the
+        # product would copy a transposed batch of keys element by element.
+        some, shared = key[row, head].float(), slice(head.start * heads // key_heads, head.stop * heads // key_heads)
+        grouped = picked[row, shared].reshape(some.shape[0] * some.shape[1], -1, dim)
+        logits = (grouped @ some.flatten(0, 1).transpose(1, 2)).view(some.shape[0], -1, rows.shape[1], keys)
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        if added is not None:
+            logits.add_(added[row] if added.shape[1] == 1 else added[row, shared])
+        return logits.softmax(dim=-1)
+
+    # How many heads at once goes by the lengths alone, so that a row is summed alike in whatever batch it is.
+    each = keys * max(dim, heads // key_heads * rows.shape[1])
+    at_once = min(key_heads, max(1, _NUMBERS_AT_ONCE // each))
+    rows_at_once = min(batch, max(1, _NUMBERS_AT_ONCE // (each * at_once)))
+    blocks = [slice(at, min(at + at_once, key_heads)) for at in range(0, key_heads, at_once)]
+    found = []
+    for start in range(0, batch, rows_at_once):
+        row = slice(start, start + rows_at_once)
+        if weights is None:
+            found.append(torch.cat([softmax(row, head) for head in blocks], dim=1))
+            continue
+        parts = ((softmax(row, head), (head.stop - head.start) / key_heads) for head in blocks)
+        found.append(sum((weighted_rows(part, weights[row]) * share for part, share in parts), start=torch.zeros(())))
+    return torch.cat(found)
 
 
 def _added(
@@ -123,8 +148,8 @@ class Request:
         most = key.shape[2] - query.shape[2]
         return most if self.filled is None else min(most, self.filled)  # a window shows the last ones only
 
-    def read(self, rows_of: Callable[[Tensor], Tensor], query: Tensor, key: Tensor) -> None:
-        """Compute `result`, with `rows_of(rows (batch, n)) -> (batch, heads, n, keys)` at hand."""
+    def read(self, rows_of: Callable[..., Tensor], query: Tensor, key: Tensor) -> None:
+        """Compute `result`; `rows_of(rows (batch, n), weights=None)` is `attention_rows`."""
         raise NotImplementedError
 
 
@@ -139,18 +164,19 @@ class TextRows(Request):
     filled: int | None = None
     weights: Tensor | None = None  # (batch, rows) float32, see `row_weights`
 
-    def read(self, rows_of: Callable[[Tensor], Tensor], query: Tensor, key: Tensor) -> None:
-        rows = rows_of(self.rows.to(query.device))
+    def read(self, rows_of: Callable[..., Tensor], query: Tensor, key: Tensor) -> None:
+        rows = self.rows.to(query.device)
         columns, cached = self.columns.to(query.device), self.cached(query, key)
         if cached:
             columns = columns + cached
         valid = self.valid.to(query.device)
         if self.weights is not None:
-            received = weighted_rows(rows, self.weights.to(query.device))  # (batch, keys)
+            received = rows_of(rows, self.weights.to(query.device))  # (batch, keys)
             self.result = torch.where(valid, received.gather(1, columns), 0)
             return
-        columns = columns[:, None, None, :].expand(*rows.shape[:3], -1)
-        self.result = torch.where(valid[:, None, None, :], rows.gather(3, columns), 0)
+        read = rows_of(rows)
+        columns = columns[:, None, None, :].expand(*read.shape[:3], -1)
+        self.result = torch.where(valid[:, None, None, :], read.gather(3, columns), 0)
 
 
 @dataclass(eq=False)
@@ -160,12 +186,12 @@ class VisionReceived(Request):
 
     from_class_token: bool
 
-    def read(self, rows_of: Callable[[Tensor], Tensor], query: Tensor, key: Tensor) -> None:
+    def read(self, rows_of: Callable[..., Tensor], query: Tensor, key: Tensor) -> None:
         batch, _, queries, _ = query.shape
         wanted = 1 if self.from_class_token else queries
         total = query.new_zeros((batch, key.shape[2]), dtype=torch.float32)
         for rows in torch.arange(wanted, device=query.device).split(_ROWS_AT_ONCE):
-            total += rows_of(rows.expand(batch, -1)).mean(1).sum(1)
+            total += rows_of(rows.expand(batch, -1), torch.ones((batch, len(rows)), device=query.device))
         self.result = total / wanted
 
 
@@ -264,7 +290,7 @@ def _scoring_attention(
         scaling = kwargs.get("scaling")
         is_causal = kwargs.get("is_causal")
 
-        def rows_of(request: Request, rows: Tensor) -> Tensor:
+        def rows_of(request: Request, rows: Tensor, weights: Tensor | None = None) -> Tensor:
             return attention_rows(
                 query,
                 key,
@@ -274,6 +300,7 @@ def _scoring_attention(
                 is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
                 cached=request.cached(query, key),
                 softcap=kwargs.get("softcap"),
+                weights=weights,
             )
 
         with torch.no_grad(), full_precision(query.device):
