@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo test test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench limit peers bench-gpu bench-vllm overhead search-cost coverage pool results train train-internvl data clean
+.PHONY: demo test test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0.01 --limit 2000 --out $(OUT) --resume
@@ -80,6 +80,11 @@ limit: .venv/ready
 # The same prompts through other ways of dropping tokens.
 peers: .venv/ready
 	$(BIN)/python -m benchmarks.peers --resume --out out/bench/peers.json
+
+# A prompt of 8,281 vision tokens: ten minutes and 8 GiB.
+bench-long: .venv/ready
+	$(BIN)/python -m benchmarks.prefill --resume --out out/bench/prefill-long.json --side 91 --batch 1 \
+		--schedules gsearch --answers 0 --runs 3 --shares 1 --no-demos
 
 # The large shapes, on one GPU; `python -m benchmarks.gpu --tiny` tries the script on a CPU.
 bench-gpu: .venv/ready
