@@ -447,7 +447,11 @@ def test_a_hostile_name_adds_nothing_to_the_card(tmp_path: Path) -> None:
     expected = (tmp_path / "plain" / "README.md").read_text()
     assert card.count("\n") == expected.count("\n")
     front = card.split("---\n")[1]
-    assert yaml.safe_load(front) == {"library_name": "thinsight", "tags": ["vision-token-reduction"]}
+    assert yaml.safe_load(front) == {
+        "library_name": "thinsight",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["vision-token-reduction"],
+    }
     assert "\x1b" not in card
     assert not re.search(r"(?<!\\)<img", re.sub(r"```python\n.*?\n```", "", card, flags=re.DOTALL))
     for line, wanted in zip(card.splitlines(), expected.splitlines(), strict=True):

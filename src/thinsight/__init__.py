@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .families import models as models
     from .loading import load_demo as load_demo
     from .loading import load_model as load_model
+    from .pretrained import ReductionConfig as ReductionConfig
     from .ranking import Ranker as Ranker
     from .ranking import get_ranker as get_ranker
     from .ranking import list_rankers as list_rankers
@@ -82,6 +83,7 @@ _NAMES = {
     "experimental.adaptive": ("adaptive_search",),
     "experimental.captured": ("CapturedPrefill",),
     "loading": ("load_demo", "load_model"),
+    "pretrained": ("ReductionConfig",),
     "ranking": ("Ranker", "get_ranker", "list_rankers"),
     "reduction": ("Reduction",),
     "runtime": ("Handle", "apply", "encode_images", "remove"),

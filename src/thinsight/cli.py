@@ -305,6 +305,21 @@ def convert(
     _print(f"Model: {folder}", f"Use it with: {shell(['thinsight', 'search', '--model', str(folder)])}")
 
 
+@app.command(cls=_Command)
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder that `thinsight search` wrote.")],
+    repo: Annotated[str, typer.Argument(help="owner/name on the Hub, made where needed.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch to push to. Default: main.")] = None,
+) -> None:
+    """Put a reduction and its card on the Hugging Face Hub, with the token that `hf auth login` stored."""
+    from .reduction import Reduction
+
+    reduction = Reduction.from_pretrained(folder)
+    done = _watched(lambda watcher: reduction.push_to_hub(repo, private=private or None, revision=revision))
+    _print(f"Pushed: {done}", f"Use it with: {shell(['thinsight', 'evaluate', '--reduction', repo])}")
+
+
 @app.command("models", cls=_Command)
 def list_models() -> None:
     """List the families of models that run under a reduction."""

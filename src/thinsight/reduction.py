@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -24,6 +25,7 @@ from .schedule import Adaptive, Schedule, real
 from .texts import brief, code, markdown, python, yaml
 from .version import __version__
 
+_FIGURES = {"full_score": "full model", "score": "reduced", "drop": "drop"}  # of `measured`, in the Hub's table
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 # the hash is of all above it: a changed card is its user's
 _MARK = re.compile(r"\n<!-- thinsight card ([0-9a-f]{64}): replaced as long as nothing is changed -->\n\Z")
@@ -32,9 +34,13 @@ _MARK = re.compile(r"\n<!-- thinsight card ([0-9a-f]{64}): replaced as long as n
 def _card(reduction: Reduction) -> str:
     """The README.md of a reduction."""
     base_model = reduction.base_model_name_or_path
-    front: dict[str, Any] = {"library_name": "thinsight", "tags": ["vision-token-reduction"]}
+    front: dict[str, Any] = {"library_name": "thinsight", "pipeline_tag": "image-text-to-text"}
+    front["tags"] = ["vision-token-reduction"]
     if base_model and _HUB_ID.fullmatch(base_model):  # the Hub takes nothing else here
-        front["base_model"] = base_model
+        # of the Hub's relations the one for a small file that is put onto a model's own weights
+        front |= {"base_model": base_model, "base_model_relation": "adapter"}
+    if figures := _index(reduction):
+        front["model-index"] = figures
     parts = [
         f"---\n{yaml(front)}---",
         f"# Vision-token reduction for {code(base_model) if base_model else 'a multimodal model'}",
@@ -50,6 +56,24 @@ def _card(reduction: Reduction) -> str:
     ]
     text = "\n\n".join(parts) + "\n"
     return f"{text}\n<!-- thinsight card {_hash(text)}: replaced as long as nothing is changed -->\n"
+
+
+def _index(reduction: Reduction) -> list[dict[str, Any]]:
+    """What the Hub shows as evaluation results: scores on the test set, and the drop that is promised."""
+    measured, promise = reduction.measured or {}, reduction.certificate
+    test = measured.get("test")
+    if promise is not None and promise.schedule is not None:
+        figures = [(f"largest drop, certified with {promise.confidence:.0%} confidence", promise.max_drop)]
+    else:
+        figures = []
+    figures += [(words, measured[key]) for key, words in _FIGURES.items() if isinstance(measured.get(key), float)]
+    if not figures or not isinstance(test, Mapping) or not {"name", "hash"} <= test.keys():
+        return []
+    metric = str(measured.get("metric") or "score")
+    source = {"type": "custom", "name": str(test["name"]), "revision": str(test["hash"])}
+    values = [{"type": metric, "name": f"{metric}, {words}", "value": value} for words, value in figures]
+    result = {"task": {"type": "image-text-to-text"}, "dataset": source, "metrics": values}
+    return [{"name": f"{reduction.base_model_name_or_path or 'model'}, vision tokens reduced", "results": [result]}]
 
 
 def _is_ours(card: Path) -> bool:
@@ -150,7 +174,7 @@ _LEFT_ALONE = "was not written by thinsight, or was changed since, and is left a
 SCHEMA_VERSION = 1
 _KEYS: tuple[str, ...] = ("schema_version", "thinsight_version", "base_model_name_or_path", "model_type", "num_layers")
 _KEYS += ("keep_rates", "ranker", "search", "measured")
-_OPTIONAL_KEYS = ("adaptive", "rerank", "certificate")  # written only where they say something
+_OPTIONAL_KEYS = ("adaptive", "rerank", "certificate", "weights")  # written only where they say something
 _SNAPSHOT = re.compile(r"models--([^/\\]+)[/\\]snapshots[/\\]")  # in the Hub's cache
 _DRIVE = re.compile(r"[A-Za-z]:[/\\]")
 
@@ -216,6 +240,8 @@ class Reduction(shown.Shown):
         certificate: what is promised of its loss. It is bound to the schedule, ranker, ``adaptive`` and ``rerank``
             that it is first held with, and refused with any other: ``dataclasses.replace(reduction, ranker=...,
             certificate=None)`` lets go of it.
+        weights: what the weights that it was searched on are known by (`thinsight.runtime.weights_of`); `apply` warns
+            on others. None: it fits any.
 
     A reduction is not changed after it is made, nor are the dicts and lists that it holds, so it has a hash, and two
     of equal content are equal. ``dataclasses.replace(reduction, measured={...})`` makes a new one.
@@ -233,6 +259,7 @@ class Reduction(shown.Shown):
     adaptive: Adaptive | None
     rerank: bool | float
     certificate: Certificate | None
+    weights: Mapping[str, Any] | None
 
     def __init__(
         self,
@@ -246,6 +273,7 @@ class Reduction(shown.Shown):
         adaptive: Adaptive | None = None,
         rerank: bool | float = True,
         certificate: Certificate | None = None,
+        weights: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(schedule, Schedule):
             raise BadInput(f"schedule is {schedule!r}; pass a thinsight.Schedule")
@@ -267,6 +295,7 @@ class Reduction(shown.Shown):
         object.__setattr__(self, "measured", read_only(measured))
         object.__setattr__(self, "adaptive", adaptive)
         object.__setattr__(self, "rerank", check_rerank(rerank))
+        object.__setattr__(self, "weights", None if weights is None else _weights(weights))
         object.__setattr__(self, "certificate", None if certificate is None else self._bound(certificate))
 
     def _bound(self, certificate: Any) -> Certificate:
@@ -382,12 +411,7 @@ class Reduction(shown.Shown):
             ThinsightError: the Hub refused or could not be reached.
         """
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            RemoteEntryNotFoundError,
-            RevisionNotFoundError,
-        )
+        from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError, RevisionNotFoundError
 
         api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
@@ -405,7 +429,7 @@ class Reduction(shown.Shown):
                     commit_message=commit_message,
                     ignore_patterns=None if ours else CARD_NAME,
                 )
-            except (HfHubHTTPError, HFValidationError, OSError) as error:
+            except (HfHubHTTPError, OSError, ValueError) as error:  # the last: a name, or a card, that is refused
                 raise StorageError(f"repo_id {repo_id!r} could not be pushed to: {error}") from None
         if not ours:
             warnings.warn(f"{CARD_NAME} of {target} {_LEFT_ALONE}", stacklevel=2)
@@ -430,6 +454,8 @@ class Reduction(shown.Shown):
             config["rerank"] = self.rerank
         if self.certificate is not None:
             config["certificate"] = self.certificate.to_dict()
+        if self.weights is not None:
+            config["weights"] = _plain(self.weights)
         return config
 
     @classmethod
@@ -461,6 +487,7 @@ class Reduction(shown.Shown):
                 adaptive=Adaptive.from_dict(config["adaptive"]) if "adaptive" in config else None,
                 rerank=config.get("rerank", True),
                 certificate=_certificate(config["certificate"]) if "certificate" in config else None,
+                weights=config.get("weights"),
                 **{key: config[key] for key in ("base_model_name_or_path", "model_type", "search", "measured")},
             )
         except (BadInput, StorageError) as error:
@@ -514,6 +541,25 @@ def _certificate(stored: Any) -> Certificate:
     if not certificate.subject:
         raise BadInput("certificate.subject is empty; search again or restore the file")
     return certificate
+
+
+def _weights(told: Any) -> Mapping[str, Any]:
+    """What `thinsight.runtime.weights_of` gives, as it is kept; anything else is refused."""
+    asked = "it must be what thinsight.runtime.weights_of gives, or None"
+    if not isinstance(told, Mapping) or set(told) != {"revision", "dtype", "numbers"}:
+        raise BadInput(f"weights is {told!r}; {asked}")
+    revision, dtype, numbers = told["revision"], told["dtype"], told["numbers"]
+    if not isinstance(dtype, str) or not (revision is None or isinstance(revision, str)):
+        raise BadInput(f"weights has revision {revision!r} and dtype {dtype!r}; {asked}")
+    lists = numbers.values() if isinstance(numbers, Mapping) else [None]
+    if any(not isinstance(own, (list, tuple)) or not own or not all(map(_is_number, own)) for own in lists):
+        raise BadInput(f"weights.numbers is {numbers!r}; {asked}")
+    found: Mapping[str, Any] = read_only(told)
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _schedule(keep_rates: Any, num_layers: Any) -> Schedule:

@@ -29,7 +29,7 @@ from ..records import user_path, write_atomically
 from ..reduction import CONFIG_NAME, Reduction, public_name
 from ..report.data import DatasetInfo, FrontierRow, Headline, Picture, ReportData, SearchInfo, save_report_data
 from ..report.html import write_report
-from ..runtime import apply
+from ..runtime import apply, weights_of
 from ..schedule import Schedule
 from ..searches import SearchResult, certify, frontier
 from ..searches.certify import fingerprint_of, path_for
@@ -108,7 +108,8 @@ def _search(options: SearchOptions, prepared: Prepared) -> SearchRecord:
     name, reduction = options.model.model, result.reduction
     checkpoint = checkpoint_hash(name)
     found = {**(reduction.search or {}), **({} if checkpoint is None else {"checkpoint": checkpoint})}
-    reduction = replace(reduction, base_model_name_or_path=base_name(name), search=found)
+    weights = weights_of(prepared.opened.model)
+    reduction = replace(reduction, base_model_name_or_path=base_name(name), search=found, weights=weights)
     reduction.save_pretrained(prepared.folder.path)
     path: tuple[Schedule, ...] = ()
     agreement = None

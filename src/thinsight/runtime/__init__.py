@@ -23,3 +23,4 @@ from .prefix import Snapshot as Snapshot
 from .prefix import can_share as can_share
 from .prefix import resuming as resuming
 from .prefix import snapshotting as snapshotting
+from .weights import weights_of as weights_of

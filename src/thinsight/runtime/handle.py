@@ -6,6 +6,7 @@ What the caller sees (logits, masks, positions, cache lengths) stays in his own 
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from ..texts import brief
 from .anatomy import attention_implementation, base_model, check_supported, decoder_layers, sliding_layers, unwrapped
 from .call import Plan, encode_pixels
 from .reducer import Quotas, Reducer
+from .weights import difference
 
 if TYPE_CHECKING:
     from ..schedule import Adaptive
@@ -235,6 +237,9 @@ def apply(
         ThinsightError: unsupported model, a schedule of the wrong length, a ranker that cannot rank where it
             would have to, a reduction of another model family, a model that has a reduction on already, or a
             `rerank` that is none of the above.
+
+    Warns:
+        UserWarning: the reduction was searched on other weights, with a number of each.
     """
     model = check_supported(model)
     adaptive: Adaptive | None = None
@@ -253,6 +258,12 @@ def apply(
             )
         schedule, chosen = reduction.schedule, get_ranker(reduction.ranker)
         adaptive, again = reduction.adaptive, reduction.rerank
+        if reduction.weights is not None and (why := difference(model, reduction.weights)) is not None:
+            warnings.warn(
+                f"reduction was searched on other weights ({_weights_of(reduction)}) than the model's "
+                f"({model.name_or_path or 'unnamed'}): {why}; what was measured and promised need not hold here",
+                stacklevel=2,
+            )
     rerank = again if rerank is None else check_rerank(rerank)
     layers = len(decoder_layers(model))
     if schedule.num_layers != layers:
@@ -271,6 +282,12 @@ def apply(
             "tokens; load the model with attn_implementation='sdpa'"
         )
     return Handle(model, schedule, chosen, per, rerank, adaptive)
+
+
+def _weights_of(reduction: Reduction) -> str:
+    revision = (reduction.weights or {}).get("revision")
+    name = reduction.base_model_name_or_path or "unnamed"
+    return name if revision is None else f"{name} at {revision}"
 
 
 def check_rankable(schedule: Schedule, ranker: Ranker) -> None:

@@ -134,7 +134,7 @@ def along(found: Reduction, path: Sequence[Schedule]) -> list[Reduction]:
     """The schedules of a path as reductions, all with the ranker of the one found."""
     if found.adaptive is not None:  # which is all of its path
         return [found]
-    return [replace(found, schedule=schedule) for schedule in path]
+    return [replace(found, schedule=schedule, weights=None) for schedule in path]
 
 
 def shared_layers(path: Sequence[Reduction]) -> int:
@@ -166,7 +166,7 @@ def certified_reduction(found: Reduction, path: Sequence[Reduction], certificate
     record = dict(found.search or {})
     if taken.schedule != found.schedule:
         record["found"] = list(found.schedule.keep_rates)
-    return replace(taken, search=record, measured=None, certificate=certificate)
+    return replace(taken, search=record, measured=None, certificate=certificate, weights=found.weights)
 
 
 # -- the one call --------------------------------------------------------------------------------------------
@@ -278,6 +278,7 @@ def search(
     from ..evaluation.evaluator import Evaluator
     from ..evaluation.examples import load_examples
     from ..evaluation.store import DEFAULT_CACHE_GIB
+    from ..runtime import weights_of
 
     read = load_examples(examples) if isinstance(examples, (str, Path)) else examples
     testing = load_examples(test_examples) if isinstance(test_examples, (str, Path)) else test_examples
@@ -302,6 +303,7 @@ def search(
     if "early_stop" in options:
         options["confidence"] = options.pop("early_stop")
     found = SEARCHES[chosen](evaluator, goal, **options)
+    found = replace(found, reduction=replace(found.reduction, weights=weights_of(evaluator.model)))
     if tester is None:
         return found
     path = along(found.reduction, path_for(evaluator, found))
