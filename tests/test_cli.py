@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from PIL import Image
 from small_run import SmallRun, make_small_run
 from typer.testing import CliRunner, Result
 
 from thinsight import Reduction, Schedule, __version__, get_ranker, list_rankers, loading
-from thinsight.cli import app
+from thinsight.cli import _EXAMPLES, _GROUPS, app
 from thinsight.evaluation import examples as example_files
 from thinsight.evaluation import full_model
 from thinsight.job.options import ranker_of
@@ -249,6 +251,48 @@ def test_version_and_help() -> None:
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------
+
+
+def test_the_help_of_a_command_with_many_options_has_headings_and_examples() -> None:
+    lines = run("search", "--help").stdout.splitlines()
+    headings = [line for line in lines if line and not line.startswith((" ", "Usage"))]
+    assert headings == ["Options:", *(f"{group}:" for group in list(_GROUPS)[:-1]), "Examples:"]
+    for example in _EXAMPLES["search"]:
+        assert f"  {example}" in lines  # whole, to be copied
+    assert "Examples:" not in run("models", "--help").stdout
+    assert "Model:" not in run("plan", "--help").stdout  # few options need none
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    known = {parameter.name for command in commands.values() for parameter in command.params}
+    assert {name for names in _GROUPS.values() for name in names} <= known
+    assert set(_EXAMPLES) <= set(commands)
+    for name, command in commands.items():  # no option is lost under the headings
+        told = run(name, "--help").stdout
+        assert all(parameter.opts[0] in told for parameter in command.params)
+
+
+@pytest.mark.parametrize("words", [words for lines in _EXAMPLES.values() for words in lines])
+def test_examples_of_the_help_are_command_lines(words: str) -> None:
+    command = typer.main.get_command(app)
+    name, *rest = shlex.split(words)[1:]
+    with command.make_context("thinsight", [name], resilient_parsing=True) as context:
+        own = command.commands[name]  # type: ignore[attr-defined]
+        own.make_context(name, rest, parent=context)
+
+
+def test_shells_complete_commands_and_options() -> None:
+    def complete(line: str) -> list[str]:
+        asked = {"_THINSIGHT_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        told = subprocess.run(
+            [sys.executable, "-m", "thinsight"],
+            env={**os.environ, **asked},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return told.stdout.split()
+
+    assert complete("thinsight sea") == ["search"]
+    assert set(complete("thinsight search --max-")) == {"--max-drop", "--max-new-tokens"}
 
 
 def test_unknown_commands_and_options_are_one_line() -> None:

@@ -43,6 +43,41 @@ from .version import __version__
 
 BAD_INPUT = 2
 
+_GROUPS = {
+    "Model": ("model", "dtype", "device", "attn", "trust_remote_code"),
+    "Data": ("data", "test_data", "limit"),
+    "What is asked for": ("max_drop", "budget", "budget_unit", "frontier", "confidence", "no_certify"),
+    "Search": (
+        "method", "ranker", "solver", "start", "first_layer", "step", "trade_off", "n_trials", "early_stop", "seed",
+    ),
+    "Scoring": ("metric", "max_new_tokens", "batch_size", "cache_gib", "cache_dir"),
+    "A server in place of a model": ("server", "against", "served_model", "concurrency", "answers"),
+}  # fmt: skip
+"""Options under one heading in the help, where a command has many; the others come first."""
+_MANY = 12
+
+_EXAMPLES = {
+    "search": (
+        "thinsight search",
+        "thinsight search --model llava-hf/llava-1.5-7b-hf --data calibration.jsonl --max-drop 0.01 --out mine",
+        "thinsight search --model MODEL --data calibration.jsonl --test-data test.jsonl --budget 0.25",
+    ),
+    "compare": (
+        "thinsight compare --budget 0.25",
+        "thinsight compare --model MODEL --data calibration.jsonl --test-data test.jsonl --max-drop 0.01",
+    ),
+    "evaluate": (
+        "thinsight evaluate --model MODEL --reduction mine --data test.jsonl",
+        "thinsight evaluate --server http://127.0.0.1:8000/v1 --data test.jsonl --answers answers.jsonl",
+    ),
+    "plan": ("thinsight plan --max-drop 0.01", "thinsight plan --data test.jsonl --agreement 0.98"),
+    "analyze": ("thinsight analyze --model MODEL --data calibration.jsonl",),
+    "bench": ("thinsight bench --model MODEL --reduction mine --batch-size 1",),
+    "show": ('thinsight show photo.jpg "What is on the sign?" --model MODEL --reduction mine',),
+    "convert": ("thinsight convert OpenGVLab/InternVL3-8B --out internvl3-8b",),
+    "push": ("thinsight push mine owner/name",),
+}
+
 
 class _Group(TyperGroup):
     """Turns what may end a command early into one line and an exit code."""
@@ -105,6 +140,32 @@ class _Command(TyperCommand):
                 parameter.help = parameter.help.replace("{methods}", ", ".join(SEARCHES))
         super().format_help(ctx, formatter)
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Under headings where they are many."""
+        group_of = {name: group for group, names in _GROUPS.items() for name in names}
+        places = {name: place for place, name in enumerate(group_of)}
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        parameters: list[Any] = self.get_params(ctx)
+        for group in _GROUPS if len(parameters) > _MANY else ():
+            sections[group] = []
+        for parameter in sorted(parameters, key=lambda each: places.get(each.name, 0)):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                group = group_of.get(parameter.name, "Options")
+                sections[group if group in sections else "Options"].append(record)
+        for group, records in sections.items():
+            if records:
+                with formatter.section(group):
+                    formatter.write_dl(records)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Examples, which are not broken over lines: they are there to be copied."""
+        examples = _EXAMPLES.get(self.name or "", ())
+        if examples:
+            with formatter.section("Examples"):
+                for line in examples:
+                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
 
 def _fail(message: str) -> int:
     _tell(f"error: {capped(terminal(message).strip())}")
@@ -118,11 +179,10 @@ def _tell(line: str) -> None:
 
 app = typer.Typer(
     cls=_Group,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Search the fewest vision tokens a multimodal LLM needs, layer by layer, and run the model with "
-    "just those. Every command but convert runs without arguments, on the embedded demo model and data.",
+    "just those. Every command but convert and push runs without arguments, on the embedded demo model and data.",
 )
 
 
