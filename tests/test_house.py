@@ -70,6 +70,7 @@ def test_rooms_know_only_those_below() -> None:
         "experimental",
         "searches",
         "evaluation",
+        "checking",
         "baselines",
         "runtime",
         "ranking",
