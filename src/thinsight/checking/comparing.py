@@ -82,11 +82,11 @@ class Case:
         ranker = FixedScores() if self.fixed else {"name": "text-attention", "queries": self.queries}
         return apply(model, self.schedule, ranker=ranker, per=self.per, rerank=self.rerank)
 
-    def reference(self, subject: Subject, row: Row) -> Reference:
-        """The reference for one row."""
+    def reference(self, subject: Subject, row: Row, attn: str = "eager") -> Reference:
+        """The reference for one row; only eager attention has weights to rank by."""
         scores = scores_of(row) if self.fixed else None
         settings: dict[str, Any] = {"queries": self.queries, "per": self.per, "rerank": self.rerank}
-        return Reference(subject.model("eager"), subject.batch, self.schedule, scores=scores, **settings)
+        return Reference(subject.model(attn), subject.batch, self.schedule, scores=scores, **settings)
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,24 @@ class Compared:
 
 
 def compare_steps(
-    subject: Subject, case: Case, batch: Batch, attn: str | None = None, steps: int = 4
+    subject: Subject,
+    case: Case,
+    batch: Batch,
+    attn: str | None = None,
+    steps: int = 4,
+    slow: str = "eager",
+    **options: Any,
 ) -> Iterator[Compared]:
     """Generate greedily from a batch under a reduction, and hold each row to the reference, which follows the tokens
-    that were generated."""
+    that were generated and runs with `slow` attention; `options` are of `generate`."""
     model = subject.model(attn)
     with case.apply(model) as handle:
-        out = generate(model, batch.inputs, steps)
+        out = generate(model, batch.inputs, steps, **options)
         layers = range(case.schedule.num_layers)
-        seen = any(row.vision for row in batch.rows)
+        seen = any(row.vision for row in batch.rows) and case.schedule.keep_rates[-1] < 1
         kept = [handle.kept(layer) for layer in layers] if seen else []
     for number, row in enumerate(batch.rows):
-        reference = case.reference(subject, row)
+        reference = case.reference(subject, row, slow)
         logits, pairs = reference.read(row)[-1], []
         ours = [kept[layer][number].tolist() for layer in layers] if seen else None
         wanted = list(reference.kept)

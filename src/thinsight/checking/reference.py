@@ -65,16 +65,19 @@ class Reference:
         self.row = Row([])
         self.hidden: list[set[int]] = [set() for _ in self.layers]  # per layer, positions that are not there
         self.kept: list[list[int]] = []  # per layer, the turn's kept vision tokens, by number in the turn
-        self.chosen: Sequence[Sequence[int]] | None = None  # per layer, what to keep of the next turn, in `kept`'s way
+        self.chosen: Sequence[Sequence[int]] | None = None  # per layer, what to keep of the turn, in `kept`'s way
+        self.misses: list[float] = []  # see `read`
 
     def read(self, turn: Row, chosen: Sequence[Sequence[int]] | None = None) -> Tensor:
         """Read a prompt or a later turn; the logits of its tokens (seq, vocab).
 
-        `chosen`: per layer, which of the turn's vision tokens enter it, by number, in place of a ranking.
+        `chosen`: per layer, which of the turn's vision tokens enter it, by number, in place of a ranking. Where there
+        are attention weights, `misses` then says of each choice by how much the best token that went was better than
+        the worst that stayed, as a share of the group's best: 0 where the ranking would have chosen so too.
         """
         start = len(self.row.ids)
         self.row = self.row + turn
-        self.kept, self.chosen = [], chosen
+        self.kept, self.chosen, self.misses = [], chosen, []
         return self._run(_Ranking(self, turn, start))[start:]
 
     def answer(self, token: int) -> Tensor:
@@ -203,7 +206,18 @@ class _Ranking:
         reference.kept.append(sorted(self.tokens.index(place) for place in kept))
 
     def _chosen(self, numbers: Sequence[int]) -> set[int]:
-        return {self.tokens[number] for number in numbers}
+        kept = {self.tokens[number] for number in numbers}
+        for number, group in enumerate(self.groups):
+            gone = set(group) - kept
+            if gone and self.weights is not None:
+                self._read(len(kept))
+                value = self._scores(group)
+                worst = min((value[place] for place in group if place in kept and place != self.last), default=None)
+                if worst is not None:
+                    best = max(value[place] for place in gone)
+                    self.reference.misses.append(max(0.0, best - worst) / max(value.values()))
+            self.groups[number] = [place for place in group if place in kept]
+        return kept
 
     def _best(self, layer: int) -> set[int]:
         reference = self.reference
