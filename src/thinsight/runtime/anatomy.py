@@ -322,6 +322,11 @@ def _cleared(model: PreTrainedModel, unlisted: bool | str | os.PathLike[str]) ->
     return good
 
 
+def is_cleared(model: Any) -> bool:
+    """Whether a stored check lets a model run whose type is not listed; from here on it may, if so."""
+    return _cleared(unwrapped(model), False)
+
+
 @contextmanager
 def admitted(model: PreTrainedModel) -> Iterator[None]:
     """The model may run while it lasts, whatever its type: it is being checked."""
