@@ -80,7 +80,6 @@ def check(model: Any, processor: Any = None, *, watcher: Watcher | None = None) 
         raise Unsupported(f"{type(model).__name__}: {never}")
     if applied(model):
         raise Unsupported("this model has a reduction on: take it off first, thinsight.remove(model)")
-    check_parts(model)
     training = model.training
     with admitted(model), torch.no_grad():
         try:
@@ -92,15 +91,19 @@ def check(model: Any, processor: Any = None, *, watcher: Watcher | None = None) 
 
 
 def _checked(model: PreTrainedModel, processor: Any, watcher: Watcher) -> CheckResult:
-    identity = identity_of(model)
-    subject, how = loaded(model, processor)
+    dtype = str(model.dtype).removeprefix("torch.")
+    try:
+        check_parts(model)
+        subject, how = loaded(model, processor)
+    except Unsupported as reason:
+        line = CheckLine("its parts are found, and inputs can be made", FAILS, str(reason))
+        return CheckResult(identity_of(model, parts=False), dtype, str(model.device), "", None, (line,))
     with subject.lent():
         run = _Check(subject)
         for name, look in run.looks():
             watcher.on_stage(f"Checking: {name}")
             run.look(name, look)
-    dtype, device = str(model.dtype).removeprefix("torch."), str(model_device(model))
-    return CheckResult(identity, dtype, device, how, run.noise, tuple(run.lines))
+    return CheckResult(identity_of(model), dtype, str(model_device(model)), how, run.noise, tuple(run.lines))
 
 
 class _Check:
@@ -284,23 +287,24 @@ class _Check:
 
     def _ranked(self, case: Case) -> CheckLine:
         """What is kept is what received most attention in the plain weights of the layer before, but for near ties."""
-        rows, misses, pairs = self.rows[:2], [0.0], []
-        for row in rows:
+        rows, misses, pairs = [row for row in self.rows if row.vision], [0.0], []
+        for padding in ("left", "right"):  # what is padding must not rank
+            batch = self._batch(rows, padding)
             with case.apply(self.subject.model()) as handle:
-                logits = self.subject.model()(**self._batch([row]).inputs).logits[0, -1]
-                kept = [handle.kept(layer)[0].tolist() for layer in range(self.layers)]
-            counts = [
-                sum(case.schedule.counts(len(group))[layer] for group in row.groups) for layer in range(self.layers)
-            ]
-            if [len(layer) for layer in kept] != counts:
-                raise _Differs(f"it keeps {[len(layer) for layer in kept]} tokens where {counts} are to stay")
-            reference = case.reference(self.subject, row)
-            if self.subject.model("eager").get_decoder().config._attn_implementation != "eager":
-                raise _NotThere("the model has no eager attention, whose weights could be read")
-            pairs.append((logits, reference.read(row, kept)[-1]))
-            misses += reference.misses
-            if len(misses) == 1:
-                raise _Differs("the model's layers give no attention weights to rank by")
+                logits = self.subject.model()(**batch.inputs).logits
+                kept = [[each.tolist() for each in handle.kept(layer)] for layer in range(self.layers)]
+            for number, row in enumerate(rows):
+                ours = [layer[number] for layer in kept]
+                groups = [case.schedule.counts(len(group)) for group in row.groups]
+                counts = [sum(layer) for layer in zip(*groups, strict=True)]
+                if [len(layer) for layer in ours] != counts:
+                    raise _Differs(f"it keeps {[len(layer) for layer in ours]} tokens where {counts} are to stay")
+                reference = case.reference(self.subject, row)
+                wanted = reference.read(row, ours)[-1]
+                misses += reference.misses
+                pairs.append((logits[number][batch.inputs["attention_mask"][number].bool()][-1], wanted))
+        if len(misses) == 1:
+            raise _Differs("the model's layers give no attention weights, eager, to hold the ranking to")
         near = max(16 * self.eps, 1e-3)
         if max(misses) > near:
             note = "a token went that received more attention than one that stayed, as a share of the most"

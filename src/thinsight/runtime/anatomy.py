@@ -268,25 +268,30 @@ _admitted: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # base models that a 
 _passed: set[Identity] = set()  # what has passed in this process
 
 
-def identity_of(model: PreTrainedModel) -> Identity:
-    """What the result of a check of a model holds for."""
-    kind, text = type(model), decoder(model).config
+def identity_of(model: PreTrainedModel, *, parts: bool = True) -> Identity:
+    """What the result of a check of a model holds for; `parts`: whether they are where they are looked for."""
+    kind = type(model)
+    module = sys.modules.get(kind.__module__)
+    foreign = not kind.__module__.startswith("transformers.")
+    code = inspect.getsource(kind if module is None else module) if foreign else ""
+    return Identity(
+        model_class=f"{kind.__module__}.{kind.__qualname__}",
+        code=hashlib.sha256(code.encode()).hexdigest()[:16] if foreign else "",
+        model_type=str(model.config.model_type),
+        layers=_kinds_of_layers(model) if parts else (),
+        attention=attention_implementation(model) if parts else str(model.config._attn_implementation),
+        transformers=transformers.__version__,
+        thinsight=__version__,
+    )
+
+
+def _kinds_of_layers(model: PreTrainedModel) -> tuple[str, ...]:
+    text = decoder(model).config
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
     if not kinds:
         windows = sliding_layers(model)
         kinds = [f"{'sliding' if layer in windows else 'full'}_attention" for layer in range(num_layers(model))]
-    module = sys.modules.get(kind.__module__)
-    foreign = module is not None and not kind.__module__.startswith("transformers.")
-    code = hashlib.sha256(inspect.getsource(kind if module is None else module).encode()) if foreign else None
-    return Identity(
-        model_class=f"{kind.__module__}.{kind.__qualname__}",
-        code="" if code is None else code.hexdigest()[:16],
-        model_type=str(model.config.model_type),
-        layers=tuple(sorted(set(kinds))),
-        attention=attention_implementation(model),
-        transformers=transformers.__version__,
-        thinsight=__version__,
-    )
+    return tuple(sorted(set(kinds)))
 
 
 def _cleared(model: PreTrainedModel, unlisted: bool | str | os.PathLike[str]) -> bool:
