@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def passed() -> ts.CheckResult:
 
 
 @pytest.fixture(scope="module")
-def their(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def their(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that brings its own code."""
     folder = tmp_path_factory.mktemp("their")
     tiny_llava().save_pretrained(folder)
@@ -68,7 +67,7 @@ def their(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     config["auto_map"] = {"AutoConfig": "their.TheirConfig", "AutoModelForImageTextToText": "their.TheirModel"}
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     (folder / "their.py").write_text(CODE, "utf-8")
-    yield folder
+    return folder
 
 
 def refused(model: Any, **options: Any) -> str:
@@ -195,7 +194,7 @@ def run(*line: str) -> Any:
 
 def test_code_of_a_checkpoint_is_checked_and_then_runs(their: Path, tmp_path: Path) -> None:
     given = ("--model", str(their), "--trust-remote-code")
-    with pytest.raises(BadInput, match="model_type is 'their_vl'.*thinsight check"):
+    with pytest.raises(BadInput, match=r"model_type is 'their_vl'.*thinsight check"):
         ts.load_model(their, device="cpu", trust_remote_code=True)
     found = run(*given, "--json", "--out", str(tmp_path / "check.json"))
     assert found.exit_code == 0, found.output
