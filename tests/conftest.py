@@ -31,6 +31,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_stored_checks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `thinsight check` stored on this machine lets no model run here."""
+    monkeypatch.setenv("THINSIGHT_CACHE", str(tmp_path_factory.getbasetemp() / "no-checks"))
+
+
 @pytest.fixture
 def llava() -> LlavaForConditionalGeneration:
     """A fresh random LLaVA with sdpa attention, 4 decoder layers, 16 vision tokens."""

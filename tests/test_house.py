@@ -69,6 +69,7 @@ def test_rooms_know_only_those_below() -> None:
         "vllm",
         "experimental",
         "searches",
+        "checking",
         "evaluation",
         "baselines",
         "runtime",

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from . import errors as errors
     from . import timing as timing
     from .certificate import Certificate as Certificate
+    from .checked import CheckResult as CheckResult
+    from .checking import check as check
     from .errors import BadInput as BadInput
     from .errors import MissingPackage as MissingPackage
     from .errors import StorageError as StorageError
@@ -67,6 +69,8 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
 _MODULES = ("baselines", "budget", "cost", "errors", "timing")
 _NAMES = {
     "certificate": ("Certificate",),
+    "checked": ("CheckResult",),
+    "checking": ("check",),
     "errors": ("BadInput", "MissingPackage", "StorageError", "ThinsightError", "Unreachable", "Unsupported"),
     "evaluation": (
         "Evaluation",

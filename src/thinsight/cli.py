@@ -31,6 +31,7 @@ from .job.options import (
     DEFAULT_OUT,
     AnalyzeOptions,
     BenchOptions,
+    CheckOptions,
     CompareOptions,
     EvaluateOptions,
     PlanOptions,
@@ -289,6 +290,21 @@ def compare(options: CompareOptions) -> None:
     outcome = _watched(lambda watcher: run(options, watcher))
     Console().print(outcome.comparison)
     _print(*(f"Written: {path}" for path in outcome.files), *filter(None, [outcome.note]))
+
+
+@_command(CheckOptions)
+def check(options: CheckOptions) -> None:
+    """Check that reductions run rightly on a model, whether its type is listed or not; minutes, exit code 1 if not.
+
+    Example: thinsight check --model Qwen/Qwen2.5-VL-3B-Instruct --dtype bfloat16 --out check.json"""
+    from .job import commands
+
+    result = _watched(lambda watcher: commands.check(options, watcher))
+    if options.json:
+        print(json.dumps(result.as_json(), indent=1))
+    else:
+        Console().print(result)
+    raise typer.Exit(int(not result.passed))
 
 
 @_command(PlanOptions)

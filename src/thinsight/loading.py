@@ -23,9 +23,10 @@ from transformers.utils import (
     is_peft_available,
 )
 
+from .checked import stored_for
 from .errors import BadInput, MissingPackage, StorageError, ThinsightError
 from .reduction import public_name
-from .runtime.anatomy import ATTENTION, check_version, refusal, unwrapped
+from .runtime.anatomy import ATTENTION, check_version, impossible, refusal, unwrapped
 
 DEMO = "demo"
 _EMBEDDED = Path(__file__).resolve().parent / "demo"
@@ -66,6 +67,8 @@ def load_model(
     attn: str = "sdpa",
     trust_remote_code: bool = False,
     device_map: str | dict[str, Any] | None = None,
+    unlisted: bool = False,
+    needs_processor: bool = True,
 ) -> tuple[Any, Any]:
     """A model in eval mode and its processor (left padding).
 
@@ -80,6 +83,9 @@ def load_model(
         trust_remote_code: let the checkpoint bring its own Python code. Off unless asked for.
         device_map: spread a model that is larger than one device, "auto" or a dict, as in transformers; then
             ``device`` says nothing. Needs the package accelerate.
+        unlisted: load also a model whose type is not listed; it runs once `thinsight.check` has passed on it, see
+            `thinsight.apply`.
+        needs_processor: refuse a model without a processor; otherwise the processor is None then.
 
     Raises:
         ThinsightError: an unknown path or hub id, no network, a family that is not supported, weights that
@@ -88,11 +94,13 @@ def load_model(
     target = check_options(dtype, device, attn)
     base = _base_of(name)
     if base is not None:
-        model, processor = load_model(base, dtype, device, attn, trust_remote_code, device_map)
+        model, processor = load_model(
+            base, dtype, device, attn, trust_remote_code, device_map, unlisted, needs_processor
+        )
         folder = Path(os.path.expanduser(name))
         if any((folder / each).is_file() for each in _PROCESSORS):  # saved beside it: it may have learned tokens
             options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-            processor = _load_processor(str(folder), name, options)
+            processor = _load_processor(str(folder), name, options, needs_processor)
         from peft import PeftModel
 
         with _one_line(name, "its adapter"), warnings.catch_warnings():
@@ -103,8 +111,8 @@ def load_model(
         raise MissingPackage("device_map needs the package accelerate: pip install accelerate")
     source, local = locate_model(name)
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
-    config = load_config(name, trust_remote_code)
-    processor = _load_processor(source, name, options)
+    config = load_config(name, trust_remote_code, unlisted)
+    processor = _load_processor(source, name, options, needs_processor)
     wanted = DTYPES.get(dtype, "auto")
     if dtype == "auto" and target.type == "cpu" and (config.dtype or config.get_text_config().dtype) == torch.float16:
         wanted = torch.float32
@@ -132,11 +140,18 @@ def load_model(
     return model.eval(), processor
 
 
-def _load_processor(source: str, name: str | Path, options: dict[str, Any]) -> Any:
-    with _one_line(name, "its processor"):
-        processor = AutoProcessor.from_pretrained(source, **options)
+def _load_processor(source: str, name: str | Path, options: dict[str, Any], needed: bool) -> Any:
+    try:
+        with _one_line(name, "its processor"):
+            processor = AutoProcessor.from_pretrained(source, **options)
+    except (BadInput, MissingPackage):
+        if needed:
+            raise
+        return None
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
+        if not needed:
+            return None
         raise BadInput(f"model {str(name)!r} has no processor with a tokenizer: save its processor beside it")
     tokenizer.padding_side = "left"  # generation continues a row at its right end
     return processor
@@ -174,16 +189,20 @@ def how_to_install(package: str) -> str:
     return "pip install 'thinsight[vision]'" + (keep if torch.__version__.endswith("+cpu") else "")
 
 
-def load_config(name: str | Path, trust_remote_code: bool = False) -> Any:
-    """A model's config, without its weights, an adapter's base model's; arguments and errors as for `load_model`."""
+def load_config(name: str | Path, trust_remote_code: bool = False, unlisted: bool = False) -> Any:
+    """A model's config, without its weights, an adapter's base model's; arguments and errors as for `load_model`.
+
+    A type that is not listed passes here also where a check of the class that its config names is stored: whether that
+    one holds for the model is seen when a reduction is put on."""
     check_version()
     base = _base_of(name)
     if base is not None:
-        return load_config(base, trust_remote_code)
+        return load_config(base, trust_remote_code, unlisted)
     source, local = locate_model(name)
     with _one_line(name, "its config"):
         config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=trust_remote_code)
-    reason = refusal(config)
+    let_in = unlisted or any(stored_for(each) for each in config.architectures or ())
+    reason = impossible(config) if let_in else refusal(config)
     if reason is not None:
         raise BadInput(f"model {str(name)!r} cannot run under a reduction: {reason}")
     return config

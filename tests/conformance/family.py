@@ -1,13 +1,13 @@
 """What an entry of the table of families is: how to build its model, and what its inputs look like.
 
 Models are stock transformers classes with random weights drawn wide enough that attention is far from flat,
-so that rankings do not hang on rounding. Knows nothing about the library under test.
+so that rankings do not hang on rounding.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -17,20 +17,14 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .inputs import BOS, EOS, FIRST_WORD, PAD, Batch, Collate, Draw, Part, Row, Spec, TokenTypes, collate, flat, text
+from thinsight.checking.prompts import IMAGES as IMAGES
+from thinsight.checking.prompts import MIXED as MIXED
+from thinsight.checking.prompts import PADDED as PADDED
+from thinsight.checking.prompts import VIDEOS as VIDEOS
+from thinsight.checking.prompts import Prompts
+from thinsight.checking.prompts import Vision as Vision
 
-IMAGES: tuple[Spec, ...] = ([3, 5], [2, 3, 9], [4, 0, 2, 2], [7], [1, 1])
-"""One image, two, three of which two stand side by side, text only, short: rows that every family runs."""
-
-VIDEOS: tuple[Spec, ...] = ([3, "video", 5], [2, "video", 1, "video", 4], [5])
-
-MIXED: tuple[Spec, ...] = ([3, "video", 5], [2, 1, "video", 4], [3, 6])
-
-PADDED: tuple[Spec, ...] = ([3, 5], [2, 3, 9], [7])
-"""One image, two, text only."""
-
-Vision = Callable[[Draw, int], Part]
-"""An image or a video; the number counts those of the batch, so that neighbours may differ in size."""
+from .inputs import BOS, EOS, FIRST_WORD, PAD, VOCABULARY, Batch, Collate, Row, Spec, TokenTypes, flat
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,62 +80,39 @@ class Family:
         """The same model every time, for tests that leave it as it was."""
         return _shared(self, attn or self.attn[0], seed)
 
-    def rows(self, specs: tuple[Spec, ...] | list[Spec], seed: int = 0) -> list[Row]:
-        """Prompts as described by `inputs.Spec`, each opened by a BOS token."""
-        draw, seen = Draw(seed), {"image": 0, "video": 0}
-        return [self._row(spec, draw, seen, [BOS]) for spec in specs]
+    @property
+    def prompts(self) -> Prompts:
+        """What its prompts look like, each opened by a BOS token."""
+        return Prompts(
+            image=self.image,
+            video=self.video,
+            mixes_video=self.mixes_video,
+            types=self.types,
+            collate=self.collate,
+            vocabulary=range(FIRST_WORD, VOCABULARY),
+            start=(BOS,),
+            pad=PAD,
+        )
+
+    def rows(self, specs: Sequence[Spec], seed: int = 0) -> list[Row]:
+        """As `Prompts.rows`."""
+        return self.prompts.rows(specs, seed)
 
     def later_turn(self, spec: Spec, seed: int = 1) -> Row:
-        """What follows on a prompt and its answer: as a row, without the BOS token."""
-        return self._row(spec, Draw(seed), {"image": 0, "video": 0}, [])
+        """As `Prompts.later_turn`."""
+        return self.prompts.later_turn(spec, seed)
 
     def batch(self, rows: list[Row], padding: str = "left") -> Batch:
         """Rows put together."""
-        return collate(rows, self.collate, self.types, padding)
+        return self.prompts.batch(rows, padding)
 
-    def inputs(
-        self, specs: tuple[Spec, ...] | list[Spec] = IMAGES, *, seed: int = 0, padding: str = "left"
-    ) -> dict[str, Tensor]:
+    def inputs(self, specs: Sequence[Spec] = IMAGES, *, seed: int = 0, padding: str = "left") -> dict[str, Tensor]:
         """Keyword arguments of `forward` and `generate` for a padded batch of prompts."""
         return self.batch(self.rows(specs, seed), padding).inputs
 
-    @torch.no_grad()
     def later_inputs(self, model: PreTrainedModel, wholes: list[Row], turns: list[Row]) -> dict[str, Any]:
-        """Keyword arguments of `generate` for a later turn on a cache.
-
-        Args:
-            model: whose encoder runs, where the stock model cannot take the turn's pixels alone.
-            wholes: each row from its start: prompt, answers (`inputs.answer`), and the turn at its end.
-            turns: the turns alone, all of one length, so that the padding is where the cache has it.
-        """
-        whole, turn = self.batch(wholes).inputs, self.batch(turns).inputs
-        named = {"input_ids", "attention_mask", self.types.name if self.types else ""}
-        pixels = {name: tensor for name, tensor in turn.items() if name not in named}
-        inputs: dict[str, Any] = {name: whole[name] for name in whole if name in named}
-        if "image_grid_thw" not in pixels:
-            return {**inputs, **pixels}
-        features = model.base_model.get_image_features(**pixels, return_dict=True)
-        # positions count every image from the start
-        return {**inputs, "image_grid_thw": whole["image_grid_thw"], "mm_encoder_outputs": {"image": features}}
-
-    def _row(self, spec: Spec, draw: Draw, seen: dict[str, int], start: list[int]) -> Row:
-        parts = [text(start)] if start else []
-        last: int | str | None = None
-        for piece in spec:
-            if isinstance(piece, int) and isinstance(last, int):
-                parts.append(self._vision("image", draw, seen))
-            if isinstance(piece, str):
-                parts.append(self._vision(piece, draw, seen))
-            elif piece:
-                parts.append(text(draw.words(piece)))
-            last = piece
-        return Row(parts)
-
-    def _vision(self, what: str, draw: Draw, seen: dict[str, int]) -> Part:
-        make = self.image if what == "image" else self.video
-        assert make is not None, f"{self.name} has no {what}"
-        seen[what] += 1
-        return make(draw, seen[what] - 1)
+        """As `Prompts.later_inputs`."""
+        return self.prompts.later_inputs(model, wholes, turns)
 
 
 @cache

@@ -8,15 +8,17 @@ import itertools
 import pytest
 import torch
 
+from thinsight.checking import prompts, reference
 from thinsight.runtime.cache import CACHE
 from thinsight.schedule import Schedule
 
 from .behaviours import for_each
 from .checks import close, generate, scores_of
 from .families import FAMILIES
-from .family import IMAGES, MIXED, VIDEOS, Family
+from .family import IMAGES, MIXED, VIDEOS, Family, draw_weights
 from .inputs import Batch, Row, Spec, answer
 from .reference import Reference, hide
+from .refused import lfm2
 
 STEPS = 3
 HALF = Schedule([1, 1, 0.5, 0.5])
@@ -78,6 +80,34 @@ def test_hidden_tokens_have_no_effect(family: Family) -> None:
             reference = Reference(family, Schedule([rate] * 4), scores=scores_of(row))
             logits.append(torch.stack([reference.read(prompt)[-1], reference.answer(50)]))
         assert torch.allclose(*logits, atol=1e-4) == alike
+
+
+@for_each()
+def test_removing_rows_is_hiding_them_where_attention_allows_both(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = family.rows([[2, 3, 9]])[0]
+    logits = []
+    for _ in range(2):
+        both = Reference(family, Schedule([1, 0.7, 0.4, 0.1]), scores=scores_of(row))
+        logits.append(torch.stack([both.read(row)[-1], both.answer(50)]))
+        monkeypatch.setattr(reference, "attention_of", lambda layer: None)
+    close(*logits)
+
+
+def test_what_is_dropped_leaves_nothing_in_a_state_that_is_carried_along() -> None:
+    """Convolution layers: tokens that are removed have no effect, those that a mask would hide do."""
+    model = lfm2().eval()
+    draw_weights(model, 0)
+    words = [prompts.text([20, 21]), prompts.Part([4] * 4, [prompts.IS_IMAGE] * 4, [4]), prompts.text([22, 23])]
+    logits = []
+    for token in (30, 31):
+        row = Row([words[0], prompts.Part([token] * 4, words[1].kinds, [4]), words[2]])
+        removing = reference.Reference(model, prompts.collate, Schedule([0.0] * 4), scores=scores_of(row))
+        logits.append(torch.stack([removing.read(row)[-1], removing.answer(50)]))
+    assert torch.equal(*logits)
+    full = reference.Reference(model, prompts.collate, Schedule.full(4))
+    assert not torch.allclose(full.read(row)[-1], logits[1][0], atol=1e-2)
 
 
 @for_each()

@@ -1,4 +1,4 @@
-"""The smaller jobs behind the commands: evaluate, analyze, bench and show, each one function.
+"""The smaller jobs behind the commands: check, evaluate, analyze, bench and show, each one function.
 
 Each opens model and data in the order that finds mistakes soonest, and returns what a report shows. Knows
 nothing about terminals; the main job is pipeline.py's.
@@ -14,6 +14,8 @@ from pathlib import Path
 
 from .. import shown
 from ..certificate import Plan
+from ..checked import CheckResult
+from ..checking import check as check_model
 from ..errors import BadInput
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.evaluator import check_metric
@@ -36,9 +38,10 @@ from .opening import (
     environment,
     make_evaluator,
     open_model,
+    open_to_check,
     reduction_for,
 )
-from .options import AnalyzeOptions, BenchOptions, EvaluateOptions, JobOptions, PlanOptions, ShowOptions
+from .options import AnalyzeOptions, BenchOptions, CheckOptions, EvaluateOptions, JobOptions, PlanOptions, ShowOptions
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,24 @@ class ShowResult:
 
     picture: Picture
     reduction: Sourced
+
+
+def check(options: CheckOptions, watcher: Watcher | None = None) -> CheckResult:
+    """Check that reductions run rightly on a model, listed or not; a result that passed is stored for `apply`.
+
+    Raises:
+        ThinsightError: bad input, before the model is loaded; or no inputs can be made for it.
+    """
+    watcher = watcher or Watcher()
+    if options.out is not None:
+        check_writable_file(options.out)
+    watcher.on_stage("Loading the model")
+    result = check_model(*open_to_check(options), watcher=watcher)
+    if options.out is not None:
+        result.save(options.out)
+    if result.passed:
+        result.store()
+    return result
 
 
 def evaluate(options: EvaluateOptions, watcher: Watcher | None = None) -> ReportData:

@@ -24,7 +24,8 @@ import transformers
 
 from ..baselines import fastv
 from ..budget import Budget, LatencyModel, TimeBudget, make_budget
-from ..errors import BadInput, StorageError
+from ..checking import check
+from ..errors import BadInput, StorageError, Unsupported
 from ..evaluation.evaluator import Evaluator, check_metric
 from ..evaluation.examples import Example, Progress, check_examples, load_examples, read_examples, validate_examples
 from ..evaluation.full_model import AUTO
@@ -36,11 +37,12 @@ from ..records import decode, encode, probe, read_sealed, seal, sweep, user_path
 from ..reduction import CONFIG_NAME, Reduction
 from ..report.data import ModelInfo
 from ..runtime import check_rankable, num_layers
+from ..runtime.anatomy import is_cleared, refusal, unwrapped
 from ..searches.run import budget_of
 from ..searches.study import searchable_score
 from ..version import __version__
 from .findings import MedianPrompt
-from .options import DEFAULT_OUT, DEMO_TEST, ModelOptions, RunOptions, ScoringOptions, layers_of
+from .options import DEFAULT_OUT, DEMO_TEST, CheckOptions, ModelOptions, RunOptions, ScoringOptions, layers_of
 
 T = TypeVar("T")
 
@@ -254,8 +256,12 @@ class Sets:
 
 
 def open_model(options: ModelOptions) -> Opened:
-    """Load the model."""
-    model, processor = load_model(options.model, options.dtype, options.device, options.attn, options.trust_remote_code)
+    """Load the model; one whose type is not listed is checked, where it may run but no check of it has passed yet."""
+    model, processor = load_model(
+        options.model, options.dtype, options.device, options.attn, options.trust_remote_code, unlisted=options.unlisted
+    )
+    if options.unlisted:
+        check_unlisted(model, processor)
     device = str(model.device)
     info = ModelInfo(
         name=options.model,
@@ -267,6 +273,35 @@ def open_model(options: ModelOptions) -> Opened:
         num_layers=num_layers(model),
     )
     return Opened(model, processor, info)
+
+
+def open_to_check(options: CheckOptions) -> tuple[Any, Any]:
+    """Load a model of any type, and its processor where it has one that is wanted."""
+    model, processor = load_model(
+        options.model,
+        options.dtype,
+        options.device,
+        options.attn,
+        options.trust_remote_code,
+        unlisted=True,
+        needs_processor=False,
+    )
+    return model, processor if options.processor else None
+
+
+def check_unlisted(model: Any, processor: Any) -> None:
+    """Check a model whose type is not listed, where no stored check lets it run; refused where it fails."""
+    if refusal(unwrapped(model).config) is None or is_cleared(model):
+        return
+    result = check(model, processor)
+    if not result.passed:
+        first = result.failures[0]
+        raise Unsupported(
+            f"{type(unwrapped(model)).__name__} fails its check: {first.name}"
+            f"{first.note and f' ({first.note})'}; `thinsight check` shows all of it"
+        )
+    result.store()
+    is_cleared(model)
 
 
 def load_sets(

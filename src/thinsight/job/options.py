@@ -104,6 +104,9 @@ class ModelOptions:
     device: str = told("auto", "auto, cpu, cuda or cuda:N.", place=2)
     attn: str = told("sdpa", "Attention implementation: sdpa, eager, flash_attention_2 ...", place=2)
     trust_remote_code: bool = told(False, "Let the checkpoint run its own code. Never unless you say so.", place=2)
+    unlisted: bool = told(
+        False, "Take a model whose type is not listed, once `thinsight check` has passed, which is run first.", place=2
+    )
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class JobOptions:
                 whole(value, each.name, about.least)
         model = self.model
         check_options(model.dtype, model.device, model.attn)
-        return load_config(model.model, model.trust_remote_code)
+        return load_config(model.model, model.trust_remote_code, model.unlisted)
 
     @property
     def data_name(self) -> str:
@@ -486,6 +489,27 @@ class SearchOptions(RunOptions):
 
         settings = ("step", "trade_off", "n_trials") if self.searches_layers else ()
         return get_solver(self.solver_name, **{name: getattr(self, name) for name in settings})
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What `thinsight check` is told."""
+
+    model: str = told("demo", "demo, a local folder, or a hub id.")
+    dtype: str = told("auto", "auto, float32, bfloat16 or float16.")
+    device: str = told("auto", "auto, cpu, cuda or cuda:N.")
+    attn: str = told("sdpa", "Attention implementation: sdpa, eager, flash_attention_2 ...")
+    trust_remote_code: bool = told(False, "Let the checkpoint run its own code. Never unless you say so.")
+    processor: bool = told(
+        True,
+        "Make inputs from the config alone, as where the model has no processor.",
+        "--no-processor",
+        kind=bool,
+        said=False,
+        read=lambda without: not without,
+    )
+    out: Path | None = told(None, "File for the result, too. What passed is stored in the cache folder in any case.")
+    json: bool = told(False, "Print the result as JSON.")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,14 @@ A family's row in `thinsight.families` says what is known of it; of one without 
 from __future__ import annotations
 
 import functools
+import hashlib
+import inspect
+import os
 import sys
 import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +26,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
+from ..checked import CheckResult, Identity, cache_folder, stored, stored_for
 from ..cost import windows_of
 from ..errors import BadInput, MissingPackage, Unsupported
 from ..families import FAMILIES, OLDEST, UNTESTED, family_of, tower_of
+from ..version import __version__
 
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+
+HOW_TO_CHECK = "`thinsight check --model ...` (thinsight.check) says whether it runs all the same"
 
 MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 """What a vision encoder reads, by modality."""
@@ -193,8 +203,8 @@ def vision_source(model: PreTrainedModel) -> VisionSource:
     )
 
 
-def refusal(config: Any) -> str | None:
-    """Why a model of this config cannot run under a reduction; None when it can."""
+def impossible(config: Any) -> str | None:
+    """Why no model of this config can ever run under a reduction, whatever a check of it would say; None: it might."""
     kind, text = config.model_type, config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(config, "is_encoder_decoder", False):
         return (
@@ -206,8 +216,15 @@ def refusal(config: Any) -> str | None:
             f"{kind!r} reads images by cross-attention: its decoder's input has no vision "
             "tokens to drop; use a decoder-only model"
         )
-    if kind in FAMILIES:
-        return None
+    return None
+
+
+def refusal(config: Any) -> str | None:
+    """Why a model of this config cannot run under a reduction; None when it can."""
+    never = impossible(config)
+    kind, text = config.model_type, config.get_text_config() if hasattr(config, "get_text_config") else config
+    if never is not None or kind in FAMILIES:
+        return never
     name = CLASSES.get(kind)
     alike = sorted(row.model_type for row in FAMILIES.values() if row.model_class == name)
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
@@ -226,20 +243,143 @@ def refusal(config: Any) -> str | None:
         )
     else:
         why = f", which is not on the list yet: nobody has tried {name}"
-    return f"model_type is {kind!r}{why}; supported: {', '.join(sorted(FAMILIES))}"
+    return f"model_type is {kind!r}{why}; {HOW_TO_CHECK}; supported: {', '.join(sorted(FAMILIES))}"
 
 
-def check_supported(model: Any) -> PreTrainedModel:
-    """The model without wrappers (see `unwrapped`); refused, with the reason, if it cannot run under a reduction."""
+def check_supported(model: Any, unlisted: bool | str | os.PathLike[str] = False) -> PreTrainedModel:
+    """The model without wrappers (see `unwrapped`); refused, with the reason, if it cannot run under a reduction.
+
+    `unlisted`: as for `apply`, of a model whose type is not listed.
+    """
     check_version()
     model = unwrapped(model)
     reason = refusal(model.config)
-    if reason is not None:
+    if reason is not None and (impossible(model.config) is not None or not _cleared(model, unlisted)):
         raise Unsupported(f"{type(model).__name__}: {reason}")
     if not hasattr(model, "get_image_features") and not hasattr(base_model(model), "get_image_features"):
         raise Unsupported(f"{type(model).__name__} has no vision encoder; pass the whole model, not its text part")
     check_attention(model)
     return model
+
+
+# --- models whose type is not listed: they run where a check of them has passed
+
+_admitted: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # base models that a check, or a caller, has let in
+_passed: set[Identity] = set()  # what has passed in this process
+
+
+def identity_of(model: PreTrainedModel, *, parts: bool = True) -> Identity:
+    """What the result of a check of a model holds for; `parts`: whether they are where they are looked for."""
+    kind = type(model)
+    module = sys.modules.get(kind.__module__)
+    foreign = not kind.__module__.startswith("transformers.")
+    code = inspect.getsource(kind if module is None else module) if foreign else ""
+    return Identity(
+        model_class=f"{kind.__module__}.{kind.__qualname__}",
+        code=hashlib.sha256(code.encode()).hexdigest()[:16] if foreign else "",
+        model_type=str(model.config.model_type),
+        layers=_kinds_of_layers(model) if parts else (),
+        attention=attention_implementation(model) if parts else str(model.config._attn_implementation),
+        transformers=transformers.__version__,
+        thinsight=__version__,
+    )
+
+
+def _kinds_of_layers(model: PreTrainedModel) -> tuple[str, ...]:
+    text = decoder(model).config
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    if not kinds:
+        windows = sliding_layers(model)
+        kinds = [f"{'sliding' if layer in windows else 'full'}_attention" for layer in range(num_layers(model))]
+    return tuple(sorted(set(kinds)))
+
+
+def _cleared(model: PreTrainedModel, unlisted: bool | str | os.PathLike[str]) -> bool:
+    """Whether a check has passed on a model whose type is not listed."""
+    base = base_model(model)
+    if base in _admitted:
+        return True
+    if unlisted is False and not stored_for(type(model).__name__):
+        return False
+    check_parts(model)
+    identity = identity_of(model)
+    if isinstance(unlisted, bool):
+        found = stored(identity)
+        good = (found is not None and found.passed) or (unlisted and identity in _passed)
+        if unlisted and not good:
+            raise Unsupported(
+                f"{type(model).__name__}: model_type {identity.model_type!r} is not listed, and no check of it has "
+                f"passed under {identity.attention} with transformers {identity.transformers} and thinsight "
+                f"{identity.thinsight}, here or in {cache_folder()}: {HOW_TO_CHECK}"
+            )
+    else:
+        found = CheckResult.load(unlisted)
+        if why := identity.differs(found.identity):
+            raise Unsupported(f"check result {os.fspath(unlisted)} is of another model: {why}; {HOW_TO_CHECK}")
+        if not found.passed:
+            raise Unsupported(
+                f"check result {os.fspath(unlisted)} says that this model fails: {found.failures[0].name}"
+                f"{found.failures[0].note and ', '}{found.failures[0].note}; use another model"
+            )
+        good = True
+    if good:
+        _admitted.add(base)
+    return good
+
+
+def is_cleared(model: Any) -> bool:
+    """Whether a stored check lets a model run whose type is not listed; from here on it may, if so."""
+    return _cleared(unwrapped(model), False)
+
+
+@contextmanager
+def admitted(model: PreTrainedModel) -> Iterator[None]:
+    """The model may run while it lasts, whatever its type: it is being checked."""
+    base = base_model(model)
+    before = base in _admitted
+    _admitted.add(base)
+    try:
+        yield
+    finally:
+        if not before:
+            _admitted.discard(base)
+
+
+def remember(result: CheckResult) -> None:
+    """Let models of the result's identity be asked for as `unlisted` in this process, if it has passed."""
+    if result.passed:
+        _passed.add(result.identity)
+    else:
+        _passed.discard(result.identity)
+
+
+def check_parts(model: PreTrainedModel) -> None:
+    """Refuse a model whose parts are not where this room looks for them. Of listed families their tests say so."""
+    name, text = type(model).__name__, decoder(model)
+    layers = getattr(text, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise Unsupported(
+            f"{name}: get_decoder() gives a {type(text).__name__}, which has no list `layers` of decoder layers; "
+            "have it give the text model without its head"
+        )
+    count = getattr(text.config, "num_hidden_layers", None)
+    if not isinstance(count, int) or not 1 <= count <= len(layers):
+        raise Unsupported(f"{name}: its decoder has {len(layers)} layers, but num_hidden_layers is {count!r}")
+    if not any(module is text for module in base_model(model).modules()):
+        raise Unsupported(f"{name}: get_decoder() gives a {type(text).__name__} that is no part of its base model")
+    family = family_of(model.config)
+    fields = (family.image_placeholder, family.video_placeholder)
+    ids = {field: getattr(model.config, field, None) for field in fields if field is not None}
+    if ids[family.image_placeholder] is None:
+        raise Unsupported(f"{name}: its config has no {family.image_placeholder}, so vision tokens cannot be told")
+    for field, token in ids.items():
+        if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+            raise Unsupported(f"{name}: its config's {field} is {token!r}; vision tokens must stand behind one id")
+    if len(set(ids.values())) < len(ids):
+        raise Unsupported(
+            f"{name}: {' and '.join(ids)} are both {next(iter(ids.values()))}, so each vision token would be counted "
+            "twice; give its family a row (docs/models.md) that names one of them"
+        )
 
 
 @functools.cache

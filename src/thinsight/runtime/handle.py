@@ -5,6 +5,7 @@ What the caller sees (logits, masks, positions, cache lengths) stays in his own 
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 import weakref
@@ -200,6 +201,7 @@ def apply(
     ranker: Any = None,
     per: str = "image",
     rerank: bool | float | None = None,
+    unlisted: bool | str | os.PathLike[str] = False,
 ) -> Handle:
     """Run a model under a reduction: its layers see fewer vision tokens, its interface stays the same.
 
@@ -229,19 +231,22 @@ def apply(
         rerank: True: rank anew at every reduction; a number in (0, 1): only once fewer than this share of the
             tokens are to be kept that the prompt's last ranking kept, until then that one serves; False: the
             first ranking serves all that follow. None: as the reduction says; True for a schedule.
+        unlisted: of a model whose type is not listed, which runs only where `thinsight.check` has passed on its
+            class. False: `thinsight check` has stored that in the cache folder; True: it has, or `thinsight.check`
+            has passed in this process; a path: of a result that was saved. A model that was let in stays so.
 
     Returns:
         The handle, which is also a context manager.
 
     Raises:
-        ThinsightError: unsupported model, a schedule of the wrong length, a ranker that cannot rank where it
-            would have to, a reduction of another model family, a model that has a reduction on already, or a
-            `rerank` that is none of the above.
+        ThinsightError: unsupported model, or one that is not listed and not checked; a schedule of the wrong
+            length, a ranker that cannot rank where it would have to, a reduction of another model family, a model
+            that has a reduction on already, or a `rerank` that is none of the above.
 
     Warns:
         UserWarning: the reduction was searched on other weights, with a number of each.
     """
-    model = check_supported(model)
+    model = check_supported(model, unlisted)
     adaptive: Adaptive | None = None
     again: bool | float = True
     if isinstance(reduction, Schedule):
