@@ -32,6 +32,7 @@ from .job.options import (
     AnalyzeOptions,
     BenchOptions,
     CompareOptions,
+    DataOptions,
     EvaluateOptions,
     PlanOptions,
     SearchOptions,
@@ -229,6 +230,16 @@ def compare(options: CompareOptions) -> None:
     outcome = _watched(lambda watcher: run(options, watcher))
     Console().print(outcome.comparison)
     _print(*(f"Written: {path}" for path in outcome.files), *filter(None, [outcome.note]))
+
+
+@_command(DataOptions)
+def data(options: DataOptions) -> None:
+    """What is understood of data: counts, kinds of questions, metrics, and three examples."""
+    from .job.data import look
+
+    found = _watched(lambda watcher: look(options, watcher))
+    Console().print(found)
+    _print("", *found.lines())
 
 
 @_command(PlanOptions)
