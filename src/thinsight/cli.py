@@ -33,6 +33,7 @@ from .job.options import (
     BenchOptions,
     CheckOptions,
     CompareOptions,
+    DataOptions,
     EvaluateOptions,
     PlanOptions,
     SearchOptions,
@@ -305,6 +306,16 @@ def check(options: CheckOptions) -> None:
     else:
         Console().print(result)
     raise typer.Exit(int(not result.passed))
+
+
+@_command(DataOptions)
+def data(options: DataOptions) -> None:
+    """What is understood of data: counts, kinds of questions, metrics, and three examples."""
+    from .job.data import look
+
+    found = _watched(lambda watcher: look(options, watcher))
+    Console().print(found)
+    _print("", *found.lines())
 
 
 @_command(PlanOptions)

@@ -140,6 +140,15 @@ def load_model(
     return model.eval(), processor
 
 
+def load_processor(name: str | Path, trust_remote_code: bool = False) -> Any:
+    """A model's processor without the model, an adapter's base model's; arguments and errors as for `load_model`."""
+    base = _base_of(name)
+    if base is not None:
+        return load_processor(base, trust_remote_code)
+    source, local = locate_model(name)
+    return _load_processor(source, name, {"local_files_only": local, "trust_remote_code": trust_remote_code}, True)
+
+
 def _load_processor(source: str, name: str | Path, options: dict[str, Any], needed: bool) -> Any:
     try:
         with _one_line(name, "its processor"):

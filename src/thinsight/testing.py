@@ -1,4 +1,4 @@
-"""What a ranker, a metric and a search are held to, as test classes for pytest.
+"""What a ranker, a metric, a reader of data and a search are held to, as test classes for pytest.
 
 An author outside of thinsight subclasses one in a test file and says what is to be tested; pytest runs the rest::
 
@@ -27,7 +27,9 @@ from torch import Tensor
 
 from .budget import KeepBudget
 from .errors import BadInput
+from .evaluation.examples import check_examples, read_examples, stream_examples
 from .evaluation.metrics import Metric, get_metric
+from .evaluation.readers import READERS, Reader, Source
 from .evaluation.result import Evaluation
 from .ranking import STATES, Context, Ranker, choose, get_ranker
 from .reduction import Reduction
@@ -185,6 +187,41 @@ class MetricContract:
         for (text, answers), (rest, _) in zip(cases, cases[::-1], strict=True):
             if metric.lost(text, answers):
                 assert metric(text, answers) == metric(text + rest, answers) == 0
+
+
+class ReaderContract:
+    """Rows become examples, one at a time and the same ones again; what is wrong is one line. Give the fixtures
+    `reader`, and `data`: the path of data of at least two good examples, which is known for what it is."""
+
+    def test_it_is_known_by_its_name(self, reader: Reader, data: Path) -> None:
+        assert READERS[reader.name] is reader
+        assert reader.form.isprintable()
+        assert reader.reads(Source(str(data), str(data)))
+
+    def test_its_rows_become_good_examples(self, reader: Reader, data: Path) -> None:
+        examples = read_examples(f"{reader.name}:{data}")
+        assert len(examples) > 1
+        check_examples(examples)
+
+    def test_it_reads_the_same_again(self, reader: Reader, data: Path) -> None:
+        assert read_examples(data) == read_examples(f"{reader.name}:{data}")
+
+    def test_rows_come_one_at_a_time(self, reader: Reader, data: Path) -> None:
+        whole = read_examples(data)
+        assert read_examples(data, 1) == whole[:1]
+        one, other = (iter(stream_examples(data)) for _ in range(2))
+        assert [next(one), next(other), next(one)] == [whole[0], whole[0], whole[1]]
+
+    def test_a_row_says_where_it_is(self, reader: Reader, data: Path) -> None:
+        places = [row.where for row in reader.rows(Source(str(data), str(data)))]
+        assert len(set(places)) == len(places)
+        assert all(place.isprintable() for place in places)
+
+    def test_what_is_not_there_is_refused_in_one_line(self, reader: Reader, data: Path) -> None:
+        gone = data.with_name(f"gone{data.suffix}")
+        with pytest.raises(BadInput) as caught:
+            read_examples(f"{reader.name}:{gone}")
+        assert gone.name in str(caught.value)
 
 
 class Oracle(SearchEvaluator):

@@ -28,7 +28,8 @@ from ..ranking import VISION_ATTENTION, autocasts, get_ranker
 from ..runtime import EncodedImages, encode_images
 from ..runtime.anatomy import decoder
 from ..version import __version__
-from .examples import READING, Example, ImageSource, image_key
+from .example import Example
+from .images import READING, ImageSource, image_key
 from .prompts import PromptReader, chunks
 from .store import Store, separate_tensors
 

@@ -198,7 +198,10 @@ def show(options: ShowOptions, watcher: Watcher | None = None) -> ShowResult:
         raise BadInput(f"image {image!r} comes without a question: thinsight show IMAGE QUESTION")
     found = reduction_for(options.reduction, options.model.model, options.check())
     if image is None:
-        examples, source = varied(read_examples(options.data_name)[: options.limit], 1), options.data_name
+        examples, source = (
+            varied(read_examples(options.data_name, options.limit, **options.reading), 1),
+            options.data_name,
+        )
     else:
         path = Path(os.path.expanduser(image))
         check_exists(path, "show", "give the path of an image file")
@@ -246,7 +249,7 @@ def _open(
 
 def _examples(options: JobOptions, watcher: Watcher) -> list[Example]:
     watcher.on_stage("Reading the data")
-    return load_examples(options.data_name, options.limit, progress=watcher.on_progress)
+    return load_examples(options.data_name, options.limit, progress=watcher.on_progress, **options.reading)
 
 
 def _opened(options: JobOptions, watcher: Watcher) -> Opened:

@@ -310,23 +310,24 @@ def load_sets(
     limit: int | None,
     progress: Progress | None = None,
     split: tuple[float, str] = (0.5, DEMO_TEST),
+    **reading: Any,
 ) -> Sets:
     """Calibration and test examples that share no image.
 
     Both given: as they are. Only ``data``: it is split by image; the demo's calibration set has a test set of its own.
     None given: the demo's two sets. ``split`` is the share to calibrate on and that test set, see `RunOptions.split`.
     ``limit`` applies to each set, and only images of examples within it are decoded, of which
-    ``progress("images", done, total)`` tells.
+    ``progress("images", done, total)`` tells; ``reading`` is how all data is read, see `load_examples`.
     """
     share, demo_test = split
     name = DEMO_CALIBRATION if data is None else data
     if test_data is None and name == DEMO_CALIBRATION:
         test_data = demo_test
     if test_data is not None:
-        calibration, test = (load_examples(source, limit, progress=progress) for source in (name, test_data))
+        calibration, test = (load_examples(source, limit, progress=progress, **reading) for source in (name, test_data))
         check_disjoint(calibration, test)
         return Sets(calibration, test, name, test_data)
-    examples = read_examples(name)
+    examples = read_examples(name, **reading)
     check_examples(examples, name)
     calibration, test = (side[:limit] for side in split_by_image(examples, share))
     validate_examples([*calibration, *test], name, progress)
@@ -511,7 +512,9 @@ def prepare(options: RunOptions, ranker: Any, watcher: Watcher) -> Prepared:
     options.check()
     folder = RunFolder(options.out, resume=options.resume)
     watcher.on_stage("Reading the data")
-    sets = load_sets(options.data, options.test_data, options.limit, watcher.on_progress, options.split)
+    sets = load_sets(
+        options.data, options.test_data, options.limit, watcher.on_progress, options.split, **options.reading
+    )
     if sets.note:
         watcher.on_note(sets.note)
     if doubts := options.doubts(len(sets.test)):

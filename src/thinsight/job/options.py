@@ -70,6 +70,17 @@ def ranker_of(text: str) -> dict[str, Any]:
     return ranker
 
 
+def columns_from(text: str) -> dict[str, str]:
+    """ "image=img,question=q" as the data's own names of the fields."""
+    columns: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, column = (each.strip() for each in part.partition("="))
+        if not equals or not name or not column or name in columns:
+            raise BadInput(f"columns is {text!r}: write image=NAME,question=NAME,answers=NAME, each field once")
+        columns[name] = column
+    return columns
+
+
 def _value(text: str) -> tuple[Any, str]:
     """The value that a text begins with, and what follows its comma. JSON may have commas of its own."""
     word, _, rest = text.partition(",")
@@ -91,6 +102,7 @@ _JSON = json.JSONDecoder(parse_constant=_no_number)
 
 # -- what commands share -------------------------------------------------------------------------------------
 
+_DATA = "JSON lines, VLMEvalKit TSV, LLaVA or VQA JSON, hf:ID:SPLIT, a folder or file of parquet: docs/data.md."
 _REDUCTION = f"Folder or hub id of a reduction. Default: {DEFAULT_OUT}, else FastV at 50 %."
 _LONGEST = "Longest answer in tokens."
 
@@ -110,11 +122,40 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class JobOptions:
+class ReadingOptions:
+    """How data is to be read; see `thinsight.load_examples`."""
+
+    columns: dict[str, str] | None = told(
+        None,
+        "What the data calls the fields: image=NAME,question=NAME,answers=NAME; also id, options, hint, task.",
+        kind=str | None,
+        read=columns_from,
+        place=1,
+    )
+    image_folder: Path | None = told(None, "Folder of the images that the data names. Default: its own.", place=1)
+    annotations: Path | None = told(None, "File of the answers, of data that has them in another one.", place=1)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """As `load_examples` takes them."""
+        return {"columns": self.columns, "image_folder": self.image_folder, "annotations": self.annotations}
+
+    def check_reading(self, data: str | None) -> None:
+        """Refuse what cannot be right, or says something about data that nobody gave."""
+        from ..evaluation.readers import columns_of
+
+        columns_of(self.columns or {})
+        given = [name for name, value in self.reading.items() if value is not None]
+        if given and (data is None or data.startswith("demo:")):
+            raise BadInput(f"{given[0]} is of data of your own: give it with --data, or leave {given[0]} out")
+
+
+@dataclass(frozen=True)
+class JobOptions(ReadingOptions):
     """What every command is told. ``data`` None is the demo's."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
-    data: str | None = told(None, "JSON-lines file, demo:calibration or demo:test.")
+    data: str | None = told(None, f"{_DATA} Default: demo:test.")
     limit: int | None = told(None, "Use only so many examples of each set.", least=1, place=1)
 
     def check(self) -> Any:
@@ -128,6 +169,7 @@ class JobOptions:
             about, value = each.metadata.get("told", Told()), getattr(self, each.name)
             if about.least is not None and about.read is None and value is not None:
                 whole(value, each.name, about.least)
+        self.check_reading(self.data)
         model = self.model
         check_options(model.dtype, model.device, model.attn)
         return load_config(model.model, model.trust_remote_code, model.unlisted)
@@ -236,7 +278,7 @@ class ShowOptions(JobOptions):
 class RunOptions(ScoringOptions):
     """What `thinsight search` and `thinsight compare` are both told; for the sets see `opening.load_sets`."""
 
-    data: str | None = told(None, "Calibration examples: JSON-lines file. Default: demo:calibration.")
+    data: str | None = told(None, f"Calibration examples: {_DATA} Default: demo:calibration.")
     test_data: str | None = told(
         None,
         "Test examples. Default: the demo's, or a part of --data, split by image: half; to certify on, three quarters.",
@@ -520,7 +562,27 @@ class PlanOptions:
     confidence: float = told(0.95, "Of the promise.")
     agreement: float | None = told(None, "Share of examples whose score stays the same, such as 0.98.")
     reduction: str | None = told(None, "Folder or hub id of a certified reduction, for the agreement that it showed.")
-    data: str | None = told(None, "JSON-lines file: what its examples certify. Only their number is looked at.")
+    data: str | None = told(None, "Data: what its examples certify. Only their number is looked at.")
+
+
+@dataclass(frozen=True)
+class DataOptions(ReadingOptions):
+    """What `thinsight data` is told."""
+
+    data: str = told("demo:calibration", f"{_DATA} Default: demo:calibration.", argument=True)
+    model: str | None = told(None, "Show prompts as this model gets them: demo, a folder, or a hub id.")
+    metric: str | None = told(None, "One metric for all examples, such as agreement.")
+    limit: int | None = told(None, "Look at so many examples only.", least=1)
+
+    def check(self) -> None:
+        """Refuse the first option that cannot be right, before any data is read."""
+        from ..evaluation.metrics import get_metric
+
+        self.check_reading(self.data)
+        if self.limit is not None:
+            whole(self.limit, "limit")
+        if self.metric is not None:
+            get_metric(self.metric)
 
 
 @dataclass(frozen=True)

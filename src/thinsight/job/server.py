@@ -96,7 +96,7 @@ def evaluate_server(options: EvaluateOptions, watcher: Watcher | None = None) ->
     watcher = watcher or Watcher()
     check_server_options(options)
     watcher.on_stage("Reading the data")
-    examples = load_examples(options.data_name, options.limit, progress=watcher.on_progress)
+    examples = load_examples(options.data_name, options.limit, progress=watcher.on_progress, **options.reading)
     metrics = [metric_for(each.answers, options.metric or each.metric, f"example {each.id!r}") for each in examples]
     unlabelled = [each.id for each, metric in zip(examples, metrics, strict=True) if not metric.needs_answers]
     if unlabelled and options.against is None:
