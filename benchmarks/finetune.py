@@ -151,8 +151,8 @@ def lines(path: Path) -> tuple[list[str], bool, str]:
     gap = Interval(*found["with_minus_without"])
     holds = gap.low > 0 and found["rows"][2]["reduced_gain"][1] > 0
     head = (
-        f"The embedded demo, {found['steps']} steps of AdamW on {found['questions']:,} new questions about training scenes, "
-        f"scored on {found['test']:,} test questions under P-Sigmoid's schedule at {100 * BUDGET:g} % "
+        f"The embedded demo, {found['steps']} steps of AdamW on {found['questions']:,} new questions about training "
+        f"scenes, scored on {found['test']:,} test questions under P-Sigmoid's schedule at {100 * BUDGET:g} % "
         f"({found['date']}, `python -m benchmarks.finetune`)."
     )
     said = (
