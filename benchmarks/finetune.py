@@ -30,7 +30,7 @@ from thinsight.records import write_atomically
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET = 0.125
-STEPS, IMAGES, RATE, WARMUP = 200, 16, 1e-4, 20
+STEPS, IMAGES, RATE, WARMUP = 150, 16, 1e-4, 15
 IGNORED = -100
 WITHOUT, WITH = "the same steps without", "with the schedule switched on"
 

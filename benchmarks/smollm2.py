@@ -48,11 +48,12 @@ MODEL, DTYPE = "demo-smollm2", "bfloat16"
 FURTHER = 18  # of the certification questions, to search on as well: 384 + 18 on 134 images
 CERTIFYING = 1152  # of the others, to certify on
 DROPS = (0.02, 0.01)
+SOURCES = ("G-Search", "priced search", "one step at layer 2")  # of paths to certify along
 STEP = 32  # of G-Search's counts
 TAU_EXAMPLES = 64
 ALIKE = 0.6  # Kendall's tau of layers that rank alike
 LEAVING = (2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26)
-LADDER = (2, 4, 6, 8, 12)  # layers of the one-step schedules
+LADDER = (2, 4, 8, 12)  # layers of the one-step schedules
 BUDGETS = (0.25, 0.125, 0.5)  # in the order in which they are run
 N_TRIALS = 8
 FIRST = ("search-sensitivity", "search-psigmoid", "search-random", "fastv", "fitprune", "divprune", "random")
@@ -221,26 +222,28 @@ class Work:
             found.append((layer, ts.Schedule.step(self.depth, layer, rate)))
         return found
 
+    def ladders(self) -> Iterator[tuple[float, int, ts.Schedule]]:
+        """Those of each schedule that G-Search found: what it was allowed, the layer, the step."""
+        for drop in DROPS:
+            yield from ((drop, *rung) for rung in self.ladder(self.gsearch(drop).schedule))
+
     def priced(self, max_drop: float) -> SearchResult:
         journal = self.folder.path / f"priced-{max_drop:g}.jsonl"
         return priced_search(self.calibration, max_drop, study=journal, resume=True)
 
-    def paths(self) -> Iterator[tuple[str, float, Sequence[ts.Schedule]]]:
-        """Who lays a path, for which drop, and the path."""
-        paths: dict[str, Callable[[float], Sequence[ts.Schedule]]] = {
-            "G-Search": lambda drop: path_for(self.calibration.inner, self.gsearch(drop)),
-            "one step at layer 2": lambda drop: path_for(self.calibration.inner),
-            "priced search": lambda drop: path_for(self.calibration.inner, self.priced(drop)),
-        }
-        for name, lay in paths.items():
-            for drop in DROPS:
-                yield name, drop, lay(drop)
+    def certificate(self, source: str, max_drop: float) -> Certificate:
+        """Along the path of one of `SOURCES`."""
+        searches = {"G-Search": self.gsearch, "priced search": self.priced}
+        found = searches[source](max_drop) if source in searches else None
+        path = path_for(self.calibration.inner, found)
+        first = min(i for each in path for i, rate in enumerate(each.keep_rates) if rate < 1)
+        self.certifying.share(ts.Schedule.full(self.depth), first)
+        certificate = certify(path, self.certifying, max_drop)
+        print(f"{source}, {max_drop:g}: {certificate!r}", flush=True)
+        return certificate
 
-    def certificates(self) -> Iterator[tuple[str, float, Certificate]]:
-        for name, drop, path in self.paths():
-            first = min(i for each in path for i, rate in enumerate(each.keep_rates) if rate < 1)
-            self.certifying.share(ts.Schedule.full(self.depth), first)
-            yield name, drop, certify(path, self.certifying, drop)
+    def certificates(self) -> list[Certificate]:
+        return [self.certificate(source, drop) for drop in DROPS for source in SOURCES]
 
     def measured(self, name: str, schedule: ts.Schedule, dtype: str) -> Measurement:
         def run() -> Measurement:
@@ -337,6 +340,17 @@ class Page:
             self.missing.append(f"{title} ({reason})")
             found = ["Not run."]
         return ["", f"## {title}", "", *found]
+
+    @cached_property
+    def certificates(self) -> dict[tuple[str, float], Certificate]:
+        found = {}
+        for drop in DROPS:
+            for source in SOURCES:
+                try:
+                    found[source, drop] = self.work.certificate(source, drop)
+                except NotRun:
+                    self.missing.append(f"certificate of {100 * drop:g} points along {source}")
+        return found
 
     def claim(self, holds: bool | None, text: str) -> None:
         words = "**Cannot be said.**" if holds is None else verdict(holds)
@@ -452,12 +466,9 @@ class Page:
         ]
 
     def gsearch(self) -> list[str]:
-        lines, certificates = [], {}
-        try:
-            certificates = {drop: each for name, drop, each in self.work.certificates() if name == "G-Search"}
-        except NotRun as reason:
-            self.missing.append(f"certificates ({reason})")
+        lines = []
         for drop in DROPS:
+            certificate = self.certificates.get(("G-Search", drop))
             found = self.work.gsearch(drop)
             scored, lost = self.work.drop(found.schedule)
             reached = self.work.flops_ratio(found.schedule)
@@ -471,7 +482,7 @@ class Page:
                     percent(scored.score),
                     interval_words(lost),
                     ratio(reached),
-                    told(self.work, certificates.get(drop)),
+                    told(self.work, certificate),
                 ]
             )
             self.claim(
@@ -479,12 +490,12 @@ class Page:
                 f"G-Search allowed {100 * drop:g} points needs at least 2x fewer FLOPs and loses no more on the test "
                 f"set: {ratio(reached)}, {interval_words(lost)}.",
             )
-            if drop in certificates:
-                schedule = certificates[drop].schedule
+            if certificate is not None:
+                schedule = certificate.schedule
                 self.claim(
                     schedule is not None and self.work.flops_ratio(schedule) >= 2,
-                    f"At least 2x is certified ({100 * drop:g} points, 95 % confidence, {certificates[drop].n:,} "
-                    f"questions): {told(self.work, certificates[drop])}.",
+                    f"At least 2x is certified along G-Search's path ({100 * drop:g} points, 95 % confidence, "
+                    f"{certificate.n:,} questions): {told(self.work, certificate)}.",
                 )
         heads = [
             "points allowed", "tokens per layer", "evaluations", "mean keep rate (%)", "score", "drop [95 %]", "FLOPs",
@@ -494,22 +505,14 @@ class Page:
 
     def certified(self) -> list[str]:
         lines: list[list[str]] = []
-        missing = ""
-        try:
-            for name, drop, each in self.work.certificates():
-                cheapest, failed = max(map(self.work.flops_ratio, each.path)), each.failed
-                ended = f"all, to {ratio(cheapest)}"
-                if failed is not None:
-                    tried = ratio(self.work.flops_ratio(each.path[len(each.steps) - 1]))
-                    ended = f"{tried}: {failed.losses} / {failed.wins}"
-                found = f"{each.losses} / {each.wins}"
-                lines.append([name, f"{100 * drop:g}", told(self.work, each), found, ended])
-        except NotRun as reason:
-            missing = str(reason)
+        for (source, drop), each in self.certificates.items():
+            failed, ended = each.failed, f"all, to {ratio(max(map(self.work.flops_ratio, each.path)))}"
+            if failed is not None:
+                tried = ratio(self.work.flops_ratio(each.path[len(each.steps) - 1]))
+                ended = f"{tried}: {failed.losses} / {failed.wins}"
+            lines.append([source, f"{100 * drop:g}", told(self.work, each), f"{each.losses} / {each.wins}", ended])
         if not lines:
             raise NotRun("certificates")
-        if missing:
-            self.missing.append("further certificates")
         heads = ["path", "points", "certified FLOPs", "losses / wins", "failed at: losses / wins"]
         return [
             "The same exact test along paths from three sources, from costly to cheap to the first that fails. *Priced "
@@ -520,26 +523,38 @@ class Page:
         ]
 
     def ladder(self) -> list[str]:
-        lines = []
+        lines: list[list[str]] = []
         for drop in DROPS:
-            found = self.work.gsearch(drop).schedule
-            several, _ = self.work.drop(found)
-            name = f"G-Search, {100 * drop:g} points"
-            lines.append(self._step_line(name, found, several, ""))
-            gaps = []
-            for layer, one in self.work.ladder(found):
-                scored, _ = self.work.drop(one)
-                gaps.append((drop_of(several, scored, self.work.test.examples), layer))
-                lines.append(self._step_line(f"one step at layer {layer}", one, scored, interval_words(gaps[-1][0])))
-            if gaps:
-                best, layer = min(gaps, key=lambda each: each[0].mean)
-                self.claim(
-                    best.mean > 0,
-                    f"At the FLOPs of {name}, several steps beat the best one step (layer {layer}, picked on the test "
-                    f"set): {interval_words(best)} points"
-                    + (", beyond chance." if best.low > 0 else ", not beyond chance." if best.high > 0 else "."),
-                )
+            try:
+                lines += self._ladder(drop)
+            except NotRun as reason:
+                self.missing.append(f"one-step schedules at {100 * drop:g} points' FLOPs ({reason})")
+        if not lines:
+            raise NotRun("one-step schedules at equal FLOPs")
         return rows(["schedule", "tokens", "mean keep rate (%)", "FLOPs", "score", "several minus this [95 %]"], lines)
+
+    def _ladder(self, drop: float) -> list[list[str]]:
+        found = self.work.gsearch(drop).schedule
+        several, _ = self.work.drop(found)
+        name = f"G-Search, {100 * drop:g} points"
+        lines, gaps = [self._step_line(name, found, several, "")], []
+        for layer, one in self.work.ladder(found):
+            try:
+                scored, _ = self.work.drop(one)
+            except NotRun:
+                self.missing.append(f"one step at layer {layer} at the FLOPs of {name}")
+                continue
+            gaps.append((drop_of(several, scored, self.work.test.examples), layer))
+            lines.append(self._step_line(f"one step at layer {layer}", one, scored, interval_words(gaps[-1][0])))
+        if gaps:
+            best, layer = min(gaps, key=lambda each: each[0].mean)
+            sure = "" if best.high <= 0 else ", beyond chance" if best.low > 0 else ", not beyond chance"
+            self.claim(
+                best.mean > 0,
+                f"At the FLOPs of {name}, several steps beat the best one step (layer {layer} of {len(gaps)} tried, "
+                f"picked on the test set): {interval_words(best)} points{sure}.",
+            )
+        return lines
 
     def _step_line(self, name: str, schedule: ts.Schedule, scored: Evaluation, gap: str) -> list[str]:
         counts = ", ".join(counted(schedule, self.work.prompt.n_vision))
@@ -643,13 +658,10 @@ def save_figure(figure: Any, axes: Any, path: Path) -> None:
 
 
 def timings(work: Work) -> Iterator[tuple[str, str, Measurement]]:
-    for name, schedule in timed(work):
+    for drop in DROPS:
         for dtype in dict.fromkeys((work.settings.dtype, "float32")):
-            yield name, dtype, work.measured(name, schedule, dtype)
-
-
-def timed(work: Work) -> list[tuple[str, ts.Schedule]]:
-    return [(f"G-Search, {100 * drop:g} points", work.gsearch(drop).schedule) for drop in DROPS]
+            found = work.measured(f"{drop:g}", work.gsearch(drop).schedule, dtype)
+            yield f"G-Search, {100 * drop:g} points", dtype, found
 
 
 # -- Table 4 -------------------------------------------------------------------------------------------------
@@ -711,8 +723,8 @@ def run_part(work: Work, part: str) -> None:
         "tau": lambda: [work.tau("this"), work.tau("demo")],
         "gsearch": lambda: [work.drop(work.gsearch(drop).schedule) for drop in DROPS],
         "leaving": work.leaving,
-        "ladder": lambda: [work.drop(one) for drop in DROPS for _, one in work.ladder(work.gsearch(drop).schedule)],
-        "certify": lambda: [print(name, drop, each, flush=True) for name, drop, each in work.certificates()],
+        "ladder": lambda: [work.drop(one) for _, _, one in work.ladders()],
+        "certify": work.certificates,
         "priced": lambda: [print(work.priced(drop), flush=True) for drop in DROPS],
         "transfer": lambda: transfer_lines(work, lambda holds, text: None),
         "times": lambda: list(timings(work)),
