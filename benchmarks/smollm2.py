@@ -22,6 +22,7 @@ import torch
 
 import thinsight as ts
 from benchmarks import table
+from benchmarks.priced import priced_search, spine_of
 from benchmarks.results import SHOWN, Bench, interval_words, verdict
 from thinsight.budget import fit_rate
 from thinsight.certificate import Certificate
@@ -39,7 +40,6 @@ from thinsight.records import write_atomically
 from thinsight.report.comparison import OURS, Comparison, draw, markdown, to_csv
 from thinsight.report.comparison import table as compared_lines
 from thinsight.searches.certify import certify, path_for
-from thinsight.searches.priced import priced_search
 from thinsight.searches.run import SearchResult
 from thinsight.shown import ratio
 
@@ -233,9 +233,10 @@ class Work:
 
     def certificate(self, source: str, max_drop: float) -> Certificate:
         """Along the path of one of `SOURCES`."""
-        searches = {"G-Search": self.gsearch, "priced search": self.priced}
-        found = searches[source](max_drop) if source in searches else None
-        path = path_for(self.calibration.inner, found)
+        search = {"G-Search": self.gsearch, "priced search": self.priced}.get(source)
+        found = None if search is None else search(max_drop)
+        through = spine_of(found) if found is not None and source == "priced search" else ()
+        path = path_for(self.calibration.inner, found, through=through)
         first = min(i for each in path for i, rate in enumerate(each.keep_rates) if rate < 1)
         self.certifying.share(ts.Schedule.full(self.depth), first)
         certificate = certify(path, self.certifying, max_drop)

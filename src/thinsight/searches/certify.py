@@ -27,7 +27,6 @@ from ..reduction import Reduction
 from ..schedule import Schedule, real
 from .run import SearchResult
 
-ON_THE_PATH = "path"  # why a schedule was tried that a search would go on with
 START, APART, MOST = 1.5, 0.08, 15  # of a path: first FLOPs ratio, largest gap, schedules
 _TIE = 1e-9  # two statistics of equal tables differ by rounding
 _GRID, _FINE = 64, 16  # nuisance values: over the whole interval, then around the worst
@@ -442,10 +441,7 @@ def path_for(
     if found.reduction.adaptive is not None:  # there is nothing between two of them
         return (found.schedule,)
     spine = list(through) or accepted(found)
-    further = [trial.schedule for trial in found.trials if trial.why == ON_THE_PATH]
-    if further:  # the search knows how to go on
-        spine += [schedule for schedule in further if spent(schedule) < spent(found.schedule)]
-    elif not through:
+    if not through:
         first = int((found.reduction.search or {}).get("first_layer", first_layer))
         spine += [step for step in one_step(layers, n_vision, first) if spent(step) < spent(found.schedule)]
     half = math.sqrt(spent(Schedule.full(layers)) / spent(found.schedule))

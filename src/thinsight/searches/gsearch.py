@@ -237,7 +237,7 @@ def check_early_stop(solver: Solver, confidence: float | None, name: str = "conf
         )
 
 
-SLACK = 1e-9  # a score of 0.99 is within 0.01 of 1.0, whatever the last bit of the mean says
+_SLACK = 1e-9  # a score of 0.99 is within 0.01 of 1.0, whatever the last bit of the mean says
 
 
 def gsearch(
@@ -336,7 +336,7 @@ class _LayerByLayer:
 
     def __init__(self, run: Run, solver: Solver, num_layers: int) -> None:
         self.run, self.solver, self.num_layers = run, solver, num_layers
-        self.floor = run.study.full_score - run.settings["max_drop"] - SLACK
+        self.floor = run.study.full_score - run.settings["max_drop"] - _SLACK
         self.schedule = Schedule.full(num_layers)
         self.score, self.count = run.study.full_score, run.n
         self.settled = 0  # evaluations of the layers that are done
