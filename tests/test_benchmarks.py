@@ -9,14 +9,17 @@ import functools
 import json
 import logging
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from shlex import split
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, limit, peers, prefill, products, search_cost, table, vllm
+import thinsight as ts
+from benchmarks import finetune, gpu, limit, peers, prefill, products, search_cost, smollm2, table, vllm
 from thinsight import cost
 from thinsight.reduction import Reduction
 from thinsight.runtime import vision_token_mask
@@ -153,6 +156,77 @@ def test_search_cost_rows(tmp_path: Path) -> None:
     assert cheap["keep_rates"] == whole["keep_rates"]
     assert cheap["evaluations"] == whole["evaluations"]
     assert cheap["full_runs"] < whole["full_runs"]
+
+
+# --- the page of a language model that others trained
+
+
+def test_a_page_says_what_was_run_and_what_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "DROPS", (0.5,))
+    monkeypatch.setattr(smollm2, "LEAVING", (2, 6))
+    monkeypatch.setattr(smollm2, "LADDER", (2, 4))
+    monkeypatch.setattr(smollm2, "TAU_EXAMPLES", 3)
+    monkeypatch.setattr(smollm2, "FIRST", ("search-random", "fastv", "random"))
+    options = split("--model demo --dtype float32 --limit 6")
+    options += ["--out", str(tmp_path / "work"), "--results", str(tmp_path / "page")]
+    page = tmp_path / "page" / "smollm2.md"
+
+    smollm2.main([*options, "--part", "tau", "gsearch", "leaving"])
+    assert not page.exists()
+    smollm2.main([*options, "--page"])
+    first = page.read_text()
+    assert (tmp_path / "page" / "smollm2-tau.png").exists()
+    assert "Not run so far: " in first
+    assert first.count("\nNot run.\n") == 5  # certificates, comparison, times, both tables of the paper
+
+    journals = {path: path.read_bytes() for path in (tmp_path / "work" / "parts").glob("*.jsonl")}
+    smollm2.main([*options, "--part", "certify", "ladder", "0.25"])
+    smollm2.main([*options, "--page"])
+    second = page.read_text()
+    assert second.count("\nNot run.\n") == 3
+    assert "| one step at layer 2 | 50 | " in second
+    assert "FastV" in second
+    assert "VisionZip at 25 %" in second  # among what is missing
+    assert (tmp_path / "page" / "smollm2.csv").read_text().count("\n") == 4
+    assert all(path.read_bytes() == before for path, before in journals.items())  # nothing was searched again
+
+
+def test_a_part_that_was_kept_is_not_run_again(tmp_path: Path) -> None:
+    settings = smollm2.Settings("demo", "float32", tmp_path, limit=3)
+    schedule = Schedule.step(12, 2, 0.1)
+    found = smollm2.Work(settings).test(schedule)
+    again = smollm2.Work(replace(settings, run=False)).test
+    assert again(schedule).per_example.tolist() == found.per_example.tolist()
+    with pytest.raises(smollm2.NotRun):
+        again(Schedule.step(12, 2, 0.2))
+
+
+# --- fine-tuning under a reduction
+
+
+def test_fine_tuning_rows(tmp_path: Path) -> None:
+    out = tmp_path / "finetune.json"
+    finetune.main(["--steps", "2", "--images", "2", "--limit", "6", "--out", str(out)])
+    found = read(out)
+    assert [row["training"] for row in found["rows"]] == ["none", finetune.WITHOUT, finetune.WITH]
+    assert found["questions"] == 4
+    before, _, after = found["rows"]
+    assert after["reduced_gain"][0] == pytest.approx(after["reduced"] - before["reduced"])
+    table_lines, holds, said = finetune.lines(out)
+    assert len(table_lines) == 7
+    assert not holds  # six questions show nothing
+    assert "12.5 %" in said
+
+
+def test_what_is_trained_on_is_the_answer_and_its_end() -> None:
+    _, processor = ts.load_demo()
+    inputs, is_prompt = finetune.batch(processor, np.random.default_rng(0), 3)
+    assert torch.equal(is_prompt, inputs["labels"] == finetune.IGNORED)
+    for ids, labels in zip(inputs["input_ids"], inputs["labels"], strict=True):
+        answer = labels[labels != finetune.IGNORED]
+        assert torch.equal(ids[-len(answer) :], answer)
+        assert answer[-1] == processor.tokenizer.eos_token_id
+        assert 2 <= len(answer) <= 6
 
 
 # --- peers

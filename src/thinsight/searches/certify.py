@@ -428,7 +428,7 @@ def path_for(
     measured in benchmarks/results/coverage.md.
 
     Down to half of the way to what was found, where hardly any path ends and schedules take longest to run, steps are
-    twice as long.
+    twice as long. Where that is less than 1.5x, the path begins there.
 
     Raises:
         ThinsightError: nothing costs less than the full model.
@@ -445,8 +445,8 @@ def path_for(
         first = int((found.reduction.search or {}).get("first_layer", first_layer))
         spine += [step for step in one_step(layers, n_vision, first) if spent(step) < spent(found.schedule)]
     half = math.sqrt(spent(Schedule.full(layers)) / spent(found.schedule))
-    path = lay_path(spine, spent, n_vision, start=max(START, half), most=None)
-    if half <= START:
+    path = lay_path(spine, spent, n_vision, start=half, most=None)
+    if half <= START:  # little was found: a path that began where ours do might have passed it already
         return path
     early = lay_path(spine, spent, n_vision, apart=2 * APART, most=None)
     return (*(each for each in early if spent(each) > spent(path[0]) / (1 - APART)), *path)

@@ -33,12 +33,13 @@ from .shapes import blend, deform, random_staircase, sigmoid
 from .study import Study
 
 _PRICES = 1e-9, 1e6  # between which the right one lies
+STEPS = (0.5, 0.25, 0.125, 0.03, 0.0)  # rates of the steps to measure
 
 
-def grid(num_layers: int, first_layer: int, layers: int = 5) -> tuple[list[int], list[float]]:
-    """Layers and rates of the steps to measure: evenly spread layers, rates from a half down to nothing."""
+def grid(num_layers: int, first_layer: int, layers: int = 5) -> list[int]:
+    """Layers of the steps to measure, evenly spread."""
     depth = np.linspace(first_layer, num_layers - 1, min(layers, num_layers - first_layer))
-    return sorted({round(float(each)) for each in depth}), [0.5, 0.25, 0.125, 0.03, 0.0]
+    return sorted({round(float(each)) for each in depth})
 
 
 @dataclass(frozen=True)
@@ -335,10 +336,12 @@ class SensitivitySearch:
         return found
 
 
-def exit_model(run: Run, first_layer: int, ranker: Mapping[str, Any]) -> ExitModel:
+def exit_model(
+    run: Run, first_layer: int, ranker: Mapping[str, Any], layers: int = 5, rates: Sequence[float] = STEPS
+) -> ExitModel:
     """Measured on few examples; the loss is what the full model's answers lose in probability."""
-    num_layers = run.budget.num_layers
-    layers, rates = grid(num_layers, first_layer)
+    num_layers = int(run.evaluator.num_layers)
+    places = grid(num_layers, first_layer, layers)
     whole = run.measure(run.under(ranker, Schedule.full(num_layers)), "sensitivity", share=_FEW)
     full = 1.0 if whole.agreement is None else whole.agreement
 
@@ -353,9 +356,9 @@ def exit_model(run: Run, first_layer: int, ranker: Mapping[str, Any]) -> ExitMod
         run.keep_all_before(layer)
         return [loss(layer, rate) for rate in rates]
 
-    losses = np.array([losses_at(layer) for layer in layers])
+    losses = np.array([losses_at(layer) for layer in places])
     run.keep_all_before(first_layer)
-    return ExitModel(num_layers, first_layer, tuple(layers), tuple(rates), losses)
+    return ExitModel(num_layers, first_layer, tuple(places), tuple(rates), losses)
 
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.65, 0.8)
