@@ -74,9 +74,11 @@ LLAVA = (
 CASES: dict[str, tuple[Case, ...]] = {
     "llava": LLAVA,
     "llava-qwen2": (STAIRS,),
+    "pixtral": (STAIRS, EARLY),
     "llava-next": (STAIRS, EARLY),
     "llava-onevision": (STAIRS, EARLY),
     "internvl": (STAIRS, EARLY, TOWER),
+    "internvl-qwen3": (STAIRS,),
     "qwen2-vl": (STAIRS, EARLY),
     "qwen2.5-vl": (STAIRS, EARLY),
     "qwen3-vl": (STAIRS, EARLY),

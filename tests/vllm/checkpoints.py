@@ -207,6 +207,11 @@ def _mistral3() -> Any:
     return transformers.PixtralProcessor(images, tokenizer(PIXTRAL), patch_size=14, spatial_merge_size=2)
 
 
+def _pixtral() -> Any:
+    images = transformers.PixtralImageProcessor(size={"longest_edge": 140}, patch_size={"height": 14, "width": 14})
+    return transformers.PixtralProcessor(images, tokenizer(PIXTRAL), patch_size=14)
+
+
 def _idefics(name: str) -> Any:
     images = getattr(transformers, f"{name}ImageProcessor")(
         size={"longest_edge": 112}, max_image_size={"longest_edge": 56}, do_image_splitting=True
@@ -248,6 +253,19 @@ TABLE = (
         renames=CLIP_KEYS,
     ),
     Checkpoint(
+        "pixtral",
+        "LlavaForConditionalGeneration",
+        conformance.config(
+            text("mistral", sliding_window=None),
+            conformance.tower("pixtral", 140, 14),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+        _pixtral,
+        placeholder="[IMG]",
+        sizes=((56, 56), (28, 70), (42, 56)),
+    ),
+    Checkpoint(
         "llava-next",
         "LlavaNextForConditionalGeneration",
         conformance.config(text("llama"), CLIP, image_grid_pinpoints=PINPOINTS),
@@ -267,6 +285,14 @@ TABLE = (
         "internvl",
         "InternVLForConditionalGeneration",
         conformance.config(text("qwen2"), conformance.tower("internvl_vision", 112, 14), image_seq_length=16),
+        _internvl,
+        placeholder="<IMG_CONTEXT>",
+        sizes=((112, 112), (112, 224)),
+    ),
+    Checkpoint(
+        "internvl-qwen3",
+        "InternVLForConditionalGeneration",
+        conformance.config(text("qwen3"), conformance.tower("internvl_vision", 112, 14), image_seq_length=16),
         _internvl,
         placeholder="<IMG_CONTEXT>",
         sizes=((112, 112), (112, 224)),
