@@ -79,6 +79,7 @@ class Checkpoint:
     placeholder: str = "<image>"  # of an image in a prompt's text
     sizes: tuple[tuple[int, int], ...] = ((56, 56),)  # (height, width) of images, in turn
     renames: tuple[tuple[str, str], ...] = ()  # key prefixes as vLLM knows them
+    title: str = ""  # of the family, where the class serves several
 
     def write(self, folder: Path, prompts: list[Prompt]) -> None:
         made = getattr(transformers, self.model_class)
@@ -244,6 +245,7 @@ TABLE = (
         conformance.config(text("llama"), CLIP, image_seq_length=16),
         _llava,
         renames=CLIP_KEYS,
+        title="LLaVA-1.5",
     ),
     Checkpoint(
         "llava-qwen2",
@@ -251,6 +253,7 @@ TABLE = (
         conformance.config(text("qwen2"), CLIP, image_seq_length=16),
         _llava,
         renames=CLIP_KEYS,
+        title="LLaVA with Qwen2",
     ),
     Checkpoint(
         "pixtral",
@@ -264,6 +267,7 @@ TABLE = (
         _pixtral,
         placeholder="[IMG]",
         sizes=((56, 56), (28, 70), (42, 56)),
+        title="Pixtral",
     ),
     Checkpoint(
         "llava-next",
@@ -288,6 +292,7 @@ TABLE = (
         _internvl,
         placeholder="<IMG_CONTEXT>",
         sizes=((112, 112), (112, 224)),
+        title="InternVL 2, 2.5 and 3",
     ),
     Checkpoint(
         "internvl-qwen3",
@@ -296,6 +301,7 @@ TABLE = (
         _internvl,
         placeholder="<IMG_CONTEXT>",
         sizes=((112, 112), (112, 224)),
+        title="InternVL 3.5",
     ),
     Checkpoint(
         "qwen2-vl",

@@ -136,12 +136,14 @@ class Plan:
 
     @cached_property
     def runs(self) -> tuple[range, ...]:
-        """Runs of equally many layers, each of which has KV cache blocks of its own, for what its first layer holds; of
-        no layers where that saves too little, or their number has no divisor."""
+        """Runs of equally many layers, each of which has KV cache blocks of its own, for what its first layer holds.
+
+        None where that saves too little, or no number of runs divides that of layers.
+        """
         rates = self.schedule.keep_rates
         layers = len(rates)
         best, least = 0, 0.95 * layers
-        for size in range(layers // 2, 0, -1):
+        for size in range(layers, 0, -1):
             if layers % size or layers // size > MOST_RUNS:
                 continue
             held = sum(rates[first] * size for first in range(0, layers, size))
