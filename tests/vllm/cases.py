@@ -69,6 +69,11 @@ LLAVA = (
     Case("uniform", (0.5, 0.5, 0.3, 0.3, 0.3, 0.1), named("uniform")),
     Case("divprune", (0.5, 0.5, 0.5, 0.5, 0.5, 0.5), named("divprune")),
     Case("visionzip", (0.5, 0.5, 0.5, 0.5, 0.5, 0.5), named("visionzip", keep=0.5)),
+    Case("staged", (0.7, 0.7, 0.4, 0.4, 0.2, 0.2), named("staged")),
+    Case("cdpruner", (0.5, 0.5, 0.5, 0.25, 0.25, 0.25), named("cdpruner")),
+    Case("dart", (1, 0.5, 0.5, 0.5, 0.5, 0.5), named("dart")),
+    Case("vispruner", (0.5, 0.5, 0.5, 0.5, 0.5, 0.5), named("vispruner")),
+    Case("downsample", (0.25, 0.25, 0.25, 0.25, 0.25, 0.25), named("downsample")),
     Case("sparsevlm", (1, 0.6, 0.6, 0.3, 0.3, 0.3), named("sparsevlm")),
 )
 CASES: dict[str, tuple[Case, ...]] = {

@@ -343,7 +343,7 @@ class Pass:
         """What the ranker is told."""
         queries, columns = self._places(self._queries.clamp(min=0)), self._places(self._column)
         pooled = attention = states = text = None
-        if self.plan.needs(TEXT_ATTENTION):
+        if self.plan.needs(TEXT_ATTENTION) and layer:  # a staged ranker reads another thing before layer 0
             attention = self._rows_of_attention(stage, layer, queries, columns)
             if self.plan.ranker.pools:
                 pooled, attention = weighted_rows(attention, self._weights), None
