@@ -5,7 +5,8 @@ take turns round by round; medians over rounds, ratios of rounds. Three kinds of
 
 - prefill: a batch of prompts with one token each; the time of the decoder's forward pass (ranking included) and of the
   whole call (scheduling, image processing and the vision tower included).
-- decode: the time of a step of so many requests with long contexts, per token.
+- decode: the time of a step of so many requests with long contexts; the engines take turns step by step, and the ratio
+  is the median over pairs of steps.
 - load: requests that arrive at random times (one seed for all engines), to the time of their first token and the
   throughput.
 
@@ -18,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
 import random
 import tempfile
@@ -30,6 +30,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.table import RESULTS, Columns, Results, about, number, setting
 from thinsight import Reduction, Schedule, cost
 
 TEXT = 64  # tokens of a prompt's text
@@ -49,6 +50,19 @@ class Size:
 
 SIZES = {"tiny": Size(64, 6, 2, 128), "small": Size(1024, 24, 16, 2816), "7b": Size(4096, 32, 32, 11008, "bfloat16")}
 ENGINES = ("stock", "one ratio", "schedule")
+COLUMNS: Columns = {
+    "kind": setting("kind"),
+    "N": setting("N"),
+    "batch": setting("batch"),
+    "engine": setting("engine"),
+    "FLOPs": number("flops_ratio", "{:.2f}"),
+    "decoder": number("decoder_ratio", "{:.2f}"),
+    "decoder / FLOPs": number("of_flops", "{:.2f}"),
+    "whole call": number("call_ratio", "{:.2f}"),
+    "decode step": number("step_ratio", "{:.3f}"),
+    "first token": number("ttft_ratio", "{:.2f}"),
+    "throughput": number("throughput_ratio", "{:.2f}"),
+}
 
 
 def stairs(layers: int) -> Schedule:
@@ -195,16 +209,18 @@ class Engine:
         self.llm.generate(given, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
         return self.forward_s, _now() - begun
 
-    def decode(self, given: list[dict[str, Any]], tokens: int) -> float:
-        """Seconds of a step that decodes one token of each request: the median."""
-        for number, prompt in enumerate(given):
-            self._add(f"{number}", prompt, tokens)
-        steps = []
-        while self.inner.has_unfinished_requests():
-            begun = _now()
-            self.inner.step()
-            steps.append(_now() - begun)
-        return median(steps[2:])  # the first read the prompts
+    def begin(self, given: list[dict[str, Any]], tokens: int) -> None:
+        """Read prompts, and decode their first tokens."""
+        for i, prompt in enumerate(given):
+            self._add(f"{i}", prompt, tokens)
+        for _ in range(3):
+            self.step()
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        begun = _now()
+        self.inner.step()
+        return _now() - begun
 
     def load(self, given: list[dict[str, Any]], arrivals: list[float], tokens: int) -> tuple[list[float], float]:
         """Seconds to the first token of each request, and of all of it."""
@@ -260,11 +276,11 @@ def engines(
 def turns(made: dict[str, Engine], rounds: int, measured: Callable[[Engine, int], Any]) -> dict[str, list[Any]]:
     """What each engine gives in each round; one more round warms up. Every other round goes backwards."""
     found: dict[str, list[Any]] = {name: [] for name in made}
-    for number in range(rounds + 1):
-        order = list(made) if number % 2 else list(made)[::-1]
+    for each in range(rounds + 1):
+        order = list(made) if each % 2 else list(made)[::-1]
         for name in order:
-            value = measured(made[name], number)
-            if number:
+            value = measured(made[name], each)
+            if each:
                 found[name].append(value)
     return found
 
@@ -330,7 +346,16 @@ def _prefill_rows(
 
 def _decode_rows(made: dict[str, Engine], options: Any, common: Any, side: int) -> Iterator[Any]:
     batch = common["batch"]
-    found = turns(made, options.rounds, lambda e, number: e.decode(prompts(batch, side, number), options.tokens))
+    found: dict[str, list[float]] = {name: [] for name in made}
+    for seed in range(options.rounds):
+        for engine in made.values():
+            engine.begin(prompts(batch, side, seed), options.tokens)
+        for turn in range(options.tokens - 4):
+            for name in list(made) if turn % 2 else list(made)[::-1]:
+                found[name].append(made[name].step())
+        for engine in made.values():
+            while engine.inner.has_unfinished_requests():
+                engine.step()
     for name in list(made)[1:]:
         yield {
             "kind": "decode",
@@ -380,24 +405,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
     parser.add_argument("--compile", action="store_true", help="steps without images run compiled")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/bench/vllm.json"))
+    parser.add_argument("--resume", action="store_true", help="add to the rows that are in --out")
+    parser.add_argument("--out", type=Path, default=RESULTS / "vllm.json")
     options = parser.parse_args(arguments)
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     import torch
     from vllm import __version__
 
-    from benchmarks.table import about
-
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: leave out --device cuda")
-    where = {**about(torch.device(options.device)), "vllm": __version__, "date": time.strftime("%Y-%m-%d")}
-    found: list[dict[str, Any]] = []
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    where = {**about(torch.device(options.device)), "vllm": __version__}
+    results = Results(options.out, where, COLUMNS, options.resume)
     for row in rows(options):
-        found.append(row)
-        print(json.dumps(row), flush=True)
-        options.out.write_text(json.dumps({**where, "rows": found}, indent=2) + "\n")
+        results.add(row)
+    results.print("vLLM")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from thinsight.errors import BadInput, Unsupported
 from thinsight.families import FAMILIES
 from thinsight.runtime.call import query_columns, read_call
 from thinsight.vllm.plan import SERVED, Options, Plan, read_options, stage_labels
-from thinsight.vllm.settings import plan_of, refuse, switch_off
+from thinsight.vllm.settings import has_runs, plan_of, refuse, share_blocks, switch_off
 
 LLAVA, INTERNVL = SERVED["LlavaForConditionalGeneration"], SERVED["InternVLForConditionalGeneration"]
 STAIRS = (1, 0.6, 0.6, 0.3, 0.3, 0.1)
@@ -266,3 +266,43 @@ def test_what_is_switched_off_is_said(tmp_path: Path, monkeypatch: pytest.Monkey
     assert config.scheduler_config.disable_chunked_mm_input
     assert all(word in said for word in ("prefix caching", "chunked prefill", "V1 model runner"))
     assert switch_off(config) == [each for each in switch_off(config) if "chunked" in each]
+
+
+def test_runs_are_equally_deep_and_hold_what_their_first_layer_holds() -> None:
+    runs = plan(ts.Schedule.stages(32, {2: 0.5, 8: 0.2}).keep_rates)
+    assert [len(run) for run in runs.runs] == [4] * 8
+    assert [layer for run in runs.runs for layer in run] == list(range(32))
+    assert [runs.stage_of(run[0]) for run in runs.runs] == [None, 0, *[1] * 6]
+    assert runs.describe_blocks() == "KV cache blocks are for 34% of the vision tokens, in 8 groups of 4 layers"
+
+
+@pytest.mark.parametrize(
+    ("rates", "ranker", "depths"),
+    [
+        (ts.Schedule.stages(24, {1: 0.99}).keep_rates, "text-attention", []),  # saves too little
+        (ts.Schedule.stages(31, {2: 0.5}).keep_rates, "text-attention", []),  # 31 has no divisor
+        ((0.5,) * 31, "uniform", [31]),
+        (ts.Schedule.stages(12, {6: 0.5, 7: 0.49}).keep_rates, "text-attention", [6, 6]),
+    ],
+)
+def test_how_many_runs(rates: tuple[float, ...], ranker: str, depths: list[int]) -> None:
+    assert [len(run) for run in plan(rates, ranker).runs] == depths
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({}, ""),
+        ({"disable_hybrid_kv_cache_manager": True}, "disable_hybrid_kv_cache_manager is set"),
+        ({"scheduler_cls": "my.Scheduler"}, "scheduler_cls is set"),
+        ({"hybrid": False}, "no hybrid KV cache manager on this platform"),
+    ],
+)
+def test_where_blocks_are_for_full_prompts_it_is_said(changes: dict[str, Any], why: str) -> None:
+    given = {"disable_hybrid_kv_cache_manager": None, "scheduler_cls": None, **changes}
+    hybrid = given.pop("hybrid", True)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(**given))
+    (told,) = share_blocks(config, plan(), hybrid=hybrid)
+    assert has_runs(config) == (not why)
+    assert why in told
+    assert ("full prompts" in told) == bool(why)

@@ -79,6 +79,7 @@ class Checkpoint:
     placeholder: str = "<image>"  # of an image in a prompt's text
     sizes: tuple[tuple[int, int], ...] = ((56, 56),)  # (height, width) of images, in turn
     renames: tuple[tuple[str, str], ...] = ()  # key prefixes as vLLM knows them
+    title: str = ""  # of the family, where the class serves several
 
     def write(self, folder: Path, prompts: list[Prompt]) -> None:
         made = getattr(transformers, self.model_class)
@@ -207,6 +208,11 @@ def _mistral3() -> Any:
     return transformers.PixtralProcessor(images, tokenizer(PIXTRAL), patch_size=14, spatial_merge_size=2)
 
 
+def _pixtral() -> Any:
+    images = transformers.PixtralImageProcessor(size={"longest_edge": 140}, patch_size={"height": 14, "width": 14})
+    return transformers.PixtralProcessor(images, tokenizer(PIXTRAL), patch_size=14)
+
+
 def _idefics(name: str) -> Any:
     images = getattr(transformers, f"{name}ImageProcessor")(
         size={"longest_edge": 112}, max_image_size={"longest_edge": 56}, do_image_splitting=True
@@ -239,6 +245,7 @@ TABLE = (
         conformance.config(text("llama"), CLIP, image_seq_length=16),
         _llava,
         renames=CLIP_KEYS,
+        title="LLaVA-1.5",
     ),
     Checkpoint(
         "llava-qwen2",
@@ -246,6 +253,21 @@ TABLE = (
         conformance.config(text("qwen2"), CLIP, image_seq_length=16),
         _llava,
         renames=CLIP_KEYS,
+        title="LLaVA with Qwen2",
+    ),
+    Checkpoint(
+        "pixtral",
+        "LlavaForConditionalGeneration",
+        conformance.config(
+            text("mistral", sliding_window=None),
+            conformance.tower("pixtral", 140, 14),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+        ),
+        _pixtral,
+        placeholder="[IMG]",
+        sizes=((56, 56), (28, 70), (42, 56)),
+        title="Pixtral",
     ),
     Checkpoint(
         "llava-next",
@@ -270,6 +292,16 @@ TABLE = (
         _internvl,
         placeholder="<IMG_CONTEXT>",
         sizes=((112, 112), (112, 224)),
+        title="InternVL 2, 2.5 and 3",
+    ),
+    Checkpoint(
+        "internvl-qwen3",
+        "InternVLForConditionalGeneration",
+        conformance.config(text("qwen3"), conformance.tower("internvl_vision", 112, 14), image_seq_length=16),
+        _internvl,
+        placeholder="<IMG_CONTEXT>",
+        sizes=((112, 112), (112, 224)),
+        title="InternVL 3.5",
     ),
     Checkpoint(
         "qwen2-vl",

@@ -60,6 +60,7 @@ def settings(name: str, **more: Any) -> dict[str, Any]:
 def engine(name: str, case: Case | None = None, **more: Any) -> Iterator[LLM]:
     """vLLM on a checkpoint, under the case's reduction if there is one."""
     given = {} if case is None or case.rates is None else {"additional_config": option(case)}
+    gc.freeze()  # what was imported: vLLM collects garbage nine times per engine
     llm = LLM(**settings(name, **given, **more))
     try:
         yield llm
@@ -67,7 +68,6 @@ def engine(name: str, case: Case | None = None, **more: Any) -> Iterator[LLM]:
         llm.llm_engine.engine_core.shutdown()
         del llm
         cleanup_dist_env_and_memory()
-        gc.collect()
 
 
 def request(name: str, prompt: Prompt) -> dict[str, Any]:

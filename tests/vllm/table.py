@@ -30,20 +30,22 @@ def passed(path: Path) -> set[str]:
 
 
 def table(done: set[str]) -> str:
-    """The Markdown table; every family that is served, with what passed for it."""
+    """The Markdown table: every checkpoint, with what passed for it; every class that is served has one."""
     missing = [
         f"{name}-{case.name}" for name, cases in CASES.items() for case in cases if f"{name}-{case.name}" not in done
     ]
     if missing:
         raise SystemExit(f"these did not pass: {', '.join(missing)}")
-    lines = ["| family | class in vLLM | reductions with the answers of transformers |", "|---|---|---|"]
-    for row in SERVED.values():
-        mine = [name for name, each in CHECKPOINTS.items() if each.model_class == row.architecture and name in CASES]
-        cases = [case for name in mine for case in CASES[name] if case.rates is not None]
-        if not cases:
-            raise SystemExit(f"no case runs {row.architecture}")
+    unseen = SERVED.keys() - {each.model_class for name, each in CHECKPOINTS.items() if name in CASES}
+    if unseen:
+        raise SystemExit(f"no case runs {', '.join(sorted(unseen))}")
+    lines = ["| family | class in vLLM | decoder | reductions with the answers of transformers |", "|---|---|---|---|"]
+    for name, checkpoint in CHECKPOINTS.items():
+        family = checkpoint.title or FAMILIES[SERVED[checkpoint.model_class].model_type].name
+        decoder = checkpoint.config["text_config"]["model_type"].removesuffix("_text")
+        cases = [case for case in CASES[name] if case.rates is not None]
         rankers = sorted({str(dict(case.ranker)["name"]) for case in cases})
-        lines.append(f"| {FAMILIES[row.model_type].name} | `{row.architecture}` | {len(cases)}: {', '.join(rankers)} |")
+        lines.append(f"| {family} | `{checkpoint.model_class}` | {decoder} | {len(cases)}: {', '.join(rankers)} |")
     return "\n".join(lines)
 
 

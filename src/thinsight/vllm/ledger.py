@@ -1,13 +1,14 @@
 """Who has lost what: the tokens that each running request lacks at each stage, and attention metadata made from it.
 
-Counts are known before anything is ranked, so the metadata of all stages of a step is made before its forward pass, in
-one operation on the device. Rotary positions are not touched: a stage's cache is compact, its tokens keep their places
-in the prompt. Knows nothing about hidden states or scores.
+Counts are known before anything is ranked, so the metadata of all stages of a step is made before its forward pass,
+with one copy to the device and one look-up for each group of cache blocks. Rotary positions are not touched: a stage's
+cache is compact, its tokens keep their places in the prompt. Knows nothing about hidden states or scores.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport, subclass_attention_backend
 
 from ..ranking import TEXT_ATTENTION
+from .blocks import RunSpec
 from .metrics import KEPT, REDUCED, SEEN, WHOLE, Tally
 from .plan import Plan, Prompt, stage_labels
 
@@ -43,8 +45,22 @@ class Step:
     prefills: list[Prefill] = field(default_factory=list)
     prefixes: list[Prefill] = field(default_factory=list)  # text in front of images, read in a chunk of its own
     starts: np.ndarray | None = None  # (1 + stages, requests + 1): first row of each request, without drops and with
-    metadata: list[Any] = field(default_factory=list)  # vLLM's common metadata, per stage
-    slots: list[Tensor] = field(default_factory=list)  # of the KV cache, per stage
+    layout: Layout | None = None  # None: nothing is lost
+    slots: dict[int, list[Tensor]] = field(default_factory=dict)  # of the KV cache, per run and stage
+
+
+@dataclass
+class Layout:
+    """Where the tokens of a step stand in each stage's compact cache; on the device unless said otherwise."""
+
+    starts: Tensor  # (stages, requests + 1) int32
+    starts_host: Tensor  # the same on the host
+    seq_lens: Tensor  # (stages, requests) int32
+    seq_lens_host: Tensor
+    request: Tensor  # (tokens of all stages,) int64
+    place: Tensor  # (tokens of all stages,) int64
+    tokens: list[int]  # per stage
+    longest: list[tuple[int, int]]  # per stage, of new tokens and of all
 
 
 class Ledger:
@@ -61,13 +77,38 @@ class Ledger:
         self._labels = stage_labels(plan)
         self.prefix_keys: dict[str, dict[int, Tensor]] = {}  # per request and layer, (tokens, heads, size)
 
-    def of_stage(self, stage: int, common: Any, block_size: int) -> Any:
-        """vLLM's common metadata as a stage's layers have it."""
+    def of_stage(self, stage: int, run: int, common: Any, block_size: int) -> Any:
+        """vLLM's common metadata of a run's layers, as those of a stage have it."""
         if self.step.key is not common.query_start_loc_cpu:
-            self.step = self._advance(common, block_size)
-        return self.step.metadata[stage] if self.step.metadata else common
+            self.step = self._advance(common)
+        layout = self.step.layout
+        if layout is None:
+            return common
+        if run not in self.step.slots:
+            self.step.slots[run] = self._slots(layout, common, block_size)
+        return common.replace(
+            query_start_loc=layout.starts[stage],
+            query_start_loc_cpu=layout.starts_host[stage],
+            seq_lens=layout.seq_lens[stage],
+            seq_lens_cpu_upper_bound=layout.seq_lens_host[stage],
+            num_actual_tokens=layout.tokens[stage],
+            max_query_len=layout.longest[stage][0],
+            max_seq_len=layout.longest[stage][1],
+            slot_mapping=self.step.slots[run][stage],
+            positions=None,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
 
-    def _advance(self, common: Any, block_size: int) -> Step:
+    def _slots(self, layout: Layout, common: Any, block_size: int) -> list[Tensor]:
+        """The slots of all stages in the blocks of a run, in one look-up."""
+        blocks = common.block_table_tensor[layout.request, layout.place // block_size]
+        slots = (blocks.long() * block_size + layout.place % block_size).split(layout.tokens)
+        # a compiled step that drops nothing is padded: its keys and values have as many rows
+        pad = 0 if self.step.prefills else len(common.slot_mapping) - self.step.tokens
+        return [torch.nn.functional.pad(each, (0, pad), value=-1) if pad else each for each in slots]
+
+    def _advance(self, common: Any) -> Step:
         """Take note of the requests of a step, and make its metadata."""
         step, runner = Step(common.query_start_loc_cpu), self.runner
         batch = None if runner is None else runner.input_batch
@@ -89,7 +130,7 @@ class Ledger:
         if len(self._lost) > 2 * len(runner.requests) + 64:
             self._forget(runner.requests)
         if step.prefills or lost.any():
-            self._make(step, common, block_size, computed + lengths - lost, lengths - dropped)
+            self._make(step, common, computed + lengths - lost, lengths - dropped)
         return step
 
     def _read(self, step: Step, name: str, number: int, first: int, length: int, start: int) -> None:
@@ -99,7 +140,7 @@ class Ledger:
                 table.pop(name, None)
         prompt = self._prompts.get(name)
         if prompt is None:
-            prompt = self._prompts[name] = self._prompt(self.runner.requests[name])
+            prompt = self._prompts[name] = self.plan.prompt_of(self.runner.requests[name])
         if not self._loses(prompt):
             return
         prefill = Prefill(name, prompt, number, first, start)
@@ -130,32 +171,20 @@ class Ledger:
         for label, lost in zip(self._labels, prompt.lost, strict=True):
             self._tally.add(KEPT, len(prompt.vision) - (lost if reduced else 0), layers=label)
 
-    def _prompt(self, request: Any) -> Prompt:
-        """A request's prompt, as vLLM's runner knows it."""
-        images, why = [], ""
-        for feature in request.mm_features:
-            place = feature.mm_position
-            inside = np.arange(place.length) if place.is_embed is None else place.is_embed.numpy().nonzero()[0]
-            images.append(inside.astype(np.int64) + place.offset)
-            if feature.modality not in ("image", "video"):
-                why = f"it has {feature.modality}"
-        if request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None:
-            why = "prompt_logprobs are wanted"
-        return self.plan.prompt(request.num_prompt_tokens, images, why)
-
     def _forget(self, requests: Any) -> None:
         for table in (self._lost, self._prompts, self.prefix_keys):
             for name in [name for name in table if name not in requests]:
                 del table[name]
 
-    def _make(self, step: Step, common: Any, block_size: int, seq_lens: np.ndarray, lengths: np.ndarray) -> None:
-        """The metadata of all stages: arithmetic on the host, one copy and one look-up on the device.
+    def _make(self, step: Step, common: Any, seq_lens: np.ndarray, lengths: np.ndarray) -> None:
+        """The layout of all stages: arithmetic on the host, one copy to the device.
 
         Args:
             seq_lens: (stages, requests), tokens in the cache after this step.
             lengths: (stages, requests), of them new in this step.
         """
         stages, requests = lengths.shape
+        self._check_blocks(seq_lens)
         starts = np.zeros((stages, requests + 1), dtype=np.int64)
         starts[:, 1:] = lengths.cumsum(axis=1)
         step.starts = np.concatenate([common.query_start_loc_cpu[: requests + 1].numpy()[None], starts])
@@ -169,38 +198,49 @@ class Ledger:
         host = torch.from_numpy(packed)
         on_device = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
         sizes = [starts.size, seq_lens.size, len(request), len(request)]
-        start_all, seq_all, requests_all, places = on_device.split(sizes)
-        table = common.block_table_tensor
-        blocks = table[requests_all.long(), (places // block_size).long()]
-        slots = (blocks.long() * block_size + places % block_size).split(starts[:, -1].tolist())
-        padded = len(common.slot_mapping)  # of a compiled step that drops nothing: keys and values have as many rows
-        host_starts, host_lens = torch.from_numpy(starts.astype(np.int32)), torch.from_numpy(seq_lens.astype(np.int32))
-        for stage in range(stages):
-            mine, pad = slots[stage], 0 if step.prefills else padded - step.tokens
-            step.slots.append(torch.nn.functional.pad(mine, (0, pad), value=-1) if pad else mine)
-            step.metadata.append(
-                common.replace(
-                    query_start_loc=start_all.view(stages, -1)[stage],
-                    query_start_loc_cpu=host_starts[stage],
-                    seq_lens=seq_all.view(stages, -1)[stage],
-                    seq_lens_cpu_upper_bound=host_lens[stage],
-                    num_actual_tokens=int(starts[stage, -1]),
-                    max_query_len=int(lengths[stage].max()),
-                    max_seq_len=int(seq_lens[stage].max()),
-                    slot_mapping=step.slots[-1],
-                    positions=None,
-                    _num_computed_tokens_cache=None,
-                    _token_to_req_indices_cache=None,
+        starts_there, lens_there, requests_there, places = on_device.split(sizes)
+        step.layout = Layout(
+            starts=starts_there.view(stages, -1),
+            starts_host=torch.from_numpy(starts.astype(np.int32)),
+            seq_lens=lens_there.view(stages, -1),
+            seq_lens_host=torch.from_numpy(seq_lens.astype(np.int32)),
+            request=requests_there.long(),
+            place=places.long(),
+            tokens=starts[:, -1].tolist(),
+            longest=[(int(a), int(b)) for a, b in zip(lengths.max(axis=1), seq_lens.max(axis=1), strict=True)],
+        )
+
+    def _check_blocks(self, seq_lens: np.ndarray) -> None:
+        """Keys and values must have blocks: the scheduler, in another process, counts what is lost by itself."""
+        for group, spec in self._held:
+            table = self.runner.input_batch.block_table[group]
+            room = table.num_blocks_per_row[: seq_lens.shape[1]].astype(np.int64) * table.block_size
+            if (room < seq_lens[spec.stage]).any():
+                raise RuntimeError(
+                    "thinsight: a prompt was given too few KV cache blocks; start vLLM with "
+                    "--disable-hybrid-kv-cache-manager, and report this"
                 )
-            )
+
+    @cached_property
+    def _held(self) -> list[tuple[int, Any]]:
+        """Groups of KV cache blocks that leave out what is lost."""
+        groups = enumerate(self.runner.kv_cache_config.kv_cache_groups)
+        found = [(number, group.kv_cache_spec) for number, group in groups]
+        return [(number, spec) for number, spec in found if getattr(spec, "stage", None) is not None]
 
 
-def reduced_backend(backend: Any, stage: int, ledger: Ledger) -> Any:
-    """A stock attention backend whose metadata counts what a stage has left."""
+def reduced_backend(backend: Any, stage: int | None, run: int, runs: bool, ledger: Ledger) -> Any:
+    """A stock attention backend of a run's layers.
+
+    Args:
+        stage: what they have left is counted in its metadata; None: they lose nothing.
+        runs: whether the run has KV cache blocks of its own.
+    """
     base = backend.get_builder_cls()
+    prefix = f"Thinsight{'' if stage is None else stage}Run{run}"
 
     def build(self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-        reduced = ledger.of_stage(stage, common_attn_metadata, self.kv_cache_spec.block_size)
+        reduced = ledger.of_stage(stage, run, common_attn_metadata, self.kv_cache_spec.block_size)  # type: ignore[arg-type]
         return base.build(self, 0, reduced, fast_build)
 
     members = {
@@ -210,5 +250,9 @@ def reduced_backend(backend: Any, stage: int, ledger: Ledger) -> Any:
         "get_cudagraph_support": classmethod(lambda cls, *_: AttentionCGSupport.NEVER),
         "supports_update_block_table": False,  # or one stage would be given another's metadata
     }
-    builder = type(f"Thinsight{stage}{base.__name__}", (base,), members)
-    return subclass_attention_backend(f"Thinsight{stage}", backend, builder)
+    builder = base if stage is None else type(f"{prefix}{base.__name__}", (base,), members)
+    made = subclass_attention_backend(prefix, backend, builder)
+    if runs:
+        first = ledger.plan.stage_of(ledger.plan.runs[run][0])
+        made.customize_spec = classmethod(lambda cls, spec: RunSpec.of(backend.customize_spec(spec), run, first))
+    return made

@@ -28,7 +28,7 @@ from ..errors import Unsupported
 from ..ranking import STATES, TEXT_ATTENTION, VISION_ATTENTION, Context, Ranker, choose, row_weights, weighted_rows
 from .ledger import Ledger, Step, reduced_backend
 from .plan import PREFIX, Plan
-from .settings import BACKENDS, plan_of
+from .settings import BACKENDS, has_runs, plan_of
 
 RECEIVED = "thinsight_received"  # attribute of an encoder output: attention inside the tower, (tokens,) float32
 
@@ -66,13 +66,19 @@ class Reduced:
         self._decoder = list(getattr(language, "model", language).layers)
         self._attention = [_attention_of(layer) for layer in self._decoder]
         self._names = [list(inspect.signature(layer.forward).parameters) for layer in self._decoder]
-        self._stage_names = []
-        for stage, layers in enumerate(self.plan.layers):
-            attention = [self._attention[layer] for layer in layers]
-            backend = reduced_backend(attention[0].attn_backend, stage, self.ledger)
-            for each in attention:
-                each.attn_backend = backend
-            self._stage_names.append([each.layer_name for each in attention])
+        self._parts: dict[tuple[int, int], list[str]] = {}  # names of attention, by run and stage
+        runs = self.plan.runs if has_runs(vllm_config) else ()
+        backends: dict[Any, Any] = {}
+        for layer, attention in enumerate(self._attention):
+            run = layer // len(runs[0]) if runs else 0
+            stage = self.plan.stage_of(layer)
+            if stage is None and not runs:
+                continue
+            if (run, stage) not in backends:
+                backends[run, stage] = reduced_backend(attention.attn_backend, stage, run, bool(runs), self.ledger)
+            attention.attn_backend = backends[run, stage]
+            if stage is not None:
+                self._parts.setdefault((run, stage), []).append(attention.layer_name)
 
     # -- the vision tower
 
@@ -136,8 +142,7 @@ class Reduced:
         if not active or not (step.slots or step.prefixes):
             return stock(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         if step.slots:
-            pairs = zip(self._stage_names, step.slots, strict=True)
-            own = {name: slots for names, slots in pairs for name in names}
+            own = {name: step.slots[run][stage] for (run, stage), names in self._parts.items() for name in names}
             context.slot_mapping = {**context.slot_mapping, **own}
         if not step.prefills and not step.prefixes:
             return stock(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
@@ -338,7 +343,7 @@ class Pass:
         """What the ranker is told."""
         queries, columns = self._places(self._queries.clamp(min=0)), self._places(self._column)
         pooled = attention = states = text = None
-        if self.plan.needs(TEXT_ATTENTION):
+        if self.plan.needs(TEXT_ATTENTION) and layer:  # a staged ranker reads another thing before layer 0
             attention = self._rows_of_attention(stage, layer, queries, columns)
             if self.plan.ranker.pools:
                 pooled, attention = weighted_rows(attention, self._weights), None

@@ -1,6 +1,6 @@
 """What a reduction asks of vLLM: its options, the families it runs on, its stages, and what each prompt loses.
 
-Knows nothing about vLLM's classes: all here is arithmetic on whole numbers and can be tested without vLLM.
+Imports nothing of vLLM: all here is arithmetic on whole numbers and can be tested without it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ KEY = "thinsight"
 PREFIX = "Thinsight"
 """Before a stock architecture's name: the class that runs it under a reduction."""
 PER = ("image", "prompt")
+MOST_RUNS = 8
+"""Groups of KV cache blocks; each costs the scheduler and every step a little."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,36 @@ class Plan:
         ends = [*self.starts[1:], self.schedule.num_layers]
         return tuple(range(first, end) for first, end in zip(self.starts, ends, strict=True))
 
+    @cached_property
+    def runs(self) -> tuple[range, ...]:
+        """Runs of equally many layers, each of which has KV cache blocks of its own, for what its first layer holds.
+
+        None where that saves too little, or no number of runs divides that of layers.
+        """
+        rates = self.schedule.keep_rates
+        layers = len(rates)
+        best, least = 0, 0.95 * layers
+        for size in range(layers, 0, -1):
+            if layers % size or layers // size > MOST_RUNS:
+                continue
+            held = sum(rates[first] * size for first in range(0, layers, size))
+            if held < least - 0.02 * layers * bool(best):  # more runs must be worth it
+                best, least = size, held
+        return tuple(range(first, first + best) for first in range(0, layers, best)) if best else ()
+
+    def stage_of(self, layer: int) -> int | None:
+        """The stage that a layer is in; None before the first."""
+        return sum(start <= layer for start in self.starts) - 1 if layer >= (self.starts or (layer + 1,))[0] else None
+
+    def describe_blocks(self) -> str:
+        """One line: for how much of a prompt's vision tokens KV cache blocks are allotted."""
+        held = sum(self.schedule.keep_rates[run[0]] for run in self.runs) / len(self.runs)
+        deep = len(self.runs[0])
+        return (
+            f"KV cache blocks are for {held:.0%} of the vision tokens, in {len(self.runs)} groups of {deep} "
+            f"layer{'' if deep == 1 else 's'}"
+        )
+
     def describe(self) -> str:
         """One line: what runs."""
         runs = [
@@ -153,6 +185,19 @@ class Plan:
             counts = self.schedule.counts(n)
             self._counts[n] = tuple(counts[layer] for layer in self.starts)
         return self._counts[n]
+
+    def prompt_of(self, request: Any) -> Prompt:
+        """The prompt of a request, as vLLM's scheduler and its runner have it."""
+        images, why = [], ""
+        for feature in request.mm_features:
+            place = feature.mm_position
+            inside = np.arange(place.length) if place.is_embed is None else place.is_embed.numpy().nonzero()[0]
+            images.append(inside.astype(np.int64) + place.offset)
+            if feature.modality not in ("image", "video"):
+                why = f"it has {feature.modality}"
+        if request.sampling_params is not None and request.sampling_params.prompt_logprobs is not None:
+            why = "prompt_logprobs are wanted"
+        return self.prompt(request.num_prompt_tokens, images, why)
 
     def prompt(self, length: int, images: Sequence[np.ndarray], whole: str = "") -> Prompt:
         """What is known of a prompt before anything is computed.

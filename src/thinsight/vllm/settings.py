@@ -1,6 +1,7 @@
 """What of vLLM's configuration a reduction needs, switches off, or cannot run with.
 
-Reads a configuration that vLLM hands over, before any weight is loaded; imports nothing of vLLM but its logger.
+Reads a configuration that vLLM hands over, before any weight is loaded; imports nothing of vLLM but its logger and the
+name of its platform.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 RUN_ON = ("0.32",)
 """The releases of vLLM on which the tests passed."""
 WORKER = "thinsight.vllm.model.Worker"
+SCHEDULER = "thinsight.vllm.blocks.scheduler"
 
 
 def settings_of(stock: Any) -> type:
@@ -52,12 +54,14 @@ def prepare(vllm_config: Any) -> None:
         return
     from vllm import __version__
     from vllm.logger import init_logger
+    from vllm.platforms import current_platform
 
     config = vllm_config.model_config.hf_config
     architecture = config.architectures[0]
     plan = plan_of(vllm_config)
     refuse(vllm_config, plan)
     changed = switch_off(vllm_config)
+    changed += share_blocks(vllm_config, plan, hybrid=current_platform.support_hybrid_kv_cache())
     config.architectures = [f"{PREFIX}{architecture}"]
     vllm_config.parallel_config.worker_cls = WORKER
     publish()
@@ -146,3 +150,30 @@ def switch_off(vllm_config: Any) -> list[str]:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         changed.append("the V1 model runner runs")
     return changed
+
+
+def share_blocks(vllm_config: Any, plan: Plan, *, hybrid: bool) -> list[str]:
+    """Have KV cache blocks allotted for what is kept where vLLM can, and say so, or why not.
+
+    Args:
+        hybrid: whether vLLM has groups of layers with blocks of their own on this platform.
+    """
+    scheduler = vllm_config.scheduler_config
+    if not plan.runs:
+        return []
+    why = ""
+    if scheduler.disable_hybrid_kv_cache_manager:
+        why = "disable_hybrid_kv_cache_manager is set"
+    elif not hybrid:
+        why = "vLLM has no hybrid KV cache manager on this platform"
+    elif scheduler.scheduler_cls not in (None, SCHEDULER):
+        why = "scheduler_cls is set"
+    if why:
+        return [f"KV cache blocks are for full prompts ({why})"]
+    scheduler.scheduler_cls = SCHEDULER
+    return [plan.describe_blocks()]
+
+
+def has_runs(vllm_config: Any) -> bool:
+    """Whether `share_blocks` has them so allotted."""
+    return bool(vllm_config.scheduler_config.scheduler_cls == SCHEDULER)
