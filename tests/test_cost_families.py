@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -65,6 +66,17 @@ def test_the_decoder_agrees_with_the_counter_of_torch(family: Family) -> None:
     assert measured == pytest.approx(cost.flops(model.config, n_vision=4, n_text=length - 4), abs=rotary)
 
 
+@for_each(HELD)
+def test_the_cache_takes_what_stock_transformers_caches(family: Family) -> None:
+    """Of latent attention too, which caches no heads."""
+    model = family.model("eager")
+    ids = torch.tensor([[BOS, *range(20, 28)]])
+    with torch.no_grad():
+        cache = model.get_decoder()(input_ids=ids, use_cache=True).past_key_values
+    taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert taken == cost.kv_bytes(model.config, 4, 5, None, 4)
+
+
 WINDOWLESS = [family for family in HELD if not family.config["text_config"].get("sliding_window")]
 
 
@@ -82,6 +94,8 @@ def test_a_reduced_prefill_agrees_with_the_counter_of_torch(family: Family) -> N
     with apply(model, Reduction(schedule, "uniform")):
         measured = counted(lambda: model(**inputs, **encoded.model_inputs(), logits_to_keep=1))
     parts = cost.breakdown(model.config, n_vision=n_vision, n_text=length - n_vision, schedule=schedule)
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:  # VideoLLaMA 3 runs the head on all
+        measured -= (length - 1) * parts.lm_head
     rotary = 2 * length * 3 * 64
     assert measured == pytest.approx(parts.total + parts.lm_head, abs=rotary)
     assert parts.total < cost.flops(model.config, n_vision=n_vision, n_text=length - n_vision) - 2 * rotary
@@ -105,6 +119,7 @@ UNTOLD = {
     "llava-next-video": "cuts padding away",
     "llava-onevision": "cuts padding away",
     "idefics2": "projector of 'idefics2' is not known",
+    "aria": "projector of 'aria' is not known",
 }
 
 
@@ -188,6 +203,43 @@ def test_experts_count_what_a_token_runs_through() -> None:
     parts = cost.breakdown(MIXTURE, n_vision=10, n_text=5)
     assert parts.total == pytest.approx(expected)
     assert parts.mlp == dense + 3 * mixture
+
+
+def test_latent_attention_counts_its_ranks_and_caches_its_latent() -> None:
+    latent = {"kv_lora_rank": 5, "q_lora_rank": 6, "qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 4}
+    keys, rest = 5 * 4 * (3 + 4), 8 * (5 + 2) + 4 * 4 * 8  # made of the latent; the latent, and the output
+    square, mlp = 2 * 15 * 15 * 4 * (3 + 2 + 4), 2 * 15 * 3 * 8 * 10
+    for asked, rank in ((6 * 8 + 6 * 4 * 5, 6), (8 * 4 * 5, None)):
+        config = {**TEXT, **latent, "q_lora_rank": rank}
+        expected = 4 * (2 * 15 * (asked + keys + rest) + square + mlp)
+        assert cost.flops(config, n_vision=10, n_text=5) == expected
+        assert cost.kv_bytes(config, 10, 5, None, 4) == 4 * 15 * (5 + 2) * 4
+
+
+def test_experts_as_wide_as_the_config_says() -> None:
+    """Aria's shared experts are a number of such, MiniMax-M3's have a width of their own, as have its dense layers."""
+    routed, router = 2 * (2 * 15 * 3 * 8 * 10), 2 * 15 * 8 * 5
+    aria = {"model_type": "aria_text", "moe_num_experts": 5, "moe_topk": 2, "moe_num_shared_experts": 3}
+    shared = 3 * (2 * 15 * 3 * 8 * 10)
+    expected = 4 * by_hand(15, 15, router + routed + shared)
+    assert cost.flops({**TEXT, **aria}, n_vision=10, n_text=5) == expected
+    minimax = {
+        "model_type": "minimax_m3_vl_text",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "dense_intermediate_size": 9,
+        "shared_intermediate_size": 7,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    }
+    dense = by_hand(15, 15, 2 * 15 * 3 * 8 * 9)
+    expected = dense + 3 * by_hand(15, 15, router + routed + 2 * 15 * 3 * 8 * 7)
+    assert cost.flops({**TEXT, **minimax}, n_vision=10, n_text=5) == expected
+
+
+def test_a_gate_of_attention_is_one_matrix_more() -> None:
+    plain = cost.flops(TEXT, n_vision=10, n_text=5)
+    gated = cost.flops({**TEXT, "model_type": "muse_glimmer_text"}, n_vision=10, n_text=5)
+    assert gated - plain == 4 * 2 * 15 * 8 * 12
 
 
 def test_experts_without_sizes_are_refused() -> None:

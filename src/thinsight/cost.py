@@ -12,32 +12,40 @@ How it is counted, so that two figures can be compared:
   what is dropped inside the window makes both figures upper bounds;
 - the MLP has three matrices when it is gated (Llama, Mistral, Qwen2 ...) and two otherwise;
 - a mixture of experts (GLM-4.5V) counts what a token runs through: the router, its top-k routed experts and the shared
-  ones; its first layers may be dense;
+  ones; some of its layers may be dense;
+- multi-head latent attention (DeepSeek-V3, arXiv 2412.19437, section 2.1.1) counts the matrices of its low ranks, and
+  caches the latent and the one rotated key that stock transformers caches, not the heads made of them;
+- a gate on what attention gives (Muse Glimmer) counts as the matrix that it is;
 - the vision encoder and the language-model head are counted apart: `vision_flops` and ``Breakdown.lm_head``.
 
 Of a vision encoder (tower and projector) rotary tables, interpolated position embeddings and a pooling head, whose
 output is not used, are left out. Every layer of the tower counts, because stock transformers runs all of them even when
 the features are taken from an earlier one.
 
-Towers of a fixed image size (CLIP, SigLIP, InternViT, Idefics) cost the same for every image or tile. Towers that take
-any image (Qwen-VL, GLM-V, Pixtral) are counted from the number of vision tokens that came out of them, all images taken
-to be of one size, the windows of Qwen2.5-VL's attention to be full. LLaVA-NeXT and LLaVA-OneVision cut padding away
-after the tower, and Idefics2 resamples every image to equally many tokens, so tokens do not tell how much the tower
-saw: refused.
+Towers of a fixed image size (CLIP, SigLIP, InternViT, Idefics, SAM) cost the same for every image or tile. Towers that
+take any image (Qwen-VL, GLM-V, Pixtral) are counted from the number of vision tokens that came out of them, all images
+taken to be of one size, the windows of Qwen2.5-VL's attention to be full; VideoLLaMA 3, which merges the patches of
+videos alone, is counted as for images. LLaVA-NeXT and LLaVA-OneVision cut padding away after the tower, and Aria and
+Idefics2 resample every image to so many tokens, so tokens do not tell how much the tower saw: refused.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import BadInput, Unsupported
-from .families import NOT_KNOWN, Tower, family_of, field_of, patches_of, size_of, text_config, tower_of
+from .families import NOT_KNOWN, TOWERS, Tower, family_of, field_of, neck, patches_of, size_of, text_config, tower_of
 from .schedule import Schedule
 
 # Text models whose MLP is two matrices (up, down) rather than three (gate, up, down).
-_UNGATED = frozenset({"opt", "phi", "gpt2", "gpt_neox", "starcoder2", "bloom", "falcon"})
+_UNGATED = frozenset({"opt", "phi", "gpt2", "gpt_neox", "starcoder2", "bloom", "falcon", "cosmos3_edge_text"})
+# Text models whose attention gates what it gives, by one more matrix as wide as the queries.
+_GATED_ATTENTION = frozenset({"muse_glimmer_text"})
+# Text models of experts whose intermediate_size is that of one expert.
+_WIDTH_OF_EXPERTS = frozenset({"aria_text", "minimax_m3_vl_text"})
 # A positive number under one of these names means a mixture of experts.
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -78,6 +86,23 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention: keys and values are made of a latent of low rank that is cached in their place."""
+
+    query_rank: int | None  # None: queries are made by one matrix
+    rank: int  # of the latent
+    plain: int  # of a key head, the part without positions
+    rotated: int  # of a key head, the part with them, which all heads share
+    values: int  # of a value head
+
+    def projections(self, hidden: int, heads: int) -> int:
+        """Multiply-adds of one token."""
+        queries, keys = heads * (self.plain + self.rotated), heads * (self.plain + self.values)
+        asked = hidden * queries if self.query_rank is None else self.query_rank * (hidden + queries)
+        return asked + hidden * (self.rank + self.rotated) + self.rank * keys + heads * self.values * hidden
+
+
+@dataclass(frozen=True)
 class DecoderShape:
     """The sizes of a Llama-like decoder that its cost depends on."""
 
@@ -91,14 +116,21 @@ class DecoderShape:
     gated: bool
     windows: Mapping[int, int] = field(default_factory=dict)  # of the layers that have a sliding one
     experts: Experts | None = None
+    latent: Latent | None = None  # in place of `kv_heads` and `head_dim`
+    gated_attention: bool = False
 
     def layer_flops(self, tokens: int, layer: int = 0) -> tuple[float, float, float]:
         """(projections, attention, MLP) FLOPs of one layer over ``tokens`` positions."""
         query_width = self.heads * self.head_dim
         kv_width = self.kv_heads * self.head_dim
-        projections = 2.0 * tokens * self.hidden * (2 * query_width + 2 * kv_width)  # q and o, k and v
+        as_wide = 3 if self.gated_attention else 2  # q and o, and the gate
+        projections = 2.0 * tokens * self.hidden * (as_wide * query_width + 2 * kv_width)  # k and v
         seen = min(tokens, self.windows.get(layer, tokens))
         attention = 2.0 * 2.0 * tokens * seen * query_width  # q k^T, then weights x v
+        if self.latent is not None:
+            projections = 2.0 * tokens * self.latent.projections(self.hidden, self.heads)
+            head = self.latent.plain + self.latent.rotated + self.latent.values
+            attention = 2.0 * tokens * seen * self.heads * head
         if self.experts is not None and layer not in self.experts.dense:
             return projections, attention, self.experts.flops(tokens, self.hidden)
         mlp = 2.0 * tokens * self.hidden * self.intermediate * (3 if self.gated else 2)
@@ -117,6 +149,8 @@ class DecoderShape:
 
     def kv_bytes_per_token(self, dtype_bytes: float) -> float:
         """Bytes that one position adds to one layer's keys and values."""
+        if self.latent is not None:
+            return (self.latent.rank + self.latent.rotated) * dtype_bytes
         return 2.0 * self.kv_heads * self.head_dim * dtype_bytes
 
 
@@ -186,12 +220,22 @@ def decoder_shape(config: Any) -> DecoderShape:
         heads=heads,
         kv_heads=field_of(text, "num_key_value_heads") or heads,
         head_dim=field_of(text, "head_dim") or hidden // heads,
-        intermediate=size_of(text, "intermediate_size"),
+        intermediate=size_of(text, "dense_intermediate_size", "intermediate_size"),
         vocab=size_of(text, "vocab_size"),
         gated=field_of(text, "model_type") not in _UNGATED,
         windows=windows_of(text, layers),
         experts=_experts(text, layers),
+        latent=_latent(text),
+        gated_attention=field_of(text, "model_type") in _GATED_ATTENTION,
     )
+
+
+def _latent(text: Any) -> Latent | None:
+    """Multi-head latent attention, where the text config has it."""
+    if not field_of(text, "kv_lora_rank"):
+        return None
+    sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    return Latent(field_of(text, "q_lora_rank"), *(size_of(text, name) for name in sizes))
 
 
 def windows_of(text: Any, layers: int) -> dict[int, int]:
@@ -211,21 +255,25 @@ def _experts(text: Any, layers: int) -> Experts | None:
     name = next((name for name in _EXPERT_FIELDS if field_of(text, name)), None)
     if name is None:
         return None
-    if not field_of(text, "moe_intermediate_size") or field_of(text, "shared_expert_intermediate_size"):
+    wide = field_of(text, "model_type") in _WIDTH_OF_EXPERTS
+    width = field_of(text, "intermediate_size" if wide else "moe_intermediate_size")
+    if not width or field_of(text, "shared_expert_intermediate_size"):
         raise Unsupported(
             f"the text config has {name}={field_of(text, name)} experts of a kind that is not counted: "
             "no FLOPs can be stated for this model"
         )
-    width = size_of(text, "moe_intermediate_size")
+    shared = field_of(text, "n_shared_experts") or field_of(text, "moe_num_shared_experts") or 0
     sparse_step = field_of(text, "decoder_sparse_step") or 1
     first = field_of(text, "first_k_dense_replace") or 0
     named = field_of(text, "mlp_only_layers") or ()
+    kinds = field_of(text, "mlp_layer_types") or ()
+    named = {*named, *(layer for layer, kind in enumerate(kinds) if kind == "dense")}
     dense = {i for i in range(layers) if i < first or i in named or (i + 1) % sparse_step}
     return Experts(
         routed=size_of(text, name),
-        active=size_of(text, "num_experts_per_tok"),
+        active=size_of(text, "num_experts_per_tok", "moe_topk"),
         width=width,
-        shared_width=width * (field_of(text, "n_shared_experts") or 0),
+        shared_width=field_of(text, "shared_intermediate_size") or width * shared,
         dense=frozenset(dense),
     )
 
@@ -269,7 +317,9 @@ def vision_flops(config: Any, n_images: int = 1, *, n_vision: int | None = None)
     else:
         patches, images = n_vision * merged // n_images, n_images
     projector = 2.0 * family.projector(config, vision, merged)
-    return images * (_tower_flops(tower, vision, patches) + patches / merged * projector)
+    second = field_of(config, family.second_tower) if family.second_tower else None
+    beside = 0.0 if second is None else _tower_flops(TOWERS[field_of(second, "model_type")], second, patches_of(second))
+    return images * (_tower_flops(tower, vision, patches) + beside + patches / merged * projector)
 
 
 def _tower_flops(tower: Tower, vision: Any, patches: int) -> float:
@@ -279,22 +329,45 @@ def _tower_flops(tower: Tower, vision: Any, patches: int) -> float:
     patch = size_of(vision, "patch_size")
     ratio = tower.mlp == "mlp_ratio"
     shape = DecoderShape(
-        num_layers=size_of(vision, "depth", "num_hidden_layers"),
+        num_layers=size_of(vision, "num_hidden_layers", "depth"),
         hidden=width,
         heads=heads,
-        kv_heads=heads,
+        kv_heads=field_of(vision, "num_key_value_heads") or heads,
         head_dim=width // heads,
         intermediate=int(width * (field_of(vision, "mlp_ratio") or 4)) if ratio else size_of(vision, tower.mlp),
         vocab=0,
         gated=tower.gated,
     )
+    channels = field_of(vision, "num_channels") or field_of(vision, "in_channels") or 3
+    frames = field_of(vision, "temporal_patch_size") or field_of(vision, "patch_temporal") or 1
+    embedding = 2.0 * channels * frames * patch * patch * width
+    if tower.relative:
+        return patches * embedding + _sam_flops(shape, vision, patches)
     tokens = patches + tower.class_token
     projections, attention, mlp = shape.layer_flops(tokens)
-    window = (field_of(vision, "window_size") // patch) ** 2 if tower.windowed else tokens
+    window = _window(vision) if tower.windowed else tokens
     if window < tokens:
-        full = len(field_of(vision, "fullatt_block_indexes") or ())
+        kinds = field_of(vision, "layer_types") or ()
+        full = len(field_of(vision, "fullatt_block_indexes") or ()) or list(kinds).count("full_attention")
         attention *= (full + (shape.num_layers - full) * window / tokens) / shape.num_layers
-    channels = field_of(vision, "num_channels") or field_of(vision, "in_channels") or 3
-    frames = field_of(vision, "temporal_patch_size") or 1
-    embedding = 2.0 * channels * frames * patch * patch * width
     return patches * embedding + shape.num_layers * (projections + attention + mlp)
+
+
+def _window(vision: Any) -> int:
+    """Patches of a window, whose side a config says in pixels, or (Muse Glimmer) as the patches of its positions."""
+    side = field_of(vision, "window_size")
+    return int(side // size_of(vision, "patch_size") if side else size_of(vision, "pos_emb_height")) ** 2
+
+
+def _sam_flops(shape: DecoderShape, vision: Any, patches: int) -> float:
+    """SAM's encoder (arXiv 2304.02643) and its neck over the patches of one image. Layers that attend within windows
+    fill the image up to whole windows, and each query meets a position per row and column that it can see."""
+    side, own = math.isqrt(patches), set(field_of(vision, "global_attn_indexes") or ())
+    total = 0.0
+    for layer in range(shape.num_layers):
+        window = side if layer in own or not field_of(vision, "window_size") else size_of(vision, "window_size")
+        tokens = (-(-side // window) * window) ** 2
+        relative = 2 * window if field_of(vision, "use_rel_pos") else 0
+        total += 2.0 * tokens * shape.hidden * (4 * shape.hidden + 2 * window**2 + relative)
+        total += 2.0 * patches * shape.hidden * 2 * shape.intermediate
+    return total + 2.0 * patches * neck(vision)

@@ -79,6 +79,17 @@ def shuffled(config: Any, vision: Any) -> int:
     return round(1 / float(field_of(config, "downsample_ratio") or 0.5)) ** 2
 
 
+def kernel(config: Any, vision: Any) -> int:
+    """A block of patches whose sides the vision config says."""
+    height, width = field_of(vision, "merge_kernel_size")
+    return int(height * width)
+
+
+def halved_twice(config: Any, vision: Any) -> int:
+    """Two convolutions, each of every second row and column."""
+    return 4**2
+
+
 def averaged(config: Any, vision: Any) -> int:
     return patches_of(vision) // size_of(config, "mm_tokens_per_image")
 
@@ -131,8 +142,74 @@ def patch_merger(config: Any, vision: Any, merged: int) -> int:
 
 def convolution(config: Any, vision: Any, merged: int) -> int:
     """A convolution that merges patches, then one matrix and a gated MLP."""
+    return _convolution(vision, merged, size_of(vision, "intermediate_size"))
+
+
+def narrow_convolution(config: Any, vision: Any, merged: int) -> int:
+    """GLM-OCR's: the MLP is as many times as wide as its input as the image has channels."""
+    return _convolution(vision, merged, size_of(vision, "out_hidden_size") * size_of(vision, "in_channels"))
+
+
+def _convolution(vision: Any, merged: int, middle: int) -> int:
     out = size_of(vision, "out_hidden_size")
-    return size_of(vision, "hidden_size") * merged * out + out * out + 3 * out * size_of(vision, "intermediate_size")
+    return size_of(vision, "hidden_size") * merged * out + out * out + 3 * out * middle
+
+
+def wide_matrices(config: Any, vision: Any, merged: int) -> int:
+    """From merged patches to as many numbers, and to the decoder's width."""
+    features = size_of(vision, "hidden_size") * merged
+    return features * (features + _width(config))
+
+
+def patch_merger_and_matrix(config: Any, vision: Any, merged: int) -> int:
+    """Qwen-VL's merger as part of a tower, and one matrix from there to another decoder's width."""
+    return patch_merger(config, vision, merged) + size_of(vision, "out_hidden_size") * _width(config)
+
+
+def aligner(config: Any, vision: Any, merged: int) -> int:
+    """Janus: one matrix to the projection's width, and the others of its depth."""
+    width = size_of(vision, "projection_dim")
+    return (size_of(vision, "hidden_size") + (size_of(vision, "depth") - 1) * width) * width
+
+
+def middle_matrices(config: Any, vision: Any, merged: int) -> int:
+    """From merged patches to the projector's width and on to the decoder's."""
+    middle = size_of(config, "projector_hidden_size")
+    return middle * (size_of(vision, "hidden_size") * merged + _width(config))
+
+
+def three_matrices(config: Any, vision: Any, merged: int) -> int:
+    """`middle_matrices` with one more between them."""
+    return middle_matrices(config, vision, merged) + size_of(config, "projector_hidden_size") ** 2
+
+
+def twice_two_matrices(config: Any, vision: Any, merged: int) -> int:
+    """Two matrices on each patch, and two on the merged patches."""
+    middle, width = size_of(config, "projector_hidden_size"), _width(config)
+    return middle * (merged * (size_of(vision, "hidden_size") + width) + width * merged + width)
+
+
+def neck(vision: Any) -> int:
+    """SAM's, per patch: a matrix and a convolution of 3 x 3."""
+    out = size_of(vision, "output_channels")
+    return size_of(vision, "hidden_size") * out + 9 * out * out
+
+
+def two_convolutions(config: Any, vision: Any, merged: int) -> int:
+    """GOT-OCR 2.0: two of 3 x 3, each of every second row and column, and a matrix."""
+    channels, width = size_of(vision, "output_channels"), _width(config)
+    return 4 * 9 * channels * 2 * channels + 9 * 2 * channels * width + width * width
+
+
+def two_towers(config: Any, vision: Any, merged: int) -> int:
+    """DeepSeek-VL's SAM gives two maps, one through the neck a second time; both through two convolutions; then a half
+    of the decoder's width from each tower, and one matrix."""
+    high, width = field_of(config, "high_res_vision_config"), _width(config)
+    channels = size_of(high, "output_channels")
+    maps = 2 * (4 * 9 * channels * 2 * channels + 9 * 2 * channels * 4 * channels)
+    # the neck runs on SAM's patches, of which there are so many per vision token
+    again = neck(high) * patches_of(high) // patches_of(vision)
+    return maps + again + (size_of(vision, "hidden_size") + 4 * channels) * (width // 2) + width * width
 
 
 def visual_words(config: Any, vision: Any, merged: int) -> int:
@@ -152,6 +229,7 @@ class Tower:
     class_token: bool = False
     gated: bool = False  # the MLP has three matrices, not two
     windowed: bool = False  # some layers attend within windows
+    relative: bool = False  # SAM's: windows are filled up, and attention adds relative positions of its own
     width: str = "hidden_size"
     mlp: str = "intermediate_size"  # or "mlp_ratio", times the width
     out: str = "out_hidden_size"  # of a patch merger
@@ -161,16 +239,23 @@ _CLIP, _FIXED = Tower("fixed", class_token=True), Tower("fixed")
 _QWEN2 = Tower("any", width="embed_dim", mlp="mlp_ratio", out="hidden_size")
 _QWEN2_5, _QWEN3 = Tower("any", gated=True, windowed=True), Tower("any")
 _GLM4V = Tower("any", gated=True, mlp="out_hidden_size")
+_PLAIN = Tower("any")
+_SAM = Tower("fixed", relative=True, mlp="mlp_dim")
 
 TOWERS: dict[str | None, Tower] = {
     None: _CLIP,  # a config that does not say
     "clip_vision_model": _CLIP,
-    "internvl_vision": _CLIP,
+    **dict.fromkeys(("internvl_vision", "qianfan_ocr_vision"), _CLIP),
     **dict.fromkeys(("siglip_vision_model", "idefics3_vision", "smolvlm_vision"), _FIXED),
     "ovis2_vision": Tower("fixed", gated=True),
-    "pixtral": Tower("any", gated=True),
+    **dict.fromkeys(("pixtral", "glm_ocr_vision"), Tower("any", gated=True)),
+    **dict.fromkeys(("paddleocr_vl_vision", "video_llama_3_vision", "kimi_k25_vision"), _PLAIN),
+    **dict.fromkeys(("cosmos3_edge_vision", "minimax_m3_vl_vision"), _PLAIN),
+    "muse_glimmer_vision": Tower("any", windowed=True),
+    **dict.fromkeys(("sam_vision_model", "got_ocr2_vision", "pp_chart2table_vision"), _SAM),
+    "janus_vision_model": Tower("fixed", mlp="mlp_ratio"),
     **dict.fromkeys(("qwen2_vl", "qwen2_vl_vision"), _QWEN2),
-    **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_vision"), _QWEN2_5),
+    **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_vision", "exaone4_5_vision"), _QWEN2_5),
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_vision", "qwen3_vl_moe", "qwen3_vl_moe_vision"), _QWEN3),
     **dict.fromkeys(("glm4v_vision", "glm4v_moe_vision"), _GLM4V),
 }
@@ -209,7 +294,9 @@ class Family(SupportedModel):
     tower: Tower | None = None  # None: what `TOWERS` has for the vision config's model_type
     merge: Merge = spatial_merge
     projector: Projector | Literal["not known"] = NOT_KNOWN
+    second_tower: str = ""  # of its config: where that of a tower beside the first is
     bare_processor: str = ""  # its processor's class, if a prompt without a chat template names no roles
+    flat_processor: str = ""  # its processor's class, if it takes a prompt's images without a list of their own
 
 
 _BOTH, _VISION = ("image", "video"), ("torchvision",)
@@ -231,31 +318,80 @@ _pixtral = partial(Family, merge=square("spatial_merge_size"), projector=merged_
 _ovis = partial(Family, tiles="overview first", merge=square("hidden_stride"), projector=visual_words)
 _qwen = partial(Family, modalities=_BOTH, needs=_VISION, projector=patch_merger)
 _glm = partial(_qwen, projector=convolution, video_placeholder=None)
+_hybrid = partial(Family, projector=two_towers, second_tower="high_res_vision_config")
+_sam = partial(Family, merge=halved_twice, projector=two_convolutions)
 
 _ROWS = (
+    _resampled("aria", "AriaForConditionalGeneration", "Aria", runs=False),
     _cohere("aya_vision", "AyaVisionForConditionalGeneration", "Aya Vision"),
     _cohere("cohere2_vision", "Cohere2VisionForConditionalGeneration", "Command A Vision", needs=_VISION, runs=True),
+    _qwen(
+        *("cosmos3_edge", "Cosmos3EdgeForConditionalGeneration", "Cosmos3 Edge"),
+        notes="images in a later turn on a cache: say position_ids, which transformers gets wrong",
+        projector=middle_matrices,
+    ),
     _llava("deepseek_vl", "DeepseekVLForConditionalGeneration", "DeepSeek-VL"),
+    _hybrid("deepseek_vl_hybrid", "DeepseekVLHybridForConditionalGeneration", "DeepSeek-VL Hybrid"),
+    _qwen("exaone4_5", "Exaone4_5_ForConditionalGeneration", "EXAONE 4.5", notes=_WINDOWS),
     _gemma("gemma3", "Gemma3ForConditionalGeneration", "Gemma 3", notes=_WINDOWS),
     _glm("glm46v", "Glm46VForConditionalGeneration", "GLM-4.6V"),
     _glm("glm4v", "Glm4vForConditionalGeneration", "GLM-4.1V"),
     _glm("glm4v_moe", "Glm4vMoeForConditionalGeneration", "GLM-4.5V"),
+    _glm("glm_ocr", "GlmOcrForConditionalGeneration", "GLM-OCR", projector=narrow_convolution),
+    _glm("glmga", "Glm46VForConditionalGeneration", "Glmga"),
+    _sam(
+        *("got_ocr2", "GotOcr2ForConditionalGeneration", "GOT-OCR 2.0"),
+        bare_processor="GotOcr2Processor",
+        flat_processor="GotOcr2Processor",
+    ),
+    _qwen(
+        *("hyperclovax_vision_v2", "HyperCLOVAXVisionV2ForConditionalGeneration", "HyperCLOVA X Vision 2"),
+        projector=patch_merger_and_matrix,
+    ),
     _resampled("idefics2", "Idefics2ForConditionalGeneration", "Idefics2"),
     _idefics("idefics3", "Idefics3ForConditionalGeneration", "Idefics3"),
     _internvl("internvl", "InternVLForConditionalGeneration", "InternVL 2, 2.5, 3 and 3.5", notes=_CONVERT),
+    Family("janus", "JanusForConditionalGeneration", "Janus", notes="answers in text", projector=aligner),
+    Family(
+        *("kimi_k25", "Kimi_K25ForConditionalGeneration", "Kimi K2.5 and later"),
+        notes="videos of several frames fail in transformers",
+        needs=_VISION,
+        merge=kernel,
+        projector=wide_matrices,
+    ),
     _pixtral("lighton_ocr", "LightOnOcrForConditionalGeneration", "LightOnOCR"),
     _llava("llava", "LlavaForConditionalGeneration", "LLaVA-1.5 and its like, Pixtral", notes=_MISTRAL),
     _unpadded("llava_next", "LlavaNextForConditionalGeneration", "LLaVA-NeXT (1.6)"),
     _unpadded("llava_next_video", "LlavaNextVideoForConditionalGeneration", "LLaVA-NeXT-Video", _BOTH, needs=_VISION),
     _unpadded("llava_onevision", "LlavaOnevisionForConditionalGeneration", "LLaVA-OneVision", _BOTH, needs=_VISION),
+    _qwen(
+        *("minimax_m3_vl", "MiniMaxM3SparseForConditionalGeneration", "MiniMax-M3"),
+        notes="layers with a sparse index are refused",
+        projector=twice_two_matrices,
+    ),
     _pixtral("mistral3", "Mistral3ForConditionalGeneration", "Mistral Small 3.1 and later", needs=_VISION),
+    _qwen(
+        *("muse_glimmer", "MuseGlimmerForConditionalGeneration", "Muse Glimmer"),
+        notes=_WINDOWS,
+        merge=square("merge_size"),
+        projector=three_matrices,
+    ),
     _ovis("ovis2", "Ovis2ForConditionalGeneration", "Ovis2"),
+    Family("paddleocr_vl", "PaddleOCRVLForConditionalGeneration", "PaddleOCR-VL", projector=wide_matrices),
     _paligemma("paligemma", "PaliGemmaForConditionalGeneration", "PaliGemma 1 and 2"),
+    _sam("pp_chart2table", "GotOcr2ForConditionalGeneration", "PP-Chart2Table"),
+    _internvl("qianfan_ocr", "QianfanOCRForConditionalGeneration", "Qianfan-OCR", needs=()),
     _qwen("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2.5-VL"),
     _qwen("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2-VL"),
     _qwen("qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3-VL"),
     _qwen("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", "Qwen3-VL MoE"),
+    _gemma(
+        *("shieldgemma2", "Gemma3ForConditionalGeneration", "ShieldGemma 2"),
+        notes=f"{_WINDOWS}; loads as ShieldGemma2ForImageClassification, whose `model` it is; its own processor asks "
+        "about its policies alone: evaluate with Gemma3Processor",
+    ),
     _idefics("smolvlm", "SmolVLMForConditionalGeneration", "SmolVLM 1 and 2", needs=(*_VISION, "num2words")),
+    _llava("video_llama_3", "VideoLlama3ForConditionalGeneration", "VideoLLaMA 3", _BOTH, needs=_VISION),
     _llava("video_llava", "VideoLlavaForConditionalGeneration", "Video-LLaVA", _BOTH, needs=_VISION),
     _llava("vipllava", "VipLlavaForConditionalGeneration", "VipLLaVA"),
 )
@@ -286,6 +422,11 @@ def tower_of(config: Any) -> Tower:
 def has_roles(processor: Any) -> bool:
     """Whether a prompt of a processor without a chat template says who speaks."""
     return type(processor).__name__ not in {row.bare_processor for row in FAMILIES.values()}
+
+
+def nests_images(processor: Any) -> bool:
+    """Whether a processor takes the images of each prompt in a list of their own."""
+    return type(processor).__name__ not in {row.flat_processor for row in FAMILIES.values()}
 
 
 def models() -> tuple[SupportedModel, ...]:

@@ -103,6 +103,19 @@ def fixed(size: int, tokens: int, *, marks: bool = False, name: str = "pixel_val
     return make
 
 
+def two_sizes(size: int, large: int, tokens: int) -> Vision:
+    """Every image comes twice, for two towers (DeepSeek-VL)."""
+
+    def make(draw: Draw, number: int) -> Part:
+        tensors = {
+            "pixel_values": draw.pixels(1, 3, size, size),
+            "high_res_pixel_values": draw.pixels(1, 3, large, large),
+        }
+        return vision([tokens], [tokens], tensors)
+
+    return make
+
+
 def tiles(size: int, tokens: int, *, mark: bool) -> Vision:
     """An image is cut into one or three tiles; `mark`: a marker before each makes it an image of its own."""
 
@@ -146,31 +159,45 @@ def any_resolution(size: int, base: int, grid: int) -> Vision:
     return make
 
 
-def patches(patch: int, merge: int = 2) -> Vision:
-    """Patches in a list, with their grid (Qwen-VL, GLM-V)."""
-    grids = [(1, 8, 8), (1, 4, 10), (1, 6, 8)]
+def patches(patch: int, merge: int = 2, *, frames: int = 2, flat: bool = True, sizes: bool = False) -> Vision:
+    """Patches in a list, with their grid (Qwen-VL, GLM-V).
+
+    Args:
+        patch: its side in pixels.
+        merge: side in patches of what becomes a token.
+        frames: that a patch spans.
+        flat: a patch is a list of numbers, or has channels, height and width.
+        sizes: the inputs say `merge` too.
+    """
+    grids = [(1, 8, 8), (1, 4, 10), (1, 6, 8)] if merge > 1 else [(1, 4, 4), (1, 2, 5), (1, 3, 4)]
 
     def make(draw: Draw, number: int) -> Part:
         grid = grids[number % len(grids)]
         tokens = grid[0] * grid[1] * grid[2] // merge**2
+        shape = (3 * frames * patch * patch,) if flat else (3, patch, patch)
         tensors = {
-            "pixel_values": draw.pixels(tokens * merge**2, 3 * 2 * patch * patch),
+            "pixel_values": draw.pixels(tokens * merge**2, *shape),
             "image_grid_thw": torch.tensor([grid]),
+            **({"image_merge_sizes": torch.tensor([merge])} if sizes else {}),
         }
         return vision([[START], tokens, [END]], [tokens], tensors)
 
     return make
 
 
-def patch_video(patch: int, merge: int = 2, *, token: int = VIDEO, stamps: bool) -> Vision:
-    """A video as patches with their grid; `stamps`: each frame stands behind its own time stamp."""
+def patch_video(
+    patch: int, merge: int = 2, *, token: int = VIDEO, stamps: bool, depth: int = 2, sizes: bool = False
+) -> Vision:
+    """A video as patches of so many frames with their grid; `stamps`: each frame stands behind its own time stamp;
+    `sizes`: the inputs say `merge` too."""
 
     def make(draw: Draw, number: int) -> Part:
         frames, height, width = ((2, 6, 6), (3, 4, 6))[number % 2]
         tokens = height * width // merge**2
         tensors = {
-            "pixel_values_videos": draw.pixels(frames * height * width, 3 * 2 * patch * patch),
+            "pixel_values_videos": draw.pixels(frames * height * width, 3 * depth * patch * patch),
             "video_grid_thw": torch.tensor([[frames, height, width]]),
+            **({"video_merge_sizes": torch.tensor([merge])} if sizes else {}),
         }
         pieces: list[int | list[int]] = [[START], frames * tokens, [END]]
         if stamps:
@@ -259,6 +286,29 @@ COHERE2_TEXT = text(
 )
 GLM_EXPERTS = {"n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
 QWEN_EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+
+FLAT_TOWER = tower("", 32, 4)  # of images of any size
+WINDOWED_TOWER = {**QWEN25_TOWER, "num_heads": 4}
+SAM_TOWER = tower(
+    "got_ocr2_vision", 64, 4, output_channels=8, mlp_dim=48, window_size=6, global_attn_indexes=[1], qkv_bias=True
+)
+LATENT = {
+    "n_routed_experts": 4,
+    "moe_intermediate_size": 32,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 4,  # of the rotary part
+}
+WINDOWED_LAYERS = {"sliding_window": 10, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 # transformers 5.23 hands the images of a GLM prompt to its beams in the wrong order
 ONE_IMAGE_EACH = ([3, 5], [2, 9], [7])
@@ -517,6 +567,201 @@ TABLE = [
             hidden_size=32,
         ),
         image=fixed(28, 16, marks=True),
+    ),
+    Family(
+        name="glmga",
+        model_class="Glm46VForConditionalGeneration",
+        config_class="GlmgaConfig",
+        config=config(mrope("glm4v_text"), {**GLM_TOWER, "model_type": "glm4v_vision"}, **GLM_MARKS),
+        image=patches(4),
+        video=patch_video(4, token=IMAGE, stamps=True),
+        mixes_video=False,
+        types=MM_TYPES,
+        attn=NO_FLEX,
+        beams=ONE_IMAGE_EACH,
+    ),
+    Family(
+        name="shieldgemma2",
+        model_class="Gemma3ForConditionalGeneration",
+        config_class="ShieldGemma2Config",
+        config=config(GEMMA3_TEXT, {**SIGLIP, "image_size": 56}, mm_tokens_per_image=16),
+        image=fixed(56, 16, marks=True),
+        types=TokenTypes("token_type_ids", text=0, image=1, video=1, answer=0),
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="glm-ocr",
+        model_class="GlmOcrForConditionalGeneration",
+        config=config(mrope("glm_ocr_text"), GLM_TOWER, **GLM_MARKS),
+        image=patches(4),
+        video=patch_video(4, token=IMAGE, stamps=True),
+        mixes_video=False,
+        types=MM_TYPES,
+        attn=NO_FLEX,
+        beams=ONE_IMAGE_EACH,
+    ),
+    Family(
+        name="paddleocr-vl",
+        model_class="PaddleOCRVLForConditionalGeneration",
+        config=config(mrope("paddleocr_vl_text"), {**FLAT_TOWER, "model_type": "paddleocr_vl_vision"}, **MARKS),
+        image=patches(4, frames=1, flat=False),
+        types=MM_TYPES,
+    ),
+    Family(
+        name="got-ocr2",
+        model_class="GotOcr2ForConditionalGeneration",
+        config=config(text("qwen2"), SAM_TOWER, image_seq_length=16),
+        image=fixed(64, 16, marks=True),
+        attn=("eager",),
+    ),
+    Family(
+        name="pp-chart2table",
+        model_class="GotOcr2ForConditionalGeneration",
+        config_class="PPChart2TableConfig",
+        config=config(text("qwen2"), {**SAM_TOWER, "model_type": "pp_chart2table_vision"}, image_seq_length=16),
+        image=fixed(64, 16, marks=True),
+        attn=("eager",),
+    ),
+    Family(
+        name="qianfan-ocr",
+        model_class="QianfanOCRForConditionalGeneration",
+        config=config(
+            text("qwen3"),
+            {**INTERNVL_TOWER, "model_type": "qianfan_ocr_vision", "image_size": [42, 42], "patch_size": [7, 7]}
+            | {"drop_path_rate": 0.0},  # in training it would draw, each time anew
+            image_seq_length=9,
+        ),
+        image=tiles(42, 9, mark=False),
+    ),
+    Family(
+        name="video-llama-3",
+        model_class="VideoLlama3ForConditionalGeneration",
+        config=config(text("qwen2"), {**FLAT_TOWER, "model_type": "video_llama_3_vision"}, **VIDEO_ID),
+        image=patches(4, 1, frames=1, sizes=True),
+        video=patch_video(4, stamps=True, depth=1, sizes=True),
+        attn=NO_FLEX,
+    ),
+    Family(
+        name="deepseek-vl-hybrid",
+        model_class="DeepseekVLHybridForConditionalGeneration",
+        config=config(
+            text("llama"),
+            SIGLIP,
+            high_res_vision_config={**SAM_TOWER, "model_type": "sam_vision_model", "num_pos_feats": 16},
+        ),
+        image=two_sizes(28, 64, 16),
+        attn=NO_FLEX,
+    ),
+    Family(
+        name="janus",
+        model_class="JanusForConditionalGeneration",
+        config=config(
+            text("llama"),
+            tower("janus_vision_model", 28, 7, mlp_ratio=1.5, projection_dim=32, num_image_tokens=16),
+            vq_config={
+                "embed_dim": 8,
+                "num_embeddings": 16,
+                "latent_channels": 32,
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_res_blocks": 1,
+                "num_patches": 4,
+                "projection_dim": 32,
+                "image_token_embed_dim": 32,
+            },
+        ),
+        image=fixed(28, 16),
+        attn=NO_FLEX,
+        takes_processors=False,
+    ),
+    Family(
+        name="exaone4.5",
+        model_class="Exaone4_5_ForConditionalGeneration",
+        config=config(text("exaone4", **WINDOWED_LAYERS), {**WINDOWED_TOWER, "num_key_value_heads": 2}, **VIDEO_ID),
+        image=patches(4),
+        video=patch_video(4, stamps=False),
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="aria",
+        model_class="AriaForConditionalGeneration",
+        config=config(
+            text("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+            IDEFICS_TOWER,
+            projector_patch_to_query_dict={36: 12},
+        ),
+        image=fixed(42, 12, marks=True),
+        attn=NO_FLEX,
+    ),
+    Family(
+        name="kimi-k2.5",
+        model_class="Kimi_K25ForConditionalGeneration",
+        config=config(
+            text("deepseek_v3", **LATENT),
+            {**FLAT_TOWER, "model_type": "kimi_k25_vision", "pos_emb_height": 8, "pos_emb_width": 8},
+            projection_hidden_size=32,
+            **MARKS,
+        ),
+        image=patches(4, frames=1, flat=False),
+        attn=NO_FLEX,
+    ),
+    Family(
+        name="hyperclovax-vision-v2",
+        model_class="HyperCLOVAXVisionV2ForConditionalGeneration",
+        config=config(text("hyperclovax"), {**QWEN25_TOWER, "model_type": "qwen2_5_vl_vision"}, **VIDEO_ID),
+        image=patches(4),
+        video=patch_video(4, stamps=False),
+        attn=NO_FLEX,
+    ),
+    Family(
+        name="cosmos3-edge",
+        model_class="Cosmos3EdgeForConditionalGeneration",
+        config=config(
+            mrope("cosmos3_edge_text"),
+            {**FLAT_TOWER, "model_type": "cosmos3_edge_vision", "num_patches": 16},
+            projector_hidden_size=48,
+            **MARKS,
+        ),
+        image=patches(4, frames=1),
+        video=patch_video(4, stamps=True, depth=1),
+        types=MM_TYPES,
+        attn=NO_FLEX,
+        places_later_images=False,
+    ),
+    Family(
+        name="muse-glimmer",
+        model_class="MuseGlimmerForConditionalGeneration",
+        config=config(
+            text("muse_glimmer_text", output_multiplier=1.0, **WINDOWED_LAYERS),
+            {**FLAT_TOWER, "model_type": "muse_glimmer_vision", "pos_emb_height": 4, "pos_emb_width": 4},
+            out_hidden_size=128,
+            projector_hidden_size=48,
+            **VIDEO_ID,
+        ),
+        image=patches(4),
+        video=patch_video(4, stamps=True),
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="minimax-m3-vl",
+        model_class="MiniMaxM3SparseForConditionalGeneration",
+        config=config(
+            text(
+                "minimax_m3_vl_text",
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                dense_intermediate_size=48,
+                shared_intermediate_size=40,
+                mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+                rotary_dim=4,
+            ),
+            {**FLAT_TOWER, "model_type": "minimax_m3_vl_vision"},
+            projector_hidden_size=48,
+            **VIDEO_ID,
+        ),
+        image=patches(4),
+        video=patch_video(4, stamps=True),
+        attn=NO_FLEX,
     ),
 ]
 

@@ -42,6 +42,9 @@ class Family:
     attn: tuple[str, ...] = ("sdpa", "eager", "flex_attention")  # implementations that the stock model has
     beams: tuple[Spec, ...] = PADDED  # rows on which the stock model's beam search is right
     static_cache: bool = True  # the stock model runs with one
+    places_later_images: bool = True  # the stock `generate` knows the positions of images behind a cache
+    takes_processors: bool = True  # the stock `generate` heeds a `logits_processor`
+    config_class: str = ""  # of transformers, where several share the model class
     core: bool = False  # also runs where the whole suite does not
     refuses: Mapping[str, str] = field(default_factory=dict)  # behaviour -> regular expression of the message
 
@@ -53,7 +56,11 @@ class Family:
     @property
     def model_type(self) -> str:
         """`config.model_type`."""
-        return str(getattr(transformers, self.model_class).config_class.model_type)
+        return str(self._config_class.model_type)
+
+    @property
+    def _config_class(self) -> Any:
+        return getattr(transformers, self.config_class or getattr(transformers, self.model_class).config_class.__name__)
 
     @property
     def layer_types(self) -> list[str]:
@@ -68,7 +75,7 @@ class Family:
         model_class = getattr(transformers, self.model_class)
         settings = copy.deepcopy(dict(self.config))
         settings["text_config"]["num_hidden_layers"] = layers
-        model = model_class._from_config(model_class.config_class(**settings), attn_implementation=attn)
+        model = model_class._from_config(self._config_class(**settings), attn_implementation=attn)
         draw_weights(model, seed)
         for name, token in (("pad_token_id", PAD), ("bos_token_id", BOS), ("eos_token_id", EOS)):
             setattr(model.generation_config, name, token)

@@ -6,11 +6,12 @@ Knows nothing about how the refusal is decided.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import transformers
 from transformers import PreTrainedModel
 
-from .families import config, text
+from .families import FAMILIES, config, text
 from .inputs import BOS, EOS, PAD, VOCABULARY
 
 
@@ -83,6 +84,14 @@ def lfm2() -> PreTrainedModel:
     return transformers.Lfm2VlForConditionalGeneration._from_config(settings)
 
 
+def minimax_m3() -> PreTrainedModel:
+    """Layers that choose blocks of keys by their place in the cache."""
+    family = FAMILIES["minimax-m3-vl"]
+    kinds = {**family.config["text_config"], "layer_types": ["full_attention", "minimax_m3_sparse"] * 2}
+    index = {"index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 2}
+    return replace(family, config={**family.config, "text_config": {**kinds, **index}}).build()
+
+
 def llama() -> PreTrainedModel:
     """A text model."""
     return transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**text("llama")))
@@ -92,5 +101,6 @@ REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "mllama": (mllama, "'mllama' reads images by cross-attention"),
     "florence2": (florence2, "'florence2' is an encoder-decoder"),
     "lfm2-vl": (lfm2, r"model_type is 'lfm2_vl', whose decoder has layers \(conv\) that are no plain self-attention"),
+    "minimax-m3-sparse": (minimax_m3, r"'minimax_m3_vl' has layers \(minimax_m3_sparse\) with a sparse index"),
     "llama": (llama, "model_type is 'llama', which transformers .* does not load as a model that answers"),
 }

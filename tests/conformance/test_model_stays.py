@@ -15,7 +15,13 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    PreTrainedModel,
+    ShieldGemma2ForImageClassification,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from thinsight.errors import ThinsightError
 from thinsight.runtime import apply, layer_scores
@@ -69,16 +75,16 @@ def test_a_model_is_restored_and_can_be_reduced_again(family: Family) -> None:
     assert all(torch.equal(model.state_dict()[name], weights[name]) for name in weights)
 
 
-class Breaks(LogitsProcessor):
+class Breaks(StoppingCriteria):
     """Raises at the second step."""
 
     calls = 0
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor, **options: Any) -> Tensor:
         self.calls += 1
         if self.calls == 2:
             raise InterruptedError
-        return scores
+        return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
 @behaviour("on and off")
@@ -93,7 +99,7 @@ def test_an_exception_leaves_the_model_usable_and_restorable(family: Family) -> 
     with CASE.apply(model):
         reduced = logits_of(model, inputs)
         with pytest.raises(InterruptedError):
-            generate(model, inputs, 3, logits_processor=LogitsProcessorList([Breaks()]))
+            generate(model, inputs, 3, stopping_criteria=StoppingCriteriaList([Breaks()]))
         for layer in model.get_decoder().layers:
             hook = layer.self_attn.register_forward_hook(fail)
             with pytest.raises(InterruptedError):
@@ -109,8 +115,14 @@ def test_an_exception_leaves_the_model_usable_and_restorable(family: Family) -> 
 
 def saved_and_loaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """What `save_pretrained` wrote, read again."""
+    if model.config.model_type == "shieldgemma2":  # transformers reads its weights as those of the classifier around it
+        held = ShieldGemma2ForImageClassification(model.config)
+        held.model = model
+        held.save_pretrained(folder)
+        return ShieldGemma2ForImageClassification.from_pretrained(folder).model.eval()
     model.save_pretrained(folder)
-    return type(model).from_pretrained(folder, attn_implementation=model.config._attn_implementation).eval()
+    told = {"config": AutoConfig.from_pretrained(folder), "attn_implementation": model.config._attn_implementation}
+    return type(model).from_pretrained(folder, **told).eval()
 
 
 COPIES: dict[str, Callable[[PreTrainedModel, Path], PreTrainedModel]] = {

@@ -19,6 +19,7 @@ from .family import IMAGES, MIXED, VIDEOS, Family, draw_weights
 from .inputs import Batch, Row, Spec, answer
 from .reference import Reference, hide
 from .refused import lfm2
+from .test_generate import positions
 
 STEPS = 3
 HALF = Schedule([1, 1, 0.5, 0.5])
@@ -55,6 +56,8 @@ def test_a_full_schedule_is_the_stock_model_in_a_later_turn(family: Family, spec
     answers = [Row([answer(tokens)]) for tokens in first.sequences[:, -STEPS:].tolist()]
     wholes = [row + said + turn for row, said in zip(rows, answers, strict=True)]
     inputs = family.later_inputs(model, wholes, [turn, turn])
+    if not family.places_later_images:
+        inputs |= positions(model, family.batch(wholes).inputs)
     second = generate(model, inputs, STEPS, **{CACHE: first[CACHE]})
     for number, row in enumerate(rows):
         reference = Reference(family, Schedule.full(4))
@@ -151,6 +154,14 @@ def test_videos_end_where_the_stock_encoder_says(family: Family) -> None:
     batch = batches(family)[1]
     entries = list(itertools.accumulate(lengths(family, "video", batch.inputs)))
     assert entries == list(itertools.accumulate(len(group) for row in batch.rows for group in row.groups))
+
+
+def test_videos_of_several_frames_fail_in_the_stock_kimi() -> None:
+    """Its tower gives a video the tokens of one frame, and its model splits them as those of all."""
+    model, pixels = FAMILIES["kimi-k2.5"].model(), torch.zeros(2 * 16, 3, 4, 4)
+    base, grid = model.base_model, torch.tensor([[2, 4, 4]])
+    with pytest.raises(RuntimeError, match="split_with_sizes"):
+        base.get_video_features(pixels, grid)
 
 
 def test_hiding_keeps_every_softmax_defined() -> None:

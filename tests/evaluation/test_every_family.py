@@ -32,7 +32,8 @@ SPECS = ([3, 5], [2, 3, 9], [4, 1, 2, 2])
 UNREADABLE = {  # towers whose attention cannot be told per token
     *("llava-next", "llava-next-video", "llava-onevision", "llava-pixtral", "video-llava", "idefics2"),
     *("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "glm4v", "glm4v-moe", "glm4.6v"),
-    *("mistral3", "lighton-ocr"),
+    *("mistral3", "lighton-ocr", "glmga", "glm-ocr", "paddleocr-vl", "got-ocr2", "pp-chart2table", "video-llama-3"),
+    *("exaone4.5", "aria", "kimi-k2.5", "hyperclovax-vision-v2", "cosmos3-edge", "muse-glimmer", "minimax-m3-vl"),
 }
 STOP = [EOS, *range(60, 70)]  # so that answers end at various lengths
 

@@ -189,12 +189,14 @@ def test_a_batch_is_what_the_processor_makes_of_all() -> None:
 
 
 PROCESSORS = [  # of the supported families; transformers has some with torchvision only
-    *("CLIPImageProcessorPil", "DeepseekVLImageProcessorPil", "Gemma3ImageProcessorPil"),
+    *("AriaImageProcessorPil", "CLIPImageProcessorPil", "Cosmos3EdgeImageProcessorPil", "DeepseekVLImageProcessorPil"),
+    *("DeepseekVLHybridImageProcessorPil", "Gemma3ImageProcessorPil", "GlmgaImageProcessorPil"),
+    *("JanusImageProcessorPil", "PPChart2TableImageProcessorPil", "PaddleOCRVLImageProcessorPil"),
     *("Glm46VImageProcessorPil", "Glm4vImageProcessorPil", "GotOcr2ImageProcessorPil"),
     *("Idefics2ImageProcessorPil", "Idefics3ImageProcessorPil", "LlavaImageProcessorPil"),
     *("LlavaNextImageProcessorPil", "LlavaOnevisionImageProcessorPil", "Ovis2ImageProcessorPil"),
     *("PixtralImageProcessorPil", "Qwen2VLImageProcessorPil", "SiglipImageProcessorPil"),
-    *("SmolVLMImageProcessorPil", "VideoLlavaImageProcessor"),
+    *("SmolVLMImageProcessorPil", "VideoLlama3ImageProcessorPil", "VideoLlavaImageProcessor"),
 ]
 NESTED = ("Idefics2ImageProcessorPil", "Idefics3ImageProcessorPil", "SmolVLMImageProcessorPil")
 
@@ -211,7 +213,7 @@ def test_images_processed_alone_are_those_of_a_batch(name: str) -> None:
     whole = processor(images if nested else [image for each in images for image in each], return_tensors="pt")
     assert set(whole) == set(alone[0])
     for key, value in whole.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.ndim:  # Aria's processor has a count for itself
             assert torch.equal(collate([each[key] for each in alone]), value), key
 
 

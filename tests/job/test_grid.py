@@ -58,8 +58,12 @@ GRIDS = {
     "lighton-ocr": ((4, 4), 0),
     "deepseek-vl": ((4, 4), 0),
     "ovis2": ((4, 4), 0),
+    **dict.fromkeys(("glmga", "glm-ocr", "shieldgemma2", "paddleocr-vl", "got-ocr2", "pp-chart2table"), ((4, 4), 0)),
+    "qianfan-ocr": ((3, 3), 18),
+    **dict.fromkeys(("video-llama-3", "deepseek-vl-hybrid", "janus", "exaone4.5", "kimi-k2.5"), ((4, 4), 0)),
+    **dict.fromkeys(("hyperclovax-vision-v2", "cosmos3-edge", "muse-glimmer", "minimax-m3-vl"), ((4, 4), 0)),
 }
-NO_GRID = {"idefics2": "resampled from all of an image, form no grid"}
+NO_GRID = dict.fromkeys(("idefics2", "aria"), "resampled from all of an image, form no grid")
 
 
 def processor_of(name: str, specs: Any = ONE_IMAGE) -> RowProcessor:

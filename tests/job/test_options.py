@@ -121,7 +121,7 @@ def said(option: str, value: str) -> list[str]:
     """An option or argument with a value, the argument before it with one of its own."""
     if option.startswith("--"):
         return [f"{option}={value}"]
-    return ["x"] * (option == "question") + [value]
+    return ["x"] * (option in ("question", "repo")) + [value]
 
 
 # -- which search takes what ---------------------------------------------------------------------------------

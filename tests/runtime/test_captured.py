@@ -29,7 +29,10 @@ from thinsight.schedule import Schedule
 SCHEDULE = Schedule([1, 0.7, 0.4, 0.2])
 SINGLE: tuple[Spec, ...] = ([3, 5],)
 LONGER: tuple[Spec, ...] = ([3, 9],)  # mostly in the same bucket
-WINDOWS = ("llava-mistral", "gemma3", "aya-vision", "paligemma2", "cohere2-vision")
+WINDOWS = (
+    *("llava-mistral", "gemma3", "aya-vision", "paligemma2", "cohere2-vision", "shieldgemma2"),
+    *("exaone4.5", "muse-glimmer"),
+)
 WRITTEN = ("qwen3-vl", "qwen3-vl-moe")  # vision features are added inside the decoder
 REFUSED = [FAMILIES[name] for name in (*WINDOWS, *WRITTEN) if name in FAMILIES]
 OWN_MASK = [FAMILIES["paligemma"]]  # finished by the model, which cannot be bucketed

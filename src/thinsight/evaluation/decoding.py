@@ -248,7 +248,8 @@ class _Run:
         # 3) Each answer agrees with its draft up to some token, and goes on with one of its own.
         self.rated = drafts is not None and any(drafts)
         rated = drafts if drafts is not None else [()] * len(forced)
-        predicted, gaps, likely = self._predict_all(outputs.logits, draft, rated)  # (batch, extra + 1)
+        logits = outputs.logits[:, -extra - 1 :]  # VideoLLaMA 3 gives them all
+        predicted, gaps, likely = self._predict_all(logits, draft, rated)  # (batch, extra + 1)
         accepted = torch.zeros_like(draft)
         for row, tokens in enumerate(forced):
             differing = (place for place, token in enumerate(tokens) if predicted[row][place] != token)

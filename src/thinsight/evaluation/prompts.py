@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from ..errors import BadInput, Unsupported
-from ..families import has_roles
+from ..families import has_roles, nests_images
 from ..runtime import vision_token_mask
 from ..runtime.anatomy import MODALITIES, base_model
 from ..runtime.cache import CACHE
@@ -147,6 +147,9 @@ def pass_inputs(
         **token_types,
         **more,
     )
+    if prepared.get("position_ids", position_ids) is None:
+        # EXAONE 4.5 counts what is cached, of which here some columns may be masked
+        prepared["position_ids"] = position_ids
     return prepared
 
 
@@ -237,8 +240,9 @@ def _process(processor: Any, example: Example, images: Sequence[Image.Image]) ->
     start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
     # a chat template may have written it already
     options = {"add_special_tokens": False} if start and text.startswith(start) else {}
+    given = [list(images)] if nests_images(processor) else list(images)
     try:
-        return dict(processor(text=[text], images=[list(images)], return_tensors="pt", **options))
+        made = dict(processor(text=[text], images=given, return_tensors="pt", **options))
     except ValueError as error:  # the processor's own check of images against image tokens
         raise BadInput(
             f"the prompt of example {example.id!r} does not fit its {len(example.images)} images ({error}): "
@@ -248,6 +252,12 @@ def _process(processor: Any, example: Example, images: Sequence[Image.Image]) ->
         raise BadInput(
             f"the images of example {example.id!r} do not fit into memory with their processor: make them smaller"
         ) from None
+    if len(made["input_ids"]) > 1:
+        raise BadInput(
+            f"{type(processor).__name__} makes {len(made['input_ids'])} prompts of example {example.id!r}: pass a "
+            "processor that asks the example's question alone"
+        )
+    return made
 
 
 def collate(parts: Sequence[Tensor]) -> Tensor:

@@ -66,7 +66,8 @@ def grid_of(model: Any, processor: Any, example: Example, inputs: Mapping[str, A
     if family_of(model.config).tiles == "resampled":
         raise _no_grid(f"the {n_vision} vision tokens, which are resampled from all of an image,")
     if inputs.get("image_grid_thw") is not None:
-        merge = vision.spatial_merge_size
+        said = inputs.get("image_merge_sizes")  # VideoLLaMA 3
+        merge = math.isqrt(family_of(model.config).merge(model.config, vision)) if said is None else int(said[0])
         _, rows, columns = (int(side) for side in inputs["image_grid_thw"][0])
         found = Grid(open_image(example.images[0]), rows // merge, columns // merge)
     elif tower_of(model.config).images == "any" and "image_sizes" in inputs:

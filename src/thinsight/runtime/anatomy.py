@@ -41,6 +41,8 @@ MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 # Of `layer_types`: layers in which a token that is left out leaves nothing behind.
 _ATTENTION_LAYERS = frozenset({"attention", "chunked_attention", "full_attention", "sliding_attention"})
+# Of them, layers that choose blocks of keys by where these stand in the cache.
+_INDEXED_LAYERS = frozenset({"indexed_attention", "minimax_m3_sparse"})
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,11 @@ def vision_source(model: PreTrainedModel) -> VisionSource:
             f"the vision tower of {config.model_type!r} runs all images as one sequence, so its attention "
             "cannot be told per image; rank by text-attention, random or uniform"
         )
+    if tower_of(config).relative:
+        raise Unsupported(
+            f"the vision tower of {config.model_type!r} adds relative positions to its attention, which can then not "
+            "be read; rank by text-attention, random or uniform"
+        )
     layers = next((m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
     if layers is None:
         raise Unsupported(
@@ -216,7 +223,19 @@ def impossible(config: Any) -> str | None:
             f"{kind!r} reads images by cross-attention: its decoder's input has no vision "
             "tokens to drop; use a decoder-only model"
         )
+    kinds = _layer_kinds(text)
+    indexed = sorted(_INDEXED_LAYERS.intersection(kinds))
+    if indexed:
+        return (
+            f"{kind!r} has layers ({', '.join(indexed)}) with a sparse index, which chooses keys by their place in the "
+            "cache: tokens left out would move all that stand behind them; use a model that attends to all keys"
+        )
     return None
+
+
+def _layer_kinds(text: Any) -> tuple[str, ...]:
+    """What kinds of layers a text config names, if it does."""
+    return tuple(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
 
 
 def refusal(config: Any) -> str | None:
@@ -225,9 +244,9 @@ def refusal(config: Any) -> str | None:
     kind, text = config.model_type, config.get_text_config() if hasattr(config, "get_text_config") else config
     if never is not None or kind in FAMILIES:
         return never
+    kinds = _layer_kinds(text)
     name = CLASSES.get(kind)
     alike = sorted(row.model_type for row in FAMILIES.values() if row.model_class == name)
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     other = sorted(set(kinds) - _ATTENTION_LAYERS)
     if name is None:
         why = (

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from ..errors import BadInput
 from ..ranking import (
@@ -251,6 +251,9 @@ class Reducer:
 
         if self._base is not self.model:
             before(self.model, self._ask)
+        if isinstance(self.model, GenerationMixin) and not self.model._supports_logits_to_keep():
+            # VideoLLaMA 3: without it `generate` would not say what `_ask` needs
+            vars(self.model)["_supports_logits_to_keep"] = Hook(_yes)
         before(self._base, self._enter)
         after(self._base, self._leave, always=True)  # after an exception, too
         if VISION_ATTENTION in self.ranker.needs:
@@ -291,6 +294,7 @@ class Reducer:
                 self._take_off()
 
     def _take_off(self) -> None:
+        vars(self.model).pop("_supports_logits_to_keep", None)
         for hook in self._hooks:
             hook.remove()
         if self._hooks:
@@ -334,6 +338,8 @@ class Reducer:
         # 2) Encode images here already, since their token counts decide what is dropped. The model gets the
         # features in place of the pixels, so the tower runs once.
         arguments = encode_pixels(self.model, named_arguments(module, args, kwargs))
+        if "_supports_logits_to_keep" in vars(self.model):  # whose class does not know it
+            arguments.pop("logits_to_keep", None)
 
         # 3) Read what is vision, what is prompt and which text ranks; or follow a plan, which has it read.
         candidates, local.candidates = local.candidates, 0
@@ -652,6 +658,10 @@ class Hook:
 
 def _nothing() -> Any:
     return _ignore
+
+
+def _yes() -> bool:
+    return True
 
 
 def _ignore(*args: Any) -> None:
