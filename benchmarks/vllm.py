@@ -245,12 +245,16 @@ class Engine:
         self.inner.add_request(name, prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = CLOCKS["wall"]
+
+
 def _now() -> float:
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return _clock()
 
 
 @contextmanager
@@ -309,7 +313,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 Reduction(rates, ranker).save_pretrained(path)
             for batch in options.batch:
                 common = {"size": options.size, "N": n, "batch": batch, "rounds": options.rounds}
-                chosen = {name: paths[name] for name in ENGINES}
+                chosen = {name: paths[name] for name in ("stock", *options.engine)}
                 with engines(folder, size, chosen, batch, n, more) as made:
                     if "prefill" in options.kind:
                         yield from _prefill_rows(made, options, common, side, config, kinds)
@@ -399,6 +403,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--side", type=int, nargs="+", default=[24, 48], help="patches a side: N is its square")
     parser.add_argument("--batch", type=int, nargs="+", default=[4])
     parser.add_argument("--kind", nargs="+", default=["prefill"], choices=["prefill", "decode", "load"])
+    parser.add_argument("--engine", nargs="+", default=list(ENGINES[1:]), choices=ENGINES[1:], help="against stock")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, for decode and load")
     parser.add_argument("--requests", type=int, default=32)
@@ -407,7 +412,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--resume", action="store_true", help="add to the rows that are in --out")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm.json")
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: seconds of the processor, where others use it too"
+    )
     options = parser.parse_args(arguments)
+    if options.clock == "cpu" and ("load" in options.kind or options.device != "cpu"):
+        raise SystemExit("--clock cpu is of prefill and decode on a CPU: requests arrive by the wall clock")
+    global _clock
+    _clock = CLOCKS[options.clock]
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     import torch
@@ -415,7 +427,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: leave out --device cuda")
-    where = {**about(torch.device(options.device)), "vllm": __version__}
+    where = {**about(torch.device(options.device)), "vllm": __version__, "clock": options.clock}
     results = Results(options.out, where, COLUMNS, options.resume)
     for row in rows(options):
         results.add(row)

@@ -306,3 +306,10 @@ def test_where_blocks_are_for_full_prompts_it_is_said(changes: dict[str, Any], w
     assert has_runs(config) == (not why)
     assert why in told
     assert ("full prompts" in told) == bool(why)
+
+
+def test_keys_are_read_behind_layer_0_alone() -> None:
+    assert plan().reads_keys
+    assert not plan((0.5,) * 6, "staged").reads_keys
+    assert plan((0.5,) * 3 + (0.2,) * 3, "staged").reads_keys
+    assert not plan((0.5,) * 6, "random").reads_keys

@@ -17,7 +17,6 @@ from torch import Tensor
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport, subclass_attention_backend
 
-from ..ranking import TEXT_ATTENTION
 from .blocks import RunSpec
 from .metrics import KEPT, REDUCED, SEEN, WHOLE, Tally
 from .plan import Plan, Prompt, stage_labels
@@ -144,10 +143,10 @@ class Ledger:
         if not self._loses(prompt):
             return
         prefill = Prefill(name, prompt, number, first, start)
-        needs_keys = self.plan.needs(TEXT_ATTENTION) and name not in self.prefix_keys
+        needs_keys = self.plan.reads_keys and name not in self.prefix_keys
         decision = prompt.decision(first, first + length, needs_keys)
         if decision is None:
-            if self.plan.needs(TEXT_ATTENTION) and first + length <= prompt.vision[0]:
+            if self.plan.reads_keys and first + length <= prompt.vision[0]:
                 step.prefixes.append(prefill)
             return
         if decision:

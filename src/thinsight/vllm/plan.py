@@ -129,6 +129,11 @@ class Plan:
         return what in self.ranker.needs
 
     @cached_property
+    def reads_keys(self) -> bool:
+        """Whether a stage ranks by attention over a prompt's keys; before layer 0 there are none."""
+        return self.needs(TEXT_ATTENTION) and any(self.starts)
+
+    @cached_property
     def layers(self) -> tuple[range, ...]:
         """The layers of each stage."""
         ends = [*self.starts[1:], self.schedule.num_layers]
