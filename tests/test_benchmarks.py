@@ -408,3 +408,11 @@ def test_vllm_sides_cost_the_same_and_lose_what_they_say() -> None:
     assert flops[1] == pytest.approx(flops[0], rel=0.005)
     thin = vllm.thin_stages(24, 576)
     assert sorted(set(thin.counts(576)), reverse=True) == [576 - i for i in range(7)]
+
+
+def test_the_committed_ratios_in_vllm_are_nine_tenths_of_what_flops_say() -> None:
+    found = json.loads((table.RESULTS / "vllm.json").read_text())["rows"]
+    rows = [row for row in found if row["kind"] == "prefill" and row["engine"] == "schedule" and row["batch"] >= 4]
+    assert {row["N"] for row in rows} == {576, 2304}
+    for row in rows:
+        assert row["decoder_ratio"] / row["flops_ratio"] >= 0.9, row
