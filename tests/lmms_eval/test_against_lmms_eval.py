@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 os.environ.setdefault("OPENAI_API_KEY", "none")  # which two of its modules want when they are imported; nobody is asked
 
@@ -28,6 +28,8 @@ from thinsight.evaluation.benchmarks import BENCHMARKS
 from thinsight.evaluation.example import Example
 from thinsight.evaluation.metrics import get_metric
 from thinsight.evaluation.readers.tables import lettered
+
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # as it was before lmms-eval was imported
 
 COUNT = 300
 WORDS = "the a red dog yes no two 2 cat's dont one-way U.S. 1,200 3.5 12% street left of is so".split()  # noqa: SIM905
