@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo test test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
+.PHONY: demo test test-lmms-eval test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0.01 --limit 2000 --out $(OUT) --resume
@@ -44,6 +44,10 @@ define compatible
 	OMP_NUM_THREADS=1 $(1)/bin/python -m pytest $(COMPATIBLE) -n auto --dist worksteal || \
 		{ echo "thinsight fails on these releases:"; $(1)/bin/python .ci/versions.py; exit 1; }
 endef
+
+# Benchmarks' metrics against lmms-eval's own functions, in an environment of their own that has what these import.
+test-lmms-eval: .venv-lmms-eval/ready
+	PYTHONPATH=src:tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lmms-eval/bin/python -m pytest tests/lmms_eval
 
 # Hostile files and command lines, so many examples in all, the same ones in every run; `make test` draws fewer.
 FUZZ ?= 5000
@@ -169,6 +173,13 @@ data: .venv/ready
 	$(@D)/bin/python tests/vllm/mend_torchvision.py
 	@touch $@
 
+.venv-lmms-eval/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lmms-eval
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[datasets]' pytest
+	$(@D)/bin/python -m pip install --quiet --no-deps 'lmms-eval==0.7.3'
+	$(@D)/bin/python -m pip install --quiet evaluate levenshtein loguru openai pytz sacrebleu tenacity
+	@touch $@
+
 .venv-transformers-%/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
@@ -177,4 +188,4 @@ data: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-latest .venv-transformers-* .venv-vllm .venv-vllm-newest out
+	rm -rf .venv .venv-latest .venv-lmms-eval .venv-transformers-* .venv-vllm .venv-vllm-newest out

@@ -47,7 +47,7 @@ BAD_INPUT = 2
 
 _GROUPS = {
     "Model": ("model", "dtype", "device", "attn", "trust_remote_code"),
-    "Data": ("data", "test_data", "limit"),
+    "Data": ("data", "test_data", "benchmark", "columns", "image_folder", "annotations", "limit"),
     "What is asked for": ("max_drop", "budget", "budget_unit", "frontier", "confidence", "no_certify"),
     "Search": (
         "method", "ranker", "solver", "start", "first_layer", "step", "trade_off", "n_trials", "early_stop", "seed",
@@ -63,6 +63,7 @@ _EXAMPLES = {
         "thinsight search",
         "thinsight search --model llava-hf/llava-1.5-7b-hf --data calibration.jsonl --max-drop 0.01 --out mine",
         "thinsight search --model MODEL --data calibration.jsonl --test-data test.jsonl --budget 0.25",
+        "thinsight search --model MODEL --benchmark textvqa,docvqa*2,pope=pope.tsv --max-drop 0.01",
     ),
     "compare": (
         "thinsight compare --budget 0.25",
@@ -71,6 +72,11 @@ _EXAMPLES = {
     "evaluate": (
         "thinsight evaluate --model MODEL --reduction mine --data test.jsonl",
         "thinsight evaluate --server http://127.0.0.1:8000/v1 --data test.jsonl --answers answers.jsonl",
+    ),
+    "data": (
+        "thinsight data questions.tsv --model MODEL",
+        "thinsight data hf:owner/name:validation --columns image=img,question=q,answers=a",
+        "thinsight data --benchmark pope pope.tsv",
     ),
     "plan": ("thinsight plan --max-drop 0.01", "thinsight plan --data test.jsonl --agreement 0.98"),
     "analyze": ("thinsight analyze --model MODEL --data calibration.jsonl",),

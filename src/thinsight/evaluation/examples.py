@@ -23,6 +23,7 @@ from .images import open_image as open_image
 from .metrics import metric_for
 from .readers import READERS, Reader, Source, columns_of
 from .readers.base import DEFAULT, home
+from .readers.choose import reader_of_source
 
 DEMO_PREFIX = "demo:"
 _DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
@@ -49,8 +50,9 @@ def load_examples(
         source: "demo:calibration", "demo:test", "demo:certification", or data of a kind that one of
             `thinsight.evaluation.readers.READERS` reads: JSON lines, one object per line, ``{"id", "image" |
             "images", "question", "answer" | "answers", "metric"?}``, image paths relative to the file; VLMEvalKit's
-            tables; LLaVA's conversations; VQA's questions; data of `datasets`, "hf:ID:CONFIG:SPLIT". A reader is named
-            as "name:path" where the file does not tell it. Further fields are kept in ``extra``.
+            tables; LLaVA's conversations; VQA's questions; data of `datasets`, "hf:ID:CONFIG:SPLIT"; benchmarks, as
+            "benchmark:pope" or "benchmark:pope=FILE". A reader is named as "name:path" where the file does not tell it.
+            Further fields are kept in ``extra``.
         limit: use only so many: the first ones, or a random draw when ``seed`` is given (file order is kept). What
             comes behind the first ones is not read.
         seed: see ``limit``.
@@ -179,9 +181,4 @@ def reader_of(
             choices = ", ".join(DEMO_PREFIX + known for known in _DEMO_SETS)
             raise BadInput(f"unknown demo data {source!r}: use {choices}")
         return READERS[DEFAULT], Source(told, str(_DEMO_FOLDER / f"{name}.jsonl"))
-    name, colon, rest = told.partition(":")
-    if isinstance(source, str) and colon and name in READERS:
-        return READERS[name], Source(told, rest, place.columns, folder, place.annotations)
-    readers: list[Reader] = [reader for reader in READERS.values() if reader.name != DEFAULT]
-    chosen = next((reader for reader in readers if place.path.exists() and reader.reads(place)), READERS[DEFAULT])
-    return chosen, place
+    return reader_of_source(place, named=isinstance(source, str))

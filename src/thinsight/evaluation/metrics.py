@@ -26,13 +26,15 @@ class Metric:
     """A named scoring rule: ``metric(prediction, answers, question) -> float`` in [0, 1], higher is better.
 
     ``answers`` holds at least one text; with several, the prediction is compared with each as the rule says. Of the
-    question only the options that it lists are read, and only where ``reads_options``.
+    question only the options that it lists are read, and only where ``reads_options``, or all of it where
+    ``reads_question``.
     `thinsight.testing.MetricContract` holds a metric to all this.
 
     Attributes:
         name: what data files and options call it.
         rule: ``rule(prediction, answers)``, and the options by letter as a third where ``reads_options``.
         reads_options: whether an option's text counts as its letter.
+        reads_question: whether the rule takes the question as a third argument, for what form of answer it asks.
         ceiling: ``ceiling(answers)``, the highest score that any prediction can get on these answers.
         lost: ``lost(beginning, answers)``, whether it is certain that no prediction that begins so scores anything. The
             beginning's last characters may be those of a character that is not whole yet (U+FFFD).
@@ -48,6 +50,7 @@ class Metric:
     lost: Callable[[str, Sequence[str]], bool] = lambda beginning, answers: False
     needs_answers: bool = True
     by_tokens: bool = False
+    reads_question: bool = False
 
     def __post_init__(self) -> None:
         if self.by_tokens and self.needs_answers:
@@ -58,6 +61,8 @@ class Metric:
             raise BadInput(f"metric {self.name!r} needs at least one answer, got none: add 'answer' or 'answers'")
         if self.reads_options:
             return self.rule(prediction, answers, options_of(question))
+        if self.reads_question:
+            return self.rule(prediction, answers, question)
         return self.rule(prediction, answers)
 
     def chance(self, answers: Sequence[str], question: str = "") -> float:
@@ -168,7 +173,9 @@ def _cannot_match(beginning: str, answers: Sequence[str]) -> bool:
     return not any((answer + stop).startswith(said) for answer in right for stop in _FULL_STOPS)
 
 
-METRICS: Registry[Metric] = Registry("metric", "thinsight.metrics", code=attrgetter("rule"))
+METRICS: Registry[Metric] = Registry(
+    "metric", "thinsight.metrics", builtin=("thinsight.evaluation.rules",), code=attrgetter("rule")
+)
 for _metric in (
     Metric("exact_match", exact_match, lost=_cannot_match),
     # fewer agreeing annotators allow less than 1, and only their own answers score at all

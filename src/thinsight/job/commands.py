@@ -29,7 +29,17 @@ from ..report.pictures import check_picture_name
 from ..schedule import Schedule
 from ..searches.certify import check_promise
 from ..timing import Measurement, measure
-from .findings import MedianPrompt, drop_of, method_row, metric_words, picture_of, ranker_words, task_rows, varied
+from .findings import (
+    MedianPrompt,
+    drop_of,
+    measures_of,
+    method_row,
+    metric_words,
+    picture_of,
+    ranker_words,
+    task_rows,
+    varied,
+)
 from .opening import (
     Opened,
     Sourced,
@@ -133,6 +143,7 @@ def evaluate(options: EvaluateOptions, watcher: Watcher | None = None) -> Report
         keep_rates=schedule.keep_rates,
         methods=rows,
         per_task=task_rows(full, reduced, examples),
+        measures=() if options.metric else measures_of(full, reduced, examples),
         doubts=(evaluator.doubt,) if evaluator.doubt else (),
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .. import shown
+from ..evaluation.benchmarks import benchmark_of
 from ..evaluation.evaluator import check_metric
 from ..evaluation.examples import Example, load_examples, reader_of
 from ..evaluation.metrics import options_of
@@ -50,6 +51,7 @@ class Understood(shown.Shown):
         tasks: how many of each task, where examples name theirs.
         metrics: how many are scored by each metric.
         rendered: a few of them.
+        benchmarks: what is reported of each benchmark among them.
     """
 
     data: str
@@ -62,6 +64,7 @@ class Understood(shown.Shown):
     tasks: tuple[tuple[str, int], ...]
     metrics: tuple[tuple[str, int], ...]
     rendered: tuple[Rendered, ...]
+    benchmarks: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     def _tables(self) -> Iterable[shown.Table]:
         facts = {
@@ -72,6 +75,7 @@ class Understood(shown.Shown):
             "kinds of questions": _counted(self.kinds),
             "tasks": _counted(self.tasks),
             "metric": _counted(self.metrics),
+            **{title: ", ".join(measures) for title, measures in self.benchmarks},
         }
         return [shown.facts_table(self.data, facts.items())]
 
@@ -95,8 +99,8 @@ def look(options: DataOptions, watcher: Watcher | None = None) -> Understood:
     watcher = watcher or Watcher()
     options.check()
     watcher.on_stage("Reading the data")
-    reader, _ = reader_of(options.data, **options.reading)
-    examples = load_examples(options.data, options.limit, progress=watcher.on_progress, **options.reading)
+    reader, _ = reader_of(options.data_name, **options.reading)
+    examples = load_examples(options.data_name, options.limit, progress=watcher.on_progress, **options.reading)
     metrics = check_metric(examples, options.metric)
     processor = None if options.model is None else load_processor(options.model)
     named = {example.id: metric.name for example, metric in zip(examples, metrics, strict=True)}
@@ -111,7 +115,7 @@ def look(options: DataOptions, watcher: Watcher | None = None) -> Understood:
         for each in varied(examples, RENDERED)
     )
     return Understood(
-        data=options.data,
+        data=options.data_name,
         reader=reader.name,
         form=reader.form,
         examples=len(examples),
@@ -121,6 +125,7 @@ def look(options: DataOptions, watcher: Watcher | None = None) -> Understood:
         tasks=_most_common([each.task for each in examples if each.task is not None]),
         metrics=_most_common(list(named.values())),
         rendered=rendered,
+        benchmarks=_reported(examples),
     )
 
 
@@ -136,6 +141,11 @@ def kind_of(example: Example) -> str:
     if all(_NUMBER.fullmatch(answer) for answer in said):
         return "number"
     return "short text" if max(len(answer.split()) for answer in said) <= _SHORT else "text"
+
+
+def _reported(examples: Sequence[Example]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    found = {each.title: each for example in examples if (each := benchmark_of(example)) is not None}
+    return tuple((title, tuple(measure.name for measure in each.measures)) for title, each in found.items())
 
 
 def _most_common(values: Sequence[str]) -> tuple[tuple[str, int], ...]:

@@ -18,6 +18,7 @@ from PIL import Image
 from .. import cost
 from ..budget import FlopsBudget
 from ..errors import BadInput, Unsupported
+from ..evaluation.benchmarks import Measured, measured
 from ..evaluation.examples import Example, open_image
 from ..evaluation.metrics import metric_for
 from ..evaluation.prompts import PromptReader
@@ -276,6 +277,13 @@ def method_row(
         note=note,
         kind=kind,
     )
+
+
+def measures_of(full: Evaluation, reduced: Evaluation, examples: Sequence[Example]) -> tuple[Measured, ...]:
+    """What each benchmark among the examples reports; nothing where there is none."""
+    assert full.per_example is not None
+    assert reduced.per_example is not None
+    return measured(examples, full.per_example, reduced.per_example)
 
 
 def task_rows(full: Evaluation, reduced: Evaluation, examples: Sequence[Example]) -> tuple[TaskRow, ...]:

@@ -26,6 +26,7 @@ from ..baselines import fastv
 from ..budget import Budget, LatencyModel, TimeBudget, make_budget
 from ..checking import check
 from ..errors import BadInput, StorageError, Unsupported
+from ..evaluation.benchmarks import benchmark_of, longest_answer
 from ..evaluation.evaluator import Evaluator, check_metric
 from ..evaluation.examples import Example, Progress, check_examples, load_examples, read_examples, validate_examples
 from ..evaluation.full_model import AUTO
@@ -140,7 +141,7 @@ def split_by_image(examples: Sequence[Example], share: float = 0.5) -> tuple[lis
     Deterministic: which side a group goes to depends on the contents of its images alone, not on the order of
     the file or on a seed. About ``share`` of the examples become calibration.
     """
-    hashes = [_image_hashes(example) for example in examples]
+    hashes = [(*_image_hashes(example), *_unit_of(example)) for example in examples]
     groups = _connected(hashes)
     if len(groups) < 2:
         raise BadInput(
@@ -154,6 +155,14 @@ def split_by_image(examples: Sequence[Example], share: float = 0.5) -> tuple[lis
             calibration.update(group)
     first = [example for i, example in enumerate(examples) if i in calibration]
     return first, [example for i, example in enumerate(examples) if i not in calibration]
+
+
+def _unit_of(example: Example) -> list[str]:
+    """What its benchmark never splits, which counts like an image that is shared."""
+    benchmark = benchmark_of(example)
+    if benchmark is None or benchmark.together is None:
+        return []
+    return [f"unit {benchmark.name} {benchmark.together(example)}"]
 
 
 def _connected(hashes: Sequence[tuple[str, ...]]) -> list[list[int]]:
@@ -421,7 +430,7 @@ def make_evaluator(
         metric=options.metric,
         batch_size=options.batch_size,
         ranker=ranker,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=options.max_new_tokens or longest_answer(examples),
         progress=watcher.on_progress,
         cache_gib=options.cache_gib / sets,
         cache_dir=options.cache_dir,
@@ -513,7 +522,12 @@ def prepare(options: RunOptions, ranker: Any, watcher: Watcher) -> Prepared:
     folder = RunFolder(options.out, resume=options.resume)
     watcher.on_stage("Reading the data")
     sets = load_sets(
-        options.data, options.test_data, options.limit, watcher.on_progress, options.split, **options.reading
+        options.named(options.data),
+        options.tested,
+        options.limit,
+        watcher.on_progress,
+        options.split,
+        **options.reading,
     )
     if sets.note:
         watcher.on_note(sets.note)

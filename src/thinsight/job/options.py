@@ -102,6 +102,7 @@ _JSON = json.JSONDecoder(parse_constant=_no_number)
 
 # -- what commands share -------------------------------------------------------------------------------------
 
+_BENCHMARK = "benchmark:"
 _DATA = "JSON lines, VLMEvalKit TSV, LLaVA or VQA JSON, hf:ID:SPLIT, a folder or file of parquet: docs/data.md."
 _REDUCTION = f"Folder or hub id of a reduction. Default: {DEFAULT_OUT}, else FastV at 50 %."
 _LONGEST = "Longest answer in tokens."
@@ -125,6 +126,12 @@ class ModelOptions:
 class ReadingOptions:
     """How data is to be read; see `thinsight.load_examples`."""
 
+    benchmark: str | None = told(
+        None,
+        "Benchmarks by name, asked and scored as the literature does: pope, mme ...; --data is then its file. "
+        "Several: textvqa,docvqa*2,pope=FILE, each with its weight.",
+        place=1,
+    )
     columns: dict[str, str] | None = told(
         None,
         "What the data calls the fields: image=NAME,question=NAME,answers=NAME; also id, options, hint, task.",
@@ -140,11 +147,24 @@ class ReadingOptions:
         """As `load_examples` takes them."""
         return {"columns": self.columns, "image_folder": self.image_folder, "annotations": self.annotations}
 
+    def named(self, data: str | None) -> str | None:
+        """The data's name, that of a benchmark where one is asked for."""
+        if self.benchmark is None:
+            return data
+        return f"{_BENCHMARK}{self.benchmark}" if data is None else f"{_BENCHMARK}{self.benchmark}={data}"
+
     def check_reading(self, data: str | None) -> None:
         """Refuse what cannot be right, or says something about data that nobody gave."""
         from ..evaluation.readers import columns_of
 
         columns_of(self.columns or {})
+        if self.benchmark is not None:
+            from ..evaluation.readers.benchmark import parts_of
+
+            if data is not None and ("," in self.benchmark or "=" in self.benchmark):
+                raise BadInput(f"benchmark is {self.benchmark!r}, and data is of one: write NAME=FILE for each instead")
+            data = self.named(data)
+            parts_of(str(data).removeprefix(_BENCHMARK))
         given = [name for name, value in self.reading.items() if value is not None]
         if given and (data is None or data.startswith("demo:")):
             raise BadInput(f"{given[0]} is of data of your own: give it with --data, or leave {given[0]} out")
@@ -177,7 +197,7 @@ class JobOptions(ReadingOptions):
     @property
     def data_name(self) -> str:
         """Of the one set of a command that has one."""
-        return DEMO_TEST if self.data is None else self.data
+        return self.named(self.data) or DEMO_TEST
 
 
 @dataclass(frozen=True)
@@ -290,6 +310,11 @@ class RunOptions(ScoringOptions):
     )
 
     @property
+    def tested(self) -> str | None:
+        """The test data's name."""
+        return None if self.test_data is None else self.named(self.test_data)
+
+    @property
     def split(self) -> tuple[float, str]:
         """The share of one file that is calibrated on, and the demo's set that goes with its calibration set."""
         return 0.5, DEMO_TEST
@@ -305,8 +330,10 @@ class RunOptions(ScoringOptions):
 
     def check(self) -> Any:
         """As above."""
-        if self.data is None and self.test_data is not None:
+        if self.data is None and self.benchmark is None and self.test_data is not None:
             raise BadInput("--test-data needs --data: give the calibration set too")
+        if self.test_data is not None:
+            self.check_reading(self.test_data)
         return super().check()
 
 
@@ -569,7 +596,7 @@ class PlanOptions:
 class DataOptions(ReadingOptions):
     """What `thinsight data` is told."""
 
-    data: str = told("demo:calibration", f"{_DATA} Default: demo:calibration.", argument=True)
+    data: str | None = told(None, f"{_DATA} Default: demo:calibration.", argument=True)
     model: str | None = told(None, "Show prompts as this model gets them: demo, a folder, or a hub id.")
     metric: str | None = told(None, "One metric for all examples, such as agreement.")
     limit: int | None = told(None, "Look at so many examples only.", least=1)
@@ -583,6 +610,11 @@ class DataOptions(ReadingOptions):
             whole(self.limit, "limit")
         if self.metric is not None:
             get_metric(self.metric)
+
+    @property
+    def data_name(self) -> str:
+        """Of the data."""
+        return self.named(self.data) or "demo:calibration"
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from .. import baselines, shown
 from ..budget import KeepBudget
 from ..certificate import ESTIMATED, Certificate, Step, outlook, shown_p
 from ..errors import BadInput, StorageError, Unreachable, Unsupported
+from ..evaluation.benchmarks import Measured
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.result import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Evaluation, Measurement, RankConsistency
@@ -37,7 +38,17 @@ from ..searches.run import Trial
 from ..searches.search import AUTO, along, certified_reduction, rankers_for, shared_layers
 from ..searches.sensitivity import SHARES
 from ..timing import measure
-from .findings import MedianPrompt, drop_of, method_row, metric_words, picture_of, ranker_words, task_rows, varied
+from .findings import (
+    MedianPrompt,
+    drop_of,
+    measures_of,
+    method_row,
+    metric_words,
+    picture_of,
+    ranker_words,
+    task_rows,
+    varied,
+)
 from .opening import Limits, Prepared, content_hash, environment, limits_of, prepare
 from .options import SearchOptions
 
@@ -274,6 +285,7 @@ def report_of(
         keep_rates=found.reduction.schedule.keep_rates,
         methods=tuple(rows),
         per_task=task_rows(full.evaluation, found.evaluation, sets.test),
+        measures=() if options.metric else measures_of(full.evaluation, found.evaluation, sets.test),
         timing=measurement.named,
         trials=search.trials,
         frontier=search.frontier,
@@ -303,6 +315,7 @@ def measured_of(data: ReportData, measurement: Measurement) -> dict[str, Any]:
         "mean_keep_rate": headline.mean_keep_rate,
         "flops_ratio": headline.flops_ratio,
         "kv_ratio": measurement.kv_ratio,
+        **({"benchmarks": [_benchmark_of(each) for each in data.measures]} if data.measures else {}),
         "latency": {
             "prefill_ratio": measurement.timing(PREFILL).ratio,
             "prefill_with_images_ratio": measurement.timing(PREFILL_WITH_IMAGES).ratio,
@@ -314,6 +327,12 @@ def measured_of(data: ReportData, measurement: Measurement) -> dict[str, Any]:
             "cpu_threads": measurement.threads,
         },
     }
+
+
+def _benchmark_of(found: Measured) -> dict[str, Any]:
+    interval = [found.drop.low, found.drop.high]
+    told = {"benchmark": found.benchmark, "measure": found.name, "units": found.units}
+    return {**told, "full": found.full, "reduced": found.reduced, "drop_interval_95": interval}
 
 
 def _budget_words(options: SearchOptions) -> str:

@@ -23,6 +23,7 @@ from pydantic import PlainValidator, ValidationInfo
 from .. import shown
 from ..certificate import Certificate, steps_table
 from ..errors import BadInput, StorageError
+from ..evaluation.benchmarks import Measured
 from ..evaluation.result import Interval, RankConsistency, Timing, consistency_table, timing_table
 from ..records import decode, encode, read_sealed, seal, user_path, write_atomically
 from ..schedule import Schedule
@@ -219,6 +220,7 @@ class ReportData(shown.Shown):
     keep_rates: tuple[float, ...] = ()
     methods: tuple[MethodRow, ...] = ()
     per_task: tuple[TaskRow, ...] = ()
+    measures: tuple[Measured, ...] = ()
     timing: tuple[Timing, ...] = ()
     trials: tuple[Trial, ...] = ()
     frontier: tuple[FrontierRow, ...] = ()
@@ -283,6 +285,7 @@ class ReportData(shown.Shown):
             (self.methods, tables.methods_table),
             (self.frontier, lambda rows: tables.frontier_table(rows, self.certificate)),
             (self.per_task, tables.tasks_table),
+            (self.measures, tables.measures_table),
             (self.timing, timing_table),
         )
         yield from (table(rows) for rows, table in several if rows)

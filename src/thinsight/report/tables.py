@@ -13,6 +13,7 @@ from ..shown import Column, Table
 from . import words
 
 if TYPE_CHECKING:
+    from ..evaluation.benchmarks import Measured
     from .data import DatasetInfo, FrontierRow, Headline, MethodRow, TaskRow
 
 
@@ -77,4 +78,18 @@ def tasks_table(per_task: Sequence[TaskRow]) -> Table:
         Column("Full", lambda row: shown.percent(row.full), "full"),
         Column("Reduced", lambda row: shown.percent(row.reduced), "reduced"),
         Column("Drop in points", lambda row: shown.points(row.full - row.reduced), "drop"),
+    )
+
+
+def measures_table(measures: Sequence[Measured]) -> Table:
+    """What each benchmark reports, beside the mean that the search saw."""
+    return Table(
+        "Benchmarks as the literature reports them, full against reduced",
+        measures,
+        Column("Benchmark", lambda row: row.benchmark, "benchmark", text=True),
+        Column("Measure", lambda row: row.name, "measure", text=True),
+        Column("Counted", lambda row: shown.count(row.units), "counted"),
+        Column("Full", lambda row: shown.points(row.full), "full"),
+        Column("Reduced", lambda row: shown.points(row.reduced), "reduced"),
+        Column("Drop in points [95 %]", lambda row: words.interval(row.drop), "drop [95 %]"),
     )

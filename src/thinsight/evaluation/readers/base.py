@@ -34,6 +34,8 @@ class Source:
         columns: the user's own names for fields of `FIELDS`.
         image_folder: what image paths are relative to; None: the file's own folder.
         annotations: the file of the answers, where it is another one.
+        plain: whether a question is to stay without its hint and options, which are then fields of their own.
+        prefers: names of columns that are taken before the usual ones, by field.
     """
 
     told: str
@@ -41,6 +43,8 @@ class Source:
     columns: Mapping[str, str] = field(default_factory=dict)
     image_folder: Path | None = None
     annotations: Path | None = None
+    plain: bool = False
+    prefers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -97,7 +101,9 @@ DEFAULT = "jsonl"
 READERS: Registry[Any] = Registry(
     "reader",
     "thinsight.readers",
-    builtin=tuple(f"thinsight.evaluation.readers.{each}" for each in ("jsonl", "tsv", "llava", "vqa", "hf")),
+    builtin=tuple(
+        f"thinsight.evaluation.readers.{each}" for each in ("jsonl", "tsv", "llava", "vqa", "hf", "benchmark")
+    ),
     code=type,
 )
 

@@ -51,6 +51,7 @@ class Columns:
         """
         has = f"it has the columns {', '.join(columns)}"
         usual = {column.lower(): column for column in reversed(columns)}
+        exact = {column: column for column in columns}
         found: dict[str, tuple[str, ...]] = {}
         for name, names in NAMES.items():
             if name in source.columns:
@@ -58,7 +59,10 @@ class Columns:
                     wanted = source.columns[name]
                     raise BadInput(f"data {source.told!r} has no column {wanted!r}, which columns names: {has}")
                 found[name] = (source.columns[name],)
-            elif there := [usual[each] for each in names if each in usual]:
+                continue
+            there = [exact[each] for each in source.prefers.get(name, ()) if each in exact]
+            there += [usual[each] for each in names if each in usual and usual[each] not in there]
+            if there:
                 found[name] = tuple(there)
         numbered = tuple(column for column in columns if _NUMBERED.fullmatch(column))
         if "image" not in found and numbered:
@@ -99,9 +103,9 @@ def row_of(record: Mapping[str, Any], number: int, where: str, columns: Columns,
     options = _options(record, columns, first)
     if options and len(answers) == 1 and isinstance(answers[0], int) and 0 <= answers[0] < len(options):
         answers = [chr(ord("A") + answers[0])]
-    question = first("question")
-    if isinstance(question, str):
-        question = asked.text(question, options, first("hint"))
+    question, hint = first("question"), first("hint")
+    if isinstance(question, str) and not source.plain:
+        question = asked.text(question, options, hint)
     task = first("task")
     identity = first("id")
     fields = {
@@ -116,6 +120,8 @@ def row_of(record: Mapping[str, Any], number: int, where: str, columns: Columns,
         fields["task"] = str(task)
     if options:
         fields["options"] = options
+    if source.plain and isinstance(hint, str):
+        fields["hint"] = hint
     names |= {"images": names["image"], "answer": names["answers"]}
     return Row(
         where, fields, source.folder, f"say which column is which with --columns ({source.told})", names, "column"

@@ -34,13 +34,15 @@ class Questions(Reader):
         if source.path.suffix.lower() != ".json":
             return False
         head = source.head()
-        return head.lstrip()[:1] == "{" and any(f'"{name}"' in head for name in (*_LISTS, "info", "images"))
+        return head.lstrip()[:1] == "{" and any(f'"{name}"' in head for name in (*_LISTS, "info", "images", "imageId"))
 
     def rows(self, source: Source) -> Iterator[Row]:
         """A row for each question; the files are read whole, for answers stand in any order."""
         path = source.check_file()
         content = _object(path)
         questions = next((content[name] for name in _LISTS if isinstance(content.get(name), list)), None)
+        if questions is None and content and all(_is_gqa(each) for each in content.values()):
+            questions = [{"question_id": name, **each} for name, each in content.items()]
         if questions is None:
             raise BadInput(f"{path} has no list 'questions': {_FORM}")
         answers = _annotated(source, questions)
@@ -53,6 +55,11 @@ class Questions(Reader):
             if not isinstance(entry, dict):
                 raise BadInput(f"{where} is not a JSON object: {_FORM}")
             yield _row(entry, where, number, source, answers, files, subset)
+
+
+def _is_gqa(entry: Any) -> bool:
+    """Whether it is a question of GQA, whose file has them by number."""
+    return isinstance(entry, dict) and {"imageId", "question"} <= set(entry)
 
 
 def _row(
@@ -93,7 +100,7 @@ def _image(entry: Mapping[str, Any], where: str, source: Source, files: Mapping[
     for name in (source.columns.get("image", "image"), "file_name", "image_path"):
         if entry.get(name) is not None:
             return entry[name]
-    identity = entry.get("image_id")
+    identity = entry.get("image_id", entry.get("imageId"))
     if identity is None:
         raise BadInput(f"{where} has no field 'image_id' (or 'image'): {_FORM}")
     if named := files.get(str(identity)):
