@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,31 @@ def test_a_class_that_the_installed_transformers_lacks_has_no_name(monkeypatch: 
     listed = {row.model_type: row.model_class for row in ts.models()}
     assert listed["later"] == ""
     assert listed["llava"] == "LlavaForConditionalGeneration"
+
+
+def test_one_token_for_images_and_videos_is_counted_once() -> None:
+    """As a row says, and without one, where the config has both names for it (Molmo2)."""
+    model = FAMILIES["molmo2"].build()
+    ids = FAMILIES["molmo2"].inputs([[3, 5]])["input_ids"]
+    wanted = int((ids == model.config.image_patch_id).sum())
+    for kind in ("molmo2", "outside"):
+        model.config.model_type = kind
+        if kind == "outside":
+            model.config.image_token_id = model.config.video_token_id = model.config.image_patch_id
+        found = vision_placeholders(model, ids)
+        assert sum(int(mask.sum()) for mask in found.values()) == wanted
+
+
+def test_a_prompt_that_would_be_scaled_by_wrong_places_is_refused() -> None:
+    """Llama 4's layers without rotary positions count places in tokens that are there."""
+    family = FAMILIES["llama4"]
+    settings = {**family.config["text_config"], "floor_scale": 20}
+    short = replace(family, config={**family.config, "text_config": settings})
+    model = short.build()
+    with apply(model, ts.Schedule([1, 0.5, 0.5, 0.25])), torch.no_grad():
+        model(**short.inputs([[3]]))
+        with pytest.raises(Unsupported, match="from 20 on this model's layers scale attention by a token's place"):
+            model(**short.inputs([[3, 5, 4]]))
 
 
 def test_a_tower_that_is_not_known_is_not_guessed() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import transformers
 from conformance.families import FAMILIES
 from conformance.table import BEGIN, END, compact, full, main, read_cells, replace_between_markers
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from typer.testing import CliRunner
 
@@ -18,6 +20,7 @@ import thinsight as ts
 from thinsight.cli import app
 from thinsight.errors import Unsupported
 from thinsight.families import FAMILIES as ROWS
+from thinsight.families import LAYERS, REFUSED
 from thinsight.runtime.anatomy import refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,7 +68,8 @@ def test_the_list_says_what_the_suite_says() -> None:
 def source_of_processor(model_type: str) -> str:
     """Of transformers' class, read and not run: it may need what is not installed."""
     shared = {"glm_ocr": "Glm46VProcessor", "glmga": "Glm46VProcessor"}  # by the checkpoint, not the type
-    processor = getattr(transformers, shared.get(model_type) or PROCESSOR_MAPPING_NAMES[model_type])
+    whole = model_type.removesuffix("_thinker")
+    processor = getattr(transformers, shared.get(model_type) or PROCESSOR_MAPPING_NAMES[whole])
     spec = importlib.util.find_spec(processor.__module__)
     assert spec is not None
     assert spec.origin is not None
@@ -75,7 +79,7 @@ def source_of_processor(model_type: str) -> str:
 def test_packages_that_processors_need_are_those_of_transformers() -> None:
     for model in ts.models():
         source = source_of_processor(model.model_type)
-        images = IMAGE_PROCESSOR_MAPPING_NAMES.get(model.model_type) or {"pil": ""}
+        images = IMAGE_PROCESSOR_MAPPING_NAMES.get(model.model_type.removesuffix("_thinker")) or {"pil": ""}
         video = re.search(r"def __init__\([^)]*\bvideo_processor\b", source) is not None
         decorated = re.search(r'@requires\(backends=\([^)]*"torchvision"', source) is not None
         assert ("torchvision" in model.needs) == (video or decorated or "pil" not in images), model
@@ -112,6 +116,8 @@ def test_the_readme_lists_the_families_of_the_suite() -> None:
         ("shieldgemma2", "which runs as Gemma3ForConditionalGeneration like 'gemma3', but has not been tried"),
         ("qwen3_5", r"whose decoder has layers \(linear_attention\) that are no plain self-attention"),
         ("aria", "which is not on the list yet: nobody has tried AriaForConditionalGeneration"),
+        ("unlimited_ocr", r"layers \(reference_sliding_attention\) that keep the prompt and a window"),
+        ("pi0", "'pi0' moves a robot"),
         ("florence2", "'florence2' is an encoder-decoder"),
         ("mllama", "'mllama' reads images by cross-attention"),
         ("llama", r"which transformers [\d.]+ does not load as a model that answers questions about images"),
@@ -127,6 +133,29 @@ def test_a_model_that_is_not_listed_gets_a_reason(
     assert message is not None
     assert re.search(reason, message)
     assert len(str(Unsupported(message))) == len(message)  # not cut
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_type_that_cannot_run_is_refused_by_what_holds_for_it(model_type: str) -> None:
+    message = refusal(SimpleNamespace(model_type=model_type))
+    assert message is not None
+    assert message.startswith(f"'{model_type}' {REFUSED[model_type]}")
+    assert len(str(Unsupported(message))) == len(message)
+    assert model_type not in ROWS
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_that_cannot_leave_tokens_out_are_refused_by_what_they_do(kind: str) -> None:
+    text = SimpleNamespace(layer_types=["full_attention", kind])
+    config = SimpleNamespace(model_type="glm5_next", get_text_config=lambda: text)
+    assert f"layers ({kind}) that {LAYERS[kind]}" in str(refusal(config))
+
+
+def test_no_refusal_lists_names_only() -> None:
+    """Whatever transformers loads as a model that answers questions about images."""
+    for model_type in CLASSES:
+        message = refusal(SimpleNamespace(model_type=model_type))
+        assert model_type in ROWS or re.search(r"^'|, which runs as|nobody has tried", str(message)), model_type
 
 
 def test_every_model_that_is_listed_is_taken() -> None:

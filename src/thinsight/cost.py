@@ -11,11 +11,15 @@ How it is counted, so that two figures can be compared:
 - a layer with a sliding window of w (Gemma 3, Cohere 2) counts t_i x min(t_i, w), and caches at most w - 1 positions;
   what is dropped inside the window makes both figures upper bounds;
 - the MLP has three matrices when it is gated (Llama, Mistral, Qwen2 ...) and two otherwise;
+- a layer that attends within chunks (Llama 4) counts as one with a window of that size;
 - a mixture of experts (GLM-4.5V) counts what a token runs through: the router, its top-k routed experts and the shared
-  ones; some of its layers may be dense;
+  ones; some of its layers may be dense. Llama 4 runs every token through all experts, and is counted so;
 - multi-head latent attention (DeepSeek-V3, arXiv 2412.19437, section 2.1.1) counts the matrices of its low ranks, and
   caches the latent and the one rotated key that stock transformers caches, not the heads made of them;
 - a gate on what attention gives (Muse Glimmer) counts as the matrix that it is;
+- a layer that reads another layer's keys and values (Gemma 3n, Gemma 4) has neither projections nor a cache of its own,
+  and as many tokens as the last layer that has; Gemma 4 runs it on the last position only, as `generate` does;
+- per-layer inputs, LAuReL and AltUp's coefficients count with the projections (Gemma 3n, Gemma 4);
 - the vision encoder and the language-model head are counted apart: `vision_flops` and ``Breakdown.lm_head``.
 
 Of a vision encoder (tower and projector) rotary tables, interpolated position embeddings and a pooling head, whose
@@ -103,6 +107,20 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """How one layer is unlike the others; 0 as they are."""
+
+    head_dim: int = 0
+    kv_heads: int = 0
+    intermediate: int = 0
+    kv_matrices: int = 2  # 1: its values are its keys; 0: both are another layer's
+    source: int | None = None  # the layer whose keys it reads
+
+
+_ALIKE = LayerShape()
+
+
+@dataclass(frozen=True)
 class DecoderShape:
     """The sizes of a Llama-like decoder that its cost depends on."""
 
@@ -118,14 +136,22 @@ class DecoderShape:
     experts: Experts | None = None
     latent: Latent | None = None  # in place of `kv_heads` and `head_dim`
     gated_attention: bool = False
+    layers: Mapping[int, LayerShape] = field(default_factory=dict)  # those that are unlike the others
+    beside: int = 0  # multiply-adds of a token in each layer beside attention and MLP
+    around: int = 0  # and before the first layer and behind the last
+    readers_last_only: bool = False  # layers that read another's keys run on the last position alone
 
-    def layer_flops(self, tokens: int, layer: int = 0) -> tuple[float, float, float]:
-        """(projections, attention, MLP) FLOPs of one layer over ``tokens`` positions."""
-        query_width = self.heads * self.head_dim
-        kv_width = self.kv_heads * self.head_dim
+    def layer_flops(self, tokens: int, layer: int = 0, keys: int | None = None) -> tuple[float, float, float]:
+        """(projections, attention, MLP) FLOPs of one layer over ``tokens`` positions, which see ``keys``, or each
+        other."""
+        own, around = self.layers.get(layer, _ALIKE), self.around if layer == 0 else 0
+        head_dim = own.head_dim or self.head_dim
+        query_width, kv_width = self.heads * head_dim, (own.kv_heads or self.kv_heads) * head_dim
         as_wide = 3 if self.gated_attention else 2  # q and o, and the gate
-        projections = 2.0 * tokens * self.hidden * (as_wide * query_width + 2 * kv_width)  # k and v
-        seen = min(tokens, self.windows.get(layer, tokens))
+        matrices = as_wide * query_width + own.kv_matrices * kv_width  # k and v
+        projections = 2.0 * tokens * (self.hidden * matrices + self.beside + around)
+        keys = tokens if keys is None else keys
+        seen = min(keys, self.windows.get(layer, keys))
         attention = 2.0 * 2.0 * tokens * seen * query_width  # q k^T, then weights x v
         if self.latent is not None:
             projections = 2.0 * tokens * self.latent.projections(self.hidden, self.heads)
@@ -133,25 +159,38 @@ class DecoderShape:
             attention = 2.0 * tokens * seen * self.heads * head
         if self.experts is not None and layer not in self.experts.dense:
             return projections, attention, self.experts.flops(tokens, self.hidden)
-        mlp = 2.0 * tokens * self.hidden * self.intermediate * (3 if self.gated else 2)
+        mlp = 2.0 * tokens * self.hidden * (own.intermediate or self.intermediate) * (3 if self.gated else 2)
         return projections, attention, mlp
+
+    def per_layer(self, n_vision: int, n_text: int, schedule: Schedule | None) -> list[tuple[float, float, float]]:
+        """`layer_flops` of each layer's positions in a prefill."""
+        tokens = layer_tokens(self.num_layers, n_vision, n_text, schedule)
+        sources = [self.layers.get(layer, _ALIKE).source for layer in range(self.num_layers)]
+        last = tokens[max(layer for layer, source in enumerate(sources) if source is None)]
+        read = min(last, 1) if self.readers_last_only else last
+        return [
+            self.layer_flops(n, layer) if source is None else self.layer_flops(read, layer, tokens[source])
+            for layer, (n, source) in enumerate(zip(tokens, sources, strict=True))
+        ]
 
     def prefill_flops(
         self, n_vision: int, n_text: int, schedule: Schedule | None = None, first_layer: int = 0
     ) -> float:
         """Decoder prefill FLOPs of one prompt, as ``flops`` counts them, from a layer on."""
-        tokens = layer_tokens(self.num_layers, n_vision, n_text, schedule)
-        return sum(sum(self.layer_flops(n, layer)) for layer, n in enumerate(tokens) if layer >= first_layer)
+        return sum(map(sum, self.per_layer(n_vision, n_text, schedule)[first_layer:]))
 
     def cached(self, tokens: int, layer: int) -> int:
         """How many of ``tokens`` positions one layer's cache holds after prefill."""
+        if self.layers.get(layer, _ALIKE).source is not None:
+            return 0
         return min(tokens, self.windows[layer] - 1) if layer in self.windows else tokens
 
-    def kv_bytes_per_token(self, dtype_bytes: float) -> float:
+    def kv_bytes_per_token(self, dtype_bytes: float, layer: int = 0) -> float:
         """Bytes that one position adds to one layer's keys and values."""
         if self.latent is not None:
             return (self.latent.rank + self.latent.rotated) * dtype_bytes
-        return 2.0 * self.kv_heads * self.head_dim * dtype_bytes
+        own = self.layers.get(layer, _ALIKE)
+        return 2.0 * (own.kv_heads or self.kv_heads) * (own.head_dim or self.head_dim) * dtype_bytes
 
 
 def flops(config: Any, *, n_vision: int, n_text: int, schedule: Schedule | None = None) -> float:
@@ -169,8 +208,7 @@ def flops(config: Any, *, n_vision: int, n_text: int, schedule: Schedule | None 
 def breakdown(config: Any, *, n_vision: int, n_text: int, schedule: Schedule | None = None) -> Breakdown:
     """As ``flops``, split into projections, attention, MLP and head, and by layer."""
     shape = decoder_shape(config)
-    tokens = layer_tokens(shape.num_layers, n_vision, n_text, schedule)
-    parts = [shape.layer_flops(n, layer) for layer, n in enumerate(tokens)]
+    parts = shape.per_layer(n_vision, n_text, schedule)
     return Breakdown(
         projections=sum(p[0] for p in parts),
         attention=sum(p[1] for p in parts),
@@ -188,8 +226,8 @@ def kv_bytes(config: Any, n_vision: int, n_text: int, schedule: Schedule | None 
     """
     shape = decoder_shape(config)
     entering = layer_tokens(shape.num_layers, n_vision, n_text, schedule)
-    cached = sum(shape.cached(tokens, layer) for layer, tokens in enumerate(entering))
-    return round(cached * shape.kv_bytes_per_token(dtype_bytes))
+    cached = (shape.cached(n, layer) * shape.kv_bytes_per_token(dtype_bytes, layer) for layer, n in enumerate(entering))
+    return round(sum(cached))
 
 
 def layer_tokens(num_layers: int, n_vision: int, n_text: int, schedule: Schedule | None) -> tuple[int, ...]:
@@ -211,7 +249,7 @@ def decoder_shape(config: Any) -> DecoderShape:
 
     Raises ThinsightError when a size is missing, or for a mixture of experts whose sizes are not told.
     """
-    text = text_config(config)
+    text = _plain(text_config(config))
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads")
     layers, hidden, heads = (size_of(text, name) for name in sizes)
     return DecoderShape(
@@ -220,13 +258,17 @@ def decoder_shape(config: Any) -> DecoderShape:
         heads=heads,
         kv_heads=field_of(text, "num_key_value_heads") or heads,
         head_dim=field_of(text, "head_dim") or hidden // heads,
-        intermediate=size_of(text, "dense_intermediate_size", "intermediate_size"),
+        intermediate=_intermediate(text),
         vocab=size_of(text, "vocab_size"),
         gated=field_of(text, "model_type") not in _UNGATED,
         windows=windows_of(text, layers),
         experts=_experts(text, layers),
         latent=_latent(text),
         gated_attention=field_of(text, "model_type") in _GATED_ATTENTION,
+        layers=_unlike(text, layers),
+        beside=_beside(text, hidden),
+        around=_around(text, layers, hidden),
+        readers_last_only=str(field_of(text, "model_type")).startswith("gemma4"),
     )
 
 
@@ -238,16 +280,73 @@ def _latent(text: Any) -> Latent | None:
     return Latent(field_of(text, "q_lora_rank"), *(size_of(text, name) for name in sizes))
 
 
+def _plain(text: Any) -> Any:
+    """A text config, as a dict where it has values by layer: as an object it refuses to tell those of the others."""
+    return text.to_dict() if field_of(text, "per_layer_config") and hasattr(text, "to_dict") else text
+
+
+def _intermediate(text: Any) -> int:
+    """The MLP's width, or of several by layer the first one's."""
+    given = field_of(text, "intermediate_size")
+    names = ("intermediate_size_mlp", "dense_intermediate_size", "intermediate_size")
+    return int(given[0]) if isinstance(given, (list, tuple)) else size_of(text, *names)
+
+
+def _unlike(text: Any, layers: int) -> dict[int, LayerShape]:
+    """The layers that are unlike the others."""
+    given = {int(layer): sizes for layer, sizes in (field_of(text, "per_layer_config") or {}).items()}
+    sources, found = shared_keys_of(text, layers), {}
+    widths = field_of(text, "intermediate_size")
+    wide = 2 * _intermediate(text) if field_of(text, "use_double_wide_mlp") else 0
+    types = field_of(text, "layer_types") or [""] * layers
+    for layer in range(layers):
+        source = sources.get(layer)
+        values_are_keys = bool(field_of(text, "attention_k_eq_v")) and types[layer] == "full_attention"
+        found[layer] = LayerShape(
+            head_dim=field_of(given.get(layer, {}), "head_dim") or 0,
+            kv_heads=field_of(given.get(layer, {}), "num_key_value_heads") or 0,
+            intermediate=widths[layer] if isinstance(widths, (list, tuple)) else wide if source is not None else 0,
+            kv_matrices=0 if source is not None else 1 if values_are_keys else 2,
+            source=source,
+        )
+    return {layer: shape for layer, shape in found.items() if shape != _ALIKE}
+
+
+def _beside(text: Any, hidden: int) -> int:
+    """Multiply-adds of a token in each layer for what Gemma 3n and Gemma 4 put beside attention and MLP."""
+    per_layer = 2 * hidden * (field_of(text, "hidden_size_per_layer_input") or 0)
+    laurel = 2 * hidden * (field_of(text, "laurel_rank") or 0)
+    streams = field_of(text, "altup_num_inputs") or 0
+    altup = 2 * hidden * streams + streams**3 + streams**2 + hidden * streams**2
+    return per_layer + laurel + altup
+
+
+def _around(text: Any, layers: int, hidden: int) -> int:
+    """Multiply-adds of a token outside the layers: per-layer inputs are projected, AltUp's streams made and joined."""
+    per_layer = layers * hidden * (field_of(text, "hidden_size_per_layer_input") or 0)
+    return per_layer + 2 * max(0, (field_of(text, "altup_num_inputs") or 0) - 1) * hidden**2
+
+
 def windows_of(text: Any, layers: int) -> dict[int, int]:
-    """The window of each decoder layer that has a sliding one, from a text config, object or dict."""
-    window = field_of(text, "sliding_window")
+    """The window of each decoder layer that has a sliding one, or sees chunks of such a size (Llama 4); from a text
+    config, object or dict."""
+    window = field_of(text, "sliding_window") or field_of(text, "attention_chunk_size")
     if not window or field_of(text, "use_sliding_window") is False:
         return {}
     types = field_of(text, "layer_types")
     pattern = field_of(text, "sliding_window_pattern")  # every so many layers one sees everything
     if types is not None:
-        return {layer: window for layer, kind in enumerate(types[:layers]) if "sliding" in kind}
+        return {layer: window for layer, kind in enumerate(types[:layers]) if kind.startswith(("sliding", "chunked"))}
     return {layer: window for layer in range(layers) if not pattern or (layer + 1) % pattern}
+
+
+def shared_keys_of(text: Any, layers: int) -> dict[int, int]:
+    """The decoder layers without keys and values of their own, each with the one whose keys it reads: the last of its
+    kind before them (Gemma 3n, Gemma 4). From a text config, object or dict."""
+    first, types = layers - (field_of(text, "num_kv_shared_layers") or 0), field_of(text, "layer_types")
+    if first == layers or types is None:
+        return {}
+    return {i: max(j for j in range(first) if types[j] == types[i]) for i in range(first, layers)}
 
 
 def _experts(text: Any, layers: int) -> Experts | None:
@@ -255,6 +354,9 @@ def _experts(text: Any, layers: int) -> Experts | None:
     name = next((name for name in _EXPERT_FIELDS if field_of(text, name)), None)
     if name is None:
         return None
+    if field_of(text, "model_type") == "llama4_text":
+        return _llama4_experts(text, layers)
+    beside = _intermediate(text) if field_of(text, "enable_moe_block") else 0  # Gemma 4: a dense MLP beside them
     wide = field_of(text, "model_type") in _WIDTH_OF_EXPERTS
     width = field_of(text, "intermediate_size" if wide else "moe_intermediate_size")
     if not width or field_of(text, "shared_expert_intermediate_size"):
@@ -271,11 +373,18 @@ def _experts(text: Any, layers: int) -> Experts | None:
     dense = {i for i in range(layers) if i < first or i in named or (i + 1) % sparse_step}
     return Experts(
         routed=size_of(text, name),
-        active=size_of(text, "num_experts_per_tok", "moe_topk"),
+        active=size_of(text, "top_k_experts") if beside else size_of(text, "num_experts_per_tok", "moe_topk"),
         width=width,
-        shared_width=field_of(text, "shared_intermediate_size") or width * shared,
+        shared_width=beside or field_of(text, "shared_intermediate_size") or width * shared,
         dense=frozenset(dense),
     )
+
+
+def _llama4_experts(text: Any, layers: int) -> Experts:
+    width, routed = size_of(text, "intermediate_size"), size_of(text, "num_local_experts")
+    every = field_of(text, "interleave_moe_layer_step") or 1
+    sparse = field_of(text, "moe_layers") or range(every - 1, layers, every)
+    return Experts(routed, routed, width, width, frozenset(set(range(layers)) - set(sparse)))
 
 
 def vision_flops(config: Any, n_images: int = 1, *, n_vision: int | None = None) -> float:
@@ -307,6 +416,8 @@ def vision_flops(config: Any, n_images: int = 1, *, n_vision: int | None = None)
         kind = field_of(vision, "model_type")
         raise Unsupported(f"the vision tower {kind!r} of {family.model_type!r} is not known: it is not counted")
     merged = family.merge(config, vision)
+    if tower.bare:
+        return float(n_vision or 0) * 2.0 * family.projector(config, vision, 1)
     if tower.images == "fixed":
         patches = patches_of(vision)
         images = n_images if n_vision is None else n_vision * merged / patches
@@ -317,6 +428,8 @@ def vision_flops(config: Any, n_images: int = 1, *, n_vision: int | None = None)
     else:
         patches, images = n_vision * merged // n_images, n_images
     projector = 2.0 * family.projector(config, vision, merged)
+    if tower.pools:  # by a product of all patches with all tokens
+        projector += 2.0 * patches * size_of(vision, tower.width)
     second = field_of(config, family.second_tower) if family.second_tower else None
     beside = 0.0 if second is None else _tower_flops(TOWERS[field_of(second, "model_type")], second, patches_of(second))
     return images * (_tower_flops(tower, vision, patches) + beside + patches / merged * projector)

@@ -75,6 +75,10 @@ def spatial_merge(config: Any, vision: Any) -> int:
     return int(field_of(vision, "spatial_merge_size") or 1) ** 2
 
 
+def one_to_one(config: Any, vision: Any) -> int:
+    return 1
+
+
 def shuffled(config: Any, vision: Any) -> int:
     return round(1 / float(field_of(config, "downsample_ratio") or 0.5)) ** 2
 
@@ -88,6 +92,10 @@ def kernel(config: Any, vision: Any) -> int:
 def halved_twice(config: Any, vision: Any) -> int:
     """Two convolutions, each of every second row and column."""
     return 4**2
+
+
+def ratio(config: Any, vision: Any) -> int:
+    return round(1 / float(field_of(vision, "pixel_shuffle_ratio") or 0.5)) ** 2
 
 
 def averaged(config: Any, vision: Any) -> int:
@@ -123,6 +131,13 @@ def shuffled_matrices(config: Any, vision: Any, merged: int) -> int:
     return (size_of(vision, "hidden_size") * merged + _width(config)) * _width(config)
 
 
+def adapter_and_matrix(config: Any, vision: Any, merged: int) -> int:
+    """Llama 4's: two matrices on merged patches, then one to the decoder's width."""
+    middle, out = size_of(vision, "projector_input_dim"), size_of(vision, "projector_output_dim")
+    adapter = size_of(vision, "intermediate_size") * middle + out * out
+    return adapter + size_of(vision, "vision_output_dim") * _width(config)
+
+
 def gated_matrices(config: Any, vision: Any, merged: int) -> int:
     middle = field_of(config, "alignment_intermediate_size") or _width(config)
     return size_of(vision, "hidden_size") * merged * middle + middle // 2 * _width(config)
@@ -138,6 +153,12 @@ def patch_merger(config: Any, vision: Any, merged: int) -> int:
     tower = tower_of(config)
     width = size_of(vision, tower.width) * merged
     return (1 + len(field_of(vision, "deepstack_visual_indexes") or ())) * (width + size_of(vision, tower.out)) * width
+
+
+def pixels_matrices(config: Any, vision: Any, merged: int) -> int:
+    """From the pixels of a merged patch to the decoder's width, with one width between."""
+    side = size_of(vision, "patch_size") * size_of(vision, "pooling_kernel_size")
+    return 3 * side**2 * size_of(vision, "mm_embed_dim") + size_of(vision, "output_proj_dims") * _width(config)
 
 
 def convolution(config: Any, vision: Any, merged: int) -> int:
@@ -230,11 +251,18 @@ class Tower:
     gated: bool = False  # the MLP has three matrices, not two
     windowed: bool = False  # some layers attend within windows
     relative: bool = False  # SAM's: windows are filled up, and attention adds relative positions of its own
+    pools: bool = False  # averages patches by a product with a matrix of patches x tokens
+    bare: bool = False  # no layers at all: the projector reads pixels
+    unread: str = ""  # why its attention cannot be read for a ranker
     width: str = "hidden_size"
     mlp: str = "intermediate_size"  # or "mlp_ratio", times the width
     out: str = "out_hidden_size"  # of a patch merger
 
 
+_FILLED = "its vision tower fills all images up to one number of patches, which is not what its tokens are made of"
+_NO_TOWER = "it has no vision tower whose attention could be read: its projector reads pixels"
+_CROPS = "its vision tower reads crops that overlap, and a token is made of patches of several"
+_CLS_LAST = "its vision tower's CLS token stands behind the patches, and tokens are made of blocks of them"
 _CLIP, _FIXED = Tower("fixed", class_token=True), Tower("fixed")
 _QWEN2 = Tower("any", width="embed_dim", mlp="mlp_ratio", out="hidden_size")
 _QWEN2_5, _QWEN3 = Tower("any", gated=True, windowed=True), Tower("any")
@@ -247,6 +275,7 @@ TOWERS: dict[str | None, Tower] = {
     "clip_vision_model": _CLIP,
     **dict.fromkeys(("internvl_vision", "qianfan_ocr_vision"), _CLIP),
     **dict.fromkeys(("siglip_vision_model", "idefics3_vision", "smolvlm_vision"), _FIXED),
+    "llama4_vision_model": Tower("fixed", class_token=True, unread=_CLS_LAST),
     "ovis2_vision": Tower("fixed", gated=True),
     **dict.fromkeys(("pixtral", "glm_ocr_vision"), Tower("any", gated=True)),
     **dict.fromkeys(("paddleocr_vl_vision", "video_llama_3_vision", "kimi_k25_vision"), _PLAIN),
@@ -254,6 +283,11 @@ TOWERS: dict[str | None, Tower] = {
     "muse_glimmer_vision": Tower("any", windowed=True),
     **dict.fromkeys(("sam_vision_model", "got_ocr2_vision", "pp_chart2table_vision"), _SAM),
     "janus_vision_model": Tower("fixed", mlp="mlp_ratio"),
+    "gemma4_vision": Tower("any", gated=True, pools=True, unread=_FILLED),
+    "molmo2_vision": Tower("fixed", unread=_CROPS),
+    **dict.fromkeys(("qwen2_5_omni_vision_encoder",), Tower("any", windowed=True, gated=True)),
+    **dict.fromkeys(("qwen3_omni_moe_vision_encoder",), Tower("any")),
+    "gemma4_unified_vision": Tower("any", bare=True, unread=_NO_TOWER),
     **dict.fromkeys(("qwen2_vl", "qwen2_vl_vision"), _QWEN2),
     **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_vision", "exaone4_5_vision"), _QWEN2_5),
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_vision", "qwen3_vl_moe", "qwen3_vl_moe_vision"), _QWEN3),
@@ -261,7 +295,7 @@ TOWERS: dict[str | None, Tower] = {
 }
 """By the vision config's model_type."""
 
-Tiles = Literal["whole", "overview first", "overview last", "unpadded", "resampled"]
+Tiles = Literal["whole", "overview first", "overview last", "unpadded", "resampled", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -282,7 +316,7 @@ class Family(SupportedModel):
 
     `tiles` says how an image becomes vision tokens: "whole", or cut into tiles with the "overview first" or "overview
     last" among them; "unpadded" is an overview, then tiles whose padding was cut away after the tower (LLaVA-NeXT);
-    "resampled" tokens have each looked at all of the image.
+    "resampled" tokens have each looked at all of the image, "pooled" ones are made of patches of crops that overlap.
     """
 
     since: tuple[int, int] = OLDEST  # the first transformers that has it, of those that can be used
@@ -301,6 +335,11 @@ class Family(SupportedModel):
 
 _BOTH, _VISION = ("image", "video"), ("torchvision",)
 _WINDOWS = "static caches are refused: the text model's windowed layers keep theirs in a ring"
+_SHARED = (
+    "no tokens can be left out of layers that read another layer's keys: each has those of the last one before them"
+)
+_PROPOSALS = "assisted decoding: what an assistant proposes first ranks as if it were prompt"
+_CHUNKS = "static caches are refused: the text model's chunked layers keep theirs in a ring"
 _MISTRAL = "static caches are refused on Mistral 7B v0.1 text"
 _CONVERT = "original checkpoints: `thinsight convert`"
 
@@ -313,9 +352,15 @@ _idefics = partial(_tiled, runs=True, merge=square("scale_factor"), projector=on
 _resampled = partial(Family, runs=True, tiles="resampled", projector=NOT_KNOWN)
 _internvl = partial(_tiled, needs=_VISION, runs=True, merge=shuffled, projector=shuffled_matrices)
 _gemma = partial(Family, merge=averaged, projector=pooled_matrix)
+_gemma4 = partial(Family, notes=f"{_WINDOWS}; {_SHARED}", merge=square("pooling_kernel_size"), projector=pooled_matrix)
+_unified = partial(_gemma4, merge=one_to_one, projector=pixels_matrices)
+_llama4 = partial(Family, notes=_CHUNKS, runs=True, tiles="overview last", merge=ratio, projector=adapter_and_matrix)
 _paligemma = partial(Family, both_ways=True, projector=one_matrix, bare_processor="PaliGemmaProcessor")
 _pixtral = partial(Family, merge=square("spatial_merge_size"), projector=merged_matrices)
 _ovis = partial(Family, tiles="overview first", merge=square("hidden_stride"), projector=visual_words)
+_molmo = partial(
+    Family, image_placeholder="image_patch_id", video_placeholder=None, tiles="pooled", projector=NOT_KNOWN
+)
 _qwen = partial(Family, modalities=_BOTH, needs=_VISION, projector=patch_merger)
 _glm = partial(_qwen, projector=convolution, video_placeholder=None)
 _hybrid = partial(Family, projector=two_towers, second_tower="high_res_vision_config")
@@ -334,6 +379,8 @@ _ROWS = (
     _hybrid("deepseek_vl_hybrid", "DeepseekVLHybridForConditionalGeneration", "DeepSeek-VL Hybrid"),
     _qwen("exaone4_5", "Exaone4_5_ForConditionalGeneration", "EXAONE 4.5", notes=_WINDOWS),
     _gemma("gemma3", "Gemma3ForConditionalGeneration", "Gemma 3", notes=_WINDOWS),
+    _gemma4("gemma4", "Gemma4ForConditionalGeneration", "Gemma 4", _BOTH, needs=_VISION),
+    _unified("gemma4_unified", "Gemma4UnifiedForConditionalGeneration", "Gemma 4 Unified", _BOTH, needs=_VISION),
     _glm("glm46v", "Glm46VForConditionalGeneration", "GLM-4.6V"),
     _glm("glm4v", "Glm4vForConditionalGeneration", "GLM-4.1V"),
     _glm("glm4v_moe", "Glm4vMoeForConditionalGeneration", "GLM-4.5V"),
@@ -360,6 +407,7 @@ _ROWS = (
         projector=wide_matrices,
     ),
     _pixtral("lighton_ocr", "LightOnOcrForConditionalGeneration", "LightOnOCR"),
+    _llama4("llama4", "Llama4ForConditionalGeneration", "Llama 4", needs=_VISION),
     _llava("llava", "LlavaForConditionalGeneration", "LLaVA-1.5 and its like, Pixtral", notes=_MISTRAL),
     _unpadded("llava_next", "LlavaNextForConditionalGeneration", "LLaVA-NeXT (1.6)"),
     _unpadded("llava_next_video", "LlavaNextVideoForConditionalGeneration", "LLaVA-NeXT-Video", _BOTH, needs=_VISION),
@@ -370,6 +418,7 @@ _ROWS = (
         projector=twice_two_matrices,
     ),
     _pixtral("mistral3", "Mistral3ForConditionalGeneration", "Mistral Small 3.1 and later", needs=_VISION),
+    _molmo("molmo2", "Molmo2ForConditionalGeneration", "Molmo2", _BOTH, needs=_VISION, since=(5, 20)),
     _qwen(
         *("muse_glimmer", "MuseGlimmerForConditionalGeneration", "Muse Glimmer"),
         notes=_WINDOWS,
@@ -382,7 +431,13 @@ _ROWS = (
     _sam("pp_chart2table", "GotOcr2ForConditionalGeneration", "PP-Chart2Table"),
     _internvl("qianfan_ocr", "QianfanOCRForConditionalGeneration", "Qianfan-OCR", needs=()),
     _qwen("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2.5-VL"),
+    _qwen(
+        "qwen2_5_omni_thinker", "Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2.5-Omni thinker", notes=_PROPOSALS
+    ),
     _qwen("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2-VL"),
+    _qwen(
+        "qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3-Omni thinker", notes=_PROPOSALS
+    ),
     _qwen("qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3-VL"),
     _qwen("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", "Qwen3-VL MoE"),
     _gemma(
@@ -399,6 +454,45 @@ FAMILIES: Registry[Family] = Registry("family", "thinsight.families", code=attrg
 """By model_type."""
 for _row in _ROWS:
     FAMILIES.register(_row)
+
+
+# -- those that cannot ---------------------------------------------------------------------------------------
+
+_IN_FRONT = "puts an image's features in front of the text itself: no tokens of its prompt stand for them"
+_QUERIES = (
+    "hands its text model the few query tokens of a Q-Former in place of an image's patches, and that model may be an "
+    "encoder-decoder"
+)
+_WORDS = "turns an image into words of its own vocabulary, which it writes itself, too: no tokens are vision alone"
+_SPEAKS = "is a whole of a model that reads and one that speaks; load the reading part, its thinker, alone"
+_TIMM = "has a vision tower of the package timm, with which nobody has tried a reduction yet"
+_CROSSES = "reads images by cross-attention: its decoder's input has no vision tokens to drop"
+
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("blip", "idefics"), _CROSSES),
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _QUERIES),
+    **dict.fromkeys(("chameleon", "emu3"), _WORDS),
+    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), _TIMM),
+    **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), _SPEAKS),
+    "diffusion_gemma": "writes whole blocks by diffusion, again and again over all of the prompt, not token by token",
+    "ernie4_5_vl_moe": "sends vision and text tokens to different experts, by a list of all tokens of the prompt",
+    "evolla": "reads proteins, by cross-attention, and no images",
+    "git": _IN_FRONT,
+    "granite4_vision": "adds vision features to the input of several decoder layers, by the places of the whole prompt",
+    "kosmos-2": "lays an image's features over places that an argument names, not over tokens of its own",
+    "kosmos-2.5": "lays an image's features over places that an argument names, not over tokens of its own",
+    "mistral4": "is a text model: it has no vision encoder",
+    "phi4_multimodal": "reads pixels inside its embedding, by arguments of its own, and swaps adapters for them",
+    "pi0": "moves a robot: an action expert reads the keys of all layers, and no text is written",
+}
+"""Model types that cannot run under a reduction, each with what holds for it; encoder-decoders, cross-attention and
+layers of other kinds are told by the config."""
+
+LAYERS: dict[str, str] = {
+    "indexed_attention": "choose the keys that a token sees by an index over all of the sequence",
+    "reference_sliding_attention": "keep the prompt and a window of what follows in a cache of their own",
+}
+"""Of `layer_types`: kinds of layers in which a token cannot be left out, and why; others carry a state along."""
 
 
 # -- looking one up ------------------------------------------------------------------------------------------

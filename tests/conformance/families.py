@@ -21,11 +21,14 @@ from .inputs import (
     PAD,
     START,
     TILE,
+    UNK,
     VIDEO,
     VOCABULARY,
     Draw,
     Part,
+    Row,
     TokenTypes,
+    flat,
     per_row,
     vision,
 )
@@ -238,6 +241,108 @@ def pixtral(patch: int, *, breaks: bool, **sizes: str) -> Vision:
     return make
 
 
+def pooled_patches(patch: int, pool: int, patches: int, grids: list[tuple[int, int]]) -> Vision:
+    """Patches with their places, filled up to one number, of which blocks become tokens (Gemma 4)."""
+
+    def make(draw: Draw, number: int) -> Part:
+        height, width = grids[number % len(grids)]
+        pixels, places = placed(draw, 1, height, width, patches, patch)
+        tokens = height * width // pool**2
+        return vision(
+            [[START], tokens, [END]], [tokens], {"pixel_values": pixels.sigmoid(), "image_position_ids": places}
+        )
+
+    return make
+
+
+def pooled_video(patch: int, pool: int, patches: int, grids: list[tuple[int, int, int]]) -> Vision:
+    """A video as frames of patches with their places (Gemma 4)."""
+
+    def make(draw: Draw, number: int) -> Part:
+        count, height, width = grids[number % len(grids)]
+        pixels, places = placed(draw, count, height, width, patches, patch)
+        tokens = height * width // pool**2
+        pieces: list[int | list[int]] = [
+            piece for _ in range(count) for piece in ([*draw.words(2), START], tokens, [END])
+        ]
+        tensors = {"pixel_values_videos": pixels.sigmoid(), "video_position_ids": places}
+        tensors["num_frames_per_video"] = torch.tensor([count])
+        return vision(pieces, [count * tokens], tensors, token=VIDEO, kind=IS_VIDEO)
+
+    return make
+
+
+def placed(
+    draw: Draw, count: int, height: int, width: int, patches: int, patch: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches of images (count, patches, numbers) and the column and row of each, -1 at filling."""
+    grid = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), dim=-1).reshape(-1, 2)
+    places = torch.full((count, patches, 2), -1)
+    places[:, : len(grid)] = grid
+    return draw.pixels(count, patches, 3 * patch * patch), places
+
+
+def seconds(make: Vision) -> Vision:
+    """A video whose time steps are told in seconds (Qwen-Omni)."""
+
+    def timed(draw: Draw, number: int) -> Part:
+        part = make(draw, number)
+        return Part(part.ids, part.kinds, part.groups, {**part.tensors, "video_second_per_grid": torch.tensor([1.0])})
+
+    return timed
+
+
+def pools(start: int, side: int, rows: int, columns: int) -> torch.Tensor:
+    """Which patches of a crop of side x side each of rows x columns tokens is made of, four each (Molmo2)."""
+    places = start + torch.arange(side * side).view(side, side)[: 2 * rows, : 2 * columns]
+    return places.view(rows, 2, columns, 2).transpose(1, 2).reshape(rows * columns, 4)
+
+
+def pooled_crops(patch: int, side: int) -> Vision:
+    """An overview and a crop, of whose patches tokens are made (Molmo2)."""
+    grids = [(3, 3), (2, 3), (3, 2)]
+
+    def make(draw: Draw, number: int) -> Part:
+        rows, columns = grids[number % len(grids)]
+        tensors = {
+            "pixel_values": draw.pixels(2, side * side, 3 * patch * patch),
+            "image_token_pooling": torch.cat([pools(0, side, 2, 2), pools(side * side, side, rows, columns)]),
+            "image_grids": torch.tensor([[2, 2, rows, columns]]),
+        }
+        pieces: list[int | list[int]] = [[START], 4, [END, TILE], rows * columns, [END]]
+        return vision(pieces, [4 + rows * columns], tensors)
+
+    return make
+
+
+def pooled_frames(patch: int, side: int) -> Vision:
+    """A video as frames, of whose patches tokens are made (Molmo2)."""
+
+    def make(draw: Draw, number: int) -> Part:
+        count = (2, 3)[number % 2]
+        tensors = {
+            "pixel_values_videos": draw.pixels(count, side * side, 3 * patch * patch),
+            "video_token_pooling": torch.cat([pools(frame * side * side, side, 2, 3) for frame in range(count)]),
+            "video_grids": torch.tensor([[count, 2, 3]]),
+        }
+        pieces: list[int | list[int]] = [piece for _ in range(count) for piece in ([*draw.words(2), START], 6, [END])]
+        return vision(pieces, [6 * count], tensors, kind=IS_VIDEO)
+
+    return make
+
+
+def offset_pools(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """All images end to end; patches are counted over the crops of all (Molmo2)."""
+    start, moved = 0, []
+    for part in (part for row in rows for part in row.parts):
+        tensors = dict(part.tensors)
+        for name in tensors.keys() & {"image_token_pooling", "video_token_pooling"}:
+            tensors[name] = tensors[name] + start
+        start += sum(len(t) * t.shape[1] for name, t in tensors.items() if name.startswith("pixel_values"))
+        moved.append(Part(part.ids, part.kinds, part.groups, tensors))
+    return flat([Row(moved)])
+
+
 # --- the table
 
 MM_TYPES = TokenTypes("mm_token_type_ids", text=0, image=1, video=2, answer=0)
@@ -278,6 +383,26 @@ PIXTRAL_TOWER = tower("pixtral", 64, 4)
 GEMMA3_TEXT = text(
     "gemma3_text", query_pre_attn_scalar=8, sliding_window=10, layer_types=["sliding_attention", "full_attention"] * 2
 )
+AUDIO = {
+    **{"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "output_dim": 32},
+    **{"num_mel_bins": 16, "max_source_positions": 20},
+}
+# transformers 5.23 counts the places of a later turn's image as if it were text, and asks these models for all logits,
+# so that nothing tells an assistant's first proposals from the prompt
+OMNI: dict[str, Any] = {"images_later": False, "assisted": False, "in_space": True}
+OMNI_MARKS = {"audio_token_id": UNK, "audio_start_token_id": TILE, "audio_end_token_id": BREAK}
+GEMMA4_TOWER = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "patch_size": 4,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 64,
+}
 COHERE2_TEXT = text(
     "cohere2",
     sliding_window=10,
@@ -417,6 +542,158 @@ TABLE = [
         types=TokenTypes("token_type_ids", text=0, image=1, video=1, answer=0),
         core=True,
         refuses=WINDOWS,
+    ),
+    Family(
+        name="gemma4",
+        model_class="Gemma4ForConditionalGeneration",
+        config=config(
+            text(
+                "gemma4_text",
+                intermediate_size=48,
+                sliding_window=40,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                num_kv_shared_layers=1,
+                use_double_wide_mlp=True,
+                hidden_size_per_layer_input=8,
+                vocab_size_per_layer_input=VOCABULARY,
+                global_head_dim=16,
+            ),
+            GEMMA4_TOWER,
+            audio_config=None,
+            audio_token_id=UNK,
+            **VIDEO_ID,
+        ),
+        image=pooled_patches(4, 2, 64, [(8, 8), (4, 10), (6, 8)]),
+        video=pooled_video(4, 2, 36, [(2, 6, 6), (3, 4, 6)]),
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="gemma4-moe",
+        model_class="Gemma4ForConditionalGeneration",
+        config=config(
+            text(
+                "gemma4_text",
+                sliding_window=10,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                hidden_size_per_layer_input=0,
+                global_head_dim=16,
+                num_global_key_value_heads=1,
+                attention_k_eq_v=True,
+                enable_moe_block=True,
+                num_experts=4,
+                top_k_experts=2,
+                moe_intermediate_size=32,
+                use_bidirectional_attention="vision",
+            ),
+            GEMMA4_TOWER,
+            audio_config=None,
+            audio_token_id=UNK,
+            **VIDEO_ID,
+        ),
+        image=pooled_patches(4, 2, 64, [(8, 8), (4, 10), (6, 8)]),
+        video=pooled_video(4, 2, 36, [(2, 6, 6), (3, 4, 6)]),
+        types=MM_TYPES,
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="gemma4-unified",
+        model_class="Gemma4UnifiedForConditionalGeneration",
+        config=config(
+            text(
+                "gemma4_unified_text",
+                sliding_window=10,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                global_head_dim=16,
+                num_global_key_value_heads=1,
+                attention_k_eq_v=True,
+            ),
+            {
+                "patch_size": 2,
+                "pooling_kernel_size": 2,
+                "mm_embed_dim": 24,
+                "mm_posemb_size": 16,
+                "output_proj_dims": 24,
+            },
+            audio_config=None,
+            audio_token_id=UNK,
+            **VIDEO_ID,
+        ),
+        image=pooled_patches(4, 1, 24, [(4, 6), (4, 4), (2, 6)]),
+        video=pooled_video(4, 1, 9, [(2, 3, 3), (3, 2, 4)]),
+        types=MM_TYPES,
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="llama4",
+        model_class="Llama4ForConditionalGeneration",
+        config=config(
+            text(
+                "llama4_text",
+                intermediate_size_mlp=48,
+                num_local_experts=4,
+                interleave_moe_layer_step=2,
+                no_rope_layer_interval=2,
+                attention_chunk_size=24,
+            ),
+            tower(
+                *("llama4_vision_model", 28, 7),
+                vision_output_dim=32,
+                projector_input_dim=32,
+                projector_output_dim=32,
+                **{"intermediate_size": 128, "pixel_shuffle_ratio": 0.5},
+            ),
+        ),
+        image=tiles(28, 4, mark=False),
+        encodes_ahead=False,  # its features are not where `generate` looks for them
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="qwen2.5-omni",
+        model_class="Qwen2_5OmniThinkerForConditionalGeneration",
+        config=config(mrope("qwen2_5_omni_text"), QWEN25_TOWER, audio_config=AUDIO, **MARKS, **OMNI_MARKS),
+        image=patches(4),
+        video=seconds(patch_video(4, stamps=False)),
+        attn=NO_FLEX,
+        **OMNI,
+    ),
+    Family(
+        name="qwen3-omni",
+        model_class="Qwen3OmniMoeThinkerForConditionalGeneration",
+        config=config(
+            mrope("qwen3_omni_moe_text", rope={"mrope_interleaved": True}, **QWEN_EXPERTS),
+            QWEN3_TOWER,
+            audio_config={**AUDIO, "downsample_hidden_size": 8},
+            **MARKS,
+            **OMNI_MARKS,
+        ),
+        image=patches(4),
+        video=seconds(patch_video(4, stamps=False)),
+        attn=NO_FLEX,
+        **OMNI,
+    ),
+    Family(
+        name="molmo2",
+        model_class="Molmo2ForConditionalGeneration",
+        config={
+            "text_config": text("molmo2_text", additional_vocab_size=4),
+            "vision_config": {
+                **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2},
+                **{"num_key_value_heads": 2, "head_dim": 16, "image_size": [24, 24], "patch_size": 4},
+                "num_position_embeddings": 36,
+            },
+            "adapter_config": {
+                **{"vision_feature_layer": [-1, -2], "hidden_size": 32, "num_attention_heads": 2},
+                **{"num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48, "text_hidden_size": 32},
+            },
+            "image_patch_id": IMAGE,
+            "tie_word_embeddings": False,
+        },
+        image=pooled_crops(4, 6),
+        video=pooled_frames(4, 6),
+        mixes_video=False,
+        collate=offset_pools,
+        types=TokenTypes("mm_token_type_ids", text=0, image=1, video=1, answer=0),
+        images_later=False,  # all images of a prompt see each other, those of its cache no later one
     ),
     Family(
         name="paligemma",

@@ -23,6 +23,7 @@ from thinsight.checking.prompts import PADDED as PADDED
 from thinsight.checking.prompts import VIDEOS as VIDEOS
 from thinsight.checking.prompts import Prompts
 from thinsight.checking.prompts import Vision as Vision
+from thinsight.checking.reference import keys_of
 
 from .inputs import BOS, EOS, FIRST_WORD, PAD, VOCABULARY, Batch, Collate, Row, Spec, TokenTypes, flat
 
@@ -41,6 +42,10 @@ class Family:
     collate: Collate = flat
     attn: tuple[str, ...] = ("sdpa", "eager", "flex_attention")  # implementations that the stock model has
     beams: tuple[Spec, ...] = PADDED  # rows on which the stock model's beam search is right
+    encodes_ahead: bool = True  # `generate` can copy and cut what the stock model's encoder made
+    images_later: bool = True  # the stock model reads the image of a later turn as it would from the start
+    assisted: bool = True  # a first pass tells what an assistant proposed
+    in_space: bool = False  # tokens have places in time, height and width, of which embeddings say nothing
     static_cache: bool = True  # the stock model runs with one
     places_later_images: bool = True  # the stock `generate` knows the positions of images behind a cache
     takes_processors: bool = True  # the stock `generate` heeds a `logits_processor`
@@ -68,6 +73,11 @@ class Family:
         text = self.model().config.get_text_config()
         kind = "full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"
         return getattr(text, "layer_types", None) or [kind] * text.num_hidden_layers
+
+    @property
+    def keys_of(self) -> dict[int, int]:
+        """The decoder layers without keys of their own, and the layer whose keys each reads."""
+        return keys_of(self.model().config.get_text_config(), 4)
 
     def build(self, attn: str | None = None, seed: int = 0, layers: int = 4) -> PreTrainedModel:
         """A new model, float32, in eval mode, for a test that changes it; sdpa if the family has it."""
@@ -120,6 +130,12 @@ class Family:
     def later_inputs(self, model: PreTrainedModel, wholes: list[Row], turns: list[Row]) -> dict[str, Any]:
         """As `Prompts.later_inputs`."""
         return self.prompts.later_inputs(model, wholes, turns)
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The text model; Llama 4 hands it out together with its head."""
+    text: Any = model.get_decoder()
+    return text if hasattr(text, "layers") else text.model
 
 
 @cache

@@ -17,7 +17,7 @@ from thinsight.schedule import Schedule
 
 from .behaviours import behaviour
 from .checks import Case, close
-from .family import Family
+from .family import Family, decoder_of
 from .inputs import Batch, Row, Spec
 
 CASE = Case(Schedule([1, 0.8, 0.5, 0.1]))
@@ -93,14 +93,14 @@ def decoder_gradients(model: PreTrainedModel, found: dict[str, Tensor]) -> dict[
     names: Any = {id(p): name for name, p in model.named_parameters()}
     return {
         number: torch.stack([found[names[id(p)]].norm() for p in layer.parameters() if names[id(p)] in found]).norm()
-        for number, layer in enumerate(model.get_decoder().layers)
+        for number, layer in enumerate(decoder_of(model).layers)
     }
 
 
 @behaviour("training")
 def test_a_few_steps_lower_the_loss(family: Family) -> None:
     model, inputs = family.build(), labelled(family.batch(family.rows(ROWS, 25)))
-    optimiser = torch.optim.Adam(model.get_decoder().layers.parameters(), lr=3e-3)
+    optimiser = torch.optim.Adam(decoder_of(model).layers.parameters(), lr=3e-3)
     losses = []
     with apply(model, CASE.schedule):
         for _ in range(4):

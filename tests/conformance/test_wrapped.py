@@ -5,6 +5,7 @@ Knows nothing about any one family.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,22 +39,24 @@ def kept(handle: Handle) -> list[list[int]]:
 # --- adapters
 
 
-def adapter() -> LoraConfig:
+def adapter(model: PreTrainedModel) -> LoraConfig:
     """In attention, of tower and decoder; drawn at random, so that it changes what the model says."""
     torch.manual_seed(0)
-    return LoraConfig(r=4, target_modules=r".*\.[qkv]_proj", init_lora_weights=False)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = [name for name in linear if re.fullmatch(r".*\.[qkv]_proj(\.linear)?", name)]
+    return LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
 
 
 def with_peft(family: Family) -> tuple[Any, PreTrainedModel]:
     """PEFT's wrapper, and the model in it."""
     model = family.build()
-    return get_peft_model(model, adapter()), model
+    return get_peft_model(model, adapter(model)), model
 
 
 def with_transformers(family: Family) -> tuple[Any, PreTrainedModel]:
     """A model that transformers has put an adapter on."""
     model = family.build()
-    model.add_adapter(adapter())
+    model.add_adapter(adapter(model))
     return model.eval(), model
 
 
@@ -134,9 +137,9 @@ LLAVA = FAMILIES["llava"]
 
 WRAPPERS: dict[str, Callable[[PreTrainedModel], Any]] = {
     "compiled": lambda model: torch.compile(model, backend="eager"),
-    "compiled adapter": lambda model: torch.compile(get_peft_model(model, adapter()), backend="eager"),
-    "adapter in parallel": lambda model: nn.DataParallel(get_peft_model(model, adapter())),
-    "mixed adapter": lambda model: get_peft_model(model, adapter(), mixed=True),
+    "compiled adapter": lambda model: torch.compile(get_peft_model(model, adapter(model)), backend="eager"),
+    "adapter in parallel": lambda model: nn.DataParallel(get_peft_model(model, adapter(model))),
+    "mixed adapter": lambda model: get_peft_model(model, adapter(model), mixed=True),
 }
 
 

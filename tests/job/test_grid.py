@@ -63,7 +63,15 @@ GRIDS = {
     **dict.fromkeys(("video-llama-3", "deepseek-vl-hybrid", "janus", "exaone4.5", "kimi-k2.5"), ((4, 4), 0)),
     **dict.fromkeys(("hyperclovax-vision-v2", "cosmos3-edge", "muse-glimmer", "minimax-m3-vl"), ((4, 4), 0)),
 }
-NO_GRID = dict.fromkeys(("idefics2", "aria"), "resampled from all of an image, form no grid")
+GRIDS |= {
+    **dict.fromkeys(("qwen2.5-omni", "qwen3-omni", "gemma4", "gemma4-moe"), ((4, 4), 0)),
+    "gemma4-unified": ((4, 6), 0),
+    "llama4": ((2, 2), 8),
+}
+NO_GRID = {
+    **dict.fromkeys(("idefics2", "aria"), "resampled from all of an image, form no grid"),
+    "molmo2": "made of patches of crops that overlap, form no grid",
+}
 
 
 def processor_of(name: str, specs: Any = ONE_IMAGE) -> RowProcessor:

@@ -56,7 +56,10 @@ class Reference:
     ) -> None:
         self.model = model
         self.batch = batch
-        self.layers: list[Any] = list(model.get_decoder().layers)[: schedule.num_layers]
+        text: Any = model.get_decoder()
+        text = text if hasattr(text, "layers") else text.model  # Llama 4 hands it out together with its head
+        self.layers: list[Any] = list(text.layers)[: schedule.num_layers]
+        self.keys_of = keys_of(text.config, schedule.num_layers)
         self.schedule = schedule
         self.queries = queries
         self.per = per
@@ -108,6 +111,13 @@ class Reference:
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def keys_of(text: Any, layers: int) -> dict[int, int]:
+    """The decoder layers without keys of their own, and the layer whose keys each reads: the last of its kind before
+    them (Gemma 4)."""
+    first, kinds = layers - (getattr(text, "num_kv_shared_layers", None) or 0), getattr(text, "layer_types", ())
+    return {i: max(j for j in range(first) if kinds[j] == kinds[i]) for i in range(first, layers)}
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
@@ -201,6 +211,10 @@ class _Ranking:
     def rank(self, layer: int) -> None:
         """Take from the layer what does not enter it."""
         reference = self.reference
+        if layer in reference.keys_of:  # where nothing can be dropped: its keys are another layer's
+            reference.hidden[layer] |= reference.hidden[reference.keys_of[layer]]
+            reference.kept.append(reference.kept[-1])
+            return
         kept = self._chosen(reference.chosen[layer]) if reference.chosen is not None else self._best(layer)
         reference.hidden[layer] |= set(self.tokens) - kept
         reference.kept.append(sorted(self.tokens.index(place) for place in kept))

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..cost import windows_of
 from ..errors import Unsupported
 from ..runtime import vision_token_mask
-from ..runtime.anatomy import reads_prompt_both_ways, sliding_layers
+from ..runtime.anatomy import decoder, num_layers, reads_prompt_both_ways, sliding_layers
 from ..runtime.cache import CACHE
 from .prompts import PromptBatch, pass_inputs, prompt_positions
 
@@ -248,7 +249,7 @@ class _Run:
         # 3) Each answer agrees with its draft up to some token, and goes on with one of its own.
         self.rated = drafts is not None and any(drafts)
         rated = drafts if drafts is not None else [()] * len(forced)
-        logits = outputs.logits[:, -extra - 1 :]  # VideoLLaMA 3 gives them all
+        logits = outputs.logits[:, -extra - 1 :]  # not every model gives only what it is asked for
         predicted, gaps, likely = self._predict_all(logits, draft, rated)  # (batch, extra + 1)
         accepted = torch.zeros_like(draft)
         for row, tokens in enumerate(forced):
@@ -261,7 +262,7 @@ class _Run:
         # 4) Rejected columns are masked; a sliding window would still lose tokens to them.
         self.mask = torch.cat([self.mask, accepted], dim=-1)
         if not bool(accepted.all()) and sliding_layers(self.model):
-            window = int(self.model.get_decoder().config.sliding_window)
+            window = min(windows_of(decoder(self.model).config, num_layers(self.model)).values())
             if self.mask.shape[1] + self.rules.max_new_tokens > window:
                 self.exact = replace(columns, mask=self.mask).without_gaps()
 

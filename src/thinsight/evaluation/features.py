@@ -30,7 +30,7 @@ from ..runtime.anatomy import decoder
 from ..version import __version__
 from .example import Example
 from .images import READING, ImageSource, image_key
-from .prompts import PromptReader, chunks
+from .prompts import PromptReader, chunks, counts_patches
 from .store import Store, separate_tensors
 
 _SAMPLED_WEIGHTS = 1024  # of each tensor
@@ -174,7 +174,8 @@ class VisionCache:
         for without it are arranged as they come."""
         by_images = {example.image_keys: example for example in examples}
         fresh = [key for key in by_images if key not in self._group_of]
-        for keys in chunks(fresh, min(together, _ENCODE_BATCH)):
+        most = 1 if counts_patches(self._model) else min(together, _ENCODE_BATCH)
+        for keys in chunks(fresh, most):
             self._group_of.update(dict.fromkeys(keys, len(self._groups)))
             self._groups.append([by_images[key] for key in keys])
 

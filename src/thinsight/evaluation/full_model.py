@@ -131,9 +131,9 @@ def pass_bytes(shape: cost.DecoderShape, rows: int, tokens: int, answer: int, dt
     """About what one pass of ``rows`` prompts of ``tokens`` positions adds to the memory in use: keys and values
     of all layers, one layer's activations and the logits of the answer; twice, for the copies and the attention
     weights that some implementations make."""
-    per_layer = shape.num_layers * shape.kv_bytes_per_token(dtype_bytes)
+    cached = sum(shape.kv_bytes_per_token(dtype_bytes, layer) for layer in range(shape.num_layers))
     activations = (4 * shape.hidden + 3 * shape.intermediate) * dtype_bytes
-    return 2.0 * rows * (tokens * (per_layer + activations) + answer * shape.vocab * dtype_bytes)
+    return 2.0 * rows * (tokens * (cached + activations) + answer * shape.vocab * dtype_bytes)
 
 
 def free_bytes() -> float:

@@ -100,6 +100,11 @@ def pad_batch(prompts: Sequence[Prompt], pad_token_id: int, width: int = 0) -> P
     )
 
 
+def counts_patches(model: Any) -> bool:
+    """Whether images come with numbers of patches, counted over all of a processor's output (Molmo2)."""
+    return any(name.endswith("_token_pooling") for name in encoder_inputs(model, "image"))
+
+
 def _pad(rows: Sequence[Tensor], value: int, width: int = 0) -> Tensor:
     """(seq,) each -> (batch, longest seq)."""
     width = max(width, *map(len, rows))
@@ -148,7 +153,7 @@ def pass_inputs(
         **more,
     )
     if prepared.get("position_ids", position_ids) is None:
-        # EXAONE 4.5 counts what is cached, of which here some columns may be masked
+        # EXAONE 4.5 and Qwen-Omni count what is cached, of which here some columns may be masked
         prepared["position_ids"] = position_ids
     return prepared
 
@@ -358,6 +363,8 @@ class PromptReader:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         pads = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
         pad_token = next((int(pad) for pad in pads if pad is not None), 0)  # it is masked, so any token will do
+        if len(examples) > 1 and counts_patches(self.model):
+            raise Unsupported("this model's images are told by numbers of patches; give it one example at a time")
         return {**pad_batch(self.prompts(examples), pad_token).tensors, **self.pixels(examples)[0]}
 
     def typical_batch(self, examples: Sequence[Example], batch: int) -> dict[str, Any]:

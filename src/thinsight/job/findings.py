@@ -66,7 +66,11 @@ def grid_of(model: Any, processor: Any, example: Example, inputs: Mapping[str, A
     vision = model.config.vision_config
     if family_of(model.config).tiles == "resampled":
         raise _no_grid(f"the {n_vision} vision tokens, which are resampled from all of an image,")
-    if inputs.get("image_grid_thw") is not None:
+    if family_of(model.config).tiles == "pooled":
+        raise _no_grid(f"the {n_vision} vision tokens, which are made of patches of crops that overlap,")
+    if "image_position_ids" in inputs:
+        found = _placed(model, inputs)
+    elif inputs.get("image_grid_thw") is not None:
         said = inputs.get("image_merge_sizes")  # VideoLLaMA 3
         merge = math.isqrt(family_of(model.config).merge(model.config, vision)) if said is None else int(said[0])
         _, rows, columns = (int(side) for side in inputs["image_grid_thw"][0])
@@ -86,6 +90,19 @@ def _pixtral(model: Any, processor: Any, inputs: Mapping[str, Any]) -> Grid:
     cell = model.config.vision_config.patch_size * getattr(model.config, "spatial_merge_size", 1)
     pixels = inputs["pixel_values"][0, :, :height, :width]
     return Grid(_as_seen(processor, pixels), height // cell, width // cell)
+
+
+def _placed(model: Any, inputs: Mapping[str, Any]) -> Grid:
+    """An image as patches with their places, filled up to one number (Gemma 4); pixels are from 0 to 1."""
+    vision = model.config.vision_config
+    block = math.isqrt(family_of(model.config).merge(model.config, vision))
+    places = inputs["image_position_ids"][0]
+    columns, rows = (int(last) + 1 for last in places.amax(0))
+    patches = inputs["pixel_values"][0][(places >= 0).all(-1)]
+    side = math.isqrt(patches.shape[-1] // 3)
+    pixels = patches.float().cpu().view(rows, columns, side, side, 3).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    image = Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    return Grid(image, rows // block, columns // block)
 
 
 def _tile(model: Any, processor: Any, images: int, inputs: Mapping[str, Any], n_vision: int) -> Grid:

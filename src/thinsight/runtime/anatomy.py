@@ -27,9 +27,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
 from ..checked import CheckResult, Identity, cache_folder, stored, stored_for
-from ..cost import windows_of
+from ..cost import shared_keys_of, windows_of
 from ..errors import BadInput, MissingPackage, Unsupported
-from ..families import FAMILIES, OLDEST, UNTESTED, family_of, tower_of
+from ..families import FAMILIES, LAYERS, OLDEST, REFUSED, UNTESTED, family_of, tower_of
 from ..version import __version__
 
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -114,7 +114,8 @@ def base_model(model: PreTrainedModel) -> PreTrainedModel:
 
 def decoder(model: PreTrainedModel) -> PreTrainedModel:
     """The text model."""
-    return model.get_decoder()
+    text = model.get_decoder()
+    return text if hasattr(text, "layers") else text.model  # Llama 4 hands it out together with its head
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -147,6 +148,8 @@ def vision_placeholders(model: PreTrainedModel, input_ids: Tensor) -> dict[str, 
     family = family_of(model.config)
     fields = {"image": family.image_placeholder, "video": family.video_placeholder}
     ids = {name: getattr(model.config, field, None) for name, field in fields.items() if field is not None}
+    if ids.get("video") == ids.get("image"):  # both stand behind one token, which is not to be counted twice
+        ids.pop("video", None)
     return {name: input_ids == token for name, token in ids.items() if token is not None}
 
 
@@ -173,6 +176,11 @@ def sliding_layers(model: PreTrainedModel) -> frozenset[int]:
     return frozenset(windows_of(decoder(model).config, num_layers(model)))
 
 
+def shared_keys(model: PreTrainedModel) -> dict[int, int]:
+    """The decoder layers that have no keys and values of their own, each with the layer whose keys it reads."""
+    return shared_keys_of(decoder(model).config, num_layers(model))
+
+
 def vision_source(model: PreTrainedModel) -> VisionSource:
     """Where to read attention inside the vision tower; refused if the tower packs its images into one sequence, or the
     projector reads the tower's embeddings, which no attention made."""
@@ -180,6 +188,9 @@ def vision_source(model: PreTrainedModel) -> VisionSource:
     tower = getattr(base_model(model), "vision_tower", None)
     tower = getattr(base_model(model), "vision_model", None) if tower is None else tower
     depth = getattr(getattr(tower, "config", None), "num_hidden_layers", None)
+    if tower_of(config).unread:
+        why = tower_of(config).unread
+        raise Unsupported(f"{config.model_type!r}: {why}; rank by text-attention, random or uniform")
     if tower is None or depth is None or tower_of(config).images == "any":
         raise Unsupported(
             f"the vision tower of {config.model_type!r} runs all images as one sequence, so its attention "
@@ -244,6 +255,8 @@ def refusal(config: Any) -> str | None:
     kind, text = config.model_type, config.get_text_config() if hasattr(config, "get_text_config") else config
     if never is not None or kind in FAMILIES:
         return never
+    if kind in REFUSED:
+        return f"{kind!r} {REFUSED[kind]}; `thinsight models` lists those that can run under a reduction"
     kinds = _layer_kinds(text)
     name = CLASSES.get(kind)
     alike = sorted(row.model_type for row in FAMILIES.values() if row.model_class == name)
@@ -255,6 +268,8 @@ def refusal(config: Any) -> str | None:
         )
     elif alike:
         why = f", which runs as {name} like {alike[0]!r}, but has not been tried under this name yet"
+    elif known := [kind for kind in other if kind in LAYERS]:
+        why = f", whose decoder has layers ({', '.join(known)}) that {LAYERS[known[0]]}"
     elif other:
         why = (
             f", whose decoder has layers ({', '.join(other)}) that are no plain self-attention: what they carry "
@@ -431,6 +446,18 @@ def check_attention(model: PreTrainedModel, paged: bool = False) -> None:
     if implementation not in ATTENTION:
         raise Unsupported(
             f"attn_implementation is {implementation!r}; load the model with one of {', '.join(ATTENTION)}"
+        )
+
+
+def check_positions(model: PreTrainedModel, tokens: int) -> None:
+    """Refuse a prompt of so many tokens where layers scale attention by place, and count places in tokens that are
+    there: Llama 4, from a number of tokens on."""
+    text = decoder(model).config
+    limit = getattr(text, "floor_scale", None) if getattr(text, "attn_temperature_tuning", False) else None
+    if limit is not None and tokens >= limit:
+        raise Unsupported(
+            f"the prompt has {tokens} tokens, and from {limit} on this model's layers scale attention by a token's "
+            "place, which they count in tokens that are there; shorten the prompt"
         )
 
 

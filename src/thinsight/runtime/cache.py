@@ -118,7 +118,7 @@ class Thinned(CacheLayerMixin):
             self.kept = kept
 
     def columns(self) -> Columns:
-        """The logical columns of the keys that the announced update returns."""
+        """The logical columns of the keys that the announced update returns, or the last one has returned."""
         raise NotImplementedError
 
     @property
@@ -189,7 +189,7 @@ class ThinnedLayer(Thinned, DynamicLayer):
     def columns(self) -> Columns:
         assert self.kept is not None
         cached = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
-        return self.kept.until(cached + self.dropped + self.coming)
+        return self.kept.until(cached + self.dropped + (self.coming if self.expected else 0))
 
     def get_seq_length(self) -> int:
         length = super().get_seq_length()

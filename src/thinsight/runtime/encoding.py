@@ -87,6 +87,8 @@ class EncodedImages(Mapped):
                     )
                 features = torch.stack(features)
             outputs[modality] = output = BaseModelOutputWithPooling(pooler_output=features)
+            if modality in self.stacked:
+                output.last_hidden_state = features  # where Llama 4 takes them from
             if self.deepstack:
                 layers = zip(*(self.deepstack[i] for i in entries), strict=True)
                 setattr(output, "deepstack_features", [list(layer) for layer in layers])  # noqa: B010
@@ -150,7 +152,7 @@ def vision_outputs(model: PreTrainedModel, call: Mapping[str, Any], modality: st
     `pooler_output` holds entries of (tokens, hidden), and attention that a `VisionTap` read is for their tokens."""
     encoder = getattr(base_model(model), f"get_{modality}_features")
     given = {name: call[name] for name in encoder_inputs(model, modality) if call.get(name) is not None}
-    output = encoder(**{**given, "return_dict": True})
+    output = projected(encoder(**{**given, "return_dict": True}))
     received = received_of(output)
     if received is not None:
         if hasattr(base_model(model), "image_newline"):
@@ -161,11 +163,18 @@ def vision_outputs(model: PreTrainedModel, call: Mapping[str, Any], modality: st
 
 def settle(output: Any) -> None:
     """Have attention that a `VisionTap` left per row of the tower stand per token; what does so already stays."""
-    received, pooled = received_of(output), getattr(output, "pooler_output", None)
+    received, pooled = received_of(projected(output)), getattr(output, "pooler_output", None)
     if received and pooled is not None and len(pooled) and len(received[0]) != len(pooled[0]):
         alone = len(pooled) % len(received) == 0  # an image per entry, perhaps once for each beam
         tokens = len(pooled[0]) if alone else sum(map(len, pooled)) // len(received)
         setattr(output, _RECEIVED, fit_received(received, [tokens] * len(received)))
+
+
+def projected(output: Any) -> Any:
+    """An encoder's output, whose entries stand in `pooler_output`: Llama 4 projects later, and has them elsewhere."""
+    if getattr(output, "pooler_output", None) is None:
+        output.pooler_output = output.last_hidden_state
+    return output
 
 
 def encoder_inputs(model: PreTrainedModel, modality: str) -> list[str]:

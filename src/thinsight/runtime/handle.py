@@ -22,7 +22,15 @@ from ..ranking import Ranker, get_ranker
 from ..reduction import Reduction, check_rerank
 from ..schedule import Schedule
 from ..texts import brief
-from .anatomy import attention_implementation, base_model, check_supported, decoder_layers, sliding_layers, unwrapped
+from .anatomy import (
+    attention_implementation,
+    base_model,
+    check_supported,
+    decoder_layers,
+    shared_keys,
+    sliding_layers,
+    unwrapped,
+)
 from .call import Plan, encode_pixels
 from .reducer import Quotas, Reducer
 from .weights import difference
@@ -82,7 +90,7 @@ class Handle:
         self.rerank = rerank
         with _applied_lock:
             _check_free(model)
-            quotas = Quotas(schedule, adaptive, per, rerank)
+            quotas = Quotas(schedule, adaptive, per, rerank, schedule.num_layers - len(shared_keys(model)))
             self._reducer = Reducer(model, schedule, ranker, quotas, adaptive)
             self._reducer.install()
             _applied[base_model(model)] = weakref.ref(self._reducer)
@@ -151,7 +159,7 @@ class Handle:
         Raises:
             ThinsightError: vision tokens cannot be told from the inputs.
         """
-        if not self._reducer.quotas.starts:
+        if not self._reducer.quotas.falls:
             return None
         return self._reducer.read(encode_pixels(self.model, inputs))
 
@@ -177,7 +185,7 @@ class Handle:
         if not 0 <= layer < self.schedule.num_layers:
             raise BadInput(f"layer is {layer}; it must be from 0 to {self.schedule.num_layers - 1}")
         if self.local.trace is None:
-            drops = self._reducer.quotas.starts
+            drops = self._reducer.quotas.falls
             why = "run a prompt with an image first" if drops else "the schedule keeps every token"
             raise BadInput(f"no kept tokens are recorded: {why}")
         alive = [alive for start, alive in self.local.trace if start <= layer][-1]
@@ -285,6 +293,11 @@ def apply(
         raise Unsupported(
             f"decoder layer {windows[0]} has a sliding window, which {implementation} would count in kept "
             "tokens; load the model with attn_implementation='sdpa'"
+        )
+    if adaptive is not None and adaptive.layer in shared_keys(model):
+        raise Unsupported(
+            f"decoder layer {adaptive.layer}, at which this reduction gives each prompt its schedule, reads the keys "
+            f"of layer {shared_keys(model)[adaptive.layer]}; choose a layer before the first that does"
         )
     return Handle(model, schedule, chosen, per, rerank, adaptive)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import BadInput
 from ..ranking import VISION_ATTENTION, full_precision, get_ranker
-from .anatomy import attention_of, check_supported, decoder_layers, model_device
+from .anatomy import attention_of, check_supported, decoder_layers, model_device, shared_keys
 from .call import encode_pixels, query_columns, read_call
 from .encoding import on_device, tapped
 from .scoring import Probe, TextRows
@@ -57,7 +57,8 @@ def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-atte
     try:
         for probe, request in zip(probes, requests, strict=True):
             probe.arm(request)
-        model(**arguments, use_cache=False, logits_to_keep=1)
+        # Gemma 4 runs its last layers on what it is asked for alone, and all rows are to be read there
+        model(**arguments, use_cache=False, logits_to_keep=0 if shared_keys(model) else 1)
     finally:
         for probe in probes:
             probe.restore()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..errors import BadInput
@@ -39,9 +40,11 @@ from .anatomy import (
     attention_of,
     base_model,
     check_attention,
+    check_positions,
     check_recomputation,
     check_replica,
     decoder_layers,
+    shared_keys,
     writes_vision_after,
 )
 from .cache import Kept, Thinned, append, cache_of, filled, is_paged, thin, thinned
@@ -68,8 +71,13 @@ class Quotas:
     """How many tokens of which group enter which layer; arguments as `Handle` has them. A pass's levels number
     the schedules of an adaptive reduction."""
 
-    def __init__(self, schedule: Schedule, adaptive: Adaptive | None, per: str, rerank: bool | float) -> None:
-        rates = schedule.keep_rates
+    def __init__(
+        self, schedule: Schedule, adaptive: Adaptive | None, per: str, rerank: bool | float, own: int | None = None
+    ) -> None:
+        # layers that read another's keys cannot leave tokens out: each has those of the last one before them
+        self.own = schedule.num_layers if own is None else own
+        self.falls = any(rate < 1 for rate in schedule.keep_rates)
+        rates = schedule.keep_rates[: self.own]
         # a stage is a run of layers with one keep rate below 1
         self.starts = [i for i, rate in enumerate(rates) if rate < (rates[i - 1] if i else 1.0)]
         self._schedules = (schedule,) if adaptive is None else adaptive.schedules
@@ -89,7 +97,7 @@ class Quotas:
         """How many of a group's n tokens enter a layer."""
         if (n, level) not in self._counts:
             self._counts[n, level] = self._schedules[level].counts(n)
-        return self._counts[n, level][layer]
+        return self._counts[n, level][min(layer, self.own - 1)]
 
     def rows(self, run: Pass, layer: int) -> list[tuple[int, ...]]:
         """Per row, how many tokens of each group enter a layer; -1: the pass."""
@@ -129,6 +137,8 @@ class PassState:
     take: Tensor | None = None  # (batch, physical) int64, columns of the states that go on
     kept: Kept | None = None  # the cache's record after this pass, at this stage
     spread: bool = False  # whether hidden states are in logical columns although tokens were dropped
+    cut: bool = False  # whether the model has cut them to the last columns, behind the layers with keys of their own
+    stored: tuple[tuple[int, Columns], ...] = ()  # by layer whose keys others read, the columns of those keys
     # (batch, heads, queries, tokens) float32, of the layer before, or pooled: (batch, tokens)
     attention: Tensor | None = None
     scores: Tensor | None = None  # (batch, tokens) float32, of each row's last ranking
@@ -217,6 +227,7 @@ class Reducer:
         self.ranker = ranker
         self.adaptive = adaptive
         self.quotas = quotas
+        self._reads = shared_keys(model)  # by layer, the one whose keys it reads in place of its own
         self.local = ThreadState()
         self.on = False
         self._merges = type(ranker).merge is not Ranker.merge
@@ -233,7 +244,7 @@ class Reducer:
     def install(self) -> None:
         """Put the hooks on; all of them, or none."""
         try:
-            if self.quotas.starts:  # a full schedule leaves the stock model as it is
+            if self.quotas.falls:  # a full schedule leaves the stock model as it is
                 self._install(self.quotas.starts)
             self.on = True
         except BaseException:
@@ -241,7 +252,9 @@ class Reducer:
             raise
 
     def _install(self, starts: list[int]) -> None:
-        layers, written = decoder_layers(self.model), writes_vision_after(self.model)
+        layers = decoder_layers(self.model)
+        # Behind the layers with keys of their own, Gemma 4 runs on the last columns alone where no other is asked for.
+        spread = {*writes_vision_after(self.model), self.quotas.own - 1, len(layers) - 1}
 
         def before(module: nn.Module, *hook: Any) -> None:
             self._hooks.append(module.register_forward_pre_hook(Hook(*hook), with_kwargs=True))
@@ -249,8 +262,7 @@ class Reducer:
         def after(module: nn.Module, hook: Any, always: bool = False) -> None:
             self._hooks.append(module.register_forward_hook(Hook(hook), always_call=always))
 
-        if self._base is not self.model:
-            before(self.model, self._ask)
+        before(self.model, self._ask)  # before the next one, where both are one module
         if isinstance(self.model, GenerationMixin) and not self.model._supports_logits_to_keep():
             # VideoLLaMA 3: without it `generate` would not say what `_ask` needs
             vars(self.model)["_supports_logits_to_keep"] = Hook(_yes)
@@ -264,9 +276,9 @@ class Reducer:
         self._probes = {layer: Probe(attention_of(layers[layer])) for layer in sorted(read)}
         for index, layer in enumerate(layers):
             decides = self.adaptive is not None and index == self.adaptive.layer
-            if index >= starts[0] or index in self._probes or decides:
+            if (starts and index >= starts[0]) or index in self._probes or decides:
                 before(layer, self._reduce, (index,), self._whole)
-            if index in written or index == len(layers) - 1:
+            if index in spread:
                 after(layer, self._spread_out)
         forget_compiled()
 
@@ -354,6 +366,7 @@ class Reducer:
         if plan is not None:
             check_attention(self.model, paged=is_paged(arguments))
             check_recomputation(self.model)
+            check_positions(self.model, plan.call.past + plan.call.seq)
             local.run = Pass(plan, local.first)
         return (), arguments
 
@@ -408,6 +421,8 @@ class Reducer:
             reduced = self._whole(layer, module, args, kwargs)
         else:
             reduced = self._shrunk(run, run.columns, layer, states, args, kwargs)
+            if layer in self._reads.values():
+                run.stored = (*run.stored, (layer, run.columns))
 
         # 5) Have this layer's attention read, if the next one's tokens are ranked by it. Only now are rows and
         # columns those that it sees.
@@ -465,7 +480,10 @@ class Reducer:
         if context is None or places is None:
             return states
         merged = self.ranker.merge(context, run.alive)
-        return states if merged is None else replace_tokens(states, places, run.alive, merged)
+        if merged is None:
+            return states
+        changed = replace_tokens(main_stream(states), places, run.alive, merged)
+        return changed if states.ndim == 3 else torch.cat([changed[None], states[1:]])
 
     def _context(self, run: Pass, layer: int, states: Tensor) -> Context:
         queries = run.plan.queries
@@ -473,7 +491,8 @@ class Reducer:
         seen = text = None
         if STATES in self.ranker.needs:
             assert queries is not None
-            seen, text = (gather_tokens(states, each) for each in run.places(run.call.layout.column, queries[0]))
+            places = run.places(run.call.layout.column, queries[0])
+            seen, text = (gather_tokens(main_stream(states), each) for each in places)
         return run.call.context(
             layer=layer,
             valid=run.alive,
@@ -497,41 +516,61 @@ class Reducer:
 
     def _shrunk(self, run: Pass, columns: Columns, layer: int, states: Tensor, args: Any, kwargs: Any) -> Any:
         """The arguments in a pass some of whose vision tokens are dropped, so that `columns` are left."""
-        # 1) States. After a layer behind which the decoder writes to vision positions they are spread out.
+        # 1) States. After a layer behind which the decoder writes to vision positions they are spread out; a model that
+        # cuts them to the last columns there has cut all else, too, and goes on with these to the end.
+        seq, total = run.call.seq, run.call.past + run.call.seq
+        run.cut = run.cut or (run.spread and states.shape[-2] < seq)
         take = columns.index if run.spread else run.take
         run.take, run.spread = None, False
-        states = states if take is None else gather_tokens(states, take)
+        queries = None if run.cut else columns
+        states = states if take is None or queries is None else gather_tokens(states, take)
 
-        # 2) The layer of the cache is told what comes.
-        cache, held = cache_of(kwargs), None
-        seq, total = run.call.seq, run.call.past + run.call.seq
-        if cache is not None:
-            held = thin(cache, layer, self.schedule)
-            held.expect(states.shape[0], seq, columns, run.kept)
-
-        # 3) The mask and the rotary tables, which keep each token where the full model has it: positions are
-        # not closed up over what was dropped.
-        mask = self._mask(kwargs.get("attention_mask"), held, columns, seq, total, states.device)
+        # 2) The layer of the cache is told what comes, and its mask is cut to what is there.
+        cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
+        if layer in self._reads:
+            source = self._reads[layer]
+            keys = dict(run.stored).get(source)
+            length = states.shape[-2] if run.cut else seq
+            mask = self._read_mask(mask, thinned(cache, source), keys, queries, length, total, states)
+        else:
+            held = None
+            if cache is not None:
+                held = thin(cache, layer, self.schedule)
+                held.expect(columns.index.shape[0], seq, columns, run.kept)
+            mask = self._mask(mask, held, columns, seq, total, states.device)
         reduced = {**kwargs, "attention_mask": mask}
-        tables = kwargs.get("position_embeddings")
-        if tables is not None:
-            reduced["position_embeddings"] = tuple(
-                self._once((table, columns), partial(gather_tokens, table, columns.index)) for table in tables
-            )
-        return _replaced(states, args, reduced)
+
+        # 3) The rotary tables, which keep each token where the full model has it: positions are not closed up over what
+        # was dropped. And what else a layer is told of each token.
+        if queries is None:
+            return _replaced(states, args, reduced)
+        for name in _PER_TOKEN & kwargs.keys():
+            reduced[name] = self._gathered(kwargs[name], queries)
+        return _replaced(states, (*args[:1], *(self._gathered(each, queries) for each in args[1:])), reduced)
+
+    def _gathered(self, given: Any, columns: Columns) -> Any:
+        """An argument of a layer that says something of each token, (..., seq, any) or a tuple of such, for those that
+        are there; anything else as it is."""
+        if isinstance(given, tuple):
+            return tuple(self._gathered(each, columns) for each in given)
+        if not isinstance(given, Tensor) or given.ndim < 3:
+            return given
+        return self._once((given, columns), partial(gather_tokens, given, columns.index))
 
     def _whole(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments in a pass that is all there, as in decoding, behind what may be a thinned cache; None
         where they may stay as they are."""
-        held = thinned(cache_of(kwargs), layer)
+        source = self._reads.get(layer, layer)
+        held = thinned(cache_of(kwargs), source)
         if held is None:
             return None
         held.check(self.schedule)
         states = args[0] if args else kwargs["hidden_states"]
-        (batch, seq), mask = states.shape[:2], kwargs.get("attention_mask")
+        (batch, seq), mask = states.shape[-3:-1], kwargs.get("attention_mask")
         # a static cache's length is on the device: it is asked for only where a mask has to be written out
-        total = int(held.get_seq_length()) + seq if mask is None and held.ragged else 0
-        held.expect(batch, seq)
+        total = int(held.get_seq_length()) + (seq if source == layer else 0) if mask is None and held.ragged else 0
+        if source == layer:
+            held.expect(batch, seq)
         if held.kept is None:
             return None
         reduced = {**kwargs, "attention_mask": self._mask(mask, held, None, seq, total, states.device)}
@@ -552,6 +591,31 @@ class Reducer:
             return reduce_mask(whole, keys, columns, 0 if held is None else held.offset)
 
         return self._once((mask, type(held), None if held is None else held.kept, columns), make)
+
+    def _read_mask(
+        self,
+        mask: Any,
+        held: Thinned | None,
+        stored: Columns | None,
+        queries: Columns | None,
+        seq: int,
+        total: int,
+        states: Tensor,
+    ) -> Any:
+        """The mask of a layer that reads another's keys, which may be more than its own tokens: those that `held`
+        holds, or without a thinned cache the columns `stored`, or all."""
+
+        def make() -> Any:
+            implementation = attention_implementation(self.model)
+            whole = causal(seq, total, implementation, states.device) if mask is None else mask
+            keys = stored if held is None else held.columns()
+            if keys is None:
+                length = whole.seq_lengths[1] if isinstance(whole, BlockMask) else whole.shape[-1]
+                index = torch.arange(length, device=states.device)
+                keys = Columns(index.expand(states.shape[-3], -1), None)
+            return reduce_mask(whole, keys, queries, 0 if held is None else held.offset)
+
+        return self._once(("read", mask, held, stored, queries), make)
 
     def _once(self, of: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What layers of a stage share, made by the first of them."""
@@ -584,7 +648,11 @@ class Reducer:
             return None
         run.spread = True
         states = output[0] if isinstance(output, tuple) else output
-        states = scatter_tokens(states, run.columns, run.call.seq)
+        if run.cut:
+            there = torch.ones_like(run.columns.index)[..., None]
+            states = states * scatter_tokens(there, run.columns, run.call.seq)[:, -states.shape[-2] :].to(states)
+        else:
+            states = scatter_tokens(states, run.columns, run.call.seq)
         return (states, *output[1:]) if isinstance(output, tuple) else states
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -617,6 +685,16 @@ def shrink(layout: Layout, alive: Tensor, kept: list[int], before: Columns | Non
         take = take.sort(dim=1).values  # filling was behind
     index = take if before is None else before.index.gather(1, take)
     return take, Columns(index, wanted.gather(1, take) > 0 if ragged else None)
+
+
+_PER_TOKEN = frozenset({"position_embeddings", "per_layer_input"})
+"""Arguments of a decoder layer that say something of each token."""
+
+
+def main_stream(states: Tensor) -> Tensor:
+    """What a layer's attention reads of its input: (batch, seq, hidden) itself, or the first of several such side by
+    side (Gemma 3n's AltUp, (streams, batch, seq, hidden))."""
+    return states if states.ndim == 3 else states[0]
 
 
 def _replaced(states: Tensor, args: tuple[Any, ...], reduced: dict[str, Any]) -> Any:
@@ -675,7 +753,7 @@ def _new_tokens(module: nn.Module, args: tuple[Any, ...], last: Any) -> int:
         given = next((value for value in (*args[:1], *named) if value is not None), None)
     else:
         given = last if isinstance(last, Tensor) else last[0]
-    return 1 if given is None else given.shape[1]
+    return 1 if given is None else given.shape[-2 if given.ndim > 2 else 1]
 
 
 def forget_compiled() -> None:

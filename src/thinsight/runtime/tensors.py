@@ -110,11 +110,11 @@ def gather_tokens(states: Tensor, index: Tensor) -> Tensor:
 
 
 def scatter_tokens(states: Tensor, columns: Columns, seq: int) -> Tensor:
-    """(batch, physical, dim) back to (batch, seq, dim); columns that are not there become zeros."""
+    """(..., batch, physical, dim) back to (..., batch, seq, dim); columns that are not there become zeros."""
     if columns.valid is not None:
         states = states * columns.valid[:, :, None].to(states)
     index = columns.index.to(states.device)[:, :, None].expand_as(states)
-    return states.new_zeros(states.shape[0], seq, states.shape[2]).scatter(1, index, states)
+    return states.new_zeros(*states.shape[:-2], seq, states.shape[-1]).scatter(-2, index, states)
 
 
 def replace_tokens(states: Tensor, places: Tensor, where: Tensor, new: Tensor) -> Tensor:
