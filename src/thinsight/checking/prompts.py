@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..runtime.encoding import on_device
+
 IS_TEXT, IS_IMAGE, IS_VIDEO, IS_ANSWER = range(4)
 
 Spec = Sequence[int | str]
@@ -257,7 +259,7 @@ class Prompts:
         inputs: dict[str, Any] = {name: whole[name] for name in whole if name in named}
         if "image_grid_thw" not in pixels:
             return {**inputs, **pixels}
-        features = model.base_model.get_image_features(**pixels, return_dict=True)
+        features = model.base_model.get_image_features(**on_device(model, pixels), return_dict=True)
         # positions count every image from the start
         return {**inputs, "image_grid_thw": whole["image_grid_thw"], "mm_encoder_outputs": {"image": features}}
 

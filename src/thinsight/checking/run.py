@@ -165,7 +165,9 @@ class _Check:
 
     def _held(self, pairs: Iterable[tuple[Tensor, Tensor]], note: str = "") -> CheckLine:
         """Hold logits to what they should be."""
-        difference = max(_distance(got, wanted) for got, wanted in pairs)
+        return self._within(max(_distance(got, wanted) for got, wanted in pairs), note)
+
+    def _within(self, difference: float, note: str = "") -> CheckLine:
         good = difference <= self.allowed
         return CheckLine("", PASSES if good else FAILS, note, difference, self.allowed)
 
@@ -269,7 +271,7 @@ class _Check:
 
     def _right(self, case: Case) -> CheckLine:
         """Logits stand where the input has their tokens, whichever side is padded; those of dropped ones are zeros."""
-        pairs = []
+        difference = 0.0
         for padding in ("right", "left"):
             batch = self._batch(self.rows, padding)
             with case.apply(self.subject.model()) as handle:
@@ -281,9 +283,12 @@ class _Check:
                 _same_kept([layer[number].tolist() for layer in kept], reference.kept)
                 got = logits[number][batch.inputs["attention_mask"][number].bool()]
                 gone = set(range(len(row.vision))) - set(reference.kept[-1])
-                there = [place for place in range(len(row.ids)) if place not in {row.vision[each] for each in gone}]
-                pairs += [(got[place], wanted[place]) for place in there]
-        return self._held(pairs)
+                dropped = {row.vision[each] for each in gone}
+                if dropped and bool((got[sorted(dropped)] != 0).any()):
+                    raise _Differs("logits of dropped tokens are not zeros")
+                there = [place for place in range(len(row.ids)) if place not in dropped]
+                difference = max(difference, *(_distance(got[place], wanted[place]) for place in there))
+        return self._within(difference)
 
     def _ranked(self, case: Case) -> CheckLine:
         """What is kept is what received most attention in the plain weights of the layer before, but for near ties."""
@@ -384,7 +389,7 @@ def _distance(got: Tensor, wanted: Tensor) -> float:
     # a mask of the vocabulary is not a number to compare
     there = theirs.isfinite() & (theirs > torch.finfo(torch.float32).min / 2)
     if not bool((ours.isfinite() | ~there).all()):
-        return float("inf")
+        raise _Differs("logits are not finite")
     ours, theirs = ours[there], theirs[there]
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 

@@ -22,7 +22,7 @@ from ..errors import Unsupported
 from ..evaluation.examples import Example
 from ..evaluation.prompts import PromptReader
 from ..families import Family, family_of, field_of
-from ..runtime.anatomy import attention_implementation, base_model, vision_token_mask
+from ..runtime.anatomy import attention_implementation, base_model, decoder, vision_token_mask
 from ..runtime.call import encode_pixels, read_call
 from ..runtime.encoding import encoder_inputs, on_device
 from .prompts import (
@@ -64,7 +64,7 @@ class Loaded:
         """The model, which from here on runs with this attention, or its own."""
         wanted = self.own if attn is None else attn
         if attention_implementation(self.stock) != wanted:
-            self.stock.set_attn_implementation(wanted)
+            decoder(self.stock).set_attn_implementation(wanted)  # the vision tower keeps its own
         return self.stock
 
     @property
