@@ -46,7 +46,7 @@ from .version import __version__
 BAD_INPUT = 2
 
 _GROUPS = {
-    "Model": ("model", "dtype", "device", "attn", "trust_remote_code"),
+    "Model": ("model", "dtype", "device", "attn", "trust_remote_code", "unlisted"),
     "Data": ("data", "test_data", "benchmark", "columns", "image_folder", "annotations", "limit"),
     "What is asked for": ("max_drop", "budget", "budget_unit", "frontier", "confidence", "no_certify"),
     "Search": (
@@ -77,6 +77,10 @@ _EXAMPLES = {
         "thinsight data questions.tsv --model MODEL",
         "thinsight data hf:owner/name:validation --columns image=img,question=q,answers=a",
         "thinsight data --benchmark pope pope.tsv",
+    ),
+    "check": (
+        "thinsight check --model Qwen/Qwen2.5-VL-3B-Instruct --dtype bfloat16",
+        "thinsight check --model MODEL --trust-remote-code --out check.json",
     ),
     "plan": ("thinsight plan --max-drop 0.01", "thinsight plan --data test.jsonl --agreement 0.98"),
     "analyze": ("thinsight analyze --model MODEL --data calibration.jsonl",),
@@ -301,9 +305,9 @@ def compare(options: CompareOptions) -> None:
 
 @_command(CheckOptions)
 def check(options: CheckOptions) -> None:
-    """Check that reductions run rightly on a model, whether its type is listed or not; minutes, exit code 1 if not.
+    """Check that reductions run rightly on a model, whether its type is listed or not.
 
-    Example: thinsight check --model Qwen/Qwen2.5-VL-3B-Instruct --dtype bfloat16 --out check.json"""
+    Takes minutes. Exit code 1 where something fails."""
     from .job import commands
 
     result = _watched(lambda watcher: commands.check(options, watcher))

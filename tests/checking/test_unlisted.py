@@ -244,4 +244,4 @@ def test_the_command_says_so_by_its_exit_code(tmp_path: Path, monkeypatch: pytes
 
 
 def test_help_has_an_example() -> None:
-    assert "Example: thinsight check --model" in " ".join(run("--help").stdout.split())
+    assert "Examples: thinsight check --model" in " ".join(run("--help").stdout.split())
