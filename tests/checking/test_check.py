@@ -55,6 +55,15 @@ def test_it_passes_with_a_processor_and_leaves_the_model_as_it_was(llava: Any, p
     assert [(list(m._forward_pre_hooks), list(m._forward_hooks), sorted(vars(m))) for m in llava.modules()] == before
 
 
+@pytest.mark.conformance
+@pytest.mark.parametrize("name", ["demo", "demo-internvl"])
+def test_it_passes_on_the_embedded_models(name: str) -> None:
+    model, processor = ts.load_demo(name=name)
+    for given in (processor, None):
+        result = ts.check(model, given)
+        assert result.passed, shown(result)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_differences_are_measured_against_the_resolution_of_the_dtype(dtype: torch.dtype) -> None:
     result = ts.check(tiny_llava().to(dtype))

@@ -228,8 +228,9 @@ class _Ranking:
                 value = self._scores(group)
                 worst = min((value[place] for place in group if place in kept and place != self.last), default=None)
                 if worst is not None:
-                    best = max(value[place] for place in gone)
-                    self.reference.misses.append(max(0.0, best - worst) / max(value.values()))
+                    missed = max(0.0, max(value[place] for place in gone) - worst)
+                    # behind a window nobody may see any of them
+                    self.reference.misses.append(missed / max(value.values()) if missed else 0.0)
             self.groups[number] = [place for place in group if place in kept]
         return kept
 

@@ -227,7 +227,7 @@ def _by_config(model: PreTrainedModel, _: Any) -> tuple[Prompts, str]:
     for how, recipe, collated in _image_recipes(model):
         made = _maker(model, recipe, collated, types, token)
         prompts = _prompts(model, None, made, collated, types)
-        problem = _problem(model, prompts, [2, 3])
+        problem = _problem(model, prompts, [2, 1, 1, 3])  # of each shape one
         if not problem:
             return _with_video(model, family, prompts), how
         failures.append(f"{how}: {problem}")
@@ -302,11 +302,11 @@ def _image_recipes(model: PreTrainedModel) -> Iterator[tuple[str, Recipe, Collat
         (tuple(each) for each in field_of(config, "image_grid_pinpoints") or ()), key=lambda each: each[0] * each[1]
     )
 
-    def plain(sides: list[tuple[int, int]]) -> Recipe:
+    def plain(sides: list[tuple[int, int]], sized: bool = True) -> Recipe:
         def make(draw: Draw, number: int) -> dict[str, Tensor]:
             height, width = sides[number % len(sides)]
             tensors = {name: draw.pixels(1, channels, height, width)}
-            if "image_sizes" in names:
+            if sized and "image_sizes" in names:
                 tensors["image_sizes"] = torch.tensor([[height, width]])
             if "pixel_attention_mask" in names:
                 tensors["pixel_attention_mask"] = torch.ones(1, height, width, dtype=torch.long)
@@ -325,10 +325,13 @@ def _image_recipes(model: PreTrainedModel) -> Iterator[tuple[str, Recipe, Collat
     if name:
         unit = patch * merge
         if whole is None or whole > 4 * unit:
-            yield "random pixels", plain([(4 * unit, 4 * unit), (2 * unit, 6 * unit), (4 * unit, 2 * unit)]), collated
+            if collated is flat:  # images of one row must be of one shape
+                shapes = [(4 * unit, 4 * unit), (2 * unit, 6 * unit), (4 * unit, 2 * unit)]
+                yield "random pixels", plain(shapes), collated
             yield "random pixels", plain([(4 * unit, 4 * unit)]), collated
         if whole is not None:
             yield "random pixels", plain([(whole, whole)]), collated
+            yield "random pixels", plain([(whole, whole)], sized=False), collated
     if "mm_encoder_outputs" in taken:
         yield "random features", _features(model), lambda rows: _encoded(model, rows)
 
