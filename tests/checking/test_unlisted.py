@@ -12,6 +12,7 @@ import pytest
 from conformance.families import FAMILIES
 from conformance.refused import REFUSED
 from planted import FAULTS
+from safetensors.torch import save_file
 from tiny import tiny_llava, tiny_processor
 from typer.testing import CliRunner
 
@@ -60,7 +61,9 @@ def passed() -> ts.CheckResult:
 def their(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that brings its own code."""
     folder = tmp_path_factory.mktemp("their")
-    tiny_llava().save_pretrained(folder)
+    model = tiny_llava()
+    model.config.save_pretrained(folder)
+    save_file({name: each.contiguous() for name, each in model.state_dict().items()}, folder / "model.safetensors")
     tiny_processor().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config["model_type"], config["architectures"] = "their_vl", ["TheirModel"]
