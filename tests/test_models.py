@@ -114,7 +114,7 @@ def test_the_readme_lists_the_families_of_the_suite() -> None:
     [
         ("glmga", "which runs as Glm46VForConditionalGeneration like 'glm46v', but has not been tried"),
         ("shieldgemma2", "which runs as Gemma3ForConditionalGeneration like 'gemma3', but has not been tried"),
-        ("qwen3_5", r"whose decoder has layers \(linear_attention\) that are no plain self-attention"),
+        ("nemotron_h_omni", r"whose decoder has layers \(mlp, moe\) that neither attend nor carry a state"),
         ("aria", "which is not on the list yet: nobody has tried AriaForConditionalGeneration"),
         ("unlimited_ocr", r"layers \(reference_sliding_attention\) that keep the prompt and a window"),
         ("pi0", "'pi0' moves a robot"),

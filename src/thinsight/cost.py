@@ -8,6 +8,12 @@ How it is counted, so that two figures can be compared:
 - projections count q, k, v and o with their true widths, so grouped-query attention is counted as it is;
 - attention counts the full t_i x t_i square, as the field's formula (FastV, arXiv 2403.06764, section 4.3) and the
   paper (arXiv 2412.00556) do, although a causal kernel may skip half of it;
+- a layer that carries a state along the tokens in place of attending (Qwen3.5's Gated DeltaNet, arXiv 2412.06464; the
+  short convolutions of LFM2) counts its projections as such, and as attention what each token does to the state: its
+  convolution, and per value head three products with a matrix of key by value dimension (read the value, write the
+  correction, read the output), as decoding computes it. Kernels that take prompts in chunks compute more. Its state
+  does not grow with tokens, and is not among the cache's bytes;
+- an output gate of attention (Qwen3.5, LFM3) is one more projection;
 - a layer with a sliding window of w (Gemma 3, Cohere 2) counts t_i x min(t_i, w), and caches at most w - 1 positions;
   what is dropped inside the window makes both figures upper bounds;
 - the MLP has three matrices when it is gated (Llama, Mistral, Qwen2 ...) and two otherwise;
@@ -44,10 +50,12 @@ from .errors import BadInput, Unsupported
 from .families import NOT_KNOWN, TOWERS, Tower, family_of, field_of, neck, patches_of, size_of, text_config, tower_of
 from .schedule import Schedule
 
+STATE_LAYERS = frozenset({"conv", "linear_attention"})
+"""Of a text config's `layer_types`: layers that carry a state along the tokens in place of attending."""
+# Text models whose attention has an output gate as wide as its queries.
+_OUTPUT_GATE = frozenset({"muse_glimmer_text", "qwen3_5_text", "qwen3_5_moe_text"})
 # Text models whose MLP is two matrices (up, down) rather than three (gate, up, down).
 _UNGATED = frozenset({"opt", "phi", "gpt2", "gpt_neox", "starcoder2", "bloom", "falcon", "cosmos3_edge_text"})
-# Text models whose attention gates what it gives, by one more matrix as wide as the queries.
-_GATED_ATTENTION = frozenset({"muse_glimmer_text"})
 # Text models of experts whose intermediate_size is that of one expert.
 _WIDTH_OF_EXPERTS = frozenset({"aria_text", "minimax_m3_vl_text"})
 # A positive number under one of these names means a mixture of experts.
@@ -82,11 +90,20 @@ class Experts:
     width: int  # of one routed expert
     shared_width: int  # of all shared experts together
     dense: frozenset[int]  # layers that have an ordinary MLP
+    shared_gates: int = 0  # numbers that say how much of the shared experts counts
 
     def flops(self, tokens: int, hidden: int) -> float:
         """Router, active and shared experts over ``tokens`` positions."""
         width = self.active * self.width + self.shared_width
-        return 2.0 * tokens * hidden * (self.routed + 3 * width)
+        return 2.0 * tokens * hidden * (self.routed + self.shared_gates + 3 * width)
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What a layer that carries a state has in place of attention: multiply-adds per token."""
+
+    projections: int
+    state: int  # the convolution, and what the token reads of the state and writes to it
 
 
 @dataclass(frozen=True)
@@ -135,7 +152,8 @@ class DecoderShape:
     windows: Mapping[int, int] = field(default_factory=dict)  # of the layers that have a sliding one
     experts: Experts | None = None
     latent: Latent | None = None  # in place of `kv_heads` and `head_dim`
-    gated_attention: bool = False
+    gate: int = 0  # width of attention's output gate
+    mixers: Mapping[int, Mixer] = field(default_factory=dict)  # of the layers that do not attend
     layers: Mapping[int, LayerShape] = field(default_factory=dict)  # those that are unlike the others
     beside: int = 0  # multiply-adds of a token in each layer beside attention and MLP
     around: int = 0  # and before the first layer and behind the last
@@ -147,8 +165,7 @@ class DecoderShape:
         own, around = self.layers.get(layer, _ALIKE), self.around if layer == 0 else 0
         head_dim = own.head_dim or self.head_dim
         query_width, kv_width = self.heads * head_dim, (own.kv_heads or self.kv_heads) * head_dim
-        as_wide = 3 if self.gated_attention else 2  # q and o, and the gate
-        matrices = as_wide * query_width + own.kv_matrices * kv_width  # k and v
+        matrices = 2 * query_width + own.kv_matrices * kv_width + self.gate  # q and o, k and v
         projections = 2.0 * tokens * (self.hidden * matrices + self.beside + around)
         keys = tokens if keys is None else keys
         seen = min(keys, self.windows.get(layer, keys))
@@ -157,6 +174,9 @@ class DecoderShape:
             projections = 2.0 * tokens * self.latent.projections(self.hidden, self.heads)
             head = self.latent.plain + self.latent.rotated + self.latent.values
             attention = 2.0 * tokens * seen * self.heads * head
+        if layer in self.mixers:
+            mixer = self.mixers[layer]
+            projections, attention = 2.0 * tokens * mixer.projections, 2.0 * tokens * mixer.state
         if self.experts is not None and layer not in self.experts.dense:
             return projections, attention, self.experts.flops(tokens, self.hidden)
         mlp = 2.0 * tokens * self.hidden * (own.intermediate or self.intermediate) * (3 if self.gated else 2)
@@ -181,7 +201,7 @@ class DecoderShape:
 
     def cached(self, tokens: int, layer: int) -> int:
         """How many of ``tokens`` positions one layer's cache holds after prefill."""
-        if self.layers.get(layer, _ALIKE).source is not None:
+        if layer in self.mixers or self.layers.get(layer, _ALIKE).source is not None:
             return 0
         return min(tokens, self.windows[layer] - 1) if layer in self.windows else tokens
 
@@ -252,19 +272,21 @@ def decoder_shape(config: Any) -> DecoderShape:
     text = _plain(text_config(config))
     sizes = ("num_hidden_layers", "hidden_size", "num_attention_heads")
     layers, hidden, heads = (size_of(text, name) for name in sizes)
+    head_dim, experts = field_of(text, "head_dim") or hidden // heads, _experts(text, layers)
     return DecoderShape(
         num_layers=layers,
         hidden=hidden,
         heads=heads,
         kv_heads=field_of(text, "num_key_value_heads") or heads,
-        head_dim=field_of(text, "head_dim") or hidden // heads,
-        intermediate=_intermediate(text),
+        head_dim=head_dim,
+        intermediate=0 if experts is not None and _experts_alone(text, experts) else _intermediate(text),
         vocab=size_of(text, "vocab_size"),
         gated=field_of(text, "model_type") not in _UNGATED,
         windows=windows_of(text, layers),
-        experts=_experts(text, layers),
+        experts=experts,
         latent=_latent(text),
-        gated_attention=field_of(text, "model_type") in _GATED_ATTENTION,
+        gate=_gate(text, heads, head_dim),
+        mixers={layer: _mixer(text, layer) for layer in states_of(text, layers)},
         layers=_unlike(text, layers),
         beside=_beside(text, hidden),
         around=_around(text, layers, hidden),
@@ -288,8 +310,17 @@ def _plain(text: Any) -> Any:
 def _intermediate(text: Any) -> int:
     """The MLP's width, or of several by layer the first one's."""
     given = field_of(text, "intermediate_size")
-    names = ("intermediate_size_mlp", "dense_intermediate_size", "intermediate_size")
-    return int(given[0]) if isinstance(given, (list, tuple)) else size_of(text, *names)
+    if isinstance(given, (list, tuple)):
+        return int(given[0])
+    width = size_of(text, "intermediate_size_mlp", "dense_intermediate_size", "intermediate_size")
+    if not field_of(text, "block_auto_adjust_ff_dim"):
+        return width
+    # LFM2 takes two thirds of what its config says, and rounds up
+    width = int(2 * width / 3)
+    if field_of(text, "block_ffn_dim_multiplier") is None:
+        return width
+    multiple = size_of(text, "block_multiple_of")
+    return -(-int(field_of(text, "block_ffn_dim_multiplier") * width) // multiple) * multiple
 
 
 def _unlike(text: Any, layers: int) -> dict[int, LayerShape]:
@@ -327,6 +358,42 @@ def _around(text: Any, layers: int, hidden: int) -> int:
     return per_layer + 2 * max(0, (field_of(text, "altup_num_inputs") or 0) - 1) * hidden**2
 
 
+def _gate(text: Any, heads: int, head_dim: int) -> int:
+    """Width of attention's output gate: a number per channel (Qwen3.5), per head (LFM3), or none."""
+    if field_of(text, "model_type") in _OUTPUT_GATE:
+        return heads * head_dim
+    return heads if field_of(text, "use_attention_gate") else 0
+
+
+def _experts_alone(text: Any, experts: Experts) -> bool:
+    """Whether every layer has experts, and the config no width of an MLP."""
+    return field_of(text, "intermediate_size") is None and not experts.dense
+
+
+def states_of(text: Any, layers: int) -> frozenset[int]:
+    """The decoder layers that carry a state along the tokens in place of attending, from a text config."""
+    types = field_of(text, "layer_types") or ()
+    return frozenset(layer for layer, kind in enumerate(types[:layers]) if kind in STATE_LAYERS)
+
+
+def _mixer(text: Any, layer: int) -> Mixer:
+    """A layer's convolution (LFM2), or Gated DeltaNet (Qwen3.5)."""
+    hidden = size_of(text, "hidden_size")
+    if field_of(text, "layer_types")[layer] == "conv":
+        # to two gates and a value, and back
+        return Mixer(4 * hidden * hidden, hidden * size_of(text, "conv_L_cache"))
+    if field_of(text, "linear_key_head_dim") is None:
+        kind = field_of(text, "model_type")
+        raise Unsupported(f"linear attention of the kind that {kind!r} has is not counted: no FLOPs can be stated")
+    key_dim, value_dim = size_of(text, "linear_key_head_dim"), size_of(text, "linear_value_head_dim")
+    heads = size_of(text, "linear_num_value_heads")
+    keys, values = size_of(text, "linear_num_key_heads") * key_dim, heads * value_dim
+    # q, k and v; the output's gate; per head how much is kept and how much is written; the output
+    projections = hidden * (2 * keys + values + values + 2 * heads + values)
+    convolution = (2 * keys + values) * size_of(text, "linear_conv_kernel_dim")
+    return Mixer(projections, convolution + 3 * heads * key_dim * value_dim)
+
+
 def windows_of(text: Any, layers: int) -> dict[int, int]:
     """The window of each decoder layer that has a sliding one, or sees chunks of such a size (Llama 4); from a text
     config, object or dict."""
@@ -357,9 +424,10 @@ def _experts(text: Any, layers: int) -> Experts | None:
     if field_of(text, "model_type") == "llama4_text":
         return _llama4_experts(text, layers)
     beside = _intermediate(text) if field_of(text, "enable_moe_block") else 0  # Gemma 4: a dense MLP beside them
-    wide = field_of(text, "model_type") in _WIDTH_OF_EXPERTS
+    wide, kind = field_of(text, "model_type") in _WIDTH_OF_EXPERTS, field_of(text, "model_type")
     width = field_of(text, "intermediate_size" if wide else "moe_intermediate_size")
-    if not width or field_of(text, "shared_expert_intermediate_size"):
+    gated = field_of(text, "shared_expert_intermediate_size")  # of shared experts that a number weighs
+    if not width or (gated and kind not in _OUTPUT_GATE):
         raise Unsupported(
             f"the text config has {name}={field_of(text, name)} experts of a kind that is not counted: "
             "no FLOPs can be stated for this model"
@@ -375,7 +443,8 @@ def _experts(text: Any, layers: int) -> Experts | None:
         routed=size_of(text, name),
         active=size_of(text, "top_k_experts") if beside else size_of(text, "num_experts_per_tok", "moe_topk"),
         width=width,
-        shared_width=beside or field_of(text, "shared_intermediate_size") or width * shared,
+        shared_width=beside or gated or field_of(text, "shared_intermediate_size") or width * shared,
+        shared_gates=1 if gated else 0,
         dense=frozenset(dense),
     )
 

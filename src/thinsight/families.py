@@ -79,6 +79,14 @@ def one_to_one(config: Any, vision: Any) -> int:
     return 1
 
 
+def merged_twice(config: Any, vision: Any) -> int:
+    """MiniCPM-V's: windows of patches inside the tower, unless its mode leaves them, then the merger's squares."""
+    window = field_of(vision, "window_kernel_size") or (2, 2)
+    kernel = field_of(config, "merge_kernel_size") or (2, 2)
+    inside = 1 if field_of(config, "downsample_mode") == "4x" else int(window[0] * window[1])
+    return inside * int(kernel[0] * kernel[1]) ** int(field_of(config, "merger_times") or 1)
+
+
 def shuffled(config: Any, vision: Any) -> int:
     return round(1 / float(field_of(config, "downsample_ratio") or 0.5)) ** 2
 
@@ -291,7 +299,11 @@ TOWERS: dict[str | None, Tower] = {
     **dict.fromkeys(("qwen2_vl", "qwen2_vl_vision"), _QWEN2),
     **dict.fromkeys(("qwen2_5_vl", "qwen2_5_vl_vision", "exaone4_5_vision"), _QWEN2_5),
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_vision", "qwen3_vl_moe", "qwen3_vl_moe_vision"), _QWEN3),
+    **dict.fromkeys(("qwen3_5_vision", "qwen3_5_moe_vision"), _QWEN3),
     **dict.fromkeys(("glm4v_vision", "glm4v_moe_vision"), _GLM4V),
+    # how their FLOPs add up is not known: rows with them leave the projector out
+    **dict.fromkeys(("minicpm_ocr_vision", "minicpmv4_6_vision"), Tower("any")),
+    **dict.fromkeys(("lfm3_vl_vision", "siglip2_vision_model"), Tower("any")),
 }
 """By the vision config's model_type."""
 
@@ -323,6 +335,7 @@ class Family(SupportedModel):
     image_placeholder: str = "image_token_id"  # of its config: the token that images stand behind
     video_placeholder: str | None = "video_token_id"  # None: videos stand behind the images' one
     runs: bool = False  # an image is a run of vision tokens: the encoder lists tiles, or a row's images as one
+    strips: bool = False  # pixels of several images are one strip of patches, joined in the last dimension
     both_ways: bool = False  # a prompt's tokens see those behind them
     tiles: Tiles = "whole"
     tower: Tower | None = None  # None: what `TOWERS` has for the vision config's model_type
@@ -341,6 +354,7 @@ _SHARED = (
 _PROPOSALS = "assisted decoding: what an assistant proposes first ranks as if it were prompt"
 _CHUNKS = "static caches are refused: the text model's chunked layers keep theirs in a ring"
 _MISTRAL = "static caches are refused on Mistral 7B v0.1 text"
+_STATES = "later turns whose rows keep different numbers of tokens are refused: some layers carry a state"
 _CONVERT = "original checkpoints: `thinsight convert`"
 
 # What rows share, and what makes a family's own kind.
@@ -365,6 +379,9 @@ _qwen = partial(Family, modalities=_BOTH, needs=_VISION, projector=patch_merger)
 _glm = partial(_qwen, projector=convolution, video_placeholder=None)
 _hybrid = partial(Family, projector=two_towers, second_tower="high_res_vision_config")
 _sam = partial(Family, merge=halved_twice, projector=two_convolutions)
+_minicpm = partial(
+    Family, modalities=_BOTH, needs=_VISION, strips=True, tiles="overview first", merge=merged_twice, notes=_STATES
+)
 
 _ROWS = (
     _resampled("aria", "AriaForConditionalGeneration", "Aria", runs=False),
@@ -406,12 +423,27 @@ _ROWS = (
         merge=kernel,
         projector=wide_matrices,
     ),
+    Family(
+        *("lfm2_vl", "Lfm2VlForConditionalGeneration", "LFM2-VL"),
+        needs=_VISION,
+        tiles="overview last",
+        merge=square("downsample_factor"),
+        notes=_STATES,
+    ),
+    Family(
+        *("lfm3_vl", "Lfm3VlForConditionalGeneration", "LFM3-VL", _BOTH),
+        needs=_VISION,
+        since=(5, 23),
+        notes=f"{_WINDOWS}; {_STATES}",
+    ),
     _pixtral("lighton_ocr", "LightOnOcrForConditionalGeneration", "LightOnOCR"),
     _llama4("llama4", "Llama4ForConditionalGeneration", "Llama 4", needs=_VISION),
     _llava("llava", "LlavaForConditionalGeneration", "LLaVA-1.5 and its like, Pixtral", notes=_MISTRAL),
     _unpadded("llava_next", "LlavaNextForConditionalGeneration", "LLaVA-NeXT (1.6)"),
     _unpadded("llava_next_video", "LlavaNextVideoForConditionalGeneration", "LLaVA-NeXT-Video", _BOTH, needs=_VISION),
     _unpadded("llava_onevision", "LlavaOnevisionForConditionalGeneration", "LLaVA-OneVision", _BOTH, needs=_VISION),
+    _minicpm("minicpm_ocr", "MiniCPMOcrForConditionalGeneration", "MiniCPM-OCR", since=(5, 21)),
+    _minicpm("minicpmv4_6", "MiniCPMV4_6ForConditionalGeneration", "MiniCPM-V 4.6"),
     _qwen(
         *("minimax_m3_vl", "MiniMaxM3SparseForConditionalGeneration", "MiniMax-M3"),
         notes="layers with a sparse index are refused",
@@ -435,6 +467,8 @@ _ROWS = (
         "qwen2_5_omni_thinker", "Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2.5-Omni thinker", notes=_PROPOSALS
     ),
     _qwen("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2-VL"),
+    _qwen("qwen3_5", "Qwen3_5ForConditionalGeneration", "Qwen3.5", notes=_STATES),
+    _qwen("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", "Qwen3.5 MoE", notes=_STATES),
     _qwen(
         "qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3-Omni thinker", notes=_PROPOSALS
     ),

@@ -17,6 +17,7 @@ from .inputs import (
     END,
     EOS,
     IMAGE,
+    IS_IMAGE,
     IS_VIDEO,
     PAD,
     START,
@@ -315,6 +316,23 @@ def pooled_crops(patch: int, side: int) -> Vision:
     return make
 
 
+def padded_patches(patch: int) -> Vision:
+    """Patches of an image filled up to one number for all, with their shape and mask (LFM2-VL)."""
+    shapes, most = [(8, 8), (4, 10), (6, 8)], 64
+
+    def make(draw: Draw, number: int) -> Part:
+        height, width = shapes[number % len(shapes)]
+        tokens, real = height * width // 4, (torch.arange(most) < height * width).long()
+        tensors = {
+            "pixel_values": draw.pixels(1, most, 3 * patch * patch),
+            "pixel_attention_mask": real[None],
+            "spatial_shapes": torch.tensor([[height, width]]),
+        }
+        return vision([[START], tokens, [END]], [tokens], tensors)
+
+    return make
+
+
 def pooled_frames(patch: int, side: int) -> Vision:
     """A video as frames, of whose patches tokens are made (Molmo2)."""
 
@@ -331,6 +349,24 @@ def pooled_frames(patch: int, side: int) -> Vision:
     return make
 
 
+def strips(patch: int, side: int, *, video: bool = False) -> Vision:
+    """Patches in a strip as high as one of them, with their grids; a token stands for a square of that `side`, and a
+    video is frames one after the other (MiniCPM)."""
+    grids = [(4 * side, 4 * side), (2 * side, 5 * side), (3 * side, 4 * side)]
+    end, token, kind = ("_videos", VIDEO, IS_VIDEO) if video else ("", IMAGE, IS_IMAGE)
+
+    def make(draw: Draw, number: int) -> Part:
+        grid = grids[number % len(grids)]
+        count, tokens = 2 if video else 1, grid[0] * grid[1] // side**2
+        tensors = {
+            f"pixel_values{end}": draw.pixels(1, 3, patch, count * grid[0] * grid[1] * patch),
+            f"target_sizes{end}": torch.tensor([grid] * count),
+        }
+        return vision([[START], tokens, [END]] * count, [tokens] * count, tensors, token=token, kind=kind)
+
+    return make
+
+
 def offset_pools(rows: list[Row]) -> dict[str, torch.Tensor]:
     """All images end to end; patches are counted over the crops of all (Molmo2)."""
     start, moved = 0, []
@@ -341,6 +377,15 @@ def offset_pools(rows: list[Row]) -> dict[str, torch.Tensor]:
         start += sum(len(t) * t.shape[1] for name, t in tensors.items() if name.startswith("pixel_values"))
         moved.append(Part(part.ids, part.kinds, part.groups, tensors))
     return flat([Row(moved)])
+
+
+def side_by_side(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """As `flat`, but for strips of patches, which follow each other in their last dimension."""
+    parts = [part.tensors for row in rows for part in row.parts]
+    names = ("pixel_values", "pixel_values_videos")
+    joined = {name: [part[name] for part in parts if name in part] for name in names}
+    others = {name: tensor for name, tensor in flat(rows).items() if name not in names}
+    return {**{name: torch.cat(strip, dim=-1) for name, strip in joined.items() if strip}, **others}
 
 
 # --- the table
@@ -434,6 +479,33 @@ LATENT = {
     "head_dim": 4,  # of the rotary part
 }
 WINDOWED_LAYERS = {"sliding_window": 10, "layer_types": ["sliding_attention", "full_attention"] * 2}
+# a layer that attends, two that carry a state and do not, one that attends
+GATED_DELTA_NET = {
+    "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+QWEN35_VISION_TOWER = {**PATCH_TOWER, "num_position_embeddings": 64}
+LFM3_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "patch_size": 4,
+    "layer_types": ["conv", "full_attention", "conv"],
+}
+MINICPM_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 4,
+}
+QWEN35_ROPE = {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
 
 # transformers 5.23 hands the images of a GLM prompt to its beams in the wrong order
 ONE_IMAGE_EACH = ([3, 5], [2, 9], [7])
@@ -801,6 +873,81 @@ TABLE = [
         image=patches(4),
         video=patch_video(4, stamps=True),
         types=MM_TYPES,
+    ),
+    Family(
+        name="qwen3.5",
+        model_class="Qwen3_5ForConditionalGeneration",
+        config=config(mrope("qwen3_5_text", rope=QWEN35_ROPE, **GATED_DELTA_NET), QWEN35_VISION_TOWER, **MARKS),
+        image=patches(4),
+        video=patch_video(4, stamps=True),
+        types=MM_TYPES,
+        attn=NO_FLEX,
+        core=True,
+    ),
+    Family(
+        name="qwen3.5-moe",
+        model_class="Qwen3_5MoeForConditionalGeneration",
+        config=config(
+            mrope(
+                "qwen3_5_moe_text",
+                rope=QWEN35_ROPE,
+                **GATED_DELTA_NET,
+                **QWEN_EXPERTS,
+                shared_expert_intermediate_size=48,
+            ),
+            QWEN35_VISION_TOWER,
+            **MARKS,
+        ),
+        image=patches(4),
+        video=patch_video(4, stamps=True),
+        types=MM_TYPES,
+        attn=NO_FLEX,
+    ),
+    *(
+        Family(
+            name=name,
+            model_class=model_class,
+            config=config(
+                mrope("qwen3_5_text", rope=QWEN35_ROPE, **GATED_DELTA_NET), MINICPM_TOWER, insert_layer_id=1, **VIDEO_ID
+            ),
+            image=strips(4, side),
+            video=strips(4, side, video=True),
+            collate=side_by_side,
+            attn=NO_FLEX,
+        )
+        for name, model_class, side in (
+            ("minicpm-v-4.6", "MiniCPMV4_6ForConditionalGeneration", 4),
+            ("minicpm-ocr", "MiniCPMOcrForConditionalGeneration", 2),  # windows of patches are not merged
+        )
+    ),
+    Family(
+        name="lfm2-vl",
+        model_class="Lfm2VlForConditionalGeneration",
+        config=config(
+            text("lfm2", layer_types=["full_attention", "conv", "conv", "full_attention"]),
+            tower("siglip2_vision_model", 28, 4, num_patches=16, vision_use_head=False),
+            projector_hidden_size=40,
+        ),
+        image=padded_patches(4),
+        attn=NO_FLEX,
+    ),
+    Family(
+        name="lfm3-vl",
+        model_class="Lfm3VlForConditionalGeneration",
+        config=config(
+            text(
+                "lfm3",
+                layer_types=["full_attention", "conv", "sliding_attention", "conv"],
+                sliding_window=10,
+                conv_L_cache=4,
+            ),
+            LFM3_TOWER,
+            projector_hidden_size=40,
+            **MARKS,
+        ),
+        image=patches(4),
+        video=patch_video(4, stamps=True),
+        refuses=WINDOWS,
     ),
     Family(
         name="glm4.6v",

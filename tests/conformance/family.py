@@ -68,8 +68,13 @@ class Family:
         return getattr(transformers, self.config_class or getattr(transformers, self.model_class).config_class.__name__)
 
     @property
+    def stateful(self) -> bool:
+        """Whether the stock model has states that cannot be put back, and so neither an assistant nor a crop."""
+        return bool(getattr(getattr(transformers, self.model_class), "_is_stateful", False))
+
+    @property
     def layer_types(self) -> list[str]:
-        """ "sliding_attention" or "full_attention" of each decoder layer."""
+        """ "sliding_attention", "full_attention" or what carries a state of each decoder layer."""
         text = self.model().config.get_text_config()
         kind = "full_attention" if getattr(text, "sliding_window", None) is None else "sliding_attention"
         return getattr(text, "layer_types", None) or [kind] * text.num_hidden_layers
@@ -165,3 +170,5 @@ def draw_weights(model: nn.Module, seed: int) -> None:
             parameter.add_(0.6 + 0.1 * noise)
         elif name.endswith("bias"):
             parameter.copy_(0.1 * noise)
+        elif name.endswith("A_log"):
+            parameter.copy_(0.5 * noise - 1)  # states that outlast a prompt

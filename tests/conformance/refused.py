@@ -100,7 +100,6 @@ def llama() -> PreTrainedModel:
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "mllama": (mllama, "'mllama' reads images by cross-attention"),
     "florence2": (florence2, "'florence2' is an encoder-decoder"),
-    "lfm2-vl": (lfm2, r"model_type is 'lfm2_vl', whose decoder has layers \(conv\) that are no plain self-attention"),
     "minimax-m3-sparse": (minimax_m3, r"'minimax_m3_vl' has layers \(minimax_m3_sparse\) with a sparse index"),
     "llama": (llama, "model_type is 'llama', which transformers .* does not load as a model that answers"),
 }

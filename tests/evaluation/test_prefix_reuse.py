@@ -24,7 +24,7 @@ from thinsight.evaluation.store import Store
 from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply, can_share, resuming, snapshotting
-from thinsight.runtime.anatomy import sliding_layers
+from thinsight.runtime.anatomy import sliding_layers, state_layers
 from thinsight.schedule import Schedule
 from thinsight.searches import gsearch, random_search, sensitivity_search
 from thinsight.searches.run import budget_of
@@ -97,7 +97,7 @@ def test_every_family_gives_the_same_logits(family: Any) -> None:
             ):
                 assert one == two
     began = set(reused._began.values())
-    assert began == ({0} if sliding_layers(model) else {3})
+    assert began == ({0} if sliding_layers(model) or state_layers(model) else {3})
 
 
 @pytest.mark.parametrize("ranker", ["text-attention", "uniform", "staged", "dart"])

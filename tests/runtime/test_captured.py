@@ -34,7 +34,8 @@ WINDOWS = (
     *("exaone4.5", "muse-glimmer"),
 )
 WRITTEN = ("qwen3-vl", "qwen3-vl-moe")  # vision features are added inside the decoder
-REFUSED = [FAMILIES[name] for name in (*WINDOWS, *WRITTEN) if name in FAMILIES]
+STATES = ("qwen3.5", "qwen3.5-moe", "lfm2-vl", "lfm3-vl", "minicpm-v-4.6", "minicpm-ocr")  # carried along the tokens
+REFUSED = [FAMILIES[name] for name in (*WINDOWS, *WRITTEN, *STATES) if name in FAMILIES]
 OWN_MASK = [FAMILIES["paligemma"]]  # finished by the model, which cannot be bucketed
 RECORDED = [family for family in FAMILIES.values() if family not in REFUSED + OWN_MASK]
 LLAVA = FAMILIES["llava"]

@@ -142,6 +142,13 @@ def test_first_layer_keeps_the_layers_above_full() -> None:
     assert found(oracle, max_drop=0.0, first_layer=3) == (8, 8, 8, 1)
 
 
+def test_the_first_layer_is_no_earlier_than_one_at_which_the_ranker_can_rank() -> None:
+    oracle = NeedOracle(8, [[1, 1, 1, 1]])
+    oracle.first_layer = 3
+    assert found(oracle, max_drop=0.0) == (8, 8, 8, 1)
+    assert found(oracle, max_drop=0.0, first_layer=2) == (8, 8, 1, 1)
+
+
 def test_everything_may_go_when_the_tolerance_allows() -> None:
     assert found(NeedOracle(8, [[8, 8, 8, 8]]), max_drop=1.0) == (8, 8, 0, 0)
 

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache
 from ..cost import windows_of
 from ..errors import Unsupported
 from ..runtime import vision_token_mask
-from ..runtime.anatomy import decoder, num_layers, reads_prompt_both_ways, sliding_layers
+from ..runtime.anatomy import decoder, num_layers, reads_prompt_both_ways, sliding_layers, state_layers
 from ..runtime.cache import CACHE
 from .prompts import PromptBatch, pass_inputs, prompt_positions
 
@@ -259,11 +259,13 @@ class _Run:
             self.margins.append(min(gaps[row][: agreed + 1]))
             self.likelihoods.append(math.fsum(likely[row][: (len(tokens) if self.rated else agreed) + 1]))
             accepted[row, :agreed] = 1
-        # 4) Rejected columns are masked; a sliding window would still lose tokens to them.
+        # 4) Rejected columns are masked; a sliding window would still lose tokens to them, and a state has taken
+        # them in.
         self.mask = torch.cat([self.mask, accepted], dim=-1)
-        if not bool(accepted.all()) and sliding_layers(self.model):
-            window = min(windows_of(decoder(self.model).config, num_layers(self.model)).values())
-            if self.mask.shape[1] + self.rules.max_new_tokens > window:
+        windows, states = sliding_layers(self.model), state_layers(self.model)
+        if not bool(accepted.all()) and (windows or states):
+            found = windows_of(decoder(self.model).config, num_layers(self.model)).values()
+            if states or self.mask.shape[1] + self.rules.max_new_tokens > min(found):
                 self.exact = replace(columns, mask=self.mask).without_gaps()
 
     def _read(self, columns: _Columns, **more: Any) -> Any:

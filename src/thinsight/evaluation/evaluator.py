@@ -28,7 +28,7 @@ from ..errors import BadInput, Unsupported, whole
 from ..loading import base_name
 from ..ranking import get_ranker
 from ..reduction import Reduction
-from ..runtime import EncodedImages, Handle, apply, num_layers
+from ..runtime import EncodedImages, Handle, apply, first_attending, num_layers
 from ..runtime.anatomy import check_supported
 from ..schedule import Schedule
 from ..texts import brief
@@ -182,10 +182,9 @@ class Evaluator(SearchEvaluator):
         """The first layer at which the ranker can rank."""
         return self.first_layer_of(self.ranker)
 
-    @staticmethod
-    def first_layer_of(ranker: Any) -> int:
+    def first_layer_of(self, ranker: Any) -> int:
         """The first layer at which another ranker can rank: its name, dict or object."""
-        return 0 if get_ranker(ranker).ranks_at_layer_0 else 1
+        return 0 if get_ranker(ranker).ranks_at_layer_0 else first_attending(self.model) + 1
 
     def can_rank(self, ranker: Any) -> bool:
         """Whether the model has what a ranker reads: its name, dict or object. Tried on the first example's

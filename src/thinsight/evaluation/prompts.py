@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 
 from ..errors import BadInput, Unsupported
-from ..families import has_roles, nests_images
+from ..families import family_of, has_roles, nests_images
 from ..runtime import vision_token_mask
 from ..runtime.anatomy import MODALITIES, base_model
 from ..runtime.cache import CACHE
@@ -355,7 +355,11 @@ class PromptReader:
             if self._pixels.outline(example.image_keys) is None:
                 self._read([example])
         parts = [part for example in examples if (part := self._pixels.get(example.image_keys)) is not None]
-        inputs = {name: collate([part.tensors[name] for part in parts]) for name in parts[0].tensors}
+        strips = family_of(self.model.config).strips
+        inputs = {}
+        for name in parts[0].tensors:
+            each = [part.tensors[name] for part in parts]
+            inputs[name] = torch.cat(each, -1) if strips and name.startswith("pixel_values") else collate(each)
         return inputs, [part.n_vision for part in parts]
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Any]:

@@ -393,7 +393,7 @@ def search_and_report(options: SearchOptions, watcher: Watcher | None = None) ->
     if options.warning:
         prepared.watcher.on_note(f"warning: {options.warning}")
     # what the loaded model or the ranker cannot do at the first layer that may be reduced is refused now
-    schedule = Schedule.step(prepared.calibration.num_layers, options.gsearch_layer, 0.5)
+    schedule = Schedule.step(prepared.calibration.num_layers, _first_layer(options, prepared), 0.5)
     apply(prepared.opened.model, prepared.calibration.reduction(schedule)).remove()
     prepared.check_full_score(prepared.calibration)
     prepared.folder.bind(_settings(options, prepared))
@@ -588,6 +588,14 @@ class _Run:
         return tuple(pictures)
 
 
+def _first_layer(options: SearchOptions, prepared: Prepared) -> int:
+    """The first layer that G-Search reduces: the one asked for, or from its own on the first at which one can rank."""
+    if options.first_layer is not None:
+        return options.first_layer
+    calibration = prepared.calibration
+    return min(max(options.gsearch_layer, calibration.first_layer), calibration.num_layers - 1)
+
+
 def _settings(options: SearchOptions, prepared: Prepared) -> dict[str, Any]:
     """What a run is made of: a resumed one must agree in all of it."""
     return {
@@ -608,7 +616,7 @@ def _settings(options: SearchOptions, prepared: Prepared) -> dict[str, Any]:
         "solver": dict(options.layer_solver.settings),
         "early_stop": options.early_stop,
         "confidence": options.certainty if options.certified else None,
-        "first_layer": options.gsearch_layer if options.budget is None else options.first_layer,
+        "first_layer": _first_layer(options, prepared) if options.budget is None else options.first_layer,
         "seed": options.seed,
         "calibration fingerprint": prepared.calibration.fingerprint,
         "test fingerprint": prepared.test.fingerprint,

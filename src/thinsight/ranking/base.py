@@ -24,7 +24,8 @@ from ..errors import BadInput
 from ..registry import Registry
 
 TEXT_ATTENTION = "text-attention"
-"""A need: attention rows of the decoder layer just run (`Context.attention`, `Context.queries`)."""
+"""A need: attention rows of the decoder layer just run, or of the last before it that attends (`Context.attention`,
+`Context.queries`)."""
 VISION_ATTENTION = "vision-attention"
 """A need: attention inside the vision tower (`Context.vision_attention`)."""
 STATES = "states"

@@ -1,4 +1,4 @@
-"""Ranker: one way of ranking before the first decoder layer, another one after it."""
+"""Ranker: one way of ranking before the first decoder layer that attends, another one after it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .base import TEXT_ATTENTION, Context, Ranker, get_ranker, register
 
 @register
 class Staged(Ranker):
-    """`first` ranks at layer 0, where no attention has been paid yet, `then` at all later layers.
+    """`first` ranks where no attention has been paid yet, at layer 0 and behind layers that carry a state in place of
+    attending, `then` at all later layers.
 
     With it a schedule may drop tokens before the first layer and go on by the text's attention, which budgets below 1 /
     L need.
@@ -41,7 +42,8 @@ class Staged(Ranker):
         return True
 
     def score(self, context: Context) -> Tensor:
-        return (self.then if context.layer else self.first).score(context)
+        unpaid = TEXT_ATTENTION in self.then.needs and context.attention is None and context.pooled is None
+        return (self.first if unpaid or not context.layer else self.then).score(context)
 
 
 def _part(spec: str | Mapping[str, Any], name: str) -> Ranker:

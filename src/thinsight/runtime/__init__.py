@@ -9,6 +9,7 @@ they agree, and `observe.py` ranks where nothing is dropped. Knows nothing about
 from __future__ import annotations
 
 from .anatomy import decoder_layers as decoder_layers
+from .anatomy import first_attending as first_attending
 from .anatomy import num_layers as num_layers
 from .anatomy import vision_token_mask as vision_token_mask
 from .encoding import EncodedImages as EncodedImages

@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
 from ..checked import CheckResult, Identity, cache_folder, stored, stored_for
-from ..cost import shared_keys_of, windows_of
+from ..cost import STATE_LAYERS, shared_keys_of, states_of, windows_of
 from ..errors import BadInput, MissingPackage, Unsupported
 from ..families import FAMILIES, LAYERS, OLDEST, REFUSED, UNTESTED, family_of, tower_of
 from ..version import __version__
@@ -44,6 +44,7 @@ MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 _ATTENTION_LAYERS = frozenset({"attention", "chunked_attention", "full_attention", "sliding_attention"})
 # Of them, layers that choose blocks of keys by where these stand in the cache.
 _INDEXED_LAYERS = frozenset({"indexed_attention", "minimax_m3_sparse"})
+_REDUCIBLE = _ATTENTION_LAYERS | STATE_LAYERS
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,22 @@ def shared_keys(model: PreTrainedModel) -> dict[int, int]:
     return shared_keys_of(decoder(model).config, num_layers(model))
 
 
+def state_layers(model: PreTrainedModel) -> frozenset[int]:
+    """The decoder layers that carry a state along the tokens and do not attend: convolutions, linear attention."""
+    return states_of(decoder(model).config, num_layers(model))
+
+
+def attending_before(model: PreTrainedModel, layer: int) -> int | None:
+    """The last decoder layer before this one that attends, whose attention ranks there; None where there is none."""
+    states = state_layers(model)
+    return next((before for before in reversed(range(layer)) if before not in states), None)
+
+
+def first_attending(model: PreTrainedModel) -> int:
+    """The first decoder layer that attends."""
+    return min(set(range(num_layers(model))) - state_layers(model))
+
+
 def vision_source(model: PreTrainedModel) -> VisionSource:
     """Where to read attention inside the vision tower; refused if the tower packs its images into one sequence, or the
     projector reads the tower's embeddings, which no attention made."""
@@ -261,7 +278,7 @@ def refusal(config: Any) -> str | None:
     kinds = _layer_kinds(text)
     name = CLASSES.get(kind)
     alike = sorted(row.model_type for row in FAMILIES.values() if row.model_class == name)
-    other = sorted(set(kinds) - _ATTENTION_LAYERS)
+    other = sorted(set(kinds) - _REDUCIBLE)
     if name is None:
         why = (
             f", which transformers {transformers.__version__} does not load as a model that answers questions about "
@@ -273,8 +290,8 @@ def refusal(config: Any) -> str | None:
         why = f", whose decoder has layers ({', '.join(known)}) that {LAYERS[known[0]]}"
     elif other:
         why = (
-            f", whose decoder has layers ({', '.join(other)}) that are no plain self-attention: what they carry "
-            "along the sequence cannot be had without the tokens left out"
+            f", whose decoder has layers ({', '.join(other)}) that neither attend nor carry a state of a kind known "
+            "here: what leaving tokens out of them would mean has not been worked out"
         )
     else:
         why = f", which is not on the list yet: nobody has tried {name}"

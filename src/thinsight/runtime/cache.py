@@ -17,6 +17,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
@@ -88,8 +89,8 @@ def append(before: Kept | None, past: int, new: Columns, seq: int) -> Kept:
     return Kept(before.until(past).join(new.index + past, new.valid), past + seq)
 
 
-class Thinned(CacheLayerMixin):
-    """What is common to cache layers some of whose tokens were never cached. Made by `thin` of stock ones.
+class Thinned:
+    """What is common to cache layers that some tokens never came to. Made by `thin` of stock ones.
 
     Every layer of a cache reports the same logical length, which is what the model derives masks and positions
     from, while each stage of a schedule (a run of layers of one keep rate) holds another number of tokens.
@@ -97,20 +98,82 @@ class Thinned(CacheLayerMixin):
     """
 
     schedule: Schedule
-    dropped: int  # logical columns that have no physical one
     kept: Kept | None
-    expected: bool  # the hook of this layer has prepared the update that comes next
-    coming: int  # physical columns of that update
-    offset: int  # the logical column at which the mask of that update begins
 
     def become(self, schedule: Schedule) -> None:
         """Initialise what the stock layer does not have."""
         self.schedule = schedule
         self._forget()
 
+    def check(self, schedule: Schedule) -> None:
+        """Refuse another schedule than the one the layer was filled under."""
+        if self.schedule is not schedule and self.schedule != schedule:
+            raise BadInput("this cache was filled under another schedule; start a new cache")
+
     def expect(self, batch: int, seq: int, new: Columns | None = None, kept: Kept | None = None) -> None:
-        """Announce an update of `seq` logical columns, of which `new` are there (None: all), and what will be
-        `kept` then (None: as before). The update itself sees keys and values alone, not what is missing."""
+        """Announce a pass of `seq` logical columns, of which `new` are there (None: all), and what will be
+        `kept` then (None: as before). The update itself sees what is there alone, not what is missing."""
+        raise NotImplementedError
+
+    def _forget(self) -> None:
+        self.kept = None
+
+    def _select(self, rows: Tensor) -> None:
+        if self.kept is not None:
+            self.kept = self.kept.select(rows)
+
+
+# The stock class stands first: a layer becomes a thinned one in place, for which their memory layout must be one.
+class ThinnedState(LinearAttentionLayer, Thinned):
+    """A thinned `LinearAttentionLayer`: it holds a state, no tokens, so that nothing but a crop has to know what of
+    them did not come to it."""
+
+    behind: int  # columns behind what `kept` covers, since past states are recorded
+
+    def expect(self, batch: int, seq: int, new: Columns | None = None, kept: Kept | None = None) -> None:
+        if kept is not None:
+            self.kept, self.behind = kept, 0
+        elif self.record_past:  # where not, decoding compiles to one graph, in which nothing may count
+            self.behind += seq
+
+    def crop(self, tokens: int) -> None:
+        """Remove the last `-tokens` logical columns; refused where a recurrent state has taken them in."""
+        removed = -tokens
+        if removed and not self.is_croppable:
+            raise Unsupported(
+                f"cannot crop the cache by {removed} tokens: the state of its linear attention has taken them in; keep "
+                "a copy of the cache from before"
+            )
+        if self.kept is not None and removed > self.behind:
+            length = self.kept.covered - (removed - self.behind)
+            removed = self.behind + self.kept.beyond(length)
+            self.kept, self.behind = self.kept.crop(length), 0
+        else:
+            self.behind -= min(removed, self.behind)
+        super().crop(-removed)
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(beam_idx)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.behind = 0
+
+
+class ThinnedKeys(CacheLayerMixin, Thinned):
+    """What is common to those that hold keys and values."""
+
+    dropped: int  # logical columns that have no physical one
+    expected: bool  # the hook of this layer has prepared the update that comes next
+    coming: int  # physical columns of that update
+    offset: int  # the logical column at which the mask of that update begins
+
+    def expect(self, batch: int, seq: int, new: Columns | None = None, kept: Kept | None = None) -> None:
         self.expected = True
         self.coming = seq if new is None else new.length
         self.dropped += seq - self.coming
@@ -125,11 +188,6 @@ class Thinned(CacheLayerMixin):
     def ragged(self) -> bool:
         """Whether some of those columns are filling."""
         return self.kept is not None and self.kept.columns.valid is not None
-
-    def check(self, schedule: Schedule) -> None:
-        """Refuse another schedule than the one the layer was filled under."""
-        if self.schedule is not schedule and self.schedule != schedule:
-            raise BadInput("this cache was filled under another schedule; start a new cache")
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self._claim()
@@ -168,19 +226,16 @@ class Thinned(CacheLayerMixin):
         self._forget()
 
     def _forget(self) -> None:
-        self.kept, self.expected = None, False
+        super()._forget()
+        self.expected = False
         self.dropped = self.coming = self.offset = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._select(beam_idx)
 
-    def _select(self, rows: Tensor) -> None:
-        if self.kept is not None:
-            self.kept = self.kept.select(rows)
 
-
-class ThinnedLayer(Thinned, DynamicLayer):
+class ThinnedLayer(ThinnedKeys, DynamicLayer):
     """A thinned `DynamicLayer`."""
 
     keys: Tensor
@@ -246,7 +301,8 @@ class ThinnedSlidingLayer(ThinnedLayer, DynamicSlidingWindowLayer):
             self._hold(index, None, range(start, start + seq))
         else:
             index = new.index + start
-            self._hold(index, new.valid, index.amax(0).tolist())
+            real = index if new.valid is None else torch.where(new.valid, index, -1)
+            self._hold(index, new.valid, real.amax(0).cummax(0).values.tolist())
         self.cumulative_length = start + seq
 
     def columns(self) -> Columns:
@@ -289,7 +345,7 @@ class ThinnedSlidingLayer(ThinnedLayer, DynamicSlidingWindowLayer):
             self.held = self.held.select(rows)
 
 
-class ThinnedStaticLayer(Thinned, StaticLayer):
+class ThinnedStaticLayer(ThinnedKeys, StaticLayer):
     """A thinned `StaticLayer`: its buffer is allocated without room for what the first prompt drops, so a crop to
     in front of that, which would leave more to be filled than there is room, cannot be had."""
 
@@ -352,6 +408,7 @@ class ThinnedStaticLayer(Thinned, StaticLayer):
 _THINNED: dict[type, type[Thinned]] = {
     DynamicLayer: ThinnedLayer,
     DynamicSlidingWindowLayer: ThinnedSlidingLayer,
+    LinearAttentionLayer: ThinnedState,
     StaticLayer: ThinnedStaticLayer,
 }
 

@@ -23,10 +23,12 @@ from ..reduction import Reduction, check_rerank
 from ..schedule import Schedule
 from ..texts import brief
 from .anatomy import (
+    attending_before,
     attention_implementation,
     base_model,
     check_supported,
     decoder_layers,
+    first_attending,
     shared_keys,
     sliding_layers,
     unwrapped,
@@ -287,6 +289,7 @@ def apply(
     if per not in PER:
         raise BadInput(f"per is {per!r}; choose one of {', '.join(PER)}")
     check_rankable(schedule, chosen)
+    _check_attended(model, schedule, chosen, adaptive)
     implementation = attention_implementation(model)
     windows = [layer for layer in sorted(sliding_layers(model)) if schedule.keep_rates[layer] < 1]
     if windows and implementation.startswith("flash"):
@@ -316,6 +319,23 @@ def check_rankable(schedule: Schedule, ranker: Ranker) -> None:
             "layer before and layer 0 has none; keep all at layer 0, or rank by vision-attention, random "
             "or uniform"
         )
+
+
+def _check_attended(model: PreTrainedModel, schedule: Schedule, ranker: Ranker, adaptive: Adaptive | None) -> None:
+    """Refuse what reads attention where no decoder layer before has any."""
+    rates = schedule.keep_rates
+    falls = [] if ranker.ranks_at_layer_0 else [i for i, rate in enumerate(rates) if i and rate < rates[i - 1]][:1]
+    read = [(f"keep_rates fall at layer {layer}", f"ranker {ranker.name!r} reads") for layer in falls]
+    if adaptive is not None:
+        falls.append(adaptive.layer)
+        read.append((f"adaptive.layer is {adaptive.layer}", "its statistic reads"))
+    for layer, (what, who) in zip(falls, read, strict=True):
+        if attending_before(model, layer) is None:
+            first = first_attending(model)
+            raise BadInput(
+                f"{what}, but {who} the attention of a layer before, and layers 0 to {first - 1} of this model carry "
+                f"a state instead; begin at layer {first + 1}, or rank by vision-attention, random or uniform"
+            )
 
 
 def _check_free(model: PreTrainedModel) -> None:

@@ -9,9 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import BadInput
-from ..ranking import VISION_ATTENTION, full_precision, get_ranker
-from .anatomy import attention_of, check_supported, decoder_layers, model_device, shared_keys
+from ..errors import BadInput, Unsupported
+from ..ranking import TEXT_ATTENTION, VISION_ATTENTION, full_precision, get_ranker
+from .anatomy import (
+    attention_of,
+    check_supported,
+    decoder_layers,
+    first_attending,
+    model_device,
+    shared_keys,
+    state_layers,
+)
 from .call import encode_pixels, query_columns, read_call
 from .encoding import on_device, tapped
 from .scoring import Probe, TextRows
@@ -33,7 +41,8 @@ class LayerScores:
 def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-attention") -> LayerScores:
     """Run the full model once over prompts, and score their vision tokens from every layer's attention.
 
-    Entry i holds the scores from layer i's attention: what ranks before layer i + 1.
+    Entry i holds the scores from layer i's attention, or from that of the last layer before that attends: what ranks
+    before layer i + 1.
 
     Args:
         model: a supported multimodal model, without a reduction on it.
@@ -41,10 +50,17 @@ def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-atte
         ranker: a ranker, its name, or a dict.
 
     Raises:
-        ThinsightError: unsupported model, unknown ranker, or no image in any prompt.
+        ThinsightError: unsupported model, unknown ranker, no image in any prompt, or a model whose first layers do not
+            attend.
     """
     model = check_supported(model)
     chosen = get_ranker(ranker)
+    first = first_attending(model)
+    if first and TEXT_ATTENTION in chosen.needs:
+        raise Unsupported(
+            f"ranker {chosen.name!r} reads attention, and layers 0 to {first - 1} of this model carry a state instead: "
+            "its rankings cannot be compared over all layers; choose vision-attention, random or uniform"
+        )
     with tapped(model, VISION_ATTENTION in chosen.needs):
         arguments = encode_pixels(model, on_device(model, inputs, model_device(model)))
     call = read_call(model, arguments)
@@ -52,19 +68,21 @@ def layer_scores(model: Any, inputs: Mapping[str, Any], ranker: Any = "text-atte
         raise BadInput("no prompt has an image; layer_scores needs vision tokens to score")
     layout = call.layout
     rows, real = query_columns(layout, call.prompt, chosen.queries, chosen.rows)
-    probes = [Probe(attention_of(layer)) for layer in decoder_layers(model)]
-    requests = [TextRows(rows, layout.column, layout.valid) for _ in probes]
+    layers, states = decoder_layers(model), state_layers(model)
+    probes = {i: Probe(attention_of(layer)) for i, layer in enumerate(layers) if i not in states}
+    requests = {i: TextRows(rows, layout.column, layout.valid) for i in probes}
     try:
-        for probe, request in zip(probes, requests, strict=True):
-            probe.arm(request)
+        for layer, probe in probes.items():
+            probe.arm(requests[layer])
         # Gemma 4 runs its last layers on what it is asked for alone, and all rows are to be read there
         model(**arguments, use_cache=False, logits_to_keep=0 if shared_keys(model) else 1)
     finally:
-        for probe in probes:
+        for probe in probes.values():
             probe.restore()
-    scores = []
-    for layer, request in enumerate(requests):
-        context = call.context(layer=layer + 1, valid=layout.valid, attention=request.result, queries=real)
+    scores, attention = [], None
+    for layer in range(len(layers)):
+        attention = requests[layer].result if layer in requests else attention
+        context = call.context(layer=layer + 1, valid=layout.valid, attention=attention, queries=real)
         with full_precision(model_device(model)):
             scores.append(chosen.score(context).float())
     return LayerScores(torch.stack(scores), layout.valid)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import BadInput
-from .anatomy import decoder_layers, sliding_layers
+from .anatomy import decoder_layers, sliding_layers, state_layers
 from .cache import Kept, ThinnedLayer, cache_of, lazy_layer, thin
 from .handle import Handle
 from .reducer import PassState
@@ -40,10 +40,10 @@ class Snapshot(Mapped):
 
 
 def can_share(model: Any) -> bool:
-    """Whether passes of a model can be cut in two: not where layers have a sliding window, whose caches hold more than
-    keys and values, nor where they are on several devices."""
+    """Whether passes of a model can be cut in two: not where layers have a sliding window, or carry a state, whose
+    caches hold more than keys and values, nor where they are on several devices."""
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    return len(devices) <= 1 and not sliding_layers(model)
+    return len(devices) <= 1 and not sliding_layers(model) and not state_layers(model)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import GenerationMixin, PreTrainedModel
 
-from ..errors import BadInput
+from ..errors import BadInput, Unsupported
 from ..ranking import (
     STATES,
     TEXT_ATTENTION,
@@ -36,6 +36,7 @@ from ..ranking import (
 )
 from ..schedule import Schedule
 from .anatomy import (
+    attending_before,
     attention_implementation,
     attention_of,
     base_model,
@@ -45,9 +46,10 @@ from .anatomy import (
     check_replica,
     decoder_layers,
     shared_keys,
+    state_layers,
     writes_vision_after,
 )
-from .cache import Kept, Thinned, append, cache_of, filled, is_paged, thin, thinned
+from .cache import Kept, Thinned, ThinnedKeys, append, cache_of, filled, is_paged, thin, thinned
 from .call import (
     Layout,
     Plan,
@@ -139,7 +141,7 @@ class PassState:
     spread: bool = False  # whether hidden states are in logical columns although tokens were dropped
     cut: bool = False  # whether the model has cut them to the last columns, behind the layers with keys of their own
     stored: tuple[tuple[int, Columns], ...] = ()  # by layer whose keys others read, the columns of those keys
-    # (batch, heads, queries, tokens) float32, of the layer before, or pooled: (batch, tokens)
+    # (batch, heads, queries, tokens) float32, of the last layer that attends, or pooled: (batch, tokens)
     attention: Tensor | None = None
     scores: Tensor | None = None  # (batch, tokens) float32, of each row's last ranking
     ranked: tuple[int | None, ...] = ()  # per row, how many tokens that ranking kept
@@ -233,8 +235,10 @@ class Reducer:
         self._merges = type(ranker).merge is not Ranker.merge
         self._statistic: Any = None if adaptive is None else get_statistic(adaptive.statistic)
         self._base = base_model(model)
+        self._states = state_layers(model)
         self._hooks: list[Any] = []
         self._probes: dict[int, Probe] = {}
+        self._asks: dict[int, int | None] = {}  # layer that ranks -> the one before whose attention it reads
         self._tap: VisionTap | None = None
         self._lock = threading.Lock()
         self._passes: dict[int, threading.Thread] = {}  # with a pass under way that was begun here
@@ -270,10 +274,12 @@ class Reducer:
         after(self._base, self._leave, always=True)  # after an exception, too
         if VISION_ATTENTION in self.ranker.needs:
             self._tap = VisionTap(self.model)
-        read = {start - 1 for start in starts if start and TEXT_ATTENTION in self.ranker.needs}
+        ranks = set(starts) if TEXT_ATTENTION in self.ranker.needs else set()
         if self.adaptive is not None:
-            read.add(self.adaptive.layer - 1)
-        self._probes = {layer: Probe(attention_of(layers[layer])) for layer in sorted(read)}
+            ranks.add(self.adaptive.layer)
+        self._asks = {layer: attending_before(self.model, layer) for layer in sorted(ranks)}
+        read = sorted({layer for layer in self._asks.values() if layer is not None})
+        self._probes = {layer: Probe(attention_of(layers[layer])) for layer in read}
         for index, layer in enumerate(layers):
             decides = self.adaptive is not None and index == self.adaptive.layer
             if (starts and index >= starts[0]) or index in self._probes or decides:
@@ -410,6 +416,7 @@ class Reducer:
             if self.quotas.rows(run, layer) != self.quotas.rows(run, layer - 1):
                 with full_precision(states.device):
                     states = self._drop(run, layer, states)
+                self._check_states(run, layer)
                 run.trace = (*run.trace, (layer, run.alive))
             cache = cache_of(kwargs)
             if run.columns is not None and cache is not None:
@@ -457,7 +464,9 @@ class Reducer:
                 run.scores = scores
                 now = zip(ranking, kept, run.ranked, strict=True)
                 run.ranked = tuple(count if ranks else last for ranks, count, last in now)
-            run.attention = None  # of columns that are gone; the next ranking reads its own
+            # The next ranking reads its own, if a layer attends before it; if none does, this one serves again.
+            if self._asks.get(layer) not in [read for later, read in self._asks.items() if later > layer]:
+                run.attention = None
 
             # 2) Choose. The token that a prompt ends in stays: its answer is read from there.
             assert run.scores is not None
@@ -474,7 +483,7 @@ class Reducer:
 
             # 3) Say which columns go on. Places to merge into are those of the states as they are still.
             places = run.places(layout.column)[0] if self._merges else None
-            run.take, run.columns = shrink(layout, run.alive, kept, run.columns)
+            run.take, run.columns = shrink(layout, run.alive, kept, run.columns, in_front=bool(self._states))
 
         # 4) Merge what goes into what stays; with its gradient, unlike the choice.
         if context is None or places is None:
@@ -514,6 +523,16 @@ class Reducer:
                     "answer from; let text follow on the image"
                 )
 
+    def _check_states(self, run: Pass, layer: int) -> None:
+        """Refuse rows of different length behind a cached state, which filling would change: at a prompt's start, where
+        there is none, it stands in front and changes nothing."""
+        ragged = run.columns is not None and run.columns.valid is not None
+        if ragged and run.call.past and any(state >= layer for state in self._states):
+            raise Unsupported(
+                "the rows of this later turn keep different numbers of tokens, and decoder layers that carry a state "
+                "would take in what fills the shorter ones; call with one prompt at a time"
+            )
+
     def _shrunk(self, run: Pass, columns: Columns, layer: int, states: Tensor, args: Any, kwargs: Any) -> Any:
         """The arguments in a pass some of whose vision tokens are dropped, so that `columns` are left."""
         # 1) States. After a layer behind which the decoder writes to vision positions they are spread out; a model that
@@ -531,13 +550,16 @@ class Reducer:
             source = self._reads[layer]
             keys = dict(run.stored).get(source)
             length = states.shape[-2] if run.cut else seq
-            mask = self._read_mask(mask, thinned(cache, source), keys, queries, length, total, states)
+            mask = self._read_mask(mask, _keys(thinned(cache, source)), keys, queries, length, total, states)
         else:
             held = None
             if cache is not None:
                 held = thin(cache, layer, self.schedule)
                 held.expect(columns.index.shape[0], seq, columns, run.kept)
-            mask = self._mask(mask, held, columns, seq, total, states.device)
+            if layer in self._states:  # it hides padding alone, of which none is left but what fills rows
+                mask = None if columns.valid is None else columns.valid.to(states.device)
+            else:
+                mask = self._mask(mask, _keys(held), columns, seq, total, states.device)
         reduced = {**kwargs, "attention_mask": mask}
 
         # 3) The rotary tables, which keep each token where the full model has it: positions are not closed up over what
@@ -567,6 +589,9 @@ class Reducer:
         held.check(self.schedule)
         states = args[0] if args else kwargs["hidden_states"]
         (batch, seq), mask = states.shape[-3:-1], kwargs.get("attention_mask")
+        if not isinstance(held, ThinnedKeys):  # a state, in which nothing is missing
+            held.expect(batch, seq)
+            return None
         # a static cache's length is on the device: it is asked for only where a mask has to be written out
         total = int(held.get_seq_length()) + (seq if source == layer else 0) if mask is None and held.ragged else 0
         if source == layer:
@@ -577,7 +602,7 @@ class Reducer:
         return _replaced(states, args, reduced)
 
     def _mask(
-        self, mask: Any, held: Thinned | None, columns: Columns | None, seq: int, total: int, device: torch.device
+        self, mask: Any, held: ThinnedKeys | None, columns: Columns | None, seq: int, total: int, device: torch.device
     ) -> Any:
         """A layer's mask in physical columns."""
         ragged = held.ragged if held is not None else columns is not None and columns.valid is not None
@@ -595,7 +620,7 @@ class Reducer:
     def _read_mask(
         self,
         mask: Any,
-        held: Thinned | None,
+        held: ThinnedKeys | None,
         stored: Columns | None,
         queries: Columns | None,
         seq: int,
@@ -627,9 +652,11 @@ class Reducer:
         return made[key][0]
 
     def _arm(self, run: Pass, layer: int, kwargs: dict[str, Any]) -> None:
-        """Have the layer's attention read for the next one's ranking."""
-        decides = self.adaptive is not None and layer + 1 == self.adaptive.layer
-        if run.plan.queries is None or not (decides or any(self.quotas.ranking(run, layer + 1))):
+        """Have the layer's attention read for the rankings before the next layer that attends."""
+        readers = [reader for reader, read in self._asks.items() if read == layer]
+        decides = self.adaptive is not None and self.adaptive.layer in readers
+        ranks = (any(self.quotas.ranking(run, reader)) for reader in readers if reader in self.quotas.starts)
+        if run.plan.queries is None or not (decides or any(ranks)):
             return
         queries, real = run.plan.queries
         rows, columns = run.places(queries, run.call.layout.column)
@@ -667,9 +694,12 @@ class Reducer:
             self._end()
 
 
-def shrink(layout: Layout, alive: Tensor, kept: list[int], before: Columns | None) -> tuple[Tensor, Columns]:
+def shrink(
+    layout: Layout, alive: Tensor, kept: list[int], before: Columns | None, in_front: bool = False
+) -> tuple[Tensor, Columns]:
     """Drop the vision tokens that are not `alive` (batch, tokens), and padding where the batch gets shorter for
-    it. `kept`: how many are alive in each row, known without asking the device; `before`: the columns so far.
+    it. `kept`: how many are alive in each row, known without asking the device; `before`: the columns so far;
+    `in_front`: what fills shorter rows stands in front, not where columns were.
 
     Returns:
         take: (batch, physical) int64, the physical columns so far that go on; and what they are now.
@@ -679,10 +709,13 @@ def shrink(layout: Layout, alive: Tensor, kept: list[int], before: Columns | Non
     wanted = layout.text_marks.scatter_add(1, layout.column, alive.long())  # (batch, seq), 0 or 1
     if before is not None:
         wanted = wanted.gather(1, before.index)  # filling was not wanted then, so it is not wanted now
-    take = wanted.argsort(dim=1, descending=True, stable=True)[:, :length]  # (batch, length)
     ragged = any(row < length for row in rows)
-    if ragged:
-        take = take.sort(dim=1).values  # filling was behind
+    if in_front:
+        take = wanted.argsort(dim=1, stable=True)[:, -length:]  # (batch, length)
+    else:
+        take = wanted.argsort(dim=1, descending=True, stable=True)[:, :length]
+        if ragged:
+            take = take.sort(dim=1).values  # filling was behind
     index = take if before is None else before.index.gather(1, take)
     return take, Columns(index, wanted.gather(1, take) > 0 if ragged else None)
 
@@ -695,6 +728,11 @@ def main_stream(states: Tensor) -> Tensor:
     """What a layer's attention reads of its input: (batch, seq, hidden) itself, or the first of several such side by
     side (Gemma 3n's AltUp, (streams, batch, seq, hidden))."""
     return states if states.ndim == 3 else states[0]
+
+
+def _keys(held: Thinned | None) -> ThinnedKeys | None:
+    """A thinned cache layer that holds keys; None for one that holds a state."""
+    return held if isinstance(held, ThinnedKeys) else None
 
 
 def _replaced(states: Tensor, args: tuple[Any, ...], reduced: dict[str, Any]) -> Any:

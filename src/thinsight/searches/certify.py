@@ -422,10 +422,10 @@ def path_for(
 ) -> tuple[Schedule, ...]:
     """The path to certify along for an evaluator's model and prompts, none of whose answers are looked at.
 
-    By default one step at ``first_layer``, with ever fewer tokens. With ``found`` it leads through what that search
-    took (or ``through`` these schedules) and then on, one step at its first layer with fewer tokens still, so that a
-    search whose examples were unlucky holds nothing up. How far each way of laying a path gets at the same promise is
-    measured in benchmarks/results/coverage.md.
+    By default one step at ``first_layer``, or at the first behind it at which the ranker can rank, with ever fewer
+    tokens. With ``found`` it leads through what that search took (or ``through`` these schedules) and then on, one step
+    at its first layer with fewer tokens still, so that a search whose examples were unlucky holds nothing up. How far
+    each way of laying a path gets at the same promise is measured in benchmarks/results/coverage.md.
 
     Down to half of the way to what was found, where hardly any path ends and schedules take longest to run, steps are
     twice as long. Where that is less than 1.5x, the path begins there.
@@ -435,6 +435,7 @@ def path_for(
     """
     oracle = as_evaluator(evaluator)
     layers, n_vision = int(oracle.num_layers), int(oracle.num_vision_tokens)
+    first_layer = max(first_layer, int(oracle.first_layer))
     spent = cache(oracle.cost if oracle.model is None else oracle.budget(1.0, "flops").spent)
     if found is None:
         return lay_path(one_step(layers, n_vision, first_layer), spent, n_vision, most=None)

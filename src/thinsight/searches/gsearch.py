@@ -244,7 +244,7 @@ def gsearch(
     evaluator: SearchEvaluator,
     max_drop: float = 0.01,
     *,
-    first_layer: int = 2,
+    first_layer: int | None = None,
     solver: str | Solver = "bisect",
     step: int | None = None,
     trade_off: float | None = None,
@@ -281,7 +281,8 @@ def gsearch(
         evaluator: see `thinsight.searches.SearchEvaluator`; `thinsight.Evaluator` is one.
         max_drop: largest drop of the calibration score, in the metric's own unit (0.01 is one point), at
             least 0.
-        first_layer: the shallowest layer that may receive fewer tokens, numbered from 0.
+        first_layer: the shallowest layer that may receive fewer tokens, numbered from 0. None: layer 2, or the first
+            at which the evaluator's ranker can rank where that is deeper.
         solver: ``"bisect"``, ``"bayes"``, or an object with `Solver`'s members, which is used as it is:
             ``Bisect(at_once=k)`` tries k counts per round on any evaluator.
         step: *bisect*: counts are multiples of this; None: 1, exact.
@@ -311,7 +312,9 @@ def gsearch(
     settings: dict[str, Any] = {
         "method": "gsearch",
         "max_drop": float(max_drop),
-        "first_layer": whole(first_layer, "first_layer", 0, num_layers - 1),
+        "first_layer": whole(
+            max(2, evaluator.first_layer) if first_layer is None else first_layer, "first_layer", 0, num_layers - 1
+        ),
     }
     seed = whole(seed, "seed", 0)
     chosen = get_solver(solver, step=step, trade_off=trade_off, n_trials=n_trials, at_once=at_once)
