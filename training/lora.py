@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MATRICES = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
-)  # fmt: skip
+from thinsight.smollm2_model import MATRICES, matrix_names, merge_lora
+
+__all__ = ["IGNORED", "Adapted", "Questions", "initial_lora", "matrix_names", "merge_lora"]
 IGNORED = -100
 
 
@@ -36,11 +35,6 @@ class Questions:
     segments: Tensor  # (C, T) int64
 
 
-def matrix_names(layers: int) -> list[str]:
-    """The names, inside a `LlamaModel`, of the linear layers that get an addition."""
-    return [f"layers.{i}.{matrix}" for i in range(layers) for matrix in MATRICES]
-
-
 def initial_lora(language: nn.Module, rank: int, seed: int) -> dict[str, Tensor]:
     """Float32 factors ``<linear>.A`` (rank, in) and ``<linear>.B`` (out, rank) that add nothing yet."""
     generator = torch.Generator().manual_seed(seed)
@@ -51,14 +45,6 @@ def initial_lora(language: nn.Module, rank: int, seed: int) -> dict[str, Tensor]
         lora[f"{name}.A"] = torch.randn(rank, inputs, generator=generator) / inputs**0.5
         lora[f"{name}.B"] = torch.zeros(outputs, rank)
     return lora
-
-
-@torch.no_grad()
-def merge_lora(language: nn.Module, lora: dict[str, Tensor]) -> None:
-    """Adds B A to every matrix of ``language``, in place, computed in float32."""
-    for name in matrix_names(len(language.layers)):
-        weight = language.get_submodule(name).weight
-        weight.copy_(weight.float() + lora[f"{name}.B"].float() @ lora[f"{name}.A"].float())
 
 
 def _linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:

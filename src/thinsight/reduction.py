@@ -152,7 +152,7 @@ def _value(value: Any) -> str:
 
 
 def _usage(base_model: str | None) -> str:
-    if base_model in ("demo", "demo-internvl"):
+    if base_model in ("demo", "demo-internvl", "demo-smollm2"):
         load = [f"model, processor = ts.load_demo(name={python(base_model)})"]
     else:
         base_model = base_model or "the-model"
