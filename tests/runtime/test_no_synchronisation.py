@@ -3,6 +3,7 @@ in one that follows a plan."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -95,13 +96,14 @@ def test_the_watch_would_see_it(family: Family) -> None:
 # a sliding cache counts on the CPU, experts multiply in bfloat16 alone there, PaliGemma looks at its masks
 NOT_THERE = (
     "llava-mistral", "gemma3", "aya-vision", "cohere2-vision", "glm4v-moe", "qwen3-vl-moe", "paligemma",
-    "paligemma2", "shieldgemma2", "exaone4.5", "muse-glimmer", "aria", "kimi-k2.5", "minimax-m3-vl",
+    "paligemma2", "lfm3-vl", "qwen3.5-moe", "shieldgemma2", "exaone4.5", "muse-glimmer", "aria", "kimi-k2.5", "minimax-m3-vl",
 )  # fmt: skip
+STATES = ("conv", "linear_attention")  # layers that hold no keys
 PLANNED = [family for name, family in FAMILIES.items() if name not in NOT_THERE]
 
 
 def planned_pass(family: Family, ranker: Any, per: str, plan: bool) -> list[int]:
-    """A prefill on the meta device, where tensors have no numbers: lengths of the cache's layers."""
+    """A prefill on the meta device, where tensors have no numbers: lengths of the cache's layers that hold keys."""
     model = family.build()
     inputs = family.batch(family.rows([[3, 5]])).inputs
     with apply(model, SCHEDULE, ranker=ranker, per=per) as handle, torch.no_grad():
@@ -113,15 +115,15 @@ def planned_pass(family: Family, ranker: Any, per: str, plan: bool) -> list[int]
         model.to("meta")
         with handle.planned(made if plan else None), handle.vision(vision), NeverWaiting():
             cache = model(inputs_embeds=embeds, logits_to_keep=1)[CACHE]
-    return [layer.keys.shape[2] for layer in cache.layers]
+    return [layer.keys.shape[2] for layer in cache.layers if hasattr(layer, "keys")]
 
 
 @pytest.mark.parametrize("per", ["image", "prompt"])
 @for_each(PLANNED)
 def test_a_planned_pass_runs_where_there_are_no_numbers(family: Family, per: str) -> None:
     lengths = planned_pass(family, "text-attention", per, plan=True)
-    assert lengths == sorted(lengths, reverse=True)
-    assert lengths[3] < lengths[2] < lengths[1] < lengths[0]
+    assert len(lengths) == sum(kind not in STATES for kind in family.layer_types)
+    assert all(after < before for before, after in itertools.pairwise(lengths))
 
 
 @for_each([FAMILIES["llava"]])
