@@ -522,8 +522,13 @@ REFUSED: dict[str, str] = {
 """Model types that cannot run under a reduction, each with what holds for it; encoder-decoders, cross-attention and
 layers of other kinds are told by the config."""
 
+_INDEXED = (
+    "choose the keys that a token sees by a sparse index over all of the sequence: tokens left out would move all that "
+    "stand behind them"
+)
 LAYERS: dict[str, str] = {
-    "indexed_attention": "choose the keys that a token sees by an index over all of the sequence",
+    "indexed_attention": _INDEXED,
+    "minimax_m3_sparse": _INDEXED,
     "reference_sliding_attention": "keep the prompt and a window of what follows in a cache of their own",
 }
 """Of `layer_types`: kinds of layers in which a token cannot be left out, and why; others carry a state along."""

@@ -100,6 +100,6 @@ def llama() -> PreTrainedModel:
 REFUSED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "mllama": (mllama, "'mllama' reads images by cross-attention"),
     "florence2": (florence2, "'florence2' is an encoder-decoder"),
-    "minimax-m3-sparse": (minimax_m3, r"'minimax_m3_vl' has layers \(minimax_m3_sparse\) with a sparse index"),
+    "minimax-m3-sparse": (minimax_m3, r"'minimax_m3_vl' has layers \(minimax_m3_sparse\) that choose"),
     "llama": (llama, "model_type is 'llama', which transformers .* does not load as a model that answers"),
 }

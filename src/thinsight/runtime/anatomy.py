@@ -42,8 +42,6 @@ MODALITIES = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 # Of `layer_types`: layers in which a token that is left out leaves nothing behind.
 _ATTENTION_LAYERS = frozenset({"attention", "chunked_attention", "full_attention", "sliding_attention"})
-# Of them, layers that choose blocks of keys by where these stand in the cache.
-_INDEXED_LAYERS = frozenset({"indexed_attention", "minimax_m3_sparse"})
 _REDUCIBLE = _ATTENTION_LAYERS | STATE_LAYERS
 
 
@@ -252,19 +250,15 @@ def impossible(config: Any) -> str | None:
             f"{kind!r} reads images by cross-attention: its decoder's input has no vision "
             "tokens to drop; use a decoder-only model"
         )
-    kinds = _layer_kinds(text)
-    indexed = sorted(_INDEXED_LAYERS.intersection(kinds))
-    if indexed:
-        return (
-            f"{kind!r} has layers ({', '.join(indexed)}) with a sparse index, which chooses keys by their place in the "
-            "cache: tokens left out would move all that stand behind them; use a model that attends to all keys"
-        )
+    known = sorted(LAYERS.keys() & _layer_kinds(text))
+    if known:
+        return f"{kind!r} has layers ({', '.join(known)}) that {LAYERS[known[0]]}; use a model that attends to all keys"
     return None
 
 
-def _layer_kinds(text: Any) -> tuple[str, ...]:
+def _layer_kinds(text: Any) -> set[str]:
     """What kinds of layers a text config names, if it does."""
-    return tuple(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
+    return set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
 
 
 def refusal(config: Any) -> str | None:
@@ -286,8 +280,6 @@ def refusal(config: Any) -> str | None:
         )
     elif alike:
         why = f", which runs as {name} like {alike[0]!r}, but has not been tried under this name yet"
-    elif known := [kind for kind in other if kind in LAYERS]:
-        why = f", whose decoder has layers ({', '.join(known)}) that {LAYERS[known[0]]}"
     elif other:
         why = (
             f", whose decoder has layers ({', '.join(other)}) that neither attend nor carry a state of a kind known "
