@@ -23,7 +23,7 @@ import torch
 import thinsight as ts
 from benchmarks import table
 from benchmarks.priced import priced_search, spine_of
-from benchmarks.results import SHOWN, Bench, interval_words, verdict
+from benchmarks.results import SHOWN, Bench, Scored, interval_words, verdict
 from thinsight.budget import fit_rate
 from thinsight.certificate import Certificate
 from thinsight.errors import Unreachable
@@ -35,7 +35,7 @@ from thinsight.job.compare import compare
 from thinsight.job.findings import MedianPrompt, drop_of, task_rows
 from thinsight.job.opening import RunFolder, Scores
 from thinsight.job.options import CompareOptions, ModelOptions, seeded
-from thinsight.loading import load_model
+from thinsight.loading import DEMOS, load_model
 from thinsight.records import write_atomically
 from thinsight.report.comparison import OURS, Comparison, draw, markdown, to_csv
 from thinsight.report.comparison import table as compared_lines
@@ -86,7 +86,7 @@ class Kept(StandIn):
 
     def score(self, candidate: Any) -> Evaluation:
         if not self.run:
-            raise NotRun(f"{candidate!r} on {self.name}")
+            raise NotRun(f"a score on the {self.name} set")
         return self.inner(candidate)
 
     def at_least(self, candidate: Any, /, floor: float, confidence: float | None = None, seed: int = 0) -> Evaluation:
@@ -101,12 +101,12 @@ class Unkept(Kept):
 
     def at_least(self, candidate: Any, /, floor: float, confidence: float | None = None, seed: int = 0) -> Evaluation:
         if not self.run:
-            raise NotRun(f"{candidate!r} on {self.name}")
+            raise NotRun(f"a score on the {self.name} set")
         return self.inner.at_least(candidate, floor, confidence, seed)
 
     def sample(self, candidate: Any, /, share: float) -> Evaluation:
         if not self.run:
-            raise NotRun(f"{candidate!r} on {self.name}")
+            raise NotRun(f"a score on the {self.name} set")
         return self.inner.sample(candidate, share)
 
 
@@ -129,6 +129,7 @@ class Work:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.name = settings.model if settings.model in DEMOS else MODEL  # also of one that lies elsewhere
         self.folder = RunFolder(settings.out / "parts", resume=True)
         self.sets = self._sets()
         self.model, self.processor = load_model(settings.model, settings.dtype)
@@ -188,13 +189,13 @@ class Work:
         """Of this model, or of "demo"."""
 
         def run() -> RankConsistency:
-            self._must_run("Kendall's tau")
+            self.must_run("Kendall's tau")
             model, processor = (self.model, self.processor) if name == "this" else ts.load_demo(name=name)
             return ts.rank_consistency(model, processor, self.sets["test"][:TAU_EXAMPLES])
 
         return self.folder.once(f"tau-{name}", RankConsistency, run)
 
-    def _must_run(self, what: str) -> None:
+    def must_run(self, what: str) -> None:
         if not self.settings.run:
             raise NotRun(what)
 
@@ -231,10 +232,14 @@ class Work:
         journal = self.folder.path / f"priced-{max_drop:g}.jsonl"
         return priced_search(self.calibration, max_drop, study=journal, resume=True)
 
+    def found(self, source: str, max_drop: float) -> SearchResult | None:
+        """What the search of one of `SOURCES` found; None: it is no search."""
+        search = {"G-Search": self.gsearch, "priced search": self.priced}.get(source)
+        return None if search is None else search(max_drop)
+
     def certificate(self, source: str, max_drop: float) -> Certificate:
         """Along the path of one of `SOURCES`."""
-        search = {"G-Search": self.gsearch, "priced search": self.priced}.get(source)
-        found = None if search is None else search(max_drop)
+        found = self.found(source, max_drop)
         through = spine_of(found) if found is not None and source == "priced search" else ()
         path = path_for(self.calibration.inner, found, through=through)
         first = min(i for each in path for i, rate in enumerate(each.keep_rates) if rate < 1)
@@ -248,7 +253,7 @@ class Work:
 
     def measured(self, name: str, schedule: ts.Schedule, dtype: str) -> Measurement:
         def run() -> Measurement:
-            self._must_run("times")
+            self.must_run("times")
             model = self.model
             if dtype != self.settings.dtype:
                 model, _ = load_model(self.settings.model, dtype)
@@ -280,14 +285,14 @@ class Work:
         """Of what is done; each budget's methods as far as they have been run."""
         found = []
         for budget in BUDGETS:
-            done = [name for name in SHOWN if self._is_done(budget, name)]
+            done = [name for name in SHOWN if self.is_done(budget, name)]
             if done:
                 found.append(self.comparison(budget, done if not self.settings.run else SHOWN))
         if not found:
             raise NotRun("the comparison at equal cost")
         return replace(found[0], runs=tuple(run for each in found for run in each.runs))
 
-    def _is_done(self, budget: float, name: str) -> bool:
+    def is_done(self, budget: float, name: str) -> bool:
         if self.settings.run:
             return True
         key = f"keep-{budget:g}-{name}" + ("-seed0" if seeded(name) else "")
@@ -337,8 +342,8 @@ class Page:
         """A section, or that it has not been run."""
         try:
             found = lines()
-        except NotRun as reason:
-            self.missing.append(f"{title} ({reason})")
+        except NotRun:
+            self.missing.append(title)
             found = ["Not run."]
         return ["", f"## {title}", "", *found]
 
@@ -353,8 +358,9 @@ class Page:
                     self.missing.append(f"certificate of {100 * drop:g} points along {source}")
         return found
 
-    def claim(self, holds: bool | None, text: str) -> None:
-        words = "**Cannot be said.**" if holds is None else verdict(holds)
+    def claim(self, holds: bool, text: str, whole: bool = True) -> None:
+        """A claim with its verdict; a part of what it is about, such as some of the methods, only shows so far."""
+        words = verdict(holds) if whole or not holds else "**Holds so far.**"
         self.claims.append(f"- {words} {text}")
 
     def text(self) -> str:
@@ -373,7 +379,7 @@ class Page:
         where = table.about(torch.device("cpu"))
         sizes = {name: f"{len(examples):,}" for name, examples in self.work.sets.items()}
         head = [
-            f"# Results on {settings.model}",
+            f"# Results on {self.work.name}",
             "",
             f"Made by `make smollm2` on {datetime.now(timezone.utc):%Y-%m-%d}: {where['machine']}, torch "
             f"{where['torch']}, transformers {where['transformers']}; weights and activations in {settings.dtype}, and "
@@ -387,8 +393,8 @@ class Page:
             "",
             *self.claims,
         ]
-        lacking = ["", "Not run so far: " + "; ".join(self.missing) + "."] if self.missing else []
-        return "\n".join([*head, *lacking, *parts]) + "\n"
+        lacking = ["", "Not run so far, and nothing is said of it:", "", *(f"- {each}" for each in self.missing)]
+        return "\n".join([*head, *(lacking if self.missing else []), *parts]) + "\n"
 
     # -- sections --------------------------------------------------------------------------------------------
 
@@ -404,9 +410,9 @@ class Page:
         ]
 
     def tau(self) -> list[str]:
-        found = {self.work.settings.model: self.work.tau("this"), "demo": self.work.tau("demo")}
+        found = {self.work.name: self.work.tau("this"), "demo": self.work.tau("demo")}
         self.draw_tau(found)
-        mine = found[self.work.settings.model]
+        mine = found[self.work.name]
         self.claim(
             bool(min(mine.tau[1:]) >= ALIKE),
             "Layers rank vision tokens alike from the second layer on (the paper's decoders: Kendall's tau of 0.68 and "
@@ -433,7 +439,7 @@ class Page:
 
     def draw_tau(self, found: dict[str, RankConsistency]) -> None:
         figure, axes = new_figure("layer", "Kendall's tau with the next layer")
-        for (name, each), marker in zip(found.items(), "os", strict=True):
+        for (name, each), marker in zip(found.items(), "os", strict=False):
             axes.plot(range(len(each.tau)), each.tau, marker=marker, markersize=4, label=name)
         axes.set_ylim(0, 1)
         save_figure(figure, axes, self.folder / "smollm2-tau.png")
@@ -456,9 +462,11 @@ class Page:
         free = [layer for layer, _, drop in found if drop.mean <= 0.01]
         self.claim(
             bool(free and free[0] <= self.work.depth * 0.6),
-            "Deep layers need no vision token: without any from "
-            + (f"layer {free[0]} on, at most 1 point is lost" if free else "no layer on is the loss within 1 point")
-            + f" (of {self.work.depth}; the paper's G-Search keeps 8 % and less from layer 20 of 32 on).",
+            "Deep layers need no vision token: "
+            + (f"without any from layer {free[0]} on" if free else "at no layer where all were dropped is")
+            + (" at most 1 point is lost" if free else " the loss within 1 point")
+            + f" (of {self.work.depth}; the paper's G-Search keeps 8 % and less from layer 20 of 32 on; held to 60 "
+            "% of the depth).",
         )
         return [
             "![Score by leaving layer](smollm2-leaving.png)",
@@ -469,59 +477,76 @@ class Page:
     def gsearch(self) -> list[str]:
         lines = []
         for drop in DROPS:
-            certificate = self.certificates.get(("G-Search", drop))
-            found = self.work.gsearch(drop)
-            scored, lost = self.work.drop(found.schedule)
-            reached = self.work.flops_ratio(found.schedule)
-            counts = ", ".join(counted(found.schedule, self.work.prompt.n_vision))
-            lines.append(
-                [
-                    f"{100 * drop:g}",
-                    counts,
-                    f"{found.evaluations:.0f}",
-                    percent(found.schedule.mean_keep_rate),
-                    percent(scored.score),
-                    interval_words(lost),
-                    ratio(reached),
-                    told(self.work, certificate),
-                ]
-            )
-            self.claim(
-                bool(reached >= 2 and lost.mean <= drop),
-                f"G-Search allowed {100 * drop:g} points needs at least 2x fewer FLOPs and loses no more on the test "
-                f"set: {ratio(reached)}, {interval_words(lost)}.",
-            )
-            if certificate is not None:
-                schedule = certificate.schedule
-                self.claim(
-                    schedule is not None and self.work.flops_ratio(schedule) >= 2,
-                    f"At least 2x is certified along G-Search's path ({100 * drop:g} points, 95 % confidence, "
-                    f"{certificate.n:,} questions): {told(self.work, certificate)}.",
-                )
+            try:
+                lines.append(self._gsearch(drop))
+            except NotRun as reason:
+                self.missing.append(f"G-Search at {100 * drop:g} points ({reason})")
+        if not lines:
+            raise NotRun("both tolerances")
         heads = [
             "points allowed", "tokens per layer", "evaluations", "mean keep rate (%)", "score", "drop [95 %]", "FLOPs",
             "certified FLOPs",
         ]  # fmt: skip
         return [f"Counts in multiples of {self.work.settings.step}, from layer 2 on.", "", *rows(heads, lines)]
 
+    def _gsearch(self, drop: float) -> list[str]:
+        found, certificate = self.work.gsearch(drop), self.certificates.get(("G-Search", drop))
+        scored, lost = self.work.drop(found.schedule)
+        reached = self.work.flops_ratio(found.schedule)
+        self.claim(
+            bool(reached >= 2 and lost.mean <= drop),
+            f"G-Search allowed {100 * drop:g} points needs at least 2x fewer FLOPs and loses no more on the test "
+            f"set: {ratio(reached)}, {interval_words(lost)}.",
+        )
+        if certificate is not None:
+            schedule = certificate.schedule
+            self.claim(
+                schedule is not None and self.work.flops_ratio(schedule) >= 2,
+                f"At least 2x is certified along G-Search's path ({100 * drop:g} points, 95 % confidence, "
+                f"{certificate.n:,} questions): {told(self.work, certificate)}.",
+            )
+        return [
+            f"{100 * drop:g}",
+            ", ".join(counted(found.schedule, self.work.prompt.n_vision)),
+            f"{found.evaluations:.0f}",
+            percent(found.schedule.mean_keep_rate),
+            percent(scored.score),
+            interval_words(lost),
+            ratio(reached),
+            told(self.work, certificate),
+        ]
+
     def certified(self) -> list[str]:
-        lines: list[list[str]] = []
-        for (source, drop), each in self.certificates.items():
-            failed, ended = each.failed, f"all, to {ratio(max(map(self.work.flops_ratio, each.path)))}"
-            if failed is not None:
-                tried = ratio(self.work.flops_ratio(each.path[len(each.steps) - 1]))
-                ended = f"{tried}: {failed.losses} / {failed.wins}"
-            lines.append([source, f"{100 * drop:g}", told(self.work, each), f"{each.losses} / {each.wins}", ended])
-        if not lines:
+        lines = [self._certified(source, drop) for drop in DROPS for source in SOURCES]
+        if not self.certificates:
             raise NotRun("certificates")
-        heads = ["path", "points", "certified FLOPs", "losses / wins", "failed at: losses / wins"]
+        heads = ["path", "points", "found", "evaluations", "certified", "losses / wins", "failed at: losses / wins"]
         return [
             "The same exact test along paths from three sources, from costly to cheap to the first that fails. *Priced "
             "search*: steps at seven layers on an eighth of the search questions say what each band of tokens is worth "
-            "at each layer; for every cost the schedule that should lose least, bisected on all search questions.",
+            "at each layer; for every cost the schedule that should lose least, bisected on all search questions. "
+            "*Found*: FLOPs of the schedule that a search found within the tolerance on its questions.",
             "",
             *rows(heads, lines),
         ]
+
+    def _certified(self, source: str, drop: float) -> list[str]:
+        try:
+            found = self.work.found(source, drop)
+            searched = ["", ""]
+            if found is not None:
+                searched = [ratio(self.work.flops_ratio(found.schedule)), f"{found.evaluations:.0f}"]
+        except NotRun:
+            searched = ["not run", ""]
+        certificate = self.certificates.get((source, drop))
+        line = [source, f"{100 * drop:g}", *searched, told(self.work, certificate)]
+        if certificate is None:
+            return [*line, "", ""]
+        failed, ended = certificate.failed, f"none, to {ratio(max(map(self.work.flops_ratio, certificate.path)))}"
+        if failed is not None:
+            tried = ratio(self.work.flops_ratio(certificate.path[len(certificate.steps) - 1]))
+            ended = f"{tried}: {failed.losses} / {failed.wins}"
+        return [*line, f"{certificate.losses} / {certificate.wins}", ended]
 
     def ladder(self) -> list[str]:
         lines: list[list[str]] = []
@@ -529,7 +554,7 @@ class Page:
             try:
                 lines += self._ladder(drop)
             except NotRun as reason:
-                self.missing.append(f"one-step schedules at {100 * drop:g} points' FLOPs ({reason})")
+                self.missing.append(f"one step at the FLOPs of G-Search, {100 * drop:g} points ({reason})")
         if not lines:
             raise NotRun("one-step schedules at equal FLOPs")
         return rows(["schedule", "tokens", "mean keep rate (%)", "FLOPs", "score", "several minus this [95 %]"], lines)
@@ -552,8 +577,10 @@ class Page:
             sure = "" if best.high <= 0 else ", beyond chance" if best.low > 0 else ", not beyond chance"
             self.claim(
                 best.mean > 0,
-                f"At the FLOPs of {name}, several steps beat the best one step (layer {layer} of {len(gaps)} tried, "
-                f"picked on the test set): {interval_words(best)} points{sure}.",
+                f"At the FLOPs of {name}, several steps beat the best one step (at layer {layer}; tried: "
+                f"{', '.join(str(tried) for _, tried in sorted(gaps, key=lambda gap: gap[1]))}): "
+                f"{interval_words(best)} points{sure}.",
+                whole=len(gaps) == len(self.work.ladder(found)),
             )
         return lines
 
@@ -564,12 +591,12 @@ class Page:
 
     def compared(self) -> list[str]:
         comparison = self.work.compared()
-        self.missing += [
-            f"{name} at {100 * budget:g} %"
-            for budget in BUDGETS
-            for name in SHOWN
-            if not self.work._is_done(budget, name)
-        ]
+        for budget in BUDGETS:
+            lacking = [name for name in SHOWN if not self.work.is_done(budget, name)]
+            if lacking:
+                names = "all methods" if len(lacking) == len(SHOWN) else ", ".join(lacking)
+                self.missing.append(f"at {100 * budget:g} %: {names}")
+
         write_atomically(self.folder / "smollm2.csv", to_csv(comparison))
         draw(comparison, self.folder / "smollm2.png")
         at = {(line.budget, line.method): line for line in compared_lines(comparison) if not line.refused}
@@ -583,6 +610,7 @@ class Page:
                     not above,
                     f"At {100 * budget:g} % no other method is above the sensitivity search beyond chance: "
                     f"{percent(ours.score)}{'; above it: ' + names if names else ''}.",
+                    whole=all(self.work.is_done(budget, name) for name in SHOWN),
                 )
             if sigmoid is not None and fastv is not None:
                 self.claim(
@@ -668,21 +696,37 @@ def timings(work: Work) -> Iterator[tuple[str, str, Measurement]]:
 # -- Table 4 -------------------------------------------------------------------------------------------------
 
 
-def demo_bench(work: Work) -> Bench:
-    return Bench("demo", work.settings.out / "demo")
+@dataclass(frozen=True)
+class Found:
+    """A schedule that a search found."""
+
+    keep_rates: tuple[float, ...]
 
 
-def transfer_lines(work: Work, claim: Callable[[bool | None, str], None]) -> list[str]:
-    """The demo's schedule at this depth, and this model's at the demo's; both without a drop on calibration allowed
-    more than one point."""
-    demo, drop = demo_bench(work), min(DROPS)
-    journal = work.folder.path / "gsearch-demo.jsonl"
-    mine, lines, worse = work.gsearch(drop).schedule, [], []
-    theirs = ts.gsearch(demo.calibration, drop, step=STEP, study=journal, resume=True).schedule
-    for name, own, other in ((work.settings.model, mine, theirs), ("demo", theirs, mine)):
+def transfer_lines(work: Work, claim: Callable[[bool, str], None]) -> list[str]:
+    """The demo's schedule at this depth, and this model's at the demo's, both of G-Search at the least drop."""
+    demo, drop = Bench("demo", work.settings.out / "demo"), min(DROPS)
+    mine = work.gsearch(drop).schedule
+
+    def search() -> Found:
+        journal = work.folder.path / "gsearch-demo.jsonl"
+        found = ts.gsearch(demo.calibration, drop, step=STEP, study=journal, resume=True)
+        return Found(found.schedule.keep_rates)
+
+    def on_demo(what: str, schedule: ts.Schedule) -> Scored:
+        key = f"{what} at {drop:g}"
+        if demo.folder.find(key, Scored) is None:
+            work.must_run("the schedule on the demo")
+        return demo.score(key, ts.Reduction(schedule))
+
+    if work.folder.find("gsearch-demo", Found) is None:
+        work.must_run("the demo's schedule")
+    theirs = ts.Schedule(work.folder.once("gsearch-demo", Found, search).keep_rates)
+    lines, worse = [], []
+    for name, own, other in ((work.name, mine, theirs), ("demo", theirs, mine)):
         for what, schedule in (("its own", own), ("the other's", other.resample(own.num_layers))):
             if name == "demo":
-                scored = demo.score(f"{what} at {drop:g}", ts.Reduction(schedule))
+                scored = on_demo(what, schedule)
                 score, lost, reached = scored.score, Interval(scored.drop, scored.low, scored.high), scored.flops_ratio
             else:
                 found, lost = work.drop(schedule)
