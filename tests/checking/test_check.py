@@ -34,7 +34,7 @@ def test_it_passes_on_every_family(family: Family) -> None:
     result = ts.check(family.build())
     assert result.passed, shown(result)
     missing = [line.name for line in result.lines if line.state == NOT_CHECKED]
-    assert missing in ([], ["videos"])
+    assert set(missing) <= {"videos", "a second turn, an image"}
     assert result.noise is not None
     assert 0 < result.noise < 1e-4
     assert result.dtype == "float32"
@@ -42,7 +42,7 @@ def test_it_passes_on_every_family(family: Family) -> None:
 
 def test_it_passes_with_a_processor_and_leaves_the_model_as_it_was(llava: Any, processor: Any) -> None:
     before = [(list(m._forward_pre_hooks), list(m._forward_hooks), sorted(vars(m))) for m in llava.modules()]
-    inputs = tiny_inputs(["what color is the star ?"])
+    inputs = tiny_inputs([[3, 5], [2, 3, 4]])
     with torch.no_grad():
         stock = llava(**inputs).logits
         result = ts.check(llava.train(), processor)

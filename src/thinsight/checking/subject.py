@@ -24,7 +24,7 @@ from ..evaluation.prompts import PromptReader
 from ..families import Family, family_of, field_of
 from ..runtime.anatomy import attention_implementation, base_model, decoder, vision_token_mask
 from ..runtime.call import encode_pixels, read_call
-from ..runtime.encoding import encoder_inputs, on_device
+from ..runtime.encoding import encoder_inputs, on_device, projected
 from .prompts import (
     IS_IMAGE,
     IS_VIDEO,
@@ -44,6 +44,7 @@ from .prompts import (
 
 _WORDS = 512  # of the vocabulary, enough to draw from
 _SPECIAL = re.compile(r"token_(id|ids|index)$")  # fields of a config that name tokens which are no words
+_PIXELS = "pixel_values"
 _FEATURES = "features"  # of an image, where no pixels are taken
 _TYPES = ("mm_token_type_ids", "token_type_ids")
 _SHAPES = ((1.0, 1.0), (0.5, 1.0), (1.0, 0.5))  # height and width of pictures, so that neighbours differ
@@ -270,7 +271,7 @@ def _count(model: PreTrainedModel, tensors: dict[str, Any], modality: str = "ima
     if not any(name.startswith("pixel_values") for name in given):  # the whole model calls them otherwise
         given["pixel_values"] = next(each for name, each in tensors.items() if name.startswith("pixel_values"))
     output = encoder(**on_device(model, given), **({"return_dict": True} if "kwargs" in names else {}))
-    entries = getattr(output, "pooler_output", output)
+    entries = output if isinstance(output, (Tensor, list, tuple)) else projected(output).pooler_output
     return sum(len(entry) for entry in entries)
 
 
@@ -295,6 +296,10 @@ def _image_recipes(model: PreTrainedModel) -> Iterator[tuple[str, Recipe, Collat
     patch, merge = _side(field_of(tower, "patch_size")) or 14, _merge(config, tower)
     channels = _side(field_of(tower, "in_channels") or field_of(tower, "num_channels")) or 3
     whole = _side(field_of(tower, "image_size"))
+    towers = {
+        each: field_of(config, each.replace(_PIXELS, "vision_config")) for each in names if each.endswith(f"_{_PIXELS}")
+    }
+    others = {each: side for each, of in towers.items() if (side := _side(field_of(of, "image_size"))) is not None}
     collated = per_row if _takes_rows(model) else flat
     if "image_grid_thw" in names:
         yield "random patches", _patches(_volume(tower, patch, channels), merge, "image"), flat
@@ -306,6 +311,8 @@ def _image_recipes(model: PreTrainedModel) -> Iterator[tuple[str, Recipe, Collat
         def make(draw: Draw, number: int) -> dict[str, Tensor]:
             height, width = sides[number % len(sides)]
             tensors = {name: draw.pixels(1, channels, height, width)}
+            for also, side in others.items():  # the same picture for another tower
+                tensors[also] = draw.pixels(1, channels, side, side)
             if sized and "image_sizes" in names:
                 tensors["image_sizes"] = torch.tensor([[height, width]])
             if "pixel_attention_mask" in names:
