@@ -75,12 +75,12 @@ def changes_table(changes: Changes) -> Table:
         "Questions that score worse, then those that score better",
         rows,
         Column("Question", lambda row: row.question, "question", text=True),
-        *([Column("Task", lambda row: row.task, "task", text=True)] if any(row.task for row in rows) else []),
         *([Column("Expected", lambda row: row.expected, text=True)] if any(row.expected for row in rows) else []),
         Column("Full model", lambda row: row.answer_full or words.SILENT, text=True),
         Column("Reduced", lambda row: row.answer_reduced or words.SILENT, text=True),
         Column("Score, full", lambda row: shown.percent(row.full)),
         Column("Score, reduced", lambda row: shown.percent(row.reduced)),
+        *([Column("Task", lambda row: row.task, "task", text=True)] if any(row.task for row in rows) else []),
         Column("Example", lambda row: row.id, text=True),
     )
 
