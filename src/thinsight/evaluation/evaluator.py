@@ -333,7 +333,7 @@ class Evaluator(SearchEvaluator):
         if reduction.schedule.is_full:
             return [self._text(self._full[index].tokens) for index in wanted]
         batches = [batch for batch in self._batches if not set(wanted).isdisjoint(batch)]
-        texts = {}
+        texts: dict[int, str] = {}
         with closing(self._answers(reduction, batches, whole=True)) as stream:
             for batch, answers in stream:
                 texts.update(zip(batch, (self._text(answer.tokens) for answer in answers), strict=True))
