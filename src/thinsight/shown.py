@@ -7,6 +7,8 @@ in and points of 100 going out; what draws a table is loaded when one is drawn.
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -119,6 +121,9 @@ def _significant(value: float) -> str:
 EVERYWHERE = ("page", "terminal", "markdown")
 _FIGURES = re.compile(r"[-+±\d., \[\]x%]*")  # what Markdown needs no escape for
 _PLAIN = str.maketrans({TIMES: "x", MINUS: "-", NOTHING: ""})
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
+_UNITS = {" %": " in %", "x": ""}  # that a column of figures has in its header and not in each cell
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes texts that begin so
 
 
 class Column(NamedTuple):
@@ -149,13 +154,16 @@ class Table:
         self.title, self.columns, self.notes = title, list(columns), [note for note in notes if note]
         self.rows = [[column.cell(record) for column in columns] for record in records]
         self.strong = [strong(record) for record in records]
+        self._plain = [list(row) for row in self.rows]  # without what is markup, for CSV
 
     def put(self, place: int, cells: Sequence[object], header: str | None = None) -> Table:
         """With other cells in a column, or with another column of text behind the last."""
         if header is not None:
             self.columns.append(Column(header, str, text=True))
-        for row, cell in zip(self.rows, cells, strict=True):
+        for row, plain, cell in zip(self.rows, self._plain, cells, strict=True):
             row[place : place + 1] = [cell]
+            if not hasattr(cell, "__html__"):
+                plain[place : place + 1] = [cell]
         return self
 
     def at(self, place: str) -> tuple[list[Column], list[tuple[list[Any], bool]]]:
@@ -182,6 +190,14 @@ class Table:
     def _repr_html_(self) -> str:
         return fill("table.html.j2", table=self)
 
+    def csv(self) -> str:
+        """The table as CSV without its title and notes: figures as they are typed, their unit in the header."""
+        width = min(map(len, self._plain), default=len(self.columns))
+        columns = [_csv_column(each, [row[i] for row in self._plain]) for i, each in enumerate(self.columns[:width])]
+        out = io.StringIO()
+        csv.writer(out).writerows(zip(*columns, strict=True))
+        return out.getvalue()
+
     def markdown(self) -> str:
         """The table without its title and notes."""
         columns, rows = self.at("markdown")
@@ -196,6 +212,18 @@ class Table:
 def typed(figure: object) -> str:
     """A figure as it is typed: 2.63x, -0.5, nothing where there is none."""
     return str(figure).translate(_PLAIN)
+
+
+def _csv_column(column: Column, cells: Sequence[object]) -> list[str]:
+    """The header and the cells of a column."""
+    if column.text:
+        made = [texts.terminal(cell) for cell in cells]
+        return [column.header, *(f"'{text}" if text.startswith(_FORMULA) else text for text in made)]
+    figures = [_THOUSANDS.sub("", typed("" if cell is None else cell)) for cell in cells]
+    for unit, told in _UNITS.items():
+        if any(figures) and all(figure.endswith(unit) for figure in figures if figure):
+            return [column.header + told, *(figure.removesuffix(unit) for figure in figures)]
+    return [column.header, *figures]
 
 
 def _markdown(cell: object, column: Column) -> str:

@@ -11,7 +11,8 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 from thinsight.errors import ThinsightError
 from thinsight.evaluation.examples import Example
 from thinsight.evaluation.prompts import PromptReader
-from thinsight.job.findings import picture_of, spread, varied
+from thinsight.evaluation.result import Evaluation
+from thinsight.job.findings import failures_first, outcomes, picture_of, spread, varied
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply
 from thinsight.schedule import Schedule
@@ -89,6 +90,21 @@ def test_no_image() -> None:
 def test_many_layers_are_thinned_evenly() -> None:
     assert spread([2, 3, 5], 7) == [2, 3, 5]
     assert spread(range(2, 32), 4) == [2, 12, 21, 31]
+
+
+def test_failures_come_first_then_gains_then_others_of_every_task() -> None:
+    image = tiny_images(1)[0]
+    groups = ["x", "x", "y", "z", "z", "w"]
+    examples = [Example(str(i), (image,), "what ?", group=group) for i, group in enumerate(groups)]
+    full = Evaluation(0.5, np.array([1.0, 1.0, 0.0, 0.5, 1.0, 1.0]))
+    reduced = Evaluation(0.5, np.array([0.5, 0.0, 0.5, 0.5, 1.0, 1.0]))
+    worse, better = outcomes(full, reduced)
+    assert (worse, better) == ([1, 0], [2])
+    chosen = [(example.id, outcome) for example, outcome in failures_first(examples, worse, better, 9)]
+    assert chosen == [("1", "worse"), ("0", "worse"), ("2", "better"), ("3", "same"), ("5", "same")]
+    for count in range(6):
+        shown = [(example.id, outcome) for example, outcome in failures_first(examples, worse, better, count)]
+        assert shown == chosen[:count]
 
 
 def test_varied_takes_tasks_in_turn_and_no_image_twice() -> None:

@@ -144,6 +144,26 @@ def test_pictures_show_what_was_kept(outcome: SearchOutcome) -> None:
         assert [len(kept) for kept in picture.kept] == [counts[layer] for layer in picture.layers]
 
 
+def test_changed_answers_are_those_of_the_evaluator(outcome: SearchOutcome, small: SmallRun) -> None:
+    model, processor = load_model(small.model, device="cpu")
+    examples = load_examples(small.test)
+    evaluator = Evaluator(model, processor, examples, max_new_tokens=2, batch_size=4)
+    full, reduced = evaluator.full.per_example, evaluator(outcome.reduction).per_example
+    assert full is not None
+    assert reduced is not None
+    changes = outcome.data.changes
+    assert changes is not None
+    assert (changes.examples, changes.better) == (12, 0)  # agreement with the full model is never gained
+    assert changes.worse == len(changes.rows) == int((reduced < full).sum())
+    assert changes.worse > 0
+    said = dict(zip((each.id for each in examples), evaluator.predictions(outcome.reduction), strict=True))
+    assert {row.id: row.answer_reduced for row in changes.rows} == {row.id: said[row.id] for row in changes.rows}
+    assert all(row.answer_full != row.answer_reduced for row in changes.rows)
+    assert [picture.outcome for picture in outcome.data.pictures] == ["worse"] * min(2, changes.worse) + ["same"] * max(
+        0, 2 - changes.worse
+    )
+
+
 class Stop(Watcher):
     """Interrupts when a stage begins, or after so many trials of the search."""
 

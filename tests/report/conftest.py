@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -112,6 +113,21 @@ def make_report(layers: int = 16, side: int = 16, pictures: int = 3) -> d.Report
         commands=("thinsight search --max-drop 0.01 --out runs/demo", "thinsight report runs/demo"),
         created="2026-01-31 12:00 UTC",
     )
+
+
+def with_changes(report: d.ReportData, worse: int = 3, better: int = 2, text: str = "") -> d.ReportData:
+    """The report with so many changed answers in its table, and with pictures of both outcomes and of neither."""
+
+    def row(place: int) -> d.ChangedAnswer:
+        full, reduced = (1.0, 0.25) if place < worse else (0.5, 1.0)
+        question = text or f"Is the text of page {place} longer than the one that stands beside it?"
+        said = (text or "forty two", text or "42", text or "a table of numbers that goes on and on " * (place % 3))
+        return d.ChangedAnswer(text or f"page/{place}", question, *said, full, reduced, text or "reading a number")
+
+    rows = [row(place) for place in range(min(worse + better, d.MOST_CHANGED))]
+    outcomes = ("worse", "better", "same")
+    pictures = [replace(each, outcome=outcomes[place % 3]) for place, each in enumerate(report.pictures)]
+    return replace(report, changes=d.Changes(1024, worse, better, tuple(rows)), pictures=tuple(pictures))
 
 
 def alike(tau: tuple[float, ...], matrix: object = None, **parts: object) -> RankConsistency:

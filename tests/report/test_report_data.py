@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from damage import changes, failing_writes, full_disk, refused_or_same
 from PIL import Image
-from report.conftest import alike
+from report.conftest import alike, with_changes
 
 from thinsight.errors import StorageError, ThinsightError
 from thinsight.records import seal, unseal
@@ -23,12 +23,27 @@ from thinsight.schedule import Schedule
 from thinsight.searches.run import Trial
 
 IMAGE = Image.new("RGB", (32, 32), "white")
+ROW = d.ChangedAnswer("a", "what ?", "", "red", "blue", 1.0, 0.0)
 
 
 def test_round_trip_on_disk(report, tmp_path):
     path = save_report_data(tmp_path / "run", report)
     assert path.name == DATA_FILE
     assert load_report_data(tmp_path / "run") == report
+
+
+def test_a_report_from_before_changes_were_kept_is_read(report, tmp_path):
+    changed = with_changes(report)
+    save_report_data(tmp_path, changed)
+    assert load_report_data(tmp_path) == changed
+
+    def earlier(value):
+        del value["changes"]
+        for picture in value["pictures"]:
+            del picture["outcome"]
+
+    _edit(tmp_path, earlier)
+    assert load_report_data(tmp_path) == report
 
 
 def test_round_trip_of_the_least_report(bare_report, tmp_path):
@@ -66,6 +81,10 @@ def test_picture_takes_arrays_and_sorts_them():
         (lambda: d.Picture(IMAGE, (2, 2), [[-1]], (0,), "q"), "token -1 is outside"),
         (lambda: d.Picture(IMAGE, (2, 2), [[0]], (0, 1), "q"), "1 kept lists for 2 layers"),
         (lambda: d.Picture(IMAGE, (0, 2), [], (), "q"), "grid 0 x 2 is empty"),
+        (lambda: d.Picture(IMAGE, (2, 2), [[0]], (0,), "q", outcome="bad"), "picture outcome 'bad' is unknown"),
+        (lambda: d.Changes(3, 2, 2), "changes are 2 worse and 2 better of 3"),
+        (lambda: d.Changes(3, 1, 0, (ROW, ROW)), "changes show 2 rows"),
+        (lambda: replace(ROW, full=math.nan), "changed answer 'a'.full is nan"),
         (lambda: d.MethodRow("x", (), 0.5, None, 1.0, 1.0, 1.0, kind="best"), "method kind 'best' is unknown"),
         (lambda: d.MethodRow("x", (), math.nan, None, 1.0, 1.0, 1.0), "method 'x'.score is nan"),
         (lambda: d.TaskRow("t", 1, math.inf, 0.5), "per_task.full is inf"),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import csv
 import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from PIL import Image
-from report.conftest import alike
+from report.conftest import alike, with_changes
 from rich.console import Console
 
 from thinsight import shown
@@ -81,7 +84,7 @@ def test_well_formed(html, page):
 
 def test_links_point_into_the_page(page):
     ids = {attributes.get("id") for _, attributes in page.elements}
-    links = [attributes["href"] for attributes in page.all("a")]
+    links = [attributes["href"] for attributes in page.all("a") if "download" not in attributes]
     assert len(links) == 8
     assert all(link.startswith("#") and link[1:] in ids for link in links)
 
@@ -199,14 +202,96 @@ def test_pictures_are_inside_with_alternative_text(page, report):
 
 
 def test_pictures_are_as_wide_as_the_card_allows(report, page):
-    """At most four columns, which are 243 px wide in the widest card, and lines of like length."""
-    rows = [a["style"] for a in page.all("div") if a.get("class") == "thumbs"]
-    assert rows == ["--columns:3"] * len(report.pictures)  # the image and five layers
+    """One image in a viewer of its shape; drawings of a sheet in at most four columns, and lines of like length."""
+    rows = [a["style"] for a in page.all("fieldset") if a.get("class") == "viewer"]
+    assert rows == ["--aspect:1.0000"] * len(report.pictures)
     assert [even_columns(number) for number in range(1, 10)] == [1, 2, 3, 4, 3, 3, 4, 4, 3]
-    style = rule(".thumbs")
-    assert "repeat(var(--columns), minmax(0, 336px))" in style
+    assert "width: min(100%, 420px * var(--aspect))" in rule(".viewer")
     assert draw_kept(Image.new("RGB", (8, 8)), (16, 16), []).width == 336  # drawn as wide as it can be shown
     assert all("loading" not in image for image in page.all("img"))  # all is in the page: nothing to wait for
+
+
+def test_the_slider_has_a_stop_for_each_layer_and_needs_no_script(report, page):
+    """One radio button is one stop, so that the keyboard works and nothing has to run; each has its mask behind it."""
+    for place, picture in enumerate(report.pictures, 1):
+        stops = [a for a in page.all("input") if a.get("name") == f"layer-of-{place}"]
+        assert [a["aria-label"].split(":")[0] for a in stops] == ["the image", *(f"layer {i}" for i in picture.layers)]
+        assert sum("checked" in a for a in stops) == 1
+        assert all(f"{len(kept)} token" in a["aria-label"] for a, kept in zip(stops[1:], picture.kept, strict=True))
+    assert len([a for a in page.all("input") if a.get("class") == "enlarge"]) == len(report.pictures)
+    assert ".stop input:checked ~ .kept" in resources.files("thinsight.report").joinpath("style.css").read_text("utf-8")
+
+
+def test_a_layer_costs_a_mask_and_no_image(report, page):
+    images = page.all("img")
+    for picture in report.pictures:
+        first, *masks = images[: 1 + len(picture.layers)]
+        del images[: 1 + len(picture.layers)]
+        assert first["alt"].startswith("The image of question")
+        assert all(len(mask["src"]) < 2000 < len(first["src"]) for mask in masks)
+        for mask, kept in zip(masks, picture.kept, strict=True):
+            assert (mask["width"], mask["height"]) == (first["width"], first["height"])
+            with Image.open(io.BytesIO(base64.b64decode(mask["src"].split(",")[1]))) as drawn:
+                opacity = np.asarray(drawn.convert("RGBA"))[..., 3]
+            cell = len(opacity) // picture.grid[0]
+            clear = np.flatnonzero(opacity[cell // 2 :: cell, cell // 2 :: cell].ravel() == 0)
+            assert clear.tolist() == list(kept)
+
+
+def downloads(page: Page) -> dict[str, str]:
+    links = [a for a in page.all("a") if "download" in a]
+    found = {a["download"]: base64.b64decode(a["href"].split(";base64,")[1]).decode() for a in links}
+    assert len(found) == len(links)
+    return found
+
+
+def test_every_figure_and_table_is_a_file_too(report, page):
+    files = downloads(page)
+    drawings = {name: ElementTree.fromstring(text) for name, text in files.items() if name.endswith(".svg")}
+    assert len(drawings) == len(page.all("figure")) == 6
+    for drawing in drawings.values():
+        assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
+        assert float(drawing.get("width")) > 400
+        assert "--s0: #3451d1" in drawing.find("{*}style").text
+    tables = {name: list(csv.reader(io.StringIO(text))) for name, text in files.items() if name.endswith(".csv")}
+    assert len(tables) == len(page.all("table"))
+    assert all(len({len(row) for row in rows}) == 1 for rows in tables.values())
+    header, *rows = tables["methods.csv"]
+    assert header[:4] == ["Method", "Score in %", "Drop in points [95 %]", "Mean keep rate in %"]
+    assert [row[0] for row in rows] == [row.name for row in report.methods]
+    assert [float(row[1]) for row in rows] == [round(100 * row.score, 1) for row in report.methods]
+
+
+def test_changed_answers_stand_side_by_side(report):
+    changed = with_changes(report, worse=60, better=40)
+    page = Page(render(changed))
+    assert page.open == []
+    assert "100 of the 1,024 test questions score differently: 60 worse, 40 better." in page.text
+    assert "The first 50 of them stand here" in page.text
+    header, *rows = csv.reader(io.StringIO(downloads(page)["changed-answers.csv"]))
+    assert len(rows) == 50
+    assert header[1:4] == ["Expected", "Full model", "Reduced"]
+    assert {row[3] for row in rows} >= {words.SILENT}
+    assert [page.text.count(f"scores {how}") for how in ("worse", "better", "the same")] == [1, 1, 1]
+    assert "no fair sample" in page.text
+    none = Page(render(replace(report, changes=d.Changes(1024, 0, 0))))
+    assert "None of the 1,024 test questions scores differently." in none.text
+    assert "changed-answers.csv" not in downloads(none)
+
+
+def test_hostile_texts_of_changed_answers_stay_texts(report):
+    formula = "=cmd()" + EVIL
+    page = Page(render(with_changes(hostile_report(EVIL), text=formula)))
+    assert page.open == []
+    assert not page.all("script")
+    assert len(page.all("img")) == 2
+    files = downloads(page)
+    _, *rows = csv.reader(io.StringIO(files["changed-answers.csv"]))
+    assert {row[0] for row in rows} == {"'" + formula}  # a text, which no spreadsheet computes
+    for name, text in files.items():
+        if name.endswith(".svg"):
+            ElementTree.fromstring(text)
+            assert "<script" not in text
 
 
 def test_a_card_is_never_narrower_than_its_number():

@@ -325,17 +325,19 @@ class Evaluator(SearchEvaluator):
         other.__dict__.pop("fingerprint", None)
         return other
 
-    def predictions(self, schedule: Schedule | Reduction) -> list[str]:
-        """The greedy answers as texts, in the order of the examples."""
+    def predictions(self, schedule: Schedule | Reduction, places: Sequence[int] | None = None) -> list[str]:
+        """The greedy answers as texts, in the order of the examples; or of those at ``places``, for which only the
+        batches that hold them run."""
         reduction = self._bind(schedule)
+        wanted = range(len(self.examples)) if places is None else places
         if reduction.schedule.is_full:
-            return [answer.text for answer in self.full_answers]
-        texts = [""] * len(self.examples)
-        with closing(self._answers(reduction, self._batches, whole=True)) as stream:
+            return [self._text(self._full[index].tokens) for index in wanted]
+        batches = [batch for batch in self._batches if not set(wanted).isdisjoint(batch)]
+        texts: dict[int, str] = {}
+        with closing(self._answers(reduction, batches, whole=True)) as stream:
             for batch, answers in stream:
-                for index, answer in zip(batch, answers, strict=True):
-                    texts[index] = self._text(answer.tokens)
-        return texts
+                texts.update(zip(batch, (self._text(answer.tokens) for answer in answers), strict=True))
+        return [texts[index] for index in wanted]
 
     def reduction(self, schedule: Schedule) -> Reduction:
         """The schedule bound to this evaluator's ranker and model."""

@@ -19,13 +19,14 @@ from .. import cost
 from ..budget import FlopsBudget
 from ..errors import BadInput, Unsupported
 from ..evaluation.benchmarks import Measured, measured
+from ..evaluation.evaluator import Evaluator
 from ..evaluation.examples import Example, open_image
 from ..evaluation.metrics import metric_for
 from ..evaluation.prompts import PromptReader
 from ..evaluation.result import Evaluation, Interval, drop_interval
 from ..families import family_of, size_of, tower_of
 from ..reduction import Reduction
-from ..report.data import MethodRow, Picture, TaskRow
+from ..report.data import MOST_CHANGED, ChangedAnswer, Changes, MethodRow, Picture, TaskRow
 from ..runtime import apply, vision_token_mask
 from ..schedule import Schedule
 from ..timing import on_device
@@ -153,10 +154,12 @@ def picture_of(
     max_new_tokens: int = 32,
     most_layers: int = 7,
     reader: PromptReader | None = None,
+    outcome: str = "",
 ) -> Picture:
     """The kept tokens of the example's (first) image at the layers where tokens are dropped, and both greedy answers.
 
-    Of many such layers ``most_layers`` are shown, evenly chosen; ``reader`` is what has read the example, if any.
+    Of many such layers ``most_layers`` are shown, evenly chosen; ``reader`` is what has read the example, if any, and
+    ``outcome`` what became of its score, see `Picture`.
 
     Raises:
         ThinsightError: a prompt without an image, or an image whose tokens form no grid.
@@ -186,7 +189,65 @@ def picture_of(
         answer_full=texts[0],
         answer_reduced=texts[1],
         truth=example.answers[0] if example.answers else "",
+        outcome=outcome,
     )
+
+
+def outcomes(full: Evaluation, reduced: Evaluation) -> tuple[list[int], list[int]]:
+    """The places of the examples that score worse under the reduction, and of those that score better; the largest
+    change first."""
+    assert full.per_example is not None
+    assert reduced.per_example is not None
+    change = reduced.per_example - full.per_example
+    worse, better = (
+        [int(i) for i in np.argsort(-abs(change), kind="stable") if sign * change[i] > 0] for sign in (-1, 1)
+    )
+    return worse, better
+
+
+def failures_first(
+    examples: Sequence[Example], worse: Sequence[int], better: Sequence[int], count: int
+) -> list[tuple[Example, str]]:
+    """The examples to show, each with its `Picture.outcome`: those that score worse, those that score better, and where
+    these are fewer than ``count``, others. Within each, as `varied` has them before more questions about an image."""
+    chosen: list[tuple[Example, str]] = []
+    for outcome, places in (("worse", worse), ("better", better)):
+        group = [examples[place] for place in places]
+        first = varied(group, count)
+        taken = {example.id for example in first}
+        chosen += [(example, outcome) for example in (*first, *(each for each in group if each.id not in taken))]
+    seen = {example.group for example, _ in chosen[:count]}
+    changed = {*worse, *better}
+    rest = [example for place, example in enumerate(examples) if place not in changed and example.group not in seen]
+    return [*chosen, *((example, "same") for example in varied(rest, count))][:count]
+
+
+def changed_answers(
+    evaluator: Evaluator, reduction: Reduction, full: Evaluation, reduced: Evaluation, most: int = MOST_CHANGED
+) -> Changes:
+    """How many examples score differently, and both answers to the first ``most`` of them."""
+    assert full.per_example is not None
+    assert reduced.per_example is not None
+    worse, better = outcomes(full, reduced)
+    places = [*worse, *better][:most]
+    layers = reduction.schedule.num_layers
+    told = [evaluator.predictions(each, places) if places else [] for each in (Schedule.full(layers), reduction)]
+    rows = []
+    for place, answer_full, answer_reduced in zip(places, *told, strict=True):
+        example = evaluator.examples[place]
+        rows.append(
+            ChangedAnswer(
+                id=example.id,
+                question=example.question,
+                expected=example.answers[0] if example.answers else "",
+                answer_full=answer_full,
+                answer_reduced=answer_reduced,
+                full=float(full.per_example[place]),
+                reduced=float(reduced.per_example[place]),
+                task=example.task or "",
+            )
+        )
+    return Changes(len(full.per_example), len(worse), len(better), tuple(rows))
 
 
 def varied(examples: Sequence[Example], count: int) -> list[Example]:

@@ -28,7 +28,7 @@ from ..loading import base_name, checkpoint_hash
 from ..progress import Watcher
 from ..records import user_path, write_atomically
 from ..reduction import CONFIG_NAME, Reduction, public_name
-from ..report.data import DatasetInfo, FrontierRow, Headline, Picture, ReportData, SearchInfo, save_report_data
+from ..report.data import Changes, DatasetInfo, FrontierRow, Headline, Picture, ReportData, SearchInfo, save_report_data
 from ..report.html import write_report
 from ..runtime import apply, weights_of
 from ..schedule import Schedule
@@ -40,14 +40,16 @@ from ..searches.sensitivity import SHARES
 from ..timing import measure
 from .findings import (
     MedianPrompt,
+    changed_answers,
     drop_of,
+    failures_first,
     measures_of,
     method_row,
     metric_words,
+    outcomes,
     picture_of,
     ranker_words,
     task_rows,
-    varied,
 )
 from .opening import Limits, Prepared, content_hash, environment, limits_of, prepare
 from .options import SearchOptions
@@ -229,6 +231,7 @@ def report_of(
     tested: Sequence[Tested],
     measurement: Measurement,
     consistency: RankConsistency,
+    changes: Changes,
     pictures: tuple[Picture, ...],
 ) -> ReportData:
     """Everything that the report shows; of ``tested`` the full model comes first, then the reduction found."""
@@ -290,6 +293,7 @@ def report_of(
         trials=search.trials,
         frontier=search.frontier,
         consistency=consistency,
+        changes=changes,
         pictures=pictures,
         environment=environment(prepared.opened),
         commands=(options.command,) if options.command else (),
@@ -367,6 +371,7 @@ def _step_name(place: int) -> str:
 
 
 CONSISTENCY_EXAMPLES = 64
+PICTURE_LAYERS = 12  # stops of the report's slider, besides the image: as many as a phone's width has room for
 
 
 @dataclass(frozen=True)
@@ -418,14 +423,15 @@ class _Run:
             reduction = self._certified(search, reduction)
             reduction.save_pretrained(folder)
         tested = self._test(reduction)
+        changes = self._changes(reduction, tested)
         stage("Timing full against reduced")
         measurement = self._measure(reduction)
         stage("Measuring rank consistency")
         consistency = self._consistency()
         stage("Looking at kept tokens")
-        pictures = self._pictures(reduction)
+        pictures = self._pictures(reduction, tested)
         stage("Writing the report")
-        data = report_of(self.options, self.prepared, search, tested, measurement, consistency, pictures)
+        data = report_of(self.options, self.prepared, search, tested, measurement, consistency, changes, pictures)
         reduction = replace(reduction, measured=measured_of(data, measurement))
         reduction.save_pretrained(folder)
         save_report_data(folder, data)
@@ -567,11 +573,21 @@ class _Run:
 
         return prepared.folder.once("consistency", RankConsistency, run)
 
-    def _pictures(self, reduction: Reduction) -> tuple[Picture, ...]:
+    def _changes(self, reduction: Reduction, tested: Sequence[Tested]) -> Changes:
+        prepared, (full, found) = self.prepared, tested[:2]
+
+        def run() -> Changes:
+            prepared.fix_batch_size("test")
+            return changed_answers(prepared.test, reduction, full.evaluation, found.evaluation)
+
+        return prepared.folder.once("changes", Changes, run)
+
+    def _pictures(self, reduction: Reduction, tested: Sequence[Tested]) -> tuple[Picture, ...]:
         opened = self.prepared.opened
         longest = self.prepared.test.rules.max_new_tokens
         pictures = []
-        for example in varied(self.prepared.sets.test, self.options.pictures):
+        worse, better = outcomes(*(each.evaluation for each in tested[:2]))
+        for example, outcome in failures_first(self.prepared.sets.test, worse, better, self.options.pictures):
             try:
                 picture = picture_of(
                     opened.model,
@@ -579,7 +595,9 @@ class _Run:
                     example,
                     reduction,
                     max_new_tokens=longest,
+                    most_layers=PICTURE_LAYERS,
                     reader=self.prepared.test.reader,
+                    outcome=outcome,
                 )
             except Unsupported as error:  # the report goes on without it
                 self.prepared.watcher.on_note(f"No picture of example {example.id!r}: {error}")

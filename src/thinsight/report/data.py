@@ -35,6 +35,8 @@ DATA_FILE = "report.json"
 PICTURE_FOLDER = "report_pictures"
 _REMEDY = "write the report anew"
 METHOD_KINDS = ("full", "found", "baseline")
+OUTCOMES = ("", "worse", "better", "same")
+MOST_CHANGED = 50  # rows of changed answers
 
 
 def _check_finite(owner: Any, kind: str) -> None:
@@ -165,6 +167,40 @@ class TaskRow:
         _check_finite(self, "per_task")
 
 
+@dataclass(frozen=True)
+class ChangedAnswer:
+    """A test example whose score changed; `full` and `reduced` are its scores, `expected` is empty without labels."""
+
+    id: str
+    question: str
+    expected: str
+    answer_full: str
+    answer_reduced: str
+    full: float
+    reduced: float
+    task: str = ""
+
+    def __post_init__(self) -> None:
+        _check_finite(self, f"changed answer {self.id!r}")
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How many of the test examples score worse and better under the reduction, and the first `MOST_CHANGED` of them:
+    the worse ones before the better ones, the largest change first."""
+
+    examples: int
+    worse: int
+    better: int
+    rows: tuple[ChangedAnswer, ...] = ()
+
+    def __post_init__(self) -> None:
+        if min(self.worse, self.better) < 0 or self.worse + self.better > self.examples:
+            raise BadInput(f"changes are {self.worse} worse and {self.better} better of {self.examples}; count again")
+        if len(self.rows) > min(MOST_CHANGED, self.worse + self.better):
+            raise BadInput(f"changes show {len(self.rows)} rows; give each changed one at most, {MOST_CHANGED} in all")
+
+
 def _load_image(name: Any, info: ValidationInfo) -> Image.Image:
     """The image of a name in JSON, by the function that `load_report_data` gives."""
     load: Callable[[Any], Image.Image] = info.context  # type: ignore[assignment]
@@ -177,6 +213,7 @@ class Picture:
 
     `image` is the image as the model saw it (after its crop), `grid` its (rows, columns) of vision tokens in
     reading order, `kept[j]` the indices (0 .. rows * columns - 1) that entered decoder layer `layers[j]`.
+    `outcome` says what the reduction did to the question's score: "worse", "better", "same", or "" where unknown.
     """
 
     image: Annotated[Image.Image, PlainValidator(_load_image)]
@@ -187,8 +224,13 @@ class Picture:
     answer_full: str = ""
     answer_reduced: str = ""
     truth: str = ""
+    outcome: str = ""
 
     def __post_init__(self) -> None:
+        if self.outcome not in OUTCOMES:
+            raise BadInput(
+                f"picture outcome {self.outcome!r} is unknown; use one of {', '.join(OUTCOMES[1:])}, or none"
+            )
         rows, columns = (int(v) for v in self.grid)
         kept = tuple(tuple(sorted(int(i) for i in indices)) for indices in self.kept)
         object.__setattr__(self, "grid", (rows, columns))
@@ -225,6 +267,7 @@ class ReportData(shown.Shown):
     trials: tuple[Trial, ...] = ()
     frontier: tuple[FrontierRow, ...] = ()
     consistency: RankConsistency | None = None
+    changes: Changes | None = None
     pictures: tuple[Picture, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     commands: tuple[str, ...] = ()
@@ -274,6 +317,8 @@ class ReportData(shown.Shown):
             yield from (shown.line(f"Warning: {doubt}", "bold red") for doubt in self.doubts)
             yield tables.headline_table(self.headline, self.dataset)
             yield shown.line(words.meaning(self))
+        if self.changes is not None:
+            yield shown.line(words.changes(self.changes))
         if self.certificate is not None:
             told = words.certified(self.certificate)
             yield shown.line(told[0], "bold green" if self.certificate.schedule else "bold")

@@ -1,10 +1,14 @@
-"""The HTML report: one page, no file beside it, no script it needs, readable on a phone and in the dark.
+"""The HTML report: one page, no file beside it, no script in it, readable on a phone and in the dark.
+
+What moves in it, the slider over a picture's layers and its larger view, is inputs and style sheet alone. Downloads are
+`data:` links: every figure as an SVG that stands alone, every table as CSV.
 
 `page.html.j2` holds the page and its prose, tables.py the tables; here is what both need from a report's data.
 """
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Callable
 from importlib import resources
@@ -20,8 +24,9 @@ from ..records import user_path, write_atomically
 from ..searches.run import trials_table
 from . import plots, tables, words
 from .data import Picture, ReportData
-from .pictures import data_uri, draw_kept, even_columns
+from .pictures import data_uri, kept_overlay, overlay_uri, resized, view_side
 
+_MEDIA = {"svg": "image/svg+xml", "csv": "text/csv;charset=utf-8"}
 _UNIT = re.compile(r"(?<=\d) (?=%|[PTGM]?FLOPs|points)|(?<=\d,) (?=[\d\N{MINUS SIGN}]+(\.\d+)?\])")
 
 
@@ -38,9 +43,11 @@ def write_report(path: str | Path, data: ReportData) -> Path:
 
 def render(data: ReportData) -> str:
     """The report as the text of an HTML page. Parts that `data` lacks leave out their section."""
+    changes = data.changes
     sections = {
         "promise": ("What is promised", data.certificate),
         "schedule": ("The schedule", data.keep_rates),
+        "changed": ("Changed answers", changes),
         "pictures": ("Kept vision tokens", data.pictures),
         "methods": ("Methods side by side", data.methods),
         "benchmarks": ("Benchmarks", data.measures),
@@ -54,7 +61,7 @@ def render(data: ReportData) -> str:
         "page.html.j2",
         data=data,
         sections={ident: name for ident, (name, there) in sections.items() if there},
-        style=Markup(resources.files(__package__).joinpath("style.css").read_text(encoding="utf-8")),
+        style=Markup(_sheet("plots.css") + _sheet("style.css")),
         others=_other_schedules(data),
         shared=_sharing(data),
         schedule=shown.schedule_table(data.keep_rates, data.model.num_vision_tokens),
@@ -66,25 +73,41 @@ def render(data: ReportData) -> str:
         frontier=tables.frontier_table(data.frontier, data.certificate),
         steps=data.certificate and steps_table(data.certificate, data.path_ratios),
         trials=trials_table(data.trials),
-        thumbs=_thumbs,
+        changed=changes and tables.changes_table(changes),
+        view=_view,
         figure=_figure,
+        download=_download,
         tight=_tight,
-        even_columns=even_columns,
         plots=plots,
         shown=shown,
         words=words,
     )
 
 
+def _sheet(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
 def _figure(plot: Callable[..., Markup | None], ident: str, wide: int, caption: str, *told: Any) -> Markup | None:
-    """A plot drawn twice, for wide and for narrow windows; the style sheet shows one of the two."""
-    drawings = []
+    """A plot drawn twice, for wide and for narrow windows, of which the style sheet shows one; and a link to the wide
+    one as a file."""
+    drawings: list[Markup] = []
+    link: Markup | None = None
     for class_, width in (("wide", wide), ("narrow", 340)):
         drawn = plot(*told, width=width, ident=f"{ident}-{class_}")
         if drawn is None:
             return None
+        link = link or _download(ident, "svg", plots.standalone(drawn, _sheet("plots.css")))
         drawings.append(Markup(str(drawn).replace("<svg ", f'<svg class="{class_}" ', 1)))
-    return plots.tag("figure", plots.tag("figcaption", caption) if caption else None, *drawings)
+    return plots.tag("figure", plots.tag("figcaption", caption) if caption else None, *drawings, link)
+
+
+def _download(name: str, kind: str, content: str) -> Markup:
+    """A link to a file that is in the page itself."""
+    coded = base64.b64encode(content.encode("utf-8", "backslashreplace")).decode("ascii")
+    address = f"data:{_MEDIA[kind]};base64,{coded}"
+    link = plots.tag("a", kind.upper(), href=address, download=f"{name}.{kind}", aria_label=f"{name} as {kind.upper()}")
+    return plots.tag("p", link, class_="get")
 
 
 def _tight(text: str) -> str:
@@ -130,17 +153,22 @@ def _tasks(data: ReportData) -> shown.Table:
     return tables.tasks_table(data.per_task).put(5, bars, "Reduced (bar), full (mark)")
 
 
-def _thumbs(picture: Picture, place: int) -> list[dict[str, Any]]:
-    """The image, and what each layer sees of it."""
-    total = picture.num_tokens
-    drawn = [(tuple(range(total)), f"The image of question {place}", "the image", shown.tokens(total))]
+def _view(picture: Picture, place: int) -> dict[str, Any]:
+    """The image, what lies over it at each stop of the slider, and the stop that is shown first."""
+    total, side = picture.num_tokens, view_side(picture.image)
+    image = resized(picture.image, picture.grid, side)
+    stops: list[dict[str, str | None]] = [
+        {"name": "image", "label": "the image", "told": shown.tokens(total), "src": None, "alt": None}
+    ]
     for layer, kept in zip(picture.layers, picture.kept, strict=True):
         alt = f"Question {place}, layer {layer}: {len(kept)} of {total} vision tokens kept"
-        share = shown.percent(len(kept) / total)
-        drawn.append((kept, alt, f"layer {layer}", f"{shown.tokens(len(kept))}, {share}"))
-    thumbs = []
-    for kept, alt, name, under in drawn:
-        image = draw_kept(picture.image, picture.grid, kept)
-        size = {"width": image.width, "height": image.height}
-        thumbs.append({"src": data_uri(image), "alt": alt, "name": name, "under": under, **size})
-    return thumbs
+        told = f"{shown.tokens(len(kept))}, {shown.percent(len(kept) / total)}"
+        src = overlay_uri(kept_overlay(picture.grid, kept, side=side))
+        stops.append({"name": str(layer), "label": f"layer {layer}", "told": told, "src": src, "alt": alt})
+    return {
+        "src": data_uri(image),
+        "width": image.width,
+        "height": image.height,
+        "stops": stops,
+        "first": len(stops) // 2,
+    }

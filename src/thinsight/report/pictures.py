@@ -20,6 +20,7 @@ from .data import Picture
 OUTLINE = (255, 176, 0)
 FADE = (30, 35, 46)  # dropped patches move toward this color
 FADE_SHARE = 0.62
+OVERLAY_SHARE = 0.78  # the same where the color below cannot be taken away first
 _INK, _MUTED, _PAPER = (22, 32, 46), (90, 102, 117), (255, 255, 255)
 
 
@@ -45,17 +46,60 @@ def draw_kept(image: Image.Image, grid: tuple[int, int], kept: Iterable[int], *,
 
     ``side`` is the longer one of the drawing in pixels, rounded to whole patches of at least 4.
     """
-    mask = kept_mask(grid, kept)
-    cell = max(4, round(side / max(grid)))
-    size = (grid[1] * cell, grid[0] * cell)
-    pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32)  # (h, w, 3)
+    mask, cell = kept_mask(grid, kept), _cell(grid, side)
+    pixels = np.asarray(resized(image, grid, side), dtype=np.float32)  # (h, w, 3)
     gray = pixels @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # (h, w)
     faded = (1 - FADE_SHARE) * gray[..., None] + FADE_SHARE * np.array(FADE, dtype=np.float32)
-    shown = np.repeat(np.repeat(mask, cell, axis=0), cell, axis=1)  # (h, w)
+    shown = _enlarged(mask, cell)
     drawn = np.where(shown[..., None], pixels, faded).round().astype(np.uint8)
     if not mask.all():
         drawn[_border(shown, thickness=max(1, cell // 10))] = OUTLINE
     return Image.fromarray(drawn, "RGB")
+
+
+def view_side(image: Image.Image) -> int:
+    """The longer side at which a viewer shows an image, in pixels: its own, within what a window can use."""
+    return min(max(*image.size, 336), 672)
+
+
+def resized(image: Image.Image, grid: tuple[int, int], side: int) -> Image.Image:
+    """The image in whole patches as `draw_kept` has them, RGB."""
+    size = (grid[1] * _cell(grid, side), grid[0] * _cell(grid, side))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def kept_overlay(grid: tuple[int, int], kept: Iterable[int], *, side: int = 336) -> Image.Image:
+    """What to lay over the `resized` image: dropped patches dim, kept ones clear and outlined; three colors with their
+    opacity, so that a PNG of it is small.
+
+    Raises:
+        ThinsightError: an empty grid or an index outside of it.
+    """
+    mask, cell = kept_mask(grid, kept), _cell(grid, side)
+    shown = _enlarged(mask, cell)
+    drawn = np.where(shown, 0, 1).astype(np.uint8)  # (h, w)
+    if not mask.all():
+        drawn[_border(shown, thickness=max(1, cell // 10))] = 2
+    overlay = Image.fromarray(drawn, "P")
+    overlay.putpalette((*_PAPER, *FADE, *OUTLINE))
+    overlay.info["transparency"] = bytes((0, round(255 * OVERLAY_SHARE), 255))
+    return overlay
+
+
+def overlay_uri(overlay: Image.Image) -> str:
+    """An overlay as a `data:` address."""
+    buffer = io.BytesIO()
+    overlay.save(buffer, "png", bits=2, compress_level=9, transparency=overlay.info["transparency"])
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _cell(grid: tuple[int, int], side: int) -> int:
+    return max(4, round(side / max(grid)))
+
+
+def _enlarged(mask: NDArray[np.bool_], cell: int) -> NDArray[np.bool_]:
+    """A pixel of patches as so many of the drawing, shape (h, w)."""
+    return np.repeat(np.repeat(mask, cell, axis=0), cell, axis=1)
 
 
 def _border(shown: NDArray[np.bool_], thickness: int) -> NDArray[np.bool_]:

@@ -30,7 +30,7 @@ _CORNERS: dict[int, list[tuple[float, float]]] = {  # of the marker shapes that 
 }
 _MARK, _KEY_GAP, _KEY_LINE = 16.0, 18.0, 19.0  # of the key: room for a marker, between names, for a line
 _SAME_COST = 0.025  # share of the axis below which two costs are drawn as one
-VOID = frozenset({"meta", "img", "br", "hr", "link", "col"})
+VOID = frozenset({"meta", "img", "br", "hr", "link", "col", "input"})
 
 
 def number(value: float) -> str:
@@ -132,6 +132,15 @@ def _marker(canvas: _Canvas, series: int, x: float, y: float, class_: str) -> No
     scale = size * 0.88
     points = " ".join(f"{number(x + a * scale)},{number(y + b * scale)}" for a, b in _CORNERS[shape])
     canvas.add("polygon", points=points, class_=class_)
+
+
+def standalone(drawn: Markup, sheet: str) -> str:
+    """A plot as an SVG file that looks as on a light page: on white, its style sheet inside."""
+    width, height = drawn.split('viewBox="0 0 ', 1)[1].split('"', 1)[0].split()
+    font = "svg { font-family: system-ui, 'Liberation Sans', sans-serif; background: #fff; }"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+    body = str(drawn).replace("<svg ", head, 1).replace(">", f"><style>{sheet}{font}</style>", 1)
+    return f'<?xml version="1.0" encoding="UTF-8"?>\n{body}\n'
 
 
 def marker_sample(series: int) -> Markup:

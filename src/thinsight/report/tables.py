@@ -14,7 +14,7 @@ from . import words
 
 if TYPE_CHECKING:
     from ..evaluation.benchmarks import Measured
-    from .data import DatasetInfo, FrontierRow, Headline, MethodRow, TaskRow
+    from .data import Changes, DatasetInfo, FrontierRow, Headline, MethodRow, TaskRow
 
 
 def headline_table(found: Headline, dataset: DatasetInfo | None = None) -> Table:
@@ -66,6 +66,23 @@ def frontier_table(frontier: Sequence[FrontierRow], certificate: Certificate | N
         strong=lambda row: row.chosen,
     )
     return found.put(4, outcomes, "Certificate") if any(outcomes) else found
+
+
+def changes_table(changes: Changes) -> Table:
+    """Both answers to the questions whose score changed, the worse ones first."""
+    rows = changes.rows
+    return Table(
+        "Questions that score worse, then those that score better",
+        rows,
+        Column("Question", lambda row: row.question, "question", text=True),
+        *([Column("Expected", lambda row: row.expected, text=True)] if any(row.expected for row in rows) else []),
+        Column("Full model", lambda row: row.answer_full or words.SILENT, text=True),
+        Column("Reduced", lambda row: row.answer_reduced or words.SILENT, text=True),
+        Column("Score, full", lambda row: shown.percent(row.full)),
+        Column("Score, reduced", lambda row: shown.percent(row.reduced)),
+        *([Column("Task", lambda row: row.task, "task", text=True)] if any(row.task for row in rows) else []),
+        Column("Example", lambda row: row.id, text=True),
+    )
 
 
 def tasks_table(per_task: Sequence[TaskRow]) -> Table:

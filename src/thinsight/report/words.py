@@ -13,8 +13,9 @@ from ..evaluation.result import Interval
 from ..shown import NOTHING, count, fixed, percent, points, ratio
 
 if TYPE_CHECKING:
-    from .data import Headline, MethodRow, ReportData, SearchInfo
+    from .data import Changes, Headline, MethodRow, ReportData, SearchInfo
 
+SILENT = "(no text)"  # an answer that is empty
 _NOISE = 1e-9  # of a product of two floats
 
 
@@ -84,6 +85,14 @@ def meaning(data: ReportData) -> str:
         chosen = "these questions had a part in choosing this one, which only the certificate allows for"
         return f"{text} The interval is that of a schedule chosen beforehand; {chosen}."
     return f"{text} The certificate is of other questions than these."
+
+
+def changes(found: Changes) -> str:
+    """How many answers score differently, in one sentence."""
+    if not found.worse + found.better:
+        return f"None of the {count(found.examples)} test questions scores differently."
+    changed = f"{count(found.worse + found.better)} of the {count(found.examples)} test questions"
+    return f"{changed} score differently: {count(found.worse)} worse, {count(found.better)} better."
 
 
 def certified(certificate: Certificate) -> list[str]:
