@@ -35,7 +35,7 @@ from thinsight.job.compare import compare
 from thinsight.job.findings import MedianPrompt, drop_of, task_rows
 from thinsight.job.opening import RunFolder, Scores
 from thinsight.job.options import CompareOptions, ModelOptions, seeded
-from thinsight.loading import load_model
+from thinsight.loading import DEMOS, load_model
 from thinsight.records import write_atomically
 from thinsight.report.comparison import OURS, Comparison, draw, markdown, to_csv
 from thinsight.report.comparison import table as compared_lines
@@ -86,7 +86,7 @@ class Kept(StandIn):
 
     def score(self, candidate: Any) -> Evaluation:
         if not self.run:
-            raise NotRun(f"{candidate!r} on {self.name}")
+            raise NotRun(f"a score on the {self.name} set")
         return self.inner(candidate)
 
     def at_least(self, candidate: Any, /, floor: float, confidence: float | None = None, seed: int = 0) -> Evaluation:
@@ -101,12 +101,12 @@ class Unkept(Kept):
 
     def at_least(self, candidate: Any, /, floor: float, confidence: float | None = None, seed: int = 0) -> Evaluation:
         if not self.run:
-            raise NotRun(f"{candidate!r} on {self.name}")
+            raise NotRun(f"a score on the {self.name} set")
         return self.inner.at_least(candidate, floor, confidence, seed)
 
     def sample(self, candidate: Any, /, share: float) -> Evaluation:
         if not self.run:
-            raise NotRun(f"{candidate!r} on {self.name}")
+            raise NotRun(f"a score on the {self.name} set")
         return self.inner.sample(candidate, share)
 
 
@@ -129,6 +129,7 @@ class Work:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.name = settings.model if settings.model in DEMOS else MODEL  # also of one that lies elsewhere
         self.folder = RunFolder(settings.out / "parts", resume=True)
         self.sets = self._sets()
         self.model, self.processor = load_model(settings.model, settings.dtype)
@@ -373,7 +374,7 @@ class Page:
         where = table.about(torch.device("cpu"))
         sizes = {name: f"{len(examples):,}" for name, examples in self.work.sets.items()}
         head = [
-            f"# Results on {settings.model}",
+            f"# Results on {self.work.name}",
             "",
             f"Made by `make smollm2` on {datetime.now(timezone.utc):%Y-%m-%d}: {where['machine']}, torch "
             f"{where['torch']}, transformers {where['transformers']}; weights and activations in {settings.dtype}, and "
@@ -387,8 +388,8 @@ class Page:
             "",
             *self.claims,
         ]
-        lacking = ["", "Not run so far: " + "; ".join(self.missing) + "."] if self.missing else []
-        return "\n".join([*head, *lacking, *parts]) + "\n"
+        lacking = ["", "Not run so far, and nothing is said of it:", "", *(f"- {each}" for each in self.missing)]
+        return "\n".join([*head, *(lacking if self.missing else []), *parts]) + "\n"
 
     # -- sections --------------------------------------------------------------------------------------------
 
@@ -404,9 +405,9 @@ class Page:
         ]
 
     def tau(self) -> list[str]:
-        found = {self.work.settings.model: self.work.tau("this"), "demo": self.work.tau("demo")}
+        found = {self.work.name: self.work.tau("this"), "demo": self.work.tau("demo")}
         self.draw_tau(found)
-        mine = found[self.work.settings.model]
+        mine = found[self.work.name]
         self.claim(
             bool(min(mine.tau[1:]) >= ALIKE),
             "Layers rank vision tokens alike from the second layer on (the paper's decoders: Kendall's tau of 0.68 and "
@@ -469,40 +470,44 @@ class Page:
     def gsearch(self) -> list[str]:
         lines = []
         for drop in DROPS:
-            certificate = self.certificates.get(("G-Search", drop))
-            found = self.work.gsearch(drop)
-            scored, lost = self.work.drop(found.schedule)
-            reached = self.work.flops_ratio(found.schedule)
-            counts = ", ".join(counted(found.schedule, self.work.prompt.n_vision))
-            lines.append(
-                [
-                    f"{100 * drop:g}",
-                    counts,
-                    f"{found.evaluations:.0f}",
-                    percent(found.schedule.mean_keep_rate),
-                    percent(scored.score),
-                    interval_words(lost),
-                    ratio(reached),
-                    told(self.work, certificate),
-                ]
-            )
-            self.claim(
-                bool(reached >= 2 and lost.mean <= drop),
-                f"G-Search allowed {100 * drop:g} points needs at least 2x fewer FLOPs and loses no more on the test "
-                f"set: {ratio(reached)}, {interval_words(lost)}.",
-            )
-            if certificate is not None:
-                schedule = certificate.schedule
-                self.claim(
-                    schedule is not None and self.work.flops_ratio(schedule) >= 2,
-                    f"At least 2x is certified along G-Search's path ({100 * drop:g} points, 95 % confidence, "
-                    f"{certificate.n:,} questions): {told(self.work, certificate)}.",
-                )
+            try:
+                lines.append(self._gsearch(drop))
+            except NotRun as reason:
+                self.missing.append(f"G-Search at {100 * drop:g} points ({reason})")
+        if not lines:
+            raise NotRun("both tolerances")
         heads = [
             "points allowed", "tokens per layer", "evaluations", "mean keep rate (%)", "score", "drop [95 %]", "FLOPs",
             "certified FLOPs",
         ]  # fmt: skip
         return [f"Counts in multiples of {self.work.settings.step}, from layer 2 on.", "", *rows(heads, lines)]
+
+    def _gsearch(self, drop: float) -> list[str]:
+        found, certificate = self.work.gsearch(drop), self.certificates.get(("G-Search", drop))
+        scored, lost = self.work.drop(found.schedule)
+        reached = self.work.flops_ratio(found.schedule)
+        self.claim(
+            bool(reached >= 2 and lost.mean <= drop),
+            f"G-Search allowed {100 * drop:g} points needs at least 2x fewer FLOPs and loses no more on the test "
+            f"set: {ratio(reached)}, {interval_words(lost)}.",
+        )
+        if certificate is not None:
+            schedule = certificate.schedule
+            self.claim(
+                schedule is not None and self.work.flops_ratio(schedule) >= 2,
+                f"At least 2x is certified along G-Search's path ({100 * drop:g} points, 95 % confidence, "
+                f"{certificate.n:,} questions): {told(self.work, certificate)}.",
+            )
+        return [
+            f"{100 * drop:g}",
+            ", ".join(counted(found.schedule, self.work.prompt.n_vision)),
+            f"{found.evaluations:.0f}",
+            percent(found.schedule.mean_keep_rate),
+            percent(scored.score),
+            interval_words(lost),
+            ratio(reached),
+            told(self.work, certificate),
+        ]
 
     def certified(self) -> list[str]:
         lines: list[list[str]] = []
@@ -529,7 +534,7 @@ class Page:
             try:
                 lines += self._ladder(drop)
             except NotRun as reason:
-                self.missing.append(f"one-step schedules at {100 * drop:g} points' FLOPs ({reason})")
+                self.missing.append(f"one step at the FLOPs of G-Search, {100 * drop:g} points ({reason})")
         if not lines:
             raise NotRun("one-step schedules at equal FLOPs")
         return rows(["schedule", "tokens", "mean keep rate (%)", "FLOPs", "score", "several minus this [95 %]"], lines)
@@ -564,12 +569,12 @@ class Page:
 
     def compared(self) -> list[str]:
         comparison = self.work.compared()
-        self.missing += [
-            f"{name} at {100 * budget:g} %"
-            for budget in BUDGETS
-            for name in SHOWN
-            if not self.work._is_done(budget, name)
-        ]
+        for budget in BUDGETS:
+            lacking = [name for name in SHOWN if not self.work._is_done(budget, name)]
+            if lacking:
+                names = "all methods" if len(lacking) == len(SHOWN) else ", ".join(lacking)
+                self.missing.append(f"at {100 * budget:g} %: {names}")
+
         write_atomically(self.folder / "smollm2.csv", to_csv(comparison))
         draw(comparison, self.folder / "smollm2.png")
         at = {(line.budget, line.method): line for line in compared_lines(comparison) if not line.refused}
@@ -679,7 +684,7 @@ def transfer_lines(work: Work, claim: Callable[[bool | None, str], None]) -> lis
     journal = work.folder.path / "gsearch-demo.jsonl"
     mine, lines, worse = work.gsearch(drop).schedule, [], []
     theirs = ts.gsearch(demo.calibration, drop, step=STEP, study=journal, resume=True).schedule
-    for name, own, other in ((work.settings.model, mine, theirs), ("demo", theirs, mine)):
+    for name, own, other in ((work.name, mine, theirs), ("demo", theirs, mine)):
         for what, schedule in (("its own", own), ("the other's", other.resample(own.num_layers))):
             if name == "demo":
                 scored = demo.score(f"{what} at {drop:g}", ts.Reduction(schedule))

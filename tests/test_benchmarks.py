@@ -186,7 +186,7 @@ def test_a_page_says_what_was_run_and_what_not(tmp_path: Path, monkeypatch: pyte
     assert second.count("\nNot run.\n") == 3
     assert "| one step at layer 2 | 50 | " in second
     assert "FastV" in second
-    assert "VisionZip at 25 %" in second  # among what is missing
+    assert "at 25 %: search-sensitivity, " in second  # among what is missing
     assert (tmp_path / "page" / "smollm2.csv").read_text().count("\n") == 4
     assert all(path.read_bytes() == before for path, before in journals.items())  # nothing was searched again
 
