@@ -434,7 +434,7 @@ class Page:
 
     def draw_tau(self, found: dict[str, RankConsistency]) -> None:
         figure, axes = new_figure("layer", "Kendall's tau with the next layer")
-        for (name, each), marker in zip(found.items(), "os", strict=True):
+        for (name, each), marker in zip(found.items(), "os", strict=False):
             axes.plot(range(len(each.tau)), each.tau, marker=marker, markersize=4, label=name)
         axes.set_ylim(0, 1)
         save_figure(figure, axes, self.folder / "smollm2-tau.png")
