@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 
 import thinsight as ts
@@ -71,10 +72,14 @@ class Bench:
         self.name = name
         self.folder = RunFolder(out / f"{name}-extra", resume=True)
         self.model, self.processor = load_demo(name=name)
-        self.calibration, self.test = (
-            ts.Evaluator(self.model, self.processor, ts.load_examples(f"demo:{each}"))
-            for each in ("calibration", "test")
-        )
+
+    @cached_property
+    def calibration(self) -> ts.Evaluator:
+        return ts.Evaluator(self.model, self.processor, ts.load_examples("demo:calibration"))
+
+    @cached_property
+    def test(self) -> ts.Evaluator:
+        return ts.Evaluator(self.model, self.processor, ts.load_examples("demo:test"))
 
     def gsearch(self) -> Scored:
         """G-Search without a drop on the calibration set, scored on the test set."""

@@ -23,7 +23,7 @@ import torch
 import thinsight as ts
 from benchmarks import table
 from benchmarks.priced import priced_search, spine_of
-from benchmarks.results import SHOWN, Bench, interval_words, verdict
+from benchmarks.results import SHOWN, Bench, Scored, interval_words, verdict
 from thinsight.budget import fit_rate
 from thinsight.certificate import Certificate
 from thinsight.errors import Unreachable
@@ -189,13 +189,13 @@ class Work:
         """Of this model, or of "demo"."""
 
         def run() -> RankConsistency:
-            self._must_run("Kendall's tau")
+            self.must_run("Kendall's tau")
             model, processor = (self.model, self.processor) if name == "this" else ts.load_demo(name=name)
             return ts.rank_consistency(model, processor, self.sets["test"][:TAU_EXAMPLES])
 
         return self.folder.once(f"tau-{name}", RankConsistency, run)
 
-    def _must_run(self, what: str) -> None:
+    def must_run(self, what: str) -> None:
         if not self.settings.run:
             raise NotRun(what)
 
@@ -249,7 +249,7 @@ class Work:
 
     def measured(self, name: str, schedule: ts.Schedule, dtype: str) -> Measurement:
         def run() -> Measurement:
-            self._must_run("times")
+            self.must_run("times")
             model = self.model
             if dtype != self.settings.dtype:
                 model, _ = load_model(self.settings.model, dtype)
@@ -673,21 +673,37 @@ def timings(work: Work) -> Iterator[tuple[str, str, Measurement]]:
 # -- Table 4 -------------------------------------------------------------------------------------------------
 
 
-def demo_bench(work: Work) -> Bench:
-    return Bench("demo", work.settings.out / "demo")
+@dataclass(frozen=True)
+class Found:
+    """A schedule that a search found."""
+
+    keep_rates: tuple[float, ...]
 
 
 def transfer_lines(work: Work, claim: Callable[[bool | None, str], None]) -> list[str]:
-    """The demo's schedule at this depth, and this model's at the demo's; both without a drop on calibration allowed
-    more than one point."""
-    demo, drop = demo_bench(work), min(DROPS)
-    journal = work.folder.path / "gsearch-demo.jsonl"
-    mine, lines, worse = work.gsearch(drop).schedule, [], []
-    theirs = ts.gsearch(demo.calibration, drop, step=STEP, study=journal, resume=True).schedule
+    """The demo's schedule at this depth, and this model's at the demo's, both of G-Search at the least drop."""
+    demo, drop = Bench("demo", work.settings.out / "demo"), min(DROPS)
+    mine = work.gsearch(drop).schedule
+
+    def search() -> Found:
+        journal = work.folder.path / "gsearch-demo.jsonl"
+        found = ts.gsearch(demo.calibration, drop, step=STEP, study=journal, resume=True)
+        return Found(found.schedule.keep_rates)
+
+    def on_demo(what: str, schedule: ts.Schedule) -> Scored:
+        key = f"{what} at {drop:g}"
+        if demo.folder.find(key, Scored) is None:
+            work.must_run("the schedule on the demo")
+        return demo.score(key, ts.Reduction(schedule))
+
+    if work.folder.find("gsearch-demo", Found) is None:
+        work.must_run("the demo's schedule")
+    theirs = ts.Schedule(work.folder.once("gsearch-demo", Found, search).keep_rates)
+    lines, worse = [], []
     for name, own, other in ((work.name, mine, theirs), ("demo", theirs, mine)):
         for what, schedule in (("its own", own), ("the other's", other.resample(own.num_layers))):
             if name == "demo":
-                scored = demo.score(f"{what} at {drop:g}", ts.Reduction(schedule))
+                scored = on_demo(what, schedule)
                 score, lost, reached = scored.score, Interval(scored.drop, scored.low, scored.high), scored.flops_ratio
             else:
                 found, lost = work.drop(schedule)
