@@ -338,8 +338,8 @@ class Page:
         """A section, or that it has not been run."""
         try:
             found = lines()
-        except NotRun as reason:
-            self.missing.append(f"{title} ({reason})")
+        except NotRun:
+            self.missing.append(title)
             found = ["Not run."]
         return ["", f"## {title}", "", *found]
 
@@ -457,9 +457,11 @@ class Page:
         free = [layer for layer, _, drop in found if drop.mean <= 0.01]
         self.claim(
             bool(free and free[0] <= self.work.depth * 0.6),
-            "Deep layers need no vision token: without any from "
-            + (f"layer {free[0]} on, at most 1 point is lost" if free else "no layer on is the loss within 1 point")
-            + f" (of {self.work.depth}; the paper's G-Search keeps 8 % and less from layer 20 of 32 on).",
+            "Deep layers need no vision token: "
+            + (f"without any from layer {free[0]} on" if free else "at no layer where all were dropped is")
+            + (" at most 1 point is lost" if free else " the loss within 1 point")
+            + f" (of {self.work.depth}; the paper's G-Search keeps 8 % and less from layer 20 of 32 on; held to 60 % of "
+            "the depth).",
         )
         return [
             "![Score by leaving layer](smollm2-leaving.png)",

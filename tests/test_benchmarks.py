@@ -179,7 +179,7 @@ def test_a_page_says_what_was_run_and_what_not(tmp_path: Path, monkeypatch: pyte
     assert "Not run so far" in first
     assert first.count("\nNot run.\n") == 5  # certificates, comparison, times, both tables of the paper
 
-    journals = {path: path.read_bytes() for path in (tmp_path / "work" / "parts").glob("*.jsonl")}
+    journals = {path: path.read_bytes() for path in (tmp_path / "work" / "parts").glob("gsearch-*")}
     smollm2.main([*options, "--part", "certify", "ladder", "0.25"])
     smollm2.main([*options, "--page"])
     second = page.read_text()
