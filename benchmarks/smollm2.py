@@ -460,8 +460,8 @@ class Page:
             "Deep layers need no vision token: "
             + (f"without any from layer {free[0]} on" if free else "at no layer where all were dropped is")
             + (" at most 1 point is lost" if free else " the loss within 1 point")
-            + f" (of {self.work.depth}; the paper's G-Search keeps 8 % and less from layer 20 of 32 on; held to 60 % of "
-            "the depth).",
+            + f" (of {self.work.depth}; the paper's G-Search keeps 8 % and less from layer 20 of 32 on; held to 60 "
+            "% of the depth).",
         )
         return [
             "![Score by leaving layer](smollm2-leaving.png)",
