@@ -232,10 +232,14 @@ class Work:
         journal = self.folder.path / f"priced-{max_drop:g}.jsonl"
         return priced_search(self.calibration, max_drop, study=journal, resume=True)
 
+    def found(self, source: str, max_drop: float) -> SearchResult | None:
+        """What the search of one of `SOURCES` found; None: it is no search."""
+        search = {"G-Search": self.gsearch, "priced search": self.priced}.get(source)
+        return None if search is None else search(max_drop)
+
     def certificate(self, source: str, max_drop: float) -> Certificate:
         """Along the path of one of `SOURCES`."""
-        search = {"G-Search": self.gsearch, "priced search": self.priced}.get(source)
-        found = None if search is None else search(max_drop)
+        found = self.found(source, max_drop)
         through = spine_of(found) if found is not None and source == "priced search" else ()
         path = path_for(self.calibration.inner, found, through=through)
         first = min(i for each in path for i, rate in enumerate(each.keep_rates) if rate < 1)
@@ -512,23 +516,36 @@ class Page:
         ]
 
     def certified(self) -> list[str]:
-        lines: list[list[str]] = []
-        for (source, drop), each in self.certificates.items():
-            failed, ended = each.failed, f"all, to {ratio(max(map(self.work.flops_ratio, each.path)))}"
-            if failed is not None:
-                tried = ratio(self.work.flops_ratio(each.path[len(each.steps) - 1]))
-                ended = f"{tried}: {failed.losses} / {failed.wins}"
-            lines.append([source, f"{100 * drop:g}", told(self.work, each), f"{each.losses} / {each.wins}", ended])
-        if not lines:
+        lines = [self._certified(source, drop) for drop in DROPS for source in SOURCES]
+        if not self.certificates:
             raise NotRun("certificates")
-        heads = ["path", "points", "certified FLOPs", "losses / wins", "failed at: losses / wins"]
+        heads = ["path", "points", "found", "evaluations", "certified", "losses / wins", "failed at: losses / wins"]
         return [
             "The same exact test along paths from three sources, from costly to cheap to the first that fails. *Priced "
             "search*: steps at seven layers on an eighth of the search questions say what each band of tokens is worth "
-            "at each layer; for every cost the schedule that should lose least, bisected on all search questions.",
+            "at each layer; for every cost the schedule that should lose least, bisected on all search questions. *Found*: "
+            "FLOPs of the schedule that a search found within the tolerance on its questions.",
             "",
             *rows(heads, lines),
         ]
+
+    def _certified(self, source: str, drop: float) -> list[str]:
+        try:
+            found = self.work.found(source, drop)
+            searched = ["", ""]
+            if found is not None:
+                searched = [ratio(self.work.flops_ratio(found.schedule)), f"{found.evaluations:.0f}"]
+        except NotRun:
+            searched = ["not run", ""]
+        certificate = self.certificates.get((source, drop))
+        line = [source, f"{100 * drop:g}", *searched, told(self.work, certificate)]
+        if certificate is None:
+            return [*line, "", ""]
+        failed, ended = certificate.failed, f"none, to {ratio(max(map(self.work.flops_ratio, certificate.path)))}"
+        if failed is not None:
+            tried = ratio(self.work.flops_ratio(certificate.path[len(certificate.steps) - 1]))
+            ended = f"{tried}: {failed.losses} / {failed.wins}"
+        return [*line, f"{certificate.losses} / {certificate.wins}", ended]
 
     def ladder(self) -> list[str]:
         lines: list[list[str]] = []

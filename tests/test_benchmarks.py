@@ -184,7 +184,7 @@ def test_a_page_says_what_was_run_and_what_not(tmp_path: Path, monkeypatch: pyte
     smollm2.main([*options, "--page"])
     second = page.read_text()
     assert second.count("\nNot run.\n") == 3
-    assert "| one step at layer 2 | 50 | " in second
+    assert "| one step at layer 2 | 50 |  |  | " in second
     assert "FastV" in second
     assert "at 25 %: search-sensitivity, " in second  # among what is missing
     assert (tmp_path / "page" / "smollm2.csv").read_text().count("\n") == 4
