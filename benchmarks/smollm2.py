@@ -523,8 +523,8 @@ class Page:
         return [
             "The same exact test along paths from three sources, from costly to cheap to the first that fails. *Priced "
             "search*: steps at seven layers on an eighth of the search questions say what each band of tokens is worth "
-            "at each layer; for every cost the schedule that should lose least, bisected on all search questions. *Found*: "
-            "FLOPs of the schedule that a search found within the tolerance on its questions.",
+            "at each layer; for every cost the schedule that should lose least, bisected on all search questions. "
+            "*Found*: FLOPs of the schedule that a search found within the tolerance on its questions.",
             "",
             *rows(heads, lines),
         ]
