@@ -124,6 +124,7 @@ results: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo & \
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.results --only demo-internvl; wait
 	$(BIN)/python -m benchmarks.results
+	$(MAKE) smollm2
 
 # The same and the paper's other claims on a language model that others trained, and fine-tuning under a reduction; goes
 # on where it was. Without --part a run does what is missing and writes the page.

@@ -285,14 +285,14 @@ class Work:
         """Of what is done; each budget's methods as far as they have been run."""
         found = []
         for budget in BUDGETS:
-            done = [name for name in SHOWN if self._is_done(budget, name)]
+            done = [name for name in SHOWN if self.is_done(budget, name)]
             if done:
                 found.append(self.comparison(budget, done if not self.settings.run else SHOWN))
         if not found:
             raise NotRun("the comparison at equal cost")
         return replace(found[0], runs=tuple(run for each in found for run in each.runs))
 
-    def _is_done(self, budget: float, name: str) -> bool:
+    def is_done(self, budget: float, name: str) -> bool:
         if self.settings.run:
             return True
         key = f"keep-{budget:g}-{name}" + ("-seed0" if seeded(name) else "")
@@ -589,7 +589,7 @@ class Page:
     def compared(self) -> list[str]:
         comparison = self.work.compared()
         for budget in BUDGETS:
-            lacking = [name for name in SHOWN if not self.work._is_done(budget, name)]
+            lacking = [name for name in SHOWN if not self.work.is_done(budget, name)]
             if lacking:
                 names = "all methods" if len(lacking) == len(SHOWN) else ", ".join(lacking)
                 self.missing.append(f"at {100 * budget:g} %: {names}")
