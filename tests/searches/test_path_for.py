@@ -39,6 +39,14 @@ def test_a_path_goes_through_what_was_found_and_on(oracle: NeedOracle) -> None:
     assert early.max() < 0.92 <= ratios[len(early) + 1 :].max()  # longer steps, then short ones
 
 
+def test_where_little_was_found_the_path_begins_before_it(oracle: NeedOracle) -> None:
+    found = Schedule([1, 0.9, 0.7, 0.6])  # 1.25x
+    path = path_for(oracle, result_of(oracle, found))
+    first = oracle.cost(path[0])
+    assert oracle.cost(found) < first
+    assert first == pytest.approx(oracle.cost(found) ** 0.5, rel=0.02)
+
+
 def test_a_search_that_found_nothing_still_has_a_path(oracle: NeedOracle) -> None:
     path = path_for(oracle, result_of(oracle, Schedule.full(4)))
     assert len(path) > 1

@@ -446,7 +446,7 @@ def path_for(
         first = int((found.reduction.search or {}).get("first_layer", first_layer))
         spine += [step for step in one_step(layers, n_vision, first) if spent(step) < spent(found.schedule)]
     half = math.sqrt(spent(Schedule.full(layers)) / spent(found.schedule))
-    path = lay_path(spine, spent, n_vision, start=half, most=None)
+    path = lay_path(spine, spent, n_vision, start=max(1 + APART, half), most=None)
     if half <= START:  # little was found: a path that began where ours do might have passed it already
         return path
     early = lay_path(spine, spent, n_vision, apart=2 * APART, most=None)
