@@ -358,8 +358,9 @@ class Page:
                     self.missing.append(f"certificate of {100 * drop:g} points along {source}")
         return found
 
-    def claim(self, holds: bool | None, text: str) -> None:
-        words = "**Cannot be said.**" if holds is None else verdict(holds)
+    def claim(self, holds: bool, text: str, whole: bool = True) -> None:
+        """A claim with its verdict; a part of what it is about, such as some of the methods, only shows so far."""
+        words = verdict(holds) if whole or not holds else "**Holds so far.**"
         self.claims.append(f"- {words} {text}")
 
     def text(self) -> str:
@@ -576,8 +577,10 @@ class Page:
             sure = "" if best.high <= 0 else ", beyond chance" if best.low > 0 else ", not beyond chance"
             self.claim(
                 best.mean > 0,
-                f"At the FLOPs of {name}, several steps beat the best one step (layer {layer} of {len(gaps)} tried, "
-                f"picked on the test set): {interval_words(best)} points{sure}.",
+                f"At the FLOPs of {name}, several steps beat the best one step (at layer {layer}; tried on the test set: "
+                f"{', '.join(str(tried) for _, tried in sorted(gaps, key=lambda gap: gap[1]))}): "
+                f"{interval_words(best)} points{sure}.",
+                whole=len(gaps) == len(self.work.ladder(found)),
             )
         return lines
 
@@ -607,6 +610,7 @@ class Page:
                     not above,
                     f"At {100 * budget:g} % no other method is above the sensitivity search beyond chance: "
                     f"{percent(ours.score)}{'; above it: ' + names if names else ''}.",
+                    whole=all(self.work.is_done(budget, name) for name in SHOWN),
                 )
             if sigmoid is not None and fastv is not None:
                 self.claim(
@@ -699,7 +703,7 @@ class Found:
     keep_rates: tuple[float, ...]
 
 
-def transfer_lines(work: Work, claim: Callable[[bool | None, str], None]) -> list[str]:
+def transfer_lines(work: Work, claim: Callable[[bool, str], None]) -> list[str]:
     """The demo's schedule at this depth, and this model's at the demo's, both of G-Search at the least drop."""
     demo, drop = Bench("demo", work.settings.out / "demo"), min(DROPS)
     mine = work.gsearch(drop).schedule
