@@ -577,7 +577,7 @@ class Page:
             sure = "" if best.high <= 0 else ", beyond chance" if best.low > 0 else ", not beyond chance"
             self.claim(
                 best.mean > 0,
-                f"At the FLOPs of {name}, several steps beat the best one step (at layer {layer}; tried on the test set: "
+                f"At the FLOPs of {name}, several steps beat the best one step (at layer {layer}; tried: "
                 f"{', '.join(str(tried) for _, tried in sorted(gaps, key=lambda gap: gap[1]))}): "
                 f"{interval_words(best)} points{sure}.",
                 whole=len(gaps) == len(self.work.ladder(found)),
