@@ -49,7 +49,8 @@ define compatible
 		{ echo "thinsight fails on these releases:"; $(1)/bin/python .ci/versions.py; exit 1; }
 endef
 
-# Benchmarks' metrics against lmms-eval's own functions, in an environment of their own that has what these import.
+# Inside lmms-eval, in an environment of its own that has what this needs of it (1.9 GB): its models under a reduction on a
+# local task, and benchmarks' metrics against its own functions.
 test-lmms-eval: .venv-lmms-eval/ready
 	PYTHONPATH=src:tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lmms-eval/bin/python -m pytest tests/lmms_eval
 
@@ -182,11 +183,12 @@ data: .venv/ready
 	$(@D)/bin/python tests/vllm/mend_torchvision.py
 	@touch $@
 
-.venv-lmms-eval/ready: pyproject.toml constraints.txt
+.venv-lmms-eval/ready: pyproject.toml constraints.txt tests/vllm/mend_torchvision.py
 	$(PYTHON) -m venv .venv-lmms-eval
-	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[datasets]' pytest
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[datasets,vision]' pytest
 	$(@D)/bin/python -m pip install --quiet --no-deps 'lmms-eval==0.7.3'
-	$(@D)/bin/python -m pip install --quiet evaluate levenshtein loguru openai pytz sacrebleu tenacity
+	$(@D)/bin/python -m pip install --quiet decord evaluate 'filelock<4' levenshtein loguru openai pytablewriter pytz sacrebleu tenacity
+	$(@D)/bin/python tests/vllm/mend_torchvision.py
 	@touch $@
 
 .venv-transformers-%/ready: pyproject.toml constraints.txt
