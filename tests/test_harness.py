@@ -15,7 +15,7 @@ import thinsight as ts
 from thinsight import vlmevalkit
 from thinsight.evaluation.readers import lmms
 from thinsight.harness import RunFailed, Watch, check_told, loud, put_on
-from thinsight.runtime import applied
+from thinsight.runtime.handle import applied
 
 
 @pytest.mark.parametrize(

@@ -147,8 +147,11 @@ def _check_done(name: str, work_dir: str, made: list[Watch]) -> None:
 
     status = load_run_status(Path(os.environ.get("MMEVAL_ROOT", work_dir)) / name).get("datasets", {})
     for dataset, found in status.items():
-        if why := found.get("error_message") or (found.get("skip_reason") == "invalid_dataset" and "no such data"):
-            raise RunFailed(f"thinsight: data {dataset!r} failed: {why}; see VLMEvalKit's log above")
+        why = found.get("error_message")  # "" where an error has no text
+        if why is None and found.get("skip_reason") == "invalid_dataset":
+            why = "there is no such data"
+        if why is not None:
+            raise RunFailed(f"thinsight: data {dataset!r} failed: {why or 'an error'}; see VLMEvalKit's log above")
     if any(each.answered == 0 for each in made):
         raise RunFailed("thinsight: no question reached generate() of the model: see VLMEvalKit's log above")
 
