@@ -13,7 +13,7 @@ from tiny import tiny_llava
 
 import thinsight as ts
 from thinsight import vlmevalkit
-from thinsight.evaluation.readers import lmms
+from thinsight.evaluation.readers import READERS
 from thinsight.harness import RunFailed, Watch, check_told, loud, put_on
 from thinsight.runtime.handle import applied
 
@@ -91,6 +91,7 @@ def test_lmms_eval_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPa
     def missing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(lmms, "version", missing)
+    assert "lmms-eval" in READERS
+    monkeypatch.setattr("thinsight.evaluation.readers.lmms.version", missing)
     with pytest.raises(ts.MissingPackage, match=r"pip install 'thinsight\[lmms-eval\]'"):
         ts.load_examples("lmms-eval:textvqa_val:validation")

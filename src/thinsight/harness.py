@@ -29,11 +29,11 @@ def loud(what: str) -> Iterator[None]:
     """Whatever fails inside ends the run, with one line; of other errors than ours with their trace before it."""
     try:
         yield
-    except ThinsightError as error:
-        raise RunFailed(f"thinsight: {what}: {error}") from error
     except Exception as error:  # a harness or a model may raise anything
-        traceback.print_exc()
-        raise RunFailed(f"thinsight: {what}: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, ThinsightError) else f"{type(error).__name__}: "
+        if kind:
+            traceback.print_exc()
+        raise RunFailed(f"thinsight: {what}: {kind}{' '.join(str(error).split())}") from error
 
 
 class Watch:
