@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo test test-lmms-eval test-smollm2 test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
+.PHONY: demo test test-lmms-eval test-smollm2 test-vlmevalkit test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0.01 --limit 2000 --out $(OUT) --resume
@@ -49,9 +49,14 @@ define compatible
 		{ echo "thinsight fails on these releases:"; $(1)/bin/python .ci/versions.py; exit 1; }
 endef
 
-# Benchmarks' metrics against lmms-eval's own functions, in an environment of their own that has what these import.
+# Inside lmms-eval, in an environment of its own that has what this needs of it (1.9 GB): its models under a reduction on a
+# local task, and benchmarks' metrics against its own functions.
 test-lmms-eval: .venv-lmms-eval/ready
 	PYTHONPATH=src:tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-lmms-eval/bin/python -m pytest tests/lmms_eval
+
+# VLMEvalKit with the demo under a reduction on a local table, in an environment of its own that has what it imports.
+test-vlmevalkit: .venv-vlmevalkit/ready
+	PYTHONPATH=src:tests OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-vlmevalkit/bin/python -m pytest tests/vlmevalkit
 
 # Hostile files and command lines, so many examples in all, the same ones in every run; `make test` draws fewer.
 FUZZ ?= 5000
@@ -182,11 +187,23 @@ data: .venv/ready
 	$(@D)/bin/python tests/vllm/mend_torchvision.py
 	@touch $@
 
-.venv-lmms-eval/ready: pyproject.toml constraints.txt
+.venv-lmms-eval/ready: pyproject.toml constraints.txt tests/vllm/mend_torchvision.py
 	$(PYTHON) -m venv .venv-lmms-eval
-	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[datasets]' pytest
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[datasets,vision]' pytest
 	$(@D)/bin/python -m pip install --quiet --no-deps 'lmms-eval==0.7.3'
-	$(@D)/bin/python -m pip install --quiet evaluate levenshtein loguru openai pytz sacrebleu tenacity
+	$(@D)/bin/python -m pip install --quiet decord evaluate 'filelock<4' levenshtein loguru openai pytablewriter pytz sacrebleu tenacity
+	$(@D)/bin/python tests/vllm/mend_torchvision.py
+	@touch $@
+
+.venv-vlmevalkit/ready: pyproject.toml constraints.txt tests/vllm/mend_torchvision.py
+	$(PYTHON) -m venv .venv-vlmevalkit
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[datasets,vision]' pytest
+	$(@D)/bin/python -m pip install --quiet --no-deps 'ms-vlmeval==0.0.20'
+	$(@D)/bin/python -m pip install --quiet anls antlr4-python3-runtime==4.11.1 apted decord distance editdistance einops \
+		imageio jieba json_repair latex2sympy2-extended levenshtein math-verify matplotlib nest-asyncio nltk openai \
+		opencv-python-headless openpyxl portalocker pylatexenc python-dotenv qwen-vl-utils rouge scikit-image \
+		scikit-learn sentencepiece sty tabulate termcolor timeout-decorator timm validators xlsxwriter zss
+	$(@D)/bin/python tests/vllm/mend_torchvision.py
 	@touch $@
 
 .venv-transformers-%/ready: pyproject.toml constraints.txt
@@ -197,4 +214,4 @@ data: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-latest .venv-lmms-eval .venv-transformers-* .venv-vllm .venv-vllm-newest out
+	rm -rf .venv .venv-latest .venv-lmms-eval .venv-transformers-* .venv-vllm .venv-vllm-newest .venv-vlmevalkit out

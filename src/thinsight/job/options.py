@@ -103,7 +103,10 @@ _JSON = json.JSONDecoder(parse_constant=_no_number)
 # -- what commands share -------------------------------------------------------------------------------------
 
 _BENCHMARK = "benchmark:"
-_DATA = "JSON lines, VLMEvalKit TSV, LLaVA or VQA JSON, hf:ID:SPLIT, a folder or file of parquet: docs/data.md."
+_DATA = (
+    "JSON lines, VLMEvalKit TSV, LLaVA or VQA JSON, hf:ID:SPLIT, lmms-eval:TASK:SPLIT, a folder or file of parquet: "
+    "docs/data.md."
+)
 _REDUCTION = f"Folder or hub id of a reduction. Default: {DEFAULT_OUT}, else FastV at 50 %."
 _LONGEST = "Longest answer in tokens."
 

@@ -102,7 +102,7 @@ READERS: Registry[Any] = Registry(
     "reader",
     "thinsight.readers",
     builtin=tuple(
-        f"thinsight.evaluation.readers.{each}" for each in ("jsonl", "tsv", "llava", "vqa", "hf", "benchmark")
+        f"thinsight.evaluation.readers.{each}" for each in ("jsonl", "tsv", "llava", "vqa", "hf", "lmms", "benchmark")
     ),
     code=type,
 )
