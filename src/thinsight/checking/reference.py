@@ -166,8 +166,10 @@ class Removing:
                 return tuple(without(each) for each in value)
             if not isinstance(value, Tensor):
                 return value
-            # (batch, seq, any), (batch, seq), positions (3, batch, seq), masks (batch, heads, seq, seq)
-            places = (2, 3) if value.ndim == 4 else (1,) if value.is_floating_point() else (value.ndim - 1,)
+            # (batch, seq, any), rotary tables that may be complex, (batch, seq), positions (3, batch, seq), masks
+            # (batch, heads, seq, seq)
+            second = value.is_floating_point() or value.is_complex()
+            places = (2, 3) if value.ndim == 4 else (1,) if second else (value.ndim - 1,)
             for dim in places:
                 if dim and value.ndim > dim and value.shape[dim] == length:
                     value = value.index_select(dim, there.to(value.device))
