@@ -172,7 +172,8 @@ def alternate(
 
 def cache_bytes(cache: Any) -> int:
     """Bytes of all keys and values that a transformers cache holds."""
-    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    kept = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))  # a state has neither
+    held = [tensor for tensor in kept if tensor is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 

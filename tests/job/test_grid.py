@@ -65,11 +65,14 @@ GRIDS = {
 }
 GRIDS |= {
     **dict.fromkeys(("qwen2.5-omni", "qwen3-omni", "gemma4", "gemma4-moe"), ((4, 4), 0)),
+    **dict.fromkeys(("qwen3.5", "qwen3.5-moe", "lfm3-vl"), ((4, 4), 0)),
     "gemma4-unified": ((4, 6), 0),
     "llama4": ((2, 2), 8),
 }
 NO_GRID = {
     **dict.fromkeys(("idefics2", "aria"), "resampled from all of an image, form no grid"),
+    **dict.fromkeys(("minicpm-v-4.6", "minicpm-ocr"), "form no grid that could be drawn over one picture"),
+    "lfm2-vl": "patches that a processor has put into a line form no grid",
     "molmo2": "made of patches of crops that overlap, form no grid",
 }
 

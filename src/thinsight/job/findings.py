@@ -111,6 +111,8 @@ def _tile(model: Any, processor: Any, images: int, inputs: Mapping[str, Any], n_
     pixels = inputs.get("pixel_values", inputs.get("pixel_values_images"))  # (..., tiles, 3, height, width)
     if pixels is None:
         raise _no_grid(f"{n_vision} vision tokens of something other than images")
+    if pixels.ndim < 4:
+        raise _no_grid(f"{n_vision} vision tokens of patches that a processor has put into a line")
     cut = family_of(model.config).tiles
     patch = size_of(model.config.vision_config, "patch_size")
     rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
