@@ -43,7 +43,7 @@ def test_features_give_what_pixels_give(name: str) -> None:
     with torch.no_grad():
         stock = model(**inputs).logits
         assert torch.equal(model(**rest, **again.model_inputs()).logits, stock)
-    for beams in (1, 2):
+    for beams in (1, 2) if family.encodes_ahead else (1,):
         options = {"max_new_tokens": 3, "do_sample": False, "num_beams": beams}
         expected = model.generate(**inputs, **options)
         assert torch.equal(model.generate(**rest, **again.model_inputs(), **options), expected)

@@ -125,7 +125,7 @@ class ModelOptions:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReadingOptions:
     """How data is to be read; see `thinsight.load_examples`."""
 
