@@ -174,10 +174,15 @@ def test_a_transformers_that_nobody_tested_is_said_once(installed: Callable[[str
         apply(tiny_llava(), SCHEDULE).remove()
 
 
-@pytest.mark.parametrize("version", [(5, 23), (5, 24), UNTESTED])
+@pytest.mark.parametrize("version", [(5, 23), UNTESTED])
 def test_nothing_is_left_out_of_the_suite_on_what_ci_runs(version: tuple[int, int]) -> None:
     assert not faults(version)
     assert faults(OLDEST)
+
+
+def test_on_the_newest_release_one_stock_class_is_left_out() -> None:
+    """Llama 4's, which fails on every call there, and a fault of the stock Kimi that is mended there."""
+    assert [fault.tests for fault in faults((5, 24))] == [r"\[llama4", "fail_in_the_stock_kimi"]
 
 
 def test_the_bounds_are_those_of_the_package() -> None:
