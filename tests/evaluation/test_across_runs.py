@@ -302,7 +302,8 @@ def test_features_of_every_family_come_back_to_the_bit(family: Family, tmp_path:
             shapes.append((entry.modalities, entry.stacked))
         entries.append(found)
     plain, written, read = entries
-    assert len(list(tmp_path.glob("vision-*.safetensors"))) == 1
+    together = 1 if family.name != "molmo2" else 3  # which encodes one example at a time
+    assert len(list(tmp_path.glob("vision-*.safetensors"))) == together
     assert shapes[:3] == shapes[3:6] == shapes[6:]
     assert [name for name, _ in plain] == [name for name, _ in written] == [name for name, _ in read]
     assert all(

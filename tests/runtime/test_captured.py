@@ -31,12 +31,13 @@ SINGLE: tuple[Spec, ...] = ([3, 5],)
 LONGER: tuple[Spec, ...] = ([3, 9],)  # mostly in the same bucket
 WINDOWS = (
     *("llava-mistral", "gemma3", "aya-vision", "paligemma2", "cohere2-vision", "shieldgemma2"),
-    *("exaone4.5", "muse-glimmer"),
+    *("exaone4.5", "muse-glimmer", "gemma4", "gemma4-moe", "gemma4-unified", "llama4"),
 )
-WRITTEN = ("qwen3-vl", "qwen3-vl-moe")  # vision features are added inside the decoder
+WRITTEN = ("qwen3-vl", "qwen3-vl-moe", "qwen3-omni")  # vision features are added inside the decoder
 STATES = ("qwen3.5", "qwen3.5-moe", "lfm2-vl", "lfm3-vl", "minicpm-v-4.6", "minicpm-ocr")  # carried along the tokens
 REFUSED = [FAMILIES[name] for name in (*WINDOWS, *WRITTEN, *STATES) if name in FAMILIES]
-OWN_MASK = [FAMILIES["paligemma"]]  # finished by the model, which cannot be bucketed
+# finished by the model, which cannot be bucketed
+OWN_MASK = [FAMILIES[name] for name in ("paligemma", "molmo2") if name in FAMILIES]
 RECORDED = [family for family in FAMILIES.values() if family not in REFUSED + OWN_MASK]
 LLAVA = FAMILIES["llava"]
 T = TypeVar("T")
