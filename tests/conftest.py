@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -16,6 +17,9 @@ import torch
 from stock_faults import faults
 from tiny import tiny_llava, tiny_processor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+if TYPE_CHECKING:
+    from small_run import SmallRun
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +45,14 @@ def _no_stored_checks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
 def llava() -> LlavaForConditionalGeneration:
     """A fresh random LLaVA with sdpa attention, 4 decoder layers, 16 vision tokens."""
     return tiny_llava()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """A small random model in a folder, with sets to calibrate and to test on."""
+    from small_run import make_small_run  # which the environments of vLLM and of harnesses need not import
+
+    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")

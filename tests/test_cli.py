@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 from PIL import Image
-from small_run import SmallRun, make_small_run
+from small_run import SmallRun
 from typer.testing import CliRunner, Result
 
 from thinsight import Reduction, Schedule, __version__, get_ranker, list_rankers, loading
@@ -26,11 +26,6 @@ from thinsight.job.options import ranker_of
 from thinsight.searches import SEARCHES
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(autouse=True)

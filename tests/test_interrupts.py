@@ -10,18 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_run import SmallRun, make_small_run
+from small_run import SmallRun
 from typer.testing import CliRunner
 
 from thinsight.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 def started(*arguments: str, folder: Path, path: str = str(ROOT / "src")) -> subprocess.Popen[str]:

@@ -13,7 +13,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from small_run import SmallRun, make_small_run
+from small_run import SmallRun
 
 import thinsight
 
@@ -48,11 +48,6 @@ def run(command: list[str], folder: Path) -> str:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 def options(small: SmallRun) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from small_run import SmallRun, make_small_run
+from small_run import SmallRun
 
 from thinsight import Reduction
 from thinsight.budget import LatencyModel, TimeBudget
@@ -22,11 +22,6 @@ from thinsight.loading import load_model
 from thinsight.report.data import load_report_data
 from thinsight.schedule import Schedule
 from thinsight.timing import profile
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 def options_for(small: SmallRun, out: Path, **changes: Any) -> SearchOptions:

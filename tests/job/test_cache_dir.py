@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import SmallRun, make_small_run
+from small_run import SmallRun
 from typer.testing import CliRunner, Result
 
 from thinsight import load_examples
@@ -20,11 +20,6 @@ SETTINGS = {
     "search": ["--max-drop", 0.7, "--limit", 4],
     "compare": ["--budget", 0.5, "--methods", "search-random,divprune,fastv", "--n-trials", 8],
 }
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 def invoke(command: str, small: SmallRun, *more: object) -> Result:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import SmallRun, make_small_run
+from small_run import SmallRun
 from typer.testing import CliRunner
 
 import thinsight as ts
@@ -27,11 +27,6 @@ from thinsight.progress import Watcher
 from thinsight.searches.certify import fingerprint_of, judge
 
 MAX_DROP = 0.95  # which 12 answers of a random model can certify
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 def options_for(small: SmallRun, out: Path, **changes: Any) -> SearchOptions:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from damage import failing_writes, full_disk
 from rich.console import Console
-from small_run import SmallRun, make_small_run
+from small_run import SmallRun
 
 from thinsight import Evaluator, load_examples
 from thinsight.baselines import BASELINES
@@ -39,11 +39,6 @@ from thinsight.searches.search import under_budget
 BUDGETS = (0.6, 0.2)
 SEARCHED = ["search-random" if name == "random" else name for name in under_budget()]
 BUDGETS_OF_COMMAND = CompareOptions().budgets
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 def options_for(small: SmallRun, out: Path, **changes: Any) -> CompareOptions:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small_run import SmallRun, make_small_run
+from small_run import SmallRun
 from tiny import tiny_images
 from typer.testing import CliRunner
 
@@ -17,11 +17,6 @@ from thinsight.evaluation.prompts import prompt_text
 from thinsight.job.data import kind_of, look
 from thinsight.job.options import DataOptions, JobOptions, columns_from
 from thinsight.loading import load_processor
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture

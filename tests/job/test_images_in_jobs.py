@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_run import SmallRun, make_small_run
+from small_run import SmallRun
 from tiny import tiny_images
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -33,11 +33,6 @@ from thinsight.progress import Watcher
 
 ORIENTATION, QUARTER = 0x0112, 6
 QUESTIONS = ("what color is the circle ?", "how many ?")
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 class Seen:

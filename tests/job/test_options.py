@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import SmallRun, make_small_run
+from small_run import SmallRun
 from typer.testing import CliRunner
 
 from thinsight import Reduction, Schedule, cli, loading
@@ -65,11 +65,6 @@ TAKEN = {
     "sensitivity": {"start", *UNDER_A_BUDGET},
     "budget": {"start", *UNDER_A_BUDGET},
 }
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from damage import changes, failing_writes, full_disk
-from small_run import SmallRun, make_small_run
+from small_run import SmallRun
 
 from thinsight import Evaluator, Reduction, drop_interval, load_examples
 from thinsight.errors import StorageError, ThinsightError
@@ -30,11 +30,6 @@ from thinsight.loading import checkpoint_hash, load_model
 from thinsight.progress import Watcher
 from thinsight.report.data import load_report_data
 from thinsight.searches import Search
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 def options_for(small: SmallRun, out: Path, **changes: Any) -> SearchOptions:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import SmallRun, make_small_run
+from small_run import SmallRun
 from tiny import tiny_images
 from typer.testing import CliRunner
 
@@ -25,11 +25,6 @@ from thinsight.report.data import load_report_data
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return make_small_run(tmp_path_factory.mktemp("small"))
 
 
 def png(number: int = 0) -> str:
