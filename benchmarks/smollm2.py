@@ -218,7 +218,7 @@ class Work:
         for layer in LADDER:
             try:
                 rate = fit_rate(budget, partial(ts.Schedule.step, self.depth, layer))
-            except (Unreachable, ts.ThinsightError):
+            except Unreachable:
                 continue  # what comes before this layer costs more
             found.append((layer, ts.Schedule.step(self.depth, layer, rate)))
         return found
