@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from .. import notebook
 from ..errors import BadInput, whole
 from .example import Example as Example
 from .images import READING as READING
@@ -56,7 +57,7 @@ def load_examples(
         limit: use only so many: the first ones, or a random draw when ``seed`` is given (file order is kept). What
             comes behind the first ones is not read.
         seed: see ``limit``.
-        progress: called as ``progress("images", done, total)`` while images are decoded.
+        progress: called as ``progress("images", done, total)`` while images are decoded. None: a notebook draws it.
         columns: the names that the data has for fields: ``{"image": "img", "question": "q", "answers": "a"}``.
         image_folder: what image paths are relative to; None: the file's own folder.
         annotations: the file of the answers, of data that has them in another one.
@@ -73,7 +74,7 @@ def load_examples(
     if limit is not None and limit < len(examples):
         chosen = sorted(random.Random(seed).sample(range(len(examples)), limit))
         examples = [examples[index] for index in chosen]
-    validate_examples(examples, str(source), progress)
+    validate_examples(examples, str(source), progress or notebook.progress())
     return examples
 
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .. import notebook
 from ..baselines import BASELINES
 from ..budget import Budget
 from ..certificate import least_examples
@@ -70,7 +71,7 @@ def compare(options: CompareOptions, watcher: Watcher | None = None) -> CompareO
     Raises:
         ThinsightError: bad input, before long work starts, or a folder of another comparison.
     """
-    prepared = prepare(options, options.own_ranker, watcher or Watcher())
+    prepared = prepare(options, options.own_ranker, watcher or notebook.watcher())
     if options.max_drop is not None:
         least, tested = least_examples(options.max_drop, confidence=options.certainty), len(prepared.sets.test)
         if tested < least:

@@ -49,6 +49,11 @@ class Run:
     calibration_score: float | None = None
     refused: str = ""
 
+    def __repr__(self) -> str:
+        said = f"refused: {self.refused}" if self.refused else f"score {self.score:.4g}"
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return texts.brief(f"Run({self.method!r} at {self.budget:g}{seed}: {said})")
+
 
 @dataclass(frozen=True)
 class CertifiedCost:
@@ -84,6 +89,16 @@ class Comparison(shown.Shown):
     environment: dict[str, str]
     doubt: str = ""  # why the full model's score is too low to tell much
     certified: tuple[CertifiedCost, ...] = ()  # where a drop was to be promised
+
+    def __repr__(self) -> str:
+        methods, budgets = ({getattr(run, name) for run in self.runs} for name in ("method", "budget"))
+        return texts.brief(
+            f"Comparison({self.model}: {len(methods)} methods at {len(budgets)} budgets, "
+            f"{len(self.full_per_example)} examples of {self.test_name}, full model {self.full_score:.4g})"
+        )
+
+    def _sentences(self) -> Iterable[str]:
+        return [f"Warning: {self.doubt}"] if self.doubt else []
 
     def __rich__(self) -> Any:
         from rich.console import Group
