@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .experimental.captured import CapturedPrefill as CapturedPrefill
     from .families import SupportedModel as SupportedModel
     from .families import models as models
+    from .job.showing import show as show
     from .loading import load_demo as load_demo
     from .loading import load_model as load_model
     from .pretrained import ReductionConfig as ReductionConfig
@@ -86,6 +87,7 @@ _NAMES = {
     ),
     "experimental.adaptive": ("adaptive_search",),
     "experimental.captured": ("CapturedPrefill",),
+    "job.showing": ("show",),
     "loading": ("load_demo", "load_model"),
     "pretrained": ("ReductionConfig",),
     "ranking": ("Ranker", "get_ranker", "list_rankers"),

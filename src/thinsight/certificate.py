@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from markupsafe import Markup
+
 from . import shown
 from .errors import BadInput
 from .records import decode, encode
@@ -272,6 +274,9 @@ class Certificate(shown.Shown):
             "on": f"a set with fingerprint {self.fingerprint}" + (f", metric {self.metric}" if self.metric else ""),
         }
         return [shown.facts_table("Certificate", known.items()), steps_table(self)]
+
+    def _drawings(self) -> Iterable[Markup]:
+        return [] if self.schedule is None else self.schedule._drawings()
 
     def outcome(self, schedule: Schedule) -> str:
         """What came of a schedule, in words: "certified", "not tested" ...; empty where the path does not hold it."""

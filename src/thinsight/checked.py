@@ -17,6 +17,7 @@ from typing import Any
 from .errors import StorageError
 from .records import decode, encode, read_sealed, seal, user_path, write_atomically
 from .shown import NOTHING, Column, Shown, Table, facts_table
+from .texts import brief
 
 CACHE_VARIABLE = "THINSIGHT_CACHE"
 _VERSION = 1
@@ -71,6 +72,11 @@ class CheckResult(Shown):
     inputs: str  # how its prompts were made
     noise: float | None  # difference of the stock model from itself: batched with a cache, and alone without one
     lines: tuple[CheckLine, ...]
+
+    def __repr__(self) -> str:
+        model, failed = self.identity.model_class.rpartition(".")[2], len(self.failures)
+        said = "passes" if self.passed else f"{failed} of {len(self.lines)} lines fail"
+        return brief(f"CheckResult({model}, {self.dtype} on {self.device}: {said})")
 
     @property
     def passed(self) -> bool:

@@ -15,6 +15,7 @@ from rich.text import Text
 from .progress import Progress as SearchProgress
 from .progress import SearchPlan, Watcher
 from .searches.run import SearchResult, Trial
+from .shown import clock
 from .texts import capped, terminal
 
 
@@ -68,7 +69,7 @@ class ConsoleWatcher(Watcher):
     def on_trial(self, trial: Trial, progress: SearchProgress) -> None:
         if self._task is None:
             return
-        left = "" if progress.seconds_left is None else f", at most {_clock(progress.seconds_left)} left"
+        left = "" if progress.seconds_left is None else f", at most {clock(progress.seconds_left)} left"
         where = trial.why if progress.layer is None else f"layer {progress.layer}, {trial.count} tokens"
         detail = f"{where}: score {trial.score:.3f}{left}"
         self._bar.update(self._task, completed=progress.evaluations, total=progress.expected, detail=detail)
@@ -88,11 +89,4 @@ class ConsoleWatcher(Watcher):
         self._bar.remove_task(self._task)
         self._task = None
         seconds = time.monotonic() - self._started
-        self._console.print(Text.assemble(("✓ ", "green"), self._title, (f"  {_clock(seconds)}", "dim")))
-
-
-def _clock(seconds: float) -> str:
-    """'0:07', '12:31', '1:02:09'."""
-    whole = round(seconds)
-    hours, minutes = divmod(whole // 60, 60)
-    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+        self._console.print(Text.assemble(("✓ ", "green"), self._title, (f"  {clock(seconds)}", "dim")))

@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from markupsafe import Markup
+
 from . import shown
 from .certificate import ASSUMES, ESTIMATED, Certificate
 from .errors import BadInput, StorageError
 from .records import MAX_DEPTH, parse_json, read_object, user_path, write_atomically
-from .schedule import Adaptive, Schedule, real
+from .schedule import Adaptive, Schedule, real, schedule_table
 from .texts import brief, code, markdown, python, yaml
 from .version import __version__
 
@@ -335,8 +337,11 @@ class Reduction(shown.Shown):
             "for": " ".join(filter(None, (self.model_type, self.base_model_name_or_path))),
             "adaptive": "" if self.adaptive is None else repr(self.adaptive),
         }
-        own = [shown.facts_table("Reduction", known.items()), shown.schedule_table(self.schedule.keep_rates)]
+        own = [shown.facts_table("Reduction", known.items()), schedule_table(self.schedule)]
         return own if self.certificate is None else [*own, *self.certificate._tables()]
+
+    def _drawings(self) -> Iterable[Markup]:
+        return self.schedule._drawings() if self.adaptive is None else self.adaptive._drawings()
 
     def average(self, of: Callable[[Schedule], float]) -> float:
         """A function of a prompt's schedule, such as its cost, for the average prompt."""

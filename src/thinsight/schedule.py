@@ -5,13 +5,19 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
+from . import shown
 from .errors import BadInput, whole
 from .texts import brief
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 _ADAPTIVE_KEYS = ("statistic", "layer", "edges", "keep_rates", "shares")
 _SHARES_SLACK = 1e-6  # shares are written with all their digits, yet are sums of fractions
@@ -23,7 +29,7 @@ _WANTED = "pass a list of numbers in [0, 1], one per decoder layer"
 
 
 @dataclass(frozen=True, slots=True)
-class Schedule:
+class Schedule(shown.Shown):
     """The keep rates of all L decoder layers (the paper's "reduction strategy", arXiv 2412.00556 section 3).
 
     ``keep_rates[i]`` is the fraction of the prompt's original N vision tokens that enter layer i, layers
@@ -65,8 +71,14 @@ class Schedule:
         ]
         if len(runs) <= _SHOWN:
             return f"Schedule([{', '.join(runs)}])"
-        shown = ", ".join([*runs[: _SHOWN // 2], "...", *runs[-2:]])
-        return f"Schedule([{shown}], {self.num_layers} layers, mean {self.mean_keep_rate:.4g})"
+        some = ", ".join([*runs[: _SHOWN // 2], "...", *runs[-2:]])
+        return f"Schedule([{some}], {self.num_layers} layers, mean {self.mean_keep_rate:.4g})"
+
+    def _tables(self) -> Iterable[shown.Table]:
+        return [schedule_table(self)]
+
+    def _drawings(self) -> Iterable[Markup]:
+        return [drawn(self)]
 
     @property
     def num_layers(self) -> int:
@@ -173,6 +185,27 @@ class Schedule:
         return cls(sigmoid_rates(depth, k, solve(fits, logit - 1.0, logit + k * depth + 1.0)[0]))
 
 
+def schedule_table(schedule: Schedule, total: int | None = None) -> shown.Table:
+    """The keep rate of each layer, and its tokens where a prompt's number of them is known."""
+    rows = [(layer, shown.percent(rate)) for layer, rate in enumerate(schedule.keep_rates)]
+    layer, rate = (shown.Column(name, itemgetter(at), name.lower()) for at, name in enumerate(("Layer", "Keep rate")))
+    columns = [layer._replace(text=True), rate]
+    if total is not None:
+        counts = schedule.counts(total)
+        columns.append(shown.Column(f"Tokens of {total}", lambda row: shown.count(counts[row[0]])))
+    return shown.Table("Keep rate by layer", rows, *columns)
+
+
+def drawn(schedule: Schedule, others: Sequence[tuple[str, Schedule]] = ()) -> Markup:
+    """The plot of a schedule for a notebook; behind it others of as many layers, by name."""
+    from .drawing import schedule_plot
+
+    behind = [(name, other.keep_rates, 2 + place % 6) for place, (name, other) in enumerate(others)]
+    # two outputs of a notebook have one name only where they show the same
+    ident = f"schedule-{zlib.crc32(repr((schedule.keep_rates, behind)).encode()):08x}"
+    return schedule_plot(schedule.keep_rates, behind, width=500, ident=ident)
+
+
 def sigmoid_rates(depth: int, k: float, shift: float, top: float = 1.0, low: float = 0.0) -> list[float]:
     """P-Sigmoid's falling rates, ``low + (top - low) / (1 + exp(k i - shift))``; shift = k alpha, so that its
     range does not depend on k."""
@@ -204,7 +237,7 @@ def solve(
 
 
 @dataclass(frozen=True)
-class Adaptive:
+class Adaptive(shown.Shown):
     """A family of schedules, and the rule that picks one for each prompt by its text's attention.
 
     Attributes:
@@ -254,6 +287,20 @@ class Adaptive:
             f"Adaptive({self.statistic!r} at layer {self.layer} of {self.num_layers}, "
             f"{len(self.schedules)} schedules, means {means})"
         )
+
+    def _tables(self) -> Iterable[shown.Table]:
+        lows, highs = (shown.NOTHING, *map(_edge, self.edges)), (*map(_edge, self.edges), shown.NOTHING)
+        yield shown.Table(
+            f"Schedules by {self.statistic} at layer {self.layer}",
+            zip(lows, highs, self.schedules, self.shares, strict=True),
+            shown.Column("From", itemgetter(0)),
+            shown.Column("To below", itemgetter(1)),
+            shown.Column("Mean keep rate", lambda row: shown.percent(row[2].mean_keep_rate)),
+            shown.Column("Share of the prompts", lambda row: shown.percent(row[3])),
+        )
+
+    def _drawings(self) -> Iterable[Markup]:
+        return [drawn(self.mean(), [(f"schedule {place}", each) for place, each in enumerate(self.schedules)])]
 
     @property
     def num_layers(self) -> int:
@@ -308,6 +355,10 @@ class Adaptive:
         )
 
 
+def _edge(value: float) -> str:
+    return f"{value:.4g}"
+
+
 def real(value: Any) -> float:
     """A real number as a float; NaN for anything else, and for a whole number that no float can hold."""
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -322,12 +373,12 @@ def _rate(value: Any, field: str) -> float:
     """``value`` as a float in [0, 1]."""
     rate = real(value)
     if not 0.0 <= rate <= 1.0:  # false for NaN too
-        shown = _shown(value) if math.isnan(rate) else str(rate)
-        raise BadInput(f"{field} is {shown}; it must be a number in [0, 1]")
+        said = _said(value) if math.isnan(rate) else str(rate)
+        raise BadInput(f"{field} is {said}; it must be a number in [0, 1]")
     return rate + 0.0  # -0.0 becomes 0.0
 
 
-def _shown(value: Any) -> str:
+def _said(value: Any) -> str:
     try:
         return repr(value)
     except ValueError:  # a whole number of more digits than Python writes out

@@ -13,13 +13,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from importlib import resources
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import texts
-from .schedule import Schedule
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from rich.console import RenderableType
     from rich.text import Text
 
@@ -84,6 +85,13 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def clock(seconds: float) -> str:
+    """'0:07', '12:31', '1:02:09'."""
+    whole = round(seconds)
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
 def count(value: int) -> str:
     return f"{value:,}"
 
@@ -123,6 +131,9 @@ _FIGURES = re.compile(r"[-+±\d., \[\]x%]*")  # what Markdown needs no escape fo
 _PLAIN = str.maketrans({TIMES: "x", MINUS: "-", NOTHING: ""})
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _UNITS = {" %": " in %", "x": ""}  # that a column of figures has in its header and not in each cell
+MOST_ROWS = 12  # of a table that a notebook shows unfolded
+_SHEETS = ("plots", "style", "notebook")
+_COLORS = re.compile(r":root \{(.*?)\}", re.DOTALL)
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet computes texts that begin so
 
 
@@ -232,10 +243,21 @@ def _markdown(cell: object, column: Column) -> str:
 
 
 class Shown:
-    """What shows itself as tables in a terminal (``rich.print``) and in a notebook."""
+    """What shows itself as tables in a terminal (``rich.print``) and in a notebook, there with sentences above them and
+    with drawings."""
+
+    __slots__ = ()
 
     def _tables(self) -> Iterable[Table]:
         raise NotImplementedError
+
+    def _sentences(self) -> Iterable[str]:
+        """What a notebook shows above all else."""
+        return ()
+
+    def _drawings(self) -> Iterable[Markup]:
+        """What a notebook shows above the tables."""
+        return ()
 
     def __rich__(self) -> RenderableType:
         from rich.console import Group
@@ -243,7 +265,14 @@ class Shown:
         return Group(*spaced(self._tables()))
 
     def _repr_html_(self) -> str:
-        return "".join(table._repr_html_() for table in self._tables())
+        return fill(
+            "notebook.html.j2",
+            style=notebook_style(),
+            sentences=self._sentences(),
+            drawings=self._drawings(),
+            tables=list(self._tables()),
+            most=MOST_ROWS,
+        )
 
 
 def spaced(parts: Iterable[Any]) -> list[Any]:
@@ -265,6 +294,21 @@ def fill(template: str, **values: Any) -> str:
 
 
 @lru_cache
+def notebook_style() -> Markup:
+    """The style sheet of what stands in a notebook: that of the plots with a few rules of its own, held to our element.
+
+    A notebook says in ways of its own whether it is dark, and else the browser does.
+    """
+    from markupsafe import Markup
+
+    sheets = [resources.files("thinsight.report").joinpath(f"{name}.css").read_text("utf-8") for name in _SHEETS]
+    light, dark = (" ".join(found.split()) for found in _COLORS.findall("".join(sheets))[:2])
+    plots, _, own = sheets
+    rules = _COLORS.sub("", plots)
+    return Markup(own.replace("/*light*/", light).replace("/*dark*/", dark).replace("/*plots*/", rules.strip()))
+
+
+@lru_cache
 def _templates() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
@@ -282,16 +326,6 @@ def facts_table(title: str, facts: Iterable[tuple[str, str]]) -> Table:
     """What is known by name; a fact without a text is left out."""
     name, text = (Column("", itemgetter(place), text=True) for place in range(2))
     return Table(title, [fact for fact in facts if fact[1]], name, text)
-
-
-def schedule_table(keep_rates: Sequence[float], total: int | None = None) -> Table:
-    """The keep rate of each layer, and its tokens where a prompt's number of them is known."""
-    rows = [(layer, percent(rate)) for layer, rate in enumerate(keep_rates)]
-    columns = [Column("Layer", itemgetter(0), "layer", text=True), Column("Keep rate", itemgetter(1), "keep rate")]
-    if total is not None and keep_rates:
-        counts = Schedule(keep_rates).counts(total)
-        columns.append(Column(f"Tokens of {total}", lambda row: count(counts[row[0]])))
-    return Table("Keep rate by layer", rows, *columns)
 
 
 def schedule_bars(keep_rates: Sequence[float]) -> Text:

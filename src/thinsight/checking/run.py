@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .. import notebook
 from ..checked import FAILS, NOT_CHECKED, PASSES, CheckLine, CheckResult
 from ..errors import Unsupported
 from ..progress import Watcher
@@ -83,7 +84,7 @@ def check(model: Any, processor: Any = None, *, watcher: Watcher | None = None) 
     training = model.training
     with admitted(model), torch.no_grad():
         try:
-            result = _checked(model.eval(), processor, watcher or Watcher())
+            result = _checked(model.eval(), processor, watcher or notebook.watcher())
         finally:
             model.train(training)
     remember(result)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import notebook
 from ..errors import BadInput, whole
 from ..runtime import apply, layer_scores, num_layers
 from ..runtime.anatomy import check_supported
@@ -188,6 +189,7 @@ def rank_consistency(
     model = check_supported(model)
     if num_layers(model) < 2:
         raise BadInput("the model has one decoder layer: rank consistency compares layers, use a deeper model")
+    progress = progress or notebook.progress()
     found = prompt_scores(
         model, processor, examples, ranker, batch_size, progress, "rank consistency", least_tokens=2, reader=reader
     )

@@ -22,7 +22,7 @@ import numpy as np
 import transformers
 from numpy.typing import NDArray
 
-from .. import cost
+from .. import cost, notebook
 from ..budget import Budget, check_budget_value, make_budget
 from ..errors import BadInput, Unsupported, whole
 from ..loading import base_name
@@ -82,7 +82,7 @@ class Evaluator(SearchEvaluator):
         max_new_tokens: cuts every answer, the full model's too. None: the longest right answer's tokens + 4,
             at least 4; 32 if no example has an answer.
         progress: called as ``progress(what, done, total)`` while images are read, and after each batch, in
-            examples.
+            examples. None: a notebook draws it.
         cache_gib: how much of the images' vision features is kept in main memory, in GiB, as much again of
             what candidates share, and a quarter of it of pixels; more goes into temporary files. No score
             depends on it.
@@ -128,7 +128,7 @@ class Evaluator(SearchEvaluator):
         self.processor = processor
         self.examples = tuple(examples)
         self.ranker = get_ranker(ranker)
-        self.progress = progress
+        self.progress = progress = progress or notebook.progress()
         self._metrics = check_metric(self.examples, metric)
         most = _max_new_tokens(max_new_tokens, processor, self.examples)
         self.rules = DecodingRules.of(model.generation_config, most)

@@ -7,11 +7,12 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from .. import notebook
 from ..errors import BadInput, whole
+from .benchmarks import taken
 from .example import Example as Example
 from .images import READING as READING
 from .images import ImageSource as ImageSource
@@ -54,9 +55,10 @@ def load_examples(
             "benchmark:pope" or "benchmark:pope=FILE". A reader is named as "name:path" where the file does not tell it.
             Further fields are kept in ``extra``.
         limit: use only so many: the first ones, or a random draw when ``seed`` is given (file order is kept). What
-            comes behind the first ones is not read.
+            comes behind the first ones is not read. Of benchmarks, whose files are sorted, a fixed draw, of which what
+            belongs together is there whole.
         seed: see ``limit``.
-        progress: called as ``progress("images", done, total)`` while images are decoded.
+        progress: called as ``progress("images", done, total)`` while images are decoded. None: a notebook draws it.
         columns: the names that the data has for fields: ``{"image": "img", "question": "q", "answers": "a"}``.
         image_folder: what image paths are relative to; None: the file's own folder.
         annotations: the file of the answers, of data that has them in another one.
@@ -73,7 +75,7 @@ def load_examples(
     if limit is not None and limit < len(examples):
         chosen = sorted(random.Random(seed).sample(range(len(examples)), limit))
         examples = [examples[index] for index in chosen]
-    validate_examples(examples, str(source), progress)
+    validate_examples(examples, str(source), progress or notebook.progress())
     return examples
 
 
@@ -146,9 +148,9 @@ def check_images(examples: Sequence[Example], source: str = "the examples", prog
 
 
 def read_examples(source: str | Path, limit: int | None = None, **reading: Any) -> list[Example]:
-    """The examples of a source, the first ``limit`` of them, each row checked alone, no image file looked at;
-    ``reading`` as of `load_examples`."""
-    return list(islice(stream_examples(source, **reading), limit))
+    """The examples of a source, at most ``limit`` of them (see `benchmarks.taken`), each row checked alone, no image
+    file looked at; ``reading`` as of `load_examples`."""
+    return taken(stream_examples(source, **reading), limit)
 
 
 def stream_examples(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .. import shown
+from .. import notebook, shown
 from ..certificate import Plan
 from ..checked import CheckResult
 from ..checking import check as check_model
@@ -91,7 +91,7 @@ def check(options: CheckOptions, watcher: Watcher | None = None) -> CheckResult:
     Raises:
         ThinsightError: bad input, before the model is loaded; or no inputs can be made for it.
     """
-    watcher = watcher or Watcher()
+    watcher = watcher or notebook.watcher()
     if options.out is not None:
         check_writable_file(options.out)
     watcher.on_stage("Loading the model")
@@ -109,7 +109,7 @@ def evaluate(options: EvaluateOptions, watcher: Watcher | None = None) -> Report
     Raises:
         ThinsightError: bad input, before any answer is decoded.
     """
-    watcher = watcher or Watcher()
+    watcher = watcher or notebook.watcher()
     examples, opened, found = _open(options, options.reduction, watcher, options.metric)
     watcher.on_stage("Processing the images")
     evaluator = make_evaluator(options, opened, examples, watcher)
@@ -154,7 +154,7 @@ def analyze(options: AnalyzeOptions, watcher: Watcher | None = None) -> ReportDa
     Raises:
         ThinsightError: bad input.
     """
-    watcher = watcher or Watcher()
+    watcher = watcher or notebook.watcher()
     check_writable_file(options.out)
     options.check()
     examples = _examples(options, watcher)
@@ -172,7 +172,7 @@ def bench(options: BenchOptions, watcher: Watcher | None = None) -> BenchResult:
     Raises:
         ThinsightError: bad input.
     """
-    watcher = watcher or Watcher()
+    watcher = watcher or notebook.watcher()
     examples, opened, found = _open(options, options.reduction, watcher)
     watcher.on_stage("Processing the images")
     reader = PromptReader(opened.model, opened.processor)
@@ -201,7 +201,7 @@ def show(options: ShowOptions, watcher: Watcher | None = None) -> ShowResult:
     Raises:
         ThinsightError: bad input, or an image without a question.
     """
-    watcher = watcher or Watcher()
+    watcher = watcher or notebook.watcher()
     check_writable_file(options.out)
     check_picture_name(options.out)
     image, question = options.image, options.question

@@ -6,15 +6,20 @@ Keeps the result of every run, so that an interruption loses nothing. Knows noth
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .. import notebook
 from ..baselines import BASELINES
 from ..budget import Budget
 from ..certificate import least_examples
 from ..errors import BadInput, MissingPackage, Unreachable, Unsupported
+from ..evaluation.benchmarks import headlines
 from ..evaluation.consistency import attention_statistics
 from ..progress import Watcher
 from ..ranking import get_ranker
@@ -70,7 +75,7 @@ def compare(options: CompareOptions, watcher: Watcher | None = None) -> CompareO
     Raises:
         ThinsightError: bad input, before long work starts, or a folder of another comparison.
     """
-    prepared = prepare(options, options.own_ranker, watcher or Watcher())
+    prepared = prepare(options, options.own_ranker, watcher or notebook.watcher())
     if options.max_drop is not None:
         least, tested = least_examples(options.max_drop, confidence=options.certainty), len(prepared.sets.test)
         if tested < least:
@@ -124,6 +129,7 @@ class _Comparing:
             runs=runs,
             environment=environment(prepared.opened),
             doubt=full.doubt,
+            full_figures=self._figures(full.per_example),
         )
         if options.max_drop is not None:
             prepared.watcher.on_stage("Certifying on the scores of the test set")
@@ -166,7 +172,12 @@ class _Comparing:
             evaluations=found.evaluations,
             seconds=found.seconds,
             calibration_score=found.score,
+            figures=self._figures(scored.per_example),
         )
+
+    def _figures(self, scores: Sequence[float]) -> dict[str, float]:
+        """What the benchmarks of the test set report of them, where these have a measure of their own."""
+        return {} if self.options.metric else headlines(self.prepared.sets.test, np.array(scores))
 
     def _find(self, budget: Budget, name: str, seed: int | None, key: str) -> _Found:
         if _searches(name):

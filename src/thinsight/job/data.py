@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .. import shown
+from .. import notebook, shown
 from ..evaluation.benchmarks import benchmark_of
 from ..evaluation.evaluator import check_metric
 from ..evaluation.examples import Example, load_examples, reader_of
@@ -96,7 +96,7 @@ def look(options: DataOptions, watcher: Watcher | None = None) -> Understood:
     Raises:
         ThinsightError: data that cannot be read, or an example that cannot be right.
     """
-    watcher = watcher or Watcher()
+    watcher = watcher or notebook.watcher()
     options.check()
     watcher.on_stage("Reading the data")
     reader, _ = reader_of(options.data_name, **options.reading)

@@ -155,13 +155,14 @@ def picture_of(
     *,
     max_new_tokens: int = 32,
     most_layers: int = 7,
+    layers: Sequence[int] | None = None,
     reader: PromptReader | None = None,
     outcome: str = "",
 ) -> Picture:
     """The kept tokens of the example's (first) image at the layers where tokens are dropped, and both greedy answers.
 
-    Of many such layers ``most_layers`` are shown, evenly chosen; ``reader`` is what has read the example, if any, and
-    ``outcome`` what became of its score, see `Picture`.
+    Of many such layers ``most_layers`` are shown, evenly chosen, or the ``layers`` that are given; ``reader`` is what
+    has read the example, if any, and ``outcome`` what became of its score, see `Picture`.
 
     Raises:
         ThinsightError: a prompt without an image, or an image whose tokens form no grid.
@@ -174,7 +175,7 @@ def picture_of(
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1}
     full = model.generate(**inputs, **options)  # (1, prompt + answer)
     dropping = sorted(reduction.schedule.reductions(n_vision))
-    layers = spread(dropping, most_layers) or [reduction.schedule.num_layers - 1]
+    layers = layers or spread(dropping, most_layers) or [reduction.schedule.num_layers - 1]
     with apply(model, reduction) as handle:
         reduced = model.generate(**inputs, **options)
         # a full schedule drops none, and records none

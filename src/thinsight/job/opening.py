@@ -26,7 +26,7 @@ from ..baselines import fastv
 from ..budget import Budget, LatencyModel, TimeBudget, make_budget
 from ..checking import check
 from ..errors import BadInput, StorageError, Unsupported
-from ..evaluation.benchmarks import benchmark_of, longest_answer
+from ..evaluation.benchmarks import benchmark_of, longest_answer, taken
 from ..evaluation.evaluator import Evaluator, check_metric
 from ..evaluation.examples import Example, Progress, check_examples, load_examples, read_examples, validate_examples
 from ..evaluation.full_model import AUTO
@@ -338,7 +338,7 @@ def load_sets(
         return Sets(calibration, test, name, test_data)
     examples = read_examples(name, **reading)
     check_examples(examples, name)
-    calibration, test = (side[:limit] for side in split_by_image(examples, share))
+    calibration, test = (taken(side, limit) for side in split_by_image(examples, share))
     validate_examples([*calibration, *test], name, progress)
     note = (
         f"{name} was split by image: {len(calibration)} examples to calibrate on, {len(test)} to test on "

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .. import baselines, shown
+from .. import baselines, notebook, shown
 from ..budget import KeepBudget
 from ..certificate import ESTIMATED, Certificate, Step, outlook, shown_p
 from ..errors import BadInput, StorageError, Unreachable, Unsupported
@@ -394,7 +394,7 @@ def search_and_report(options: SearchOptions, watcher: Watcher | None = None) ->
     Raises:
         ThinsightError: bad input, or a folder of another run.
     """
-    prepared = prepare(options, options.first_ranker, watcher or Watcher())
+    prepared = prepare(options, options.first_ranker, watcher or notebook.watcher())
     if options.warning:
         prepared.watcher.on_note(f"warning: {options.warning}")
     # what the loaded model or the ranker cannot do at the first layer that may be reduced is refused now

@@ -10,7 +10,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,12 @@ class Run:
     seconds: float = 0.0
     calibration_score: float | None = None
     refused: str = ""
+    figures: dict[str, float] = field(default_factory=dict)  # what benchmarks report of it, see `benchmarks.headlines`
+
+    def __repr__(self) -> str:
+        said = f"refused: {self.refused}" if self.refused else f"score {self.score:.4g}"
+        seed = "" if self.seed is None else f", seed {self.seed}"
+        return texts.brief(f"Run({self.method!r} at {self.budget:g}{seed}: {said})")
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,17 @@ class Comparison(shown.Shown):
     environment: dict[str, str]
     doubt: str = ""  # why the full model's score is too low to tell much
     certified: tuple[CertifiedCost, ...] = ()  # where a drop was to be promised
+    full_figures: dict[str, float] = field(default_factory=dict)  # as `Run.figures`, of the full model
+
+    def __repr__(self) -> str:
+        methods, budgets = ({getattr(run, name) for run in self.runs} for name in ("method", "budget"))
+        return texts.brief(
+            f"Comparison({self.model}: {len(methods)} methods at {len(budgets)} budgets, "
+            f"{len(self.full_per_example)} examples of {self.test_name}, full model {self.full_score:.4g})"
+        )
+
+    def _sentences(self) -> Iterable[str]:
+        return [f"Warning: {self.doubt}"] if self.doubt else []
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -93,11 +110,12 @@ class Comparison(shown.Shown):
 
     def _tables(self) -> Iterable[shown.Table]:
         """One for each budget, best score first, our search standing out; and what each method costs for certain."""
-        full = shown.percent(self.full_score)
+        own = (f"{name} {shown.points(value)}" for name, value in self.full_figures.items())
+        full = "; ".join([shown.percent(self.full_score), *own])
         for budget, lines in by_budget(self):
             refused = [f"{line.title}: {line.refused}" for line in lines if line.refused]
             title = f"{budget_title(budget, self.unit)}; full model {full}"
-            yield _drawn(title, [line for line in lines if not line.refused], refused)
+            yield _drawn(title, [line for line in lines if not line.refused], [*self.full_figures], refused)
         if self.certified:
             yield certified_table(self)
 
@@ -118,6 +136,7 @@ class MethodAtBudget:
     drop: Interval | None = None
     behind: Interval | None = None  # our search's score minus this one
     evaluations: float = 0.0
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 def table(comparison: Comparison) -> list[MethodAtBudget]:
@@ -152,6 +171,9 @@ def _line(comparison: Comparison, runs: Sequence[Run], ours: Sequence[Sequence[f
         drop=drop_interval(comparison.full_per_example, scores, groups=comparison.groups),
         behind=None if against is None else drop_interval(against, scores, groups=comparison.groups),
         evaluations=float(np.mean([run.evaluations for run in done])),
+        figures={
+            name: float(np.mean([run.figures[name] for run in done if name in run.figures])) for name in first.figures
+        },
     )
 
 
@@ -273,6 +295,7 @@ def to_csv(comparison: Comparison) -> str:
             "ranker": json.dumps(run.ranker) if run.ranker else None,
             "keep_rates": " ".join(f"{rate:.6g}" for rate in run.keep_rates),
             "refused": run.refused,
+            **{name: run.figures.get(name) for name in comparison.full_figures},
             **promised(run),
         }
         for run in comparison.runs
@@ -289,7 +312,7 @@ def markdown(comparison: Comparison) -> str:
     parts = [f"**Warning:** {texts.markdown(comparison.doubt)}", ""] if comparison.doubt else []
     for budget, lines in by_budget(comparison):
         title = budget_title(budget, comparison.unit)
-        parts += [f"### {title}", "", _drawn(title, lines).markdown(), ""]
+        parts += [f"### {title}", "", _drawn(title, lines, [*comparison.full_figures]).markdown(), ""]
     if comparison.certified:
         found = certified_table(comparison)
         parts += [f"### {found.title}", "", found.markdown(), "", *found.notes, ""]
@@ -301,13 +324,18 @@ def by_budget(comparison: Comparison) -> list[tuple[float, list[MethodAtBudget]]
     return [(budget, list(lines)) for budget, lines in itertools.groupby(table(comparison), lambda line: line.budget)]
 
 
-def _drawn(title: str, lines: Sequence[MethodAtBudget], notes: Sequence[str] = ()) -> shown.Table:
+def _drawn(
+    title: str, lines: Sequence[MethodAtBudget], figures: Sequence[str], notes: Sequence[str] = ()
+) -> shown.Table:
     def known(show: Callable[[MethodAtBudget], str]) -> Callable[[MethodAtBudget], str]:
         return lambda line: "" if line.refused else show(line)
 
     def score(line: MethodAtBudget) -> str:
         spread = f" ± {shown.points(line.spread)}" if line.seeds > 1 else ""
         return f"refused: {line.refused}" if line.refused else f"{shown.points(line.score)}{spread}"
+
+    def figure(name: str) -> Callable[[MethodAtBudget], str]:
+        return known(lambda line: shown.points(line.figures[name]))
 
     def evaluations(line: MethodAtBudget) -> str:
         return f"{line.evaluations:.1f}" if line.evaluations else ""
@@ -317,6 +345,7 @@ def _drawn(title: str, lines: Sequence[MethodAtBudget], notes: Sequence[str] = (
         lines,
         shown.Column("method", lambda line: line.title, text=True),
         shown.Column("score", score, "score (%)"),
+        *(shown.Column(name, figure(name)) for name in figures),
         shown.Column("drop [95 %]", known(lambda line: words.interval(line.drop))),
         shown.Column("ours minus this [95 %]", known(lambda line: words.interval(line.behind))),
         shown.Column("FLOPs", known(lambda line: shown.ratio(line.flops_ratio)), "full / this"),

@@ -17,11 +17,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+from markupsafe import Markup
 from PIL import Image
 from pydantic import PlainValidator, ValidationInfo
 
-from .. import shown
+from .. import shown, texts
 from ..certificate import Certificate, steps_table
+from ..drawing import tag
 from ..errors import BadInput, StorageError
 from ..evaluation.benchmarks import Measured
 from ..evaluation.result import Interval, RankConsistency, Timing, consistency_table, timing_table
@@ -29,6 +31,7 @@ from ..records import decode, encode, read_sealed, seal, user_path, write_atomic
 from ..schedule import Schedule
 from ..searches.run import Trial
 from . import tables, words
+from .pictures import data_uri, draw_kept
 
 SCHEMA_VERSION = 3
 DATA_FILE = "report.json"
@@ -36,6 +39,7 @@ PICTURE_FOLDER = "report_pictures"
 _REMEDY = "write the report anew"
 METHOD_KINDS = ("full", "found", "baseline")
 OUTCOMES = ("", "worse", "better", "same")
+_SHOWN_PICTURES = 3  # in a notebook, where each stands beside the others
 MOST_CHANGED = 50  # rows of changed answers
 
 
@@ -208,7 +212,7 @@ def _load_image(name: Any, info: ValidationInfo) -> Image.Image:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Picture(shown.Shown):
     """The vision tokens one question kept, layer by layer.
 
     `image` is the image as the model saw it (after its crop), `grid` its (rows, columns) of vision tokens in
@@ -244,6 +248,31 @@ class Picture:
             if indices and not 0 <= indices[0] <= indices[-1] < rows * columns:
                 worst = indices[0] if indices[0] < 0 else indices[-1]
                 raise BadInput(f"picture, layer {layer}: token {worst} is outside the {rows} x {columns} grid")
+
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        kept = ", ".join(f"layer {layer}: {len(kept)}" for layer, kept in zip(self.layers, self.kept, strict=True))
+        return texts.brief(f"Picture({self.question!r}, {rows} x {columns} tokens, kept at {kept})")
+
+    def _tables(self) -> Iterable[shown.Table]:
+        known = {
+            "question": self.question,
+            "full model": self.answer_full,
+            "reduced": self.answer_reduced,
+            "expected": self.truth,
+            "score": self.outcome,
+        }
+        return [shown.facts_table("Kept vision tokens", known.items())]
+
+    def _drawings(self) -> Iterable[Markup]:
+        """The image, and what is left of it at each layer."""
+        total = self.num_tokens
+        stops = [("the image", tuple(range(total))), *zip(map("layer {}".format, self.layers), self.kept, strict=True)]
+        for name, kept in stops:
+            told = f"{name}: {shown.tokens(len(kept))}" + (f", {shown.percent(len(kept) / total)}" if kept else "")
+            image = draw_kept(self.image, self.grid, kept, side=168)
+            drawn = tag("img", src=data_uri(image), width=image.width, height=image.height, alt=told)
+            yield tag("figure", drawn, tag("figcaption", told), class_="kept")
 
     @property
     def num_tokens(self) -> int:
@@ -298,6 +327,25 @@ class ReportData(shown.Shown):
         schedule, promised = Schedule(self.keep_rates), self.certificate.schedule
         if promised != schedule and not (promised is None and schedule.is_full):
             raise BadInput(f"certificate is of {promised or 'the full model'!r}, and keep_rates are {schedule!r}'s")
+
+    def __repr__(self) -> str:
+        said = "" if self.headline is None else f", {words.headline(self.headline)}"
+        return texts.brief(f"ReportData({self.title!r}{said})")
+
+    def _sentences(self) -> Iterable[str]:
+        yield self.title
+        if self.headline is not None:
+            yield words.headline(self.headline)
+            yield from (f"Warning: {doubt}" for doubt in self.doubts)
+            yield words.meaning(self)
+        if self.certificate is not None:
+            yield from words.certified(self.certificate)
+
+    def _drawings(self) -> Iterable[Markup]:
+        if self.keep_rates:
+            yield from Schedule(self.keep_rates)._drawings()
+        for picture in self.pictures[:_SHOWN_PICTURES]:
+            yield from picture._drawings()
 
     def __rich__(self) -> Any:
         from rich.console import Group

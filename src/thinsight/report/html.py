@@ -21,6 +21,7 @@ from .. import shown, texts
 from ..certificate import steps_table
 from ..evaluation.result import consistency_table, timing_table
 from ..records import user_path, write_atomically
+from ..schedule import Schedule, schedule_table
 from ..searches.run import trials_table
 from . import plots, tables, words
 from .data import Picture, ReportData
@@ -64,7 +65,7 @@ def render(data: ReportData) -> str:
         style=Markup(_sheet("plots.css") + _sheet("style.css")),
         others=_other_schedules(data),
         shared=_sharing(data),
-        schedule=shown.schedule_table(data.keep_rates, data.model.num_vision_tokens),
+        schedule=data.keep_rates and schedule_table(Schedule(data.keep_rates), data.model.num_vision_tokens),
         methods=_methods(data),
         benchmarks=tables.measures_table(data.measures),
         tasks=_tasks(data),

@@ -7,6 +7,7 @@ import io
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,9 @@ from PIL import Image, ImageDraw, ImageFont
 from ..errors import BadInput
 from ..records import user_path, write_atomically
 from ..shown import percent
-from .data import Picture
+
+if TYPE_CHECKING:
+    from .data import Picture
 
 OUTLINE = (255, 176, 0)
 FADE = (30, 35, 46)  # dropped patches move toward this color

@@ -2,21 +2,22 @@
 
 Colors and fonts come from the page's style sheet by class name. Every plot takes its width in pixels, so that a phone
 gets a drawing of its own and not a shrunken one, and an `ident` that is unique in the page. Escaping is by
-construction: only `tag` makes markup, and it escapes every plain string it is given.
+construction, see drawing.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 from markupsafe import Markup
 
 from .. import shown
+from ..drawing import VOID as VOID
+from ..drawing import Axis, Canvas, layer_ticks, number, tag
+from ..drawing import schedule_plot as schedule_plot
 from ..evaluation.result import RankConsistency, Timing
-from ..texts import html
 from . import words
 from .data import MethodRow
 
@@ -30,81 +31,6 @@ _CORNERS: dict[int, list[tuple[float, float]]] = {  # of the marker shapes that 
 }
 _MARK, _KEY_GAP, _KEY_LINE = 16.0, 18.0, 19.0  # of the key: room for a marker, between names, for a line
 _SAME_COST = 0.025  # share of the axis below which two costs are drawn as one
-VOID = frozenset({"meta", "img", "br", "hr", "link", "col", "input"})
-
-
-def number(value: float) -> str:
-    """A coordinate: two decimals at most, no trailing zeros."""
-    text = f"{value:.2f}".rstrip("0").rstrip(".")
-    return "0" if text in ("-0", "") else text
-
-
-def tag(name: str, /, *children: object, **attributes: object) -> Markup:
-    """One element. `class_` means class, other underscores mean hyphens; what is None is left out."""
-    parts = [name]
-    for key, value in attributes.items():
-        if value is not None:
-            text = number(value) if isinstance(value, float) else value
-            parts.append(f'{key.rstrip("_").replace("_", "-")}="{html(text)}"')
-    within = "".join(each if isinstance(each, Markup) else html(each) for each in children if each is not None)
-    opening = f"<{' '.join(parts)}>"
-    return Markup(opening if name in VOID else f"{opening}{within}</{name}>")
-
-
-@dataclass
-class _Canvas:
-    """Collects elements and closes them into one accessible <svg>."""
-
-    width: float
-    height: float
-    title: str
-    description: str
-    ident: str
-    elements: list[Markup] = field(default_factory=list)
-
-    def add(self, name: str, /, *children: object, **attributes: object) -> None:
-        self.elements.append(tag(name, *children, **attributes))
-
-    def line(self, x1: float, y1: float, x2: float, y2: float, class_: str) -> None:
-        self.add("line", x1=float(x1), y1=float(y1), x2=float(x2), y2=float(y2), class_=class_)
-
-    def text(self, x: float, y: float, text: str, class_: str = "t", anchor: str = "start") -> None:
-        self.add("text", text, x=float(x), y=float(y), class_=class_, text_anchor=anchor)
-
-    def rect(self, x: float, y: float, width: float, height: float, *children: object, **attributes: object) -> None:
-        self.add("rect", *children, x=float(x), y=float(y), width=float(width), height=float(height), **attributes)
-
-    def levels(self, x: _Axis, y: _Axis, labels: Mapping[float, str], base: float | None = None) -> None:
-        """Lines across the plot with their labels at the left; the one at ``base`` is the axis."""
-        for value, label in labels.items():
-            self.line(x.start, y(value), x.end, y(value), "axis" if value == base else "grid")
-            self.text(x.start - 8, y(value) + 4, label, "t muted", "end")
-
-    def layers(self, x: _Axis, y: _Axis, numbers: Sequence[int], title: str) -> None:
-        """Layer numbers below the plot."""
-        for layer in numbers:
-            self.text(x(layer), y.start + 18, str(layer), "t muted", "middle")
-        self.text((x.start + x.end) / 2, self.height - 6, title, "t muted", "middle")
-
-    def close(self, class_: str | None = None) -> Markup:
-        names = f"{self.ident}-title", f"{self.ident}-desc"
-        about = tag("title", self.title, id=names[0]), tag("desc", self.description, id=names[1])
-        box = f"0 0 {number(self.width)} {number(self.height)}"
-        label = " ".join(names)
-        return tag("svg", *about, *self.elements, viewBox=box, role="img", aria_labelledby=label, class_=class_)
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """Maps values to pixels, linearly."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:
@@ -117,13 +43,7 @@ def _ticks(low: float, high: float, about: int) -> list[float]:
     return [k * step for k in range(first, last + 1)]
 
 
-def _layer_ticks(first: int, last: int, room: float) -> list[int]:
-    """Whole layer numbers, at least 26 px apart."""
-    step = next(s for s in (1, 2, 4, 5, 8, 10, 16, 20, 50, 1000) if room / max(1, last - first) * s >= 26)
-    return list(range(-(-first // step) * step, last + 1, step))
-
-
-def _marker(canvas: _Canvas, series: int, x: float, y: float, class_: str) -> None:
+def _marker(canvas: Canvas, series: int, x: float, y: float, class_: str) -> None:
     """A point; its shape changes with the series so that color is never the only sign."""
     shape, size = series % 5, 4.6
     if shape == 0:
@@ -145,7 +65,7 @@ def standalone(drawn: Markup, sheet: str) -> str:
 
 def marker_sample(series: int) -> Markup:
     """A method's marker by itself, to stand before its name in a table."""
-    canvas = _Canvas(12, 12, "", "", "")
+    canvas = Canvas(12, 12, "", "", "")
     _marker(canvas, series, 6, 6, f"dot s{series}")
     return tag("svg", *canvas.elements, viewBox="0 0 12 12", class_="key-mark", aria_hidden="true")
 
@@ -154,36 +74,6 @@ def series_of(methods: Sequence[MethodRow]) -> list[int]:
     """The color and marker number of each method: 0 the search's, 1 the full model, 2 to 7 the baselines."""
     baselines = itertools.cycle(range(2, 8))
     return [{"found": 0, "full": 1}[row.kind] if row.kind != "baseline" else next(baselines) for row in methods]
-
-
-def _step_path(rates: Sequence[float], x: _Axis, y: _Axis) -> str:
-    """A step line, layer i reaching from i - 0.5 to i + 0.5."""
-    parts = [f"M{number(x(-0.5))} {number(y(rates[0]))}"]
-    for i, rate in enumerate(rates):
-        if i and rate != rates[i - 1]:
-            parts.append(f"V{number(y(rate))}")
-        parts.append(f"H{number(x(i + 0.5))}")
-    return "".join(parts)
-
-
-def schedule_plot(
-    keep_rates: Sequence[float], others: Sequence[tuple[str, Sequence[float], int]] = (), *, width: int, ident: str
-) -> Markup:
-    """Keep rate by layer as a filled step line; behind it others of as many layers, (name, rates, series number)."""
-    layers, height = len(keep_rates), 300 if width > 500 else 240
-    x = _Axis(-0.5, layers - 0.5, 46, width - 10)
-    y = _Axis(0, 1, height - 44, 14)
-    first, last, mean = map(shown.percent, (keep_rates[0], keep_rates[-1], sum(keep_rates) / layers))
-    said = f"From {first} of the vision tokens at layer 0 down to {last} at layer {layers - 1}; the mean is {mean}."
-    canvas = _Canvas(width, height, "Keep rate of every decoder layer", said, ident)
-    canvas.levels(x, y, {tick: f"{100 * tick:.0f} %" for tick in (0, 0.25, 0.5, 0.75, 1)}, base=0)
-    canvas.layers(x, y, _layer_ticks(0, layers - 1, x.end - x.start), "decoder layer")
-    outline = _step_path(keep_rates, x, y)
-    canvas.add("path", d=f"{outline}V{number(y.start)}H{number(x.start)}Z", class_="area s0")
-    for name, rates, series in others:
-        canvas.add("path", tag("title", name), d=_step_path(rates, x, y), class_=f"step faint s{series}")
-    canvas.add("path", d=outline, class_="step s0")
-    return canvas.close()
 
 
 def _spread(costs: Sequence[float], close: float) -> list[float]:
@@ -248,11 +138,11 @@ def accuracy_plot(methods: Sequence[MethodRow], *, width: int, ident: str) -> Ma
     costs = [row.flops / scale for row in methods]
     bottom, top = min(r[0] for r in ranges), max(r[2] for r in ranges)
     pad = max(0.08 * (top - bottom), 0.005)
-    y = _Axis(bottom - pad, top + pad, plot - 46, 12)
+    y = Axis(bottom - pad, top + pad, plot - 46, 12)
     ticks = {tick: f"{100 * tick:g} %".replace("-", shown.MINUS) for tick in _ticks(y.low, y.high, 5)}
-    x = _Axis(0, max(costs) * 1.06 or 1, 10 + max(map(_wide, ticks.values())), width - 12)
+    x = Axis(0, max(costs) * 1.06 or 1, 10 + max(map(_wide, ticks.values())), width - 12)
     said = "; ".join(f"{row.name}: {shown.percent(row.score)} at {shown.flops(row.flops)}" for row in methods)
-    canvas = _Canvas(width, height, "Score against decoder FLOPs", f"{said}.", ident)
+    canvas = Canvas(width, height, "Score against decoder FLOPs", f"{said}.", ident)
     canvas.levels(x, y, ticks)
     canvas.line(x.start, y.start, x.end, y.start, "axis")
     for tick in _ticks(0, x.high, 5 if width > 400 else 4):
@@ -292,9 +182,9 @@ def drop_plot(methods: Sequence[MethodRow], max_drop: float | None = None, *, wi
     height = head + tall * len(rows) + 44
     edges = [0.0, max_drop or 0.0, *(v for _, _, drop in rows for v in (drop.low, drop.high))]
     pad = max(0.05 * (max(edges) - min(edges)), 0.002)
-    x = _Axis(min(edges) - pad, max(edges) + pad, longest if beside else 14, width - values)
+    x = Axis(min(edges) - pad, max(edges) + pad, longest if beside else 14, width - values)
     said = "; ".join(f"{row.name}: {words.interval(drop)} points" for row, _, drop in rows)
-    canvas = _Canvas(width, height, "Drop against the full model, with its 95 % interval", f"{said}.", ident)
+    canvas = Canvas(width, height, "Drop against the full model, with its 95 % interval", f"{said}.", ident)
     base = head + tall * len(rows)
     for tick in _ticks(x.low, x.high, 6 if width > 400 else 4):
         canvas.line(x(tick), head, x(tick), base, "grid")
@@ -320,7 +210,7 @@ def task_bar(full: float, reduced: float, *, ident: str, task: str) -> Markup:
     width, height = 120.0, 14.0
     title = f"{task}: full {shown.percent(full)}, reduced {shown.percent(reduced)}"
     said = "The bar is the reduced model's score, the mark the full model's."
-    canvas = _Canvas(width, height, title, said, ident)
+    canvas = Canvas(width, height, title, said, ident)
     canvas.rect(0, 4, width, 6, rx=3.0, class_="rail")
     canvas.rect(0, 4, width * min(max(reduced, 0), 1), 6, rx=3.0, class_="fill s0")
     at = min(max(full, 0), 1) * (width - 2) + 1
@@ -333,13 +223,13 @@ def timing_plot(timing: Sequence[Timing], *, width: int, ident: str) -> Markup:
     tall, head = 74, 6
     height = head + tall * len(timing)
     longest = max(max(row.full_ms, row.reduced_ms) for row in timing)
-    x = _Axis(0, longest or 1, 0, width - 84)
+    x = Axis(0, longest or 1, 0, width - 84)
     said = "; ".join(
         f"{row.what}: {shown.milliseconds(row.full_ms)} full, {shown.milliseconds(row.reduced_ms)} reduced, "
         f"ratio {shown.ratio(row.ratio)}"
         for row in timing
     )
-    canvas = _Canvas(width, height, "Measured time, full against reduced", f"{said}.", ident)
+    canvas = Canvas(width, height, "Measured time, full against reduced", f"{said}.", ident)
     for place, row in enumerate(timing):
         top = head + tall * place
         canvas.text(0, top + 12, _fitting(f"{row.what}, batch {row.batch}", width - 84), "t strong")
@@ -356,13 +246,13 @@ def tau_plot(found: RankConsistency, *, width: int, ident: str) -> Markup:
     layers, height = len(tau) + 1, 390 if width > 400 else 250
     known = [v for v in (*tau, *overlap) if not math.isnan(v)]
     low = min(0.0, math.floor(10 * min(known, default=0.0)) / 10)
-    x = _Axis(0.5, layers - 0.5, 44, width - 10)
-    y = _Axis(low, 1, height - 44, 14)
+    x = Axis(0.5, layers - 0.5, 44, width - 10)
+    y = Axis(low, 1, height - 44, 14)
     said = "Kendall's tau by layer: " + ", ".join(f"{i + 1}: {shown.plain(v)}" for i, v in enumerate(tau))
-    canvas = _Canvas(width, height, "Rank consistency of neighboring layers", f"{said}.", ident)
+    canvas = Canvas(width, height, "Rank consistency of neighboring layers", f"{said}.", ident)
     canvas.levels(x, y, {tick: shown.plain(tick, 1) for tick in _ticks(low, 1, 5)}, base=0)
     title = "decoder layer, compared with the one before"
-    canvas.layers(x, y, _layer_ticks(1, layers - 1, x.end - x.start), title)
+    canvas.layers(x, y, layer_ticks(1, layers - 1, x.end - x.start), title)
     half = min(0.36 * (x.end - x.start) / max(1, layers - 1), 16.0)
     for i, value in enumerate(tau):
         if not math.isnan(value):
@@ -386,7 +276,7 @@ def matrix_plot(matrix: Sequence[Sequence[float]], *, width: int, ident: str) ->
     values = [v for row in matrix for v in row if not math.isnan(v)]
     low = min(math.floor(10 * min(values, default=0.0)) / 10, 0.9)
     said = f"A {layers} by {layers} map; the lowest tau is {shown.plain(min(values, default=math.nan))}."
-    canvas = _Canvas(width, height, "Kendall's tau between all pairs of layers", said, ident)
+    canvas = Canvas(width, height, "Kendall's tau between all pairs of layers", said, ident)
 
     def box(x: float, y: float, wide: float, high: float, value: float, *children: object) -> None:
         strength = 0.04 + 0.96 * min(max((value - low) / (1 - low), 0), 1)
@@ -397,7 +287,7 @@ def matrix_plot(matrix: Sequence[Sequence[float]], *, width: int, ident: str) ->
             if not math.isnan(value):
                 title = tag("title", f"layers {i} and {j}: {shown.plain(value)}")
                 box(left + j * cell, top + i * cell, cell, cell, value, title)
-    for layer in _layer_ticks(0, layers - 1, width - left):
+    for layer in layer_ticks(0, layers - 1, width - left):
         middle = (layer + 0.5) * cell
         canvas.text(left + middle, top + cell * layers + 16, str(layer), "t muted", "middle")
         canvas.text(left - 8, top + middle + 4, str(layer), "t muted", "end")

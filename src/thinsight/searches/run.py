@@ -9,19 +9,26 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .. import shown
+from markupsafe import Markup
+
+from .. import notebook, shown
 from ..budget import Budget
-from ..certificate import ESTIMATED, Certificate
+from ..certificate import ESTIMATED, Certificate, steps_table
 from ..errors import BadInput, Unreachable
 from ..evaluation.base import SearchEvaluator, as_evaluator
-from ..progress import Progress, SearchObserver, SearchPlan, Silent
+from ..progress import Progress, SearchObserver, SearchPlan
 from ..reduction import Reduction, read_only
 from ..schedule import Adaptive, Schedule
 from ..texts import brief
 from .shapes import first_layer_for
 from .study import Study
+
+if TYPE_CHECKING:
+    from ..evaluation.example import Example
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,49 @@ class SearchResult(shown.Shown):
             "evaluations": f"{self.evaluations:g}",
             "time": shown.duration(self.seconds),
         }
-        return [shown.facts_table(f"Search: {self.method}", known.items()), trials_table(self.trials)]
+        own = [shown.facts_table(f"Search: {self.method}", known.items())]
+        if self.certificate is not None:
+            own.append(steps_table(self.certificate))
+        return [*own, trials_table(self.trials)]
+
+    def _drawings(self) -> Iterable[Markup]:
+        return self.reduction._drawings()
+
+    def report(
+        self,
+        path: str | os.PathLike[str],
+        model: Any = None,
+        processor: Any = None,
+        examples: Sequence[Example] | str | Path | None = None,
+        *,
+        title: str | None = None,
+        pictures: int = 6,
+        **scoring: Any,
+    ) -> Path:
+        """Write the search as an HTML report, one file that needs no other: its schedule, what is promised of it, every
+        evaluation. With a model and examples that the search has not seen, such as those it was certified on, also
+        scores, costs, changed answers and kept tokens on those.
+
+        Args:
+            path: the file, replaced whole or not at all.
+            model, processor: what was searched on, without a reduction on it; None: neither, and no examples.
+            examples: those to test on, or what `thinsight.load_examples` takes.
+            title: its headline.
+            pictures: how many questions are shown with their kept tokens, those that score differently first.
+            **scoring: further arguments of `thinsight.Evaluator`, such as ``batch_size`` and ``metric``.
+
+        Returns:
+            The path.
+
+        Raises:
+            ThinsightError: a model without examples or the other way round, bad examples, or a file that cannot be
+                written.
+        """
+        # reports stand above searches: their room is reached by name, for the sake of whoever holds a result
+        write = import_module("thinsight.job.reporting").report
+        told = {"title": title, "pictures": pictures, **scoring}
+        written: Path = write(self, path, model, processor, examples, **told)
+        return written
 
     @property
     def evaluations(self) -> float:
@@ -179,7 +228,7 @@ class Run:
         expected: evaluations in all: an upper estimate, for progress.
         budget: what every candidate of `run` holds; None under a tolerance.
         study: journal file, or None; or an open study. ``resume`` and ``confidence`` are for `Study`.
-        observer: told what happens.
+        observer: told what happens. None: a notebook draws it, see notebook.py.
     """
 
     def __init__(
@@ -201,7 +250,7 @@ class Run:
             seed = int(settings["seed"])
             study = Study(evaluator, self.settings, study, resume=resume, confidence=confidence, seed=seed)
         self.study = study
-        self.observer = observer or Silent()
+        self.observer = observer or notebook.watcher()
         self.trials: list[Trial] = []
         self._budget = budget
         self._known: dict[tuple[Reduction, float], Trial] = {}

@@ -16,8 +16,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import notebook
 from ..budget import Budget, check_budget_value
-from ..certificate import Certificate, too_few
+from ..certificate import Certificate, Step, shown_p, too_few
 from ..errors import BadInput, whole
 from ..reduction import Reduction
 from ..registry import Registry
@@ -249,7 +250,8 @@ def search(
         max_new_tokens: longest answer; None takes the evaluator's default.
         cache_gib: main memory for vision features, see `thinsight.Evaluator`.
         cache_dir: folder that keeps vision features and the full model's answers for later runs.
-        progress: called as ``progress(what, done, total)`` after each batch, in examples.
+        progress: called as ``progress(what, done, total)`` after each batch, in examples. None: a notebook draws
+            it, and how far the search is; ``THINSIGHT_PROGRESS=0`` in the environment keeps it silent.
         certify: whether ``max_drop`` is to be promised. Too few examples for that are warned of before any work.
         confidence: of the promise.
         test_examples: those to certify on, or what `thinsight.load_examples` takes; they share no image with
@@ -308,7 +310,22 @@ def search(
         return found
     path = along(found.reduction, path_for(evaluator, found))
     tester.share(Schedule.full(tester.num_layers), shared_layers(path))
-    return as_certified(found, path, certify_path(path, tester, tolerance, confidence))
+    certificate = certify_path(path, tester, tolerance, confidence, on_step=_told_of_steps())
+    return as_certified(found, path, certificate)
+
+
+def _told_of_steps() -> Callable[[Step, int, int], None]:
+    """What tells a notebook of each test of a path."""
+    note = notebook.watcher().on_note
+
+    def told(step: Step, place: int, schedules: int) -> None:
+        found = "stopped: it could not be certified any more"
+        if step.p_value is not None:
+            verdict = "certified" if step.certified else "not certified"
+            found = f"{step.losses} losses, {step.wins} wins, p {shown_p(step.p_value)}: {verdict}"
+        note(f"schedule {place + 1} of {schedules}: {found}")
+
+    return told
 
 
 def _two_sets(

@@ -18,6 +18,7 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from .. import shown
@@ -26,7 +27,7 @@ from ..errors import BadInput, Unreachable, whole
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
 from ..reduction import Reduction
-from ..schedule import Schedule, solve
+from ..schedule import Schedule, drawn, solve
 from .certify import certify
 from .run import Run, SearchResult, Trial, budget_of, first_layers
 from .shapes import blend, deform, random_staircase, sigmoid
@@ -392,6 +393,12 @@ class Frontier(shown.Shown):
             shown.Column("drop in points", lambda point: shown.points(point.drop)),
         )
         return [shown.Table("Points of the frontier, cheapest first", self.points, *columns)]
+
+    def _drawings(self) -> Iterable[Markup]:
+        if not self.points:
+            return []
+        *others, first = ((f"point {place}", point.schedule) for place, point in enumerate(self.points))
+        return [drawn(first[1], others)]
 
     def within(self, limit: float) -> SearchResult:
         """The best-scoring point that costs at most ``limit``, in the budgets' unit.

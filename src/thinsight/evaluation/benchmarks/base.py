@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
+from itertools import chain, islice
+from operator import attrgetter, itemgetter
 from typing import Any
+
+import numpy as np
 
 from ...registry import Registry
 from ..example import Example
@@ -32,6 +37,7 @@ class Benchmark:
         max_new_tokens: longest answer.
         prefers: names of columns that are taken before the usual ones, by field.
         together: what is never split between two sets, beside an image; its text names a unit.
+        sampled: what is in a sample whole or not at all; None: what is ``together``, else single questions.
         expand: ``expand(row)`` makes more questions of one, where the data has not got them all.
     """
 
@@ -46,6 +52,7 @@ class Benchmark:
     prefers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     together: Callable[[Example], Hashable] | None = None
     expand: Callable[[Row], list[Row]] | None = None
+    sampled: Callable[[Example], Hashable] | None = None
 
     def asked(self, row: Row, several: bool) -> Row:
         """A row of its data as it is asked; among ``several`` benchmarks their names are the tasks."""
@@ -79,6 +86,49 @@ def benchmark_of(example: Example) -> Benchmark | None:
     return BENCHMARKS[name] if isinstance(name, str) and name in BENCHMARKS else None
 
 
+def taken(examples: Iterable[Example], limit: int | None) -> list[Example]:
+    """At most ``limit`` of them in their order: the first ones, and no more is read; of benchmarks, whose files are
+    sorted by category or image, as many as fit of whole units (`Benchmark.sampled`) that a hash of their names picks,
+    the same ones in every run."""
+    stream = iter(examples)
+    first = next(stream, None)
+    if first is None or limit is None or benchmark_of(first) is None:
+        return list(islice(() if first is None else chain([first], stream), limit))
+    return _sample(chain([first], stream), limit)
+
+
+def _sample(examples: Iterable[Example], limit: int) -> list[Example]:
+    """Units by their hash, the least ones first, held while they can be among those taken."""
+    units: dict[bytes, list[tuple[int, Example]]] = {}
+    greatest: list[tuple[int, bytes]] = []  # a heap of the units held, by falling hash
+    number, bound = 0, b"\xff" * 9
+    for place, example in enumerate(examples):
+        key = _unit_key(example)
+        if key >= bound:
+            continue
+        if key not in units:
+            heapq.heappush(greatest, (-int.from_bytes(key, "big"), key))
+        units.setdefault(key, []).append((place, example))
+        number += 1
+        while number - len(units[greatest[0][1]]) >= limit:  # without the last one there are enough
+            bound = heapq.heappop(greatest)[1]
+            number -= len(units.pop(bound))
+    found: list[tuple[int, Example]] = []
+    for key in sorted(units):
+        if len(found) + len(units[key]) <= limit:
+            found += units[key]
+    found = found or units[min(units)][:limit]  # a unit is more than the limit
+    return [example for _, example in sorted(found, key=itemgetter(0))]
+
+
+def _unit_key(example: Example) -> bytes:
+    benchmark = benchmark_of(example)
+    unit = None if benchmark is None else benchmark.sampled or benchmark.together
+    named = example.id if unit is None else unit(example)
+    told = f"thinsight sample {benchmark and benchmark.name} {named}"
+    return hashlib.sha256(told.encode(errors="surrogatepass")).digest()[:8]
+
+
 def longest_answer(examples: Sequence[Example]) -> int | None:
     """The longest answer that their benchmarks allow; None where one belongs to none."""
     found = [benchmark_of(example) for example in examples]
@@ -86,14 +136,32 @@ def longest_answer(examples: Sequence[Example]) -> int | None:
     return max(known) if known and len(known) == len(found) else None
 
 
-def measured(examples: Sequence[Example], full: Vector, reduced: Vector) -> tuple[Measured, ...]:
-    """Every measure of every benchmark in a set, from full and reduced scores, (examples,) each."""
+def headlines(examples: Sequence[Example], scores: Vector) -> dict[str, float]:
+    """The first measure of every benchmark in a set, from scores (examples,), by name, such as "POPE F1"; nothing where
+    it is the plain mean of all scores."""
+    found = {}
+    for name, at in _places(examples).items():
+        own, measure = [examples[place] for place in at], BENCHMARKS[name].measures[0]
+        parts = measure.count(own, scores[at]).parts
+        plain = measure.mean and len(parts) == len(examples) and np.array_equal(parts[:, 0], scores)
+        if len(parts) and not plain:
+            found[f"{BENCHMARKS[name].title} {measure.name}"] = measure.of(own, scores[at])
+    return found
+
+
+def _places(examples: Sequence[Example]) -> dict[str, list[int]]:
+    """Where each benchmark's questions are in a set."""
     places: dict[str, list[int]] = {}
     for place, example in enumerate(examples):
         if (benchmark := benchmark_of(example)) is not None:
             places.setdefault(benchmark.name, []).append(place)
+    return places
+
+
+def measured(examples: Sequence[Example], full: Vector, reduced: Vector) -> tuple[Measured, ...]:
+    """Every measure of every benchmark in a set, from full and reduced scores, (examples,) each."""
     found = []
-    for name, at in places.items():
+    for name, at in _places(examples).items():
         own = [examples[place] for place in at]
         for measure in BENCHMARKS[name].measures:
             before, after = (measure.of(own, scores[at]) for scores in (full, reduced))

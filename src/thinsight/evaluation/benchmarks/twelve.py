@@ -198,6 +198,7 @@ for _benchmark in (
             mean("accuracy"),
             all_right("accuracy+", _pair),
         ),
+        sampled=_pair,
     ),
     Benchmark(
         "mmbench",
