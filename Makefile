@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo test test-lmms-eval test-smollm2 test-vlmevalkit test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
+.PHONY: demo docs gallery look-docs test test-lmms-eval test-smollm2 test-vlmevalkit test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0.01 --limit 2000 --out $(OUT) --resume
@@ -79,6 +79,20 @@ lint: .venv/ready
 # makes the page too wide; screenshots to look at are in out/look.
 look: .venv/ready
 	PYTHONPATH=src:tests $(BIN)/python -m report.look out/look $(wildcard $(OUT)/report.html)
+
+# The documentation as pages that need no network, in an environment of its own (320 MB, Python 3.11 or newer): fails where a
+# link leads nowhere. `make look-docs` opens each of them in Chromium as `make look` does reports.
+docs: .venv-docs/ready
+	PYTHONPATH=src .venv-docs/bin/python -m docs.site.stage out/docs
+	cd out/docs && ../../.venv-docs/bin/zensical build --strict
+	@echo "The pages: out/docs/site/index.html"
+
+look-docs: docs .venv/ready
+	PYTHONPATH=src:tests $(BIN)/python -m docs.site.look out/docs/site out/look-docs
+
+# The gallery's pictures, from the embedded models.
+gallery: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m docs.site.gallery
 
 # Measured speed against what the FLOPs promise, row by row, for hours on two idle cores. Tables go to
 # out/bench; those of benchmarks/results are another machine's.
@@ -206,6 +220,12 @@ data: .venv/ready
 	$(@D)/bin/python tests/vllm/mend_torchvision.py
 	@touch $@
 
+.venv-docs/ready: pyproject.toml constraints.txt docs/site/requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the site needs Python 3.11 or newer; set PYTHON=/path/to/it")'
+	$(PYTHON) -m venv .venv-docs
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --requirement docs/site/requirements.txt
+	@touch $@
+
 .venv-transformers-%/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
@@ -214,4 +234,4 @@ data: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-latest .venv-lmms-eval .venv-transformers-* .venv-vllm .venv-vllm-newest .venv-vlmevalkit out
+	rm -rf .venv .venv-docs .venv-latest .venv-lmms-eval .venv-transformers-* .venv-vllm .venv-vllm-newest .venv-vlmevalkit out

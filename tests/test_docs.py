@@ -1,0 +1,148 @@
+"""The documentation: links lead somewhere, names and commands are right, and the site lies out whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer.main
+
+import thinsight as ts
+from docs.site import stage
+from thinsight.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    page
+    for page in [ROOT / "README.md", *stage.pages(ROOT)]
+    if page.suffix == ".md"  # notebooks hold outputs
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    wrong = []
+    for target in stage.links(page.read_text(encoding="utf-8")):
+        path, anchor = stage.target_of(page, target, ROOT), target.partition("#")[2]
+        if anchor and anchor not in stage.anchors(path.read_text(encoding="utf-8")):
+            wrong.append(target)
+    own = re.findall(r"\]\(#([^)]+)\)", page.read_text(encoding="utf-8"))
+    wrong += [f"#{anchor}" for anchor in own if anchor not in stage.anchors(page.read_text(encoding="utf-8"))]
+    assert wrong == []
+
+
+def test_what_is_code_holds_no_links() -> None:
+    text = '[a](b.md#c) `[x](y)` ![p](q.png)\n```\n[u](v)\n```\n[w](https://z) [s](#here)\n<img src="r.png">\n'
+    assert stage.links(text) == ["b.md#c", "q.png", "r.png"]
+    turned = stage.relinked(text, lambda target: f"../{target}")
+    assert "[a](../b.md#c) `[x](y)` ![p](../q.png)" in turned
+    assert '[u](v)\n```\n[w](https://z) [s](#here)\n<img src="../r.png">' in turned
+
+
+def test_a_link_that_leads_nowhere_is_told_with_its_page(tmp_path: Path) -> None:
+    page = tmp_path / "a.md"
+    for target in ("gone.md", "../outside.md"):
+        with pytest.raises(ValueError, match=f"a.md links to {target}, which is no file"):
+            stage.target_of(page, target, tmp_path)
+
+
+def test_headings_are_named_as_github_names_them() -> None:
+    text = "# A task, as `data`\n## It's 3.5 %\n```\n# none\n```\n## Twice\n## Twice\n### [Link](x.md) here\n"
+    assert stage.anchors(text) == {"a-task-as-data", "its-35-", "twice", "twice-1", "link-here"}
+
+
+def documented() -> set[str]:
+    found = set()
+    for page in (ROOT / "docs/reference").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        found |= set(re.findall(r"^::: thinsight\.(\w+)$", text, re.M))
+        found |= set(re.findall(r"`thinsight\.(__version__)`", text))
+    return found
+
+
+def test_the_reference_has_every_public_name() -> None:
+    errors = {name for name in ts.__all__ if getattr(getattr(ts, name), "__module__", "") == "thinsight.errors"}
+    assert documented() | errors == set(ts.__all__)  # errors stand under their module
+    assert "errors" in documented()
+
+
+def command_lines() -> Iterator[tuple[str, str]]:
+    """Every use of the command in a fenced block, with its page; lines that go on are joined."""
+    for page in PAGES:
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+            for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+                if line.startswith("thinsight ") and "COMMAND" not in line and not line.startswith("thinsight:"):
+                    yield page.relative_to(ROOT).as_posix(), line
+
+
+@pytest.mark.parametrize(("page", "line"), sorted(set(command_lines())))
+def test_commands_and_options_exist(page: str, line: str) -> None:
+    _, name, *words = shlex.split(line, comments=True)
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert name in commands
+    options = {option: each for each in commands[name].params for option in each.opts}
+    places = sum(each.param_type_name == "argument" for each in commands[name].params)
+    given = iter(words)
+    for word in given:
+        if word.startswith("-"):
+            assert word in options, f"{page}: {name} has no {word}"
+            if not options[word].is_flag:
+                next(given)
+        elif word != "...":
+            places -= 1
+    assert places >= 0, f"{page}: {line}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    settings = (ROOT / stage.CONFIG).read_text(encoding="utf-8")
+    listed = set(re.findall(r'= "([\w/-]+\.md)"', settings)) - {stage.COMMANDS}
+    assert listed == {str(place) for place in stage.pages(ROOT).values() if place.parts[0] != "notebooks"}
+    assert stage.NOTEBOOKS in settings
+
+
+def test_the_site_lies_out_with_all_that_it_shows(tmp_path: Path) -> None:
+    stage.lay_out(tmp_path / "site", ROOT)
+    sources = tmp_path / "site/src"
+    for page in sources.rglob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        assert not text.startswith("---\n")  # a model card's metadata
+        if "notebooks" in page.parts:
+            continue
+        for target in stage.links(text):
+            path = (page.parent / target.partition("#")[0]).resolve()
+            assert path.is_file(), f"{page.relative_to(sources)}: {target}"
+            assert path.is_relative_to(sources)
+    told = (sources / stage.COMMANDS).read_text(encoding="utf-8")
+    assert "## thinsight search" in told
+    assert "--max-drop" in told
+
+
+def test_the_ranker_that_is_shown_holds_its_contract_and_runs(tmp_path: Path) -> None:
+    text = (ROOT / "docs/howto/own-ranker.md").read_text(encoding="utf-8")
+    files = re.findall(r"```python\n# (\w+\.py)\n(.*?)```", text, re.S)
+    assert [name for name, _ in files] == ["middle.py", "attentive.py", "test_middle.py"]
+    for name, code in files:
+        (tmp_path / name).write_text(code, encoding="utf-8")
+    (tmp_path / "test_attentive.py").write_text(
+        (tmp_path / "test_middle.py").read_text().replace("middle", "attentive").replace("Middle", "Attentive")
+    )
+    (entry,) = re.findall(r"^middle = \"(middle:Middle)\"$", text, re.M)
+    installed = tmp_path / "middle-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: middle\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text(
+        f"[thinsight.rankers]\nmiddle = {entry}\nattentive = attentive:Attentive\n"
+    )
+    (tried,) = re.findall(r"```python\n(from middle import .*?)```", text, re.S)
+    (tmp_path / "tried.py").write_text(tried, encoding="utf-8")
+    for words in (["-m", "pytest", "-q", "-p", "no:cacheprovider", "."], ["tried.py"]):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert 0 <= float(done.stdout) <= 1
