@@ -133,7 +133,9 @@ def lay_out(folder: Path, root: Path = ROOT) -> None:
 
         out.parent.mkdir(parents=True, exist_ok=True)
         text = _read_notebook(page, out) if page.suffix == ".ipynb" else page.read_text(encoding="utf-8")
-        out.write_text(relinked(_without_metadata(text), turn) if page.suffix == ".md" else text, encoding="utf-8")
+        beside = {f"{out.stem}/{path.name}" for path in out.with_suffix("").glob("*")}  # a notebook's own pictures
+        turned = relinked(_without_metadata(text), lambda target: target if target in beside else turn(target))
+        out.write_text(turned, encoding="utf-8")
     (sources / COMMANDS).write_text(commands(), encoding="utf-8")
     for asset in ASSETS:
         shutil.copy(root / asset, sources)
