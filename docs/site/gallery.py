@@ -25,8 +25,8 @@ RANKERS: dict[str, Any] = {
     "uniform": "evenly spread, a yardstick",
     "random": "by lot, a yardstick",
 }
-LOOKED_AT = 240  # test questions among which wrong answers are looked for
-WRONG = 4
+LOOKED_AT = 90  # test questions among which wrong answers are looked for
+WRONG = 3
 
 _HEAD = """\
 # Gallery of kept tokens
