@@ -8,13 +8,15 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import typer.main
+from PIL import Image
+from tiny import tiny_images, tiny_llava, tiny_processor
 
 import thinsight as ts
-from docs.site import stage
+from docs.site import gallery, stage
 from thinsight.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -99,11 +101,13 @@ def test_commands_and_options_exist(page: str, line: str) -> None:
     assert places >= 0, f"{page}: {line}"
 
 
-def test_every_page_is_in_the_navigation() -> None:
+def test_the_navigation_has_every_page_once() -> None:
+    places = [*map(PurePosixPath, ("notebooks/a.md", "notebooks/b.md", "new.md")), *stage.pages(ROOT).values()]
     settings = (ROOT / stage.CONFIG).read_text(encoding="utf-8")
-    listed = set(re.findall(r'= "([\w/-]+\.md)"', settings)) - {stage.COMMANDS}
-    assert listed == {str(place) for place in stage.pages(ROOT).values() if place.parts[0] != "notebooks"}
-    assert stage.NOTEBOOKS in settings
+    assert set(stage.listed(settings)) <= {*map(str, places), stage.COMMANDS}
+    done = stage.navigated(settings, places)
+    assert '{ "Notebooks" = ["notebooks/a.md", "notebooks/b.md"' in done
+    assert sorted(re.findall(r'"([\w/.-]+\.md)"', done)) == sorted([*map(str, places), stage.COMMANDS])
 
 
 def test_the_site_lies_out_with_all_that_it_shows(tmp_path: Path) -> None:
@@ -146,3 +150,27 @@ def test_the_ranker_that_is_shown_holds_its_contract_and_runs(tmp_path: Path) ->
         done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert 0 <= float(done.stdout) <= 1
+
+
+def test_the_gallery_is_drawn_with_its_page(tmp_path: Path) -> None:
+    image = tmp_path / "image.png"
+    tiny_images(1)[0].save(image)
+    shown = gallery.shower(tiny_llava(), tiny_processor(), "uniform", ts.Schedule([1.0, 0.5, 0.25, 0.25]))
+    picture = shown(ts.Example(id="one", images=(image,), question="what color is it ?", answers=("red",)))
+    page = tmp_path / "gallery.md"
+    places = [("questions", "0"), ("rankers", "uniform"), ("rankers", "random")]
+    gallery.draw((gallery.Drawing(*place, picture, "In words.") for place in places), page)
+    text = page.read_text(encoding="utf-8")
+    assert stage.links(text)[1:] == [f"images/gallery/{section}-{name}.webp" for section, name in places]
+    assert text.count("## One image") == text.count("## Five rankers") == 1
+    assert "what color is it? Full model:" in text
+    assert "Kept: 8 of 16 at layer 1, 4 of 16 at layer 2](" in text
+    assert "{" not in text  # layers are filled in
+    with Image.open(page.parent / stage.links(text)[1]) as drawn:
+        assert drawn.width > 3 * 200
+
+
+def test_the_gallery_shows_all_of_its_pictures() -> None:
+    linked = {ROOT / "docs" / each for each in stage.links(gallery.PAGE.read_text(encoding="utf-8"))}
+    assert {path for path in linked if path.suffix == ".webp"} == set((ROOT / "docs/images/gallery").glob("*"))
+    assert len(linked) > 20

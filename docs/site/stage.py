@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "docs/site/zensical.toml"
 ASSETS = ("docs/site/site.css", "docs/site/iframe-worker.js")
 COMMANDS = "reference/commands.md"
-NOTEBOOKS = "# notebooks come here"
+NOTEBOOKS, OTHERS = "# notebooks come here", "# pages that are not listed come here"
 
 # A target in Markdown or in HTML; and code, fenced or within a line, in which what looks like one is none.
 _CODE = re.compile(r"^(?P<fence>`{3,}).*?^(?P=fence)`*[ \t]*$|(?P<span>`+)(?!`).*?(?<!`)(?P=span)(?!`)", re.M | re.S)
@@ -118,29 +119,45 @@ def lay_out(folder: Path, root: Path = ROOT) -> None:
     """Write the site's pages and settings into ``folder``, which is emptied first."""
     shutil.rmtree(folder, ignore_errors=True)
     sources, places = folder / "src", pages(root)
-    home = {root / "README.md": PurePosixPath("index.md")}
     for page, place in places.items():
         out = sources / place
-
-        def turn(target: str, page: Path = page, place: PurePosixPath = place) -> str:
-            path, anchor = target_of(page, target, root), target.partition("#")[2]
-            went = {**places, **home}.get(path) or _place_of(path, root)
-            if path not in places and path not in home:
-                copy = sources / went
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
-            return os.path.relpath(went, place.parent) + (f"#{anchor}" if anchor else "")
-
         out.parent.mkdir(parents=True, exist_ok=True)
         text = _read_notebook(page, out) if page.suffix == ".ipynb" else page.read_text(encoding="utf-8")
-        out.write_text(relinked(_without_metadata(text), turn) if page.suffix == ".md" else text, encoding="utf-8")
+        turned = relinked(_without_metadata(text), partial(_turned, page, places, sources, root))
+        out.write_text(turned, encoding="utf-8")
     (sources / COMMANDS).write_text(commands(), encoding="utf-8")
     for asset in ASSETS:
         shutil.copy(root / asset, sources)
-    entries = ", ".join(f'"{place}"' for place in places.values() if place.parts[0] == "notebooks")
-    settings = (root / CONFIG).read_text(encoding="utf-8")
-    line = f'{{ "Notebooks" = [{entries}] }},' if entries else ""
-    (folder / "zensical.toml").write_text(settings.replace(NOTEBOOKS, line), encoding="utf-8")
+    settings = navigated((root / CONFIG).read_text(encoding="utf-8"), places.values())
+    (folder / "zensical.toml").write_text(settings, encoding="utf-8")
+
+
+def listed(settings: str) -> list[str]:
+    """The pages that the settings put into the navigation by name."""
+    return re.findall(r'= "([\w/-]+\.md)"', settings)
+
+
+def navigated(settings: str, places: Iterable[PurePosixPath]) -> str:
+    """The settings with the other pages in the navigation, too."""
+    others = [str(place) for place in places if str(place) not in listed(settings)]
+    notebooks = [f'"{place}"' for place in others if place.startswith("notebooks/")]
+    line = f'{{ "Notebooks" = [{", ".join(notebooks)}] }},' if notebooks else ""
+    rest = " ".join(f'"{place}",' for place in others if not place.startswith("notebooks/"))
+    return settings.replace(NOTEBOOKS, line).replace(OTHERS, rest)
+
+
+def _turned(page: Path, places: Mapping[Path, PurePosixPath], sources: Path, root: Path, target: str) -> str:
+    """A page's link, as it is to be on the site; what it leads to is copied if it is no page."""
+    place = places[page]
+    if (sources / place.parent / target).is_file() and page.suffix == ".ipynb":  # a picture that it drew
+        return target
+    path, anchor = target_of(page, target, root), target.partition("#")[2]
+    went = PurePosixPath("index.md") if path == root / "README.md" else places.get(path)
+    if went is None:
+        went = _place_of(path, root)
+        (sources / went).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, sources / went)
+    return os.path.relpath(went, place.parent) + (f"#{anchor}" if anchor else "")
 
 
 def _without_metadata(text: str) -> str:

@@ -124,10 +124,8 @@ def test_with_a_model_it_says_what_comes_of_it(
 
 
 def test_a_certified_result_shows_its_promise(model: Any, examples: list[ts.Example], tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="examples to certify on"):
-        result = ts.search(
-            model, tiny_processor(), examples[:4], 0.9, test_examples=examples[4:], max_new_tokens=2, batch_size=4
-        )
+    told = {"test_examples": examples[4:], "max_new_tokens": 2, "batch_size": 4}
+    result = ts.search(model, tiny_processor(), examples[:4], 0.9, **told)
     assert result.certificate is not None
     page = result.report(tmp_path / "r.html").read_text(encoding="utf-8")
     assert '<section id="promise">' in page
