@@ -184,6 +184,13 @@ def _convolution(vision: Any, merged: int, middle: int) -> int:
     return size_of(vision, "hidden_size") * merged * out + out * out + 3 * out * middle
 
 
+def paths(config: Any, vision: Any, merged: int) -> int:
+    """Granite Docling's coarse path: a matrix from merged patches and one as wide as the decoder, and two for each
+    layer of the tower that DeepStack taps."""
+    features, out = size_of(vision, "hidden_size") * merged, size_of(vision, "out_hidden_size")
+    return (1 + len(field_of(vision, "deepstack_visual_indexes"))) * (features + out) * out
+
+
 def wide_matrices(config: Any, vision: Any, merged: int) -> int:
     """From merged patches to as many numbers, and to the decoder's width."""
     features = size_of(vision, "hidden_size") * merged
@@ -283,6 +290,7 @@ TOWERS: dict[str | None, Tower] = {
     "clip_vision_model": _CLIP,
     **dict.fromkeys(("internvl_vision", "qianfan_ocr_vision"), _CLIP),
     **dict.fromkeys(("siglip_vision_model", "idefics3_vision", "smolvlm_vision"), _FIXED),
+    "granite_docling_vision": _FIXED,
     "llama4_vision_model": Tower("fixed", class_token=True, unread=_CLS_LAST),
     "ovis2_vision": Tower("fixed", gated=True),
     **dict.fromkeys(("pixtral", "glm_ocr_vision"), Tower("any", gated=True)),
@@ -407,6 +415,11 @@ _ROWS = (
         *("got_ocr2", "GotOcr2ForConditionalGeneration", "GOT-OCR 2.0"),
         bare_processor="GotOcr2Processor",
         flat_processor="GotOcr2Processor",
+    ),
+    _idefics(
+        *("granite_docling", "GraniteDoclingForConditionalGeneration", "Granite Docling"),
+        notes="costs are those of the coarse path",
+        projector=paths,
     ),
     _qwen(
         *("hyperclovax_vision_v2", "HyperCLOVAXVisionV2ForConditionalGeneration", "HyperCLOVA X Vision 2"),

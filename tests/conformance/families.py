@@ -146,6 +146,17 @@ def marked_rows(size: int, tokens: int) -> Vision:
     return make
 
 
+def masked_tiles(size: int, tokens: int) -> Vision:
+    """As `tiles`, with a mask of the tiles that a row has (Granite Docling)."""
+
+    def make(draw: Draw, number: int) -> Part:
+        part = tiles(size, tokens, mark=True)(draw, number)
+        mask = torch.ones(len(part.tensors["pixel_values"]), dtype=torch.bool)
+        return Part(part.ids, part.kinds, part.groups, {**part.tensors, "pixel_attention_mask": mask})
+
+    return make
+
+
 def any_resolution(size: int, base: int, grid: int) -> Vision:
     """An overview and tiles, unpadded, with a token at the end of each row of patches (LLaVA-NeXT)."""
     shapes = [(size * 2, size * 2, 4), (size, size * 2, 2), (size * 2, size, 2)]
@@ -478,6 +489,7 @@ LATENT = {
     "num_key_value_heads": 4,
     "head_dim": 4,  # of the rotary part
 }
+GRANITE = {"attention_multiplier": 0.35, "embedding_multiplier": 1.5, "residual_multiplier": 0.8, "logits_scaling": 0.5}
 WINDOWED_LAYERS = {"sliding_window": 10, "layer_types": ["sliding_attention", "full_attention"] * 2}
 # a layer that attends, two that carry a state and do not, one that attends
 GATED_DELTA_NET = {
@@ -1186,6 +1198,20 @@ TABLE = [
         image=patches(4),
         video=patch_video(4, stamps=True),
         attn=NO_FLEX,
+    ),
+    Family(
+        name="granite-docling",
+        model_class="GraniteDoclingForConditionalGeneration",
+        config=config(
+            text("granite_docling_text", **GRANITE),
+            tower(
+                *("granite_docling_vision", 42, 7), out_hidden_size=32, scale_factor=2, deepstack_visual_indexes=[0, 1]
+            ),
+            density_router_hidden_size=8,
+        ),
+        image=masked_tiles(42, 9),
+        collate=per_row,
+        in_space=True,
     ),
 ]
 

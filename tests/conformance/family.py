@@ -45,7 +45,7 @@ class Family:
     encodes_ahead: bool = True  # `generate` can copy and cut what the stock model's encoder made
     images_later: bool = True  # the stock model reads the image of a later turn as it would from the start
     assisted: bool = True  # a first pass tells what an assistant proposed
-    in_space: bool = False  # tokens have places in time, height and width, of which embeddings say nothing
+    in_space: bool = False  # tokens have places in space, or more features, of which embeddings say nothing
     static_cache: bool = True  # the stock model runs with one
     places_later_images: bool = True  # the stock `generate` knows the positions of images behind a cache
     takes_processors: bool = True  # the stock `generate` heeds a `logits_processor`

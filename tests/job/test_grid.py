@@ -68,6 +68,7 @@ GRIDS |= {
     **dict.fromkeys(("qwen3.5", "qwen3.5-moe", "lfm3-vl"), ((4, 4), 0)),
     "gemma4-unified": ((4, 6), 0),
     "llama4": ((2, 2), 8),
+    "granite-docling": ((3, 3), 18),
 }
 NO_GRID = {
     **dict.fromkeys(("idefics2", "aria"), "resampled from all of an image, form no grid"),

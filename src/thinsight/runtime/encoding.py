@@ -24,6 +24,7 @@ from .scoring import Probe, VisionReceived
 from .tensors import Mapped
 
 _MARKERS = "visual_indicator_features"  # attribute of Ovis2's encoder output
+_ROUTED = "router_logits"  # attribute of Granite Docling's encoder output, of which only its loss knows
 _RECEIVED = "thinsight_received"  # attribute of an encoder's output: attention received, per entry
 
 
@@ -87,6 +88,7 @@ class EncodedImages(Mapped):
                     )
                 features = torch.stack(features)
             outputs[modality] = output = BaseModelOutputWithPooling(pooler_output=features)
+            setattr(output, _ROUTED, None)
             if modality in self.stacked:
                 output.last_hidden_state = features  # where Llama 4 takes them from
             if self.deepstack:
