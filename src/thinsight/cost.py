@@ -37,6 +37,7 @@ take any image (Qwen-VL, GLM-V, Pixtral) are counted from the number of vision t
 taken to be of one size, the windows of Qwen2.5-VL's attention to be full; VideoLLaMA 3, which merges the patches of
 videos alone, is counted as for images. LLaVA-NeXT and LLaVA-OneVision cut padding away after the tower, and Aria and
 Idefics2 resample every image to so many tokens, so tokens do not tell how much the tower saw: refused.
+DeepSeek-OCR 2's do not tell either, for its overview and its tiles have sizes of their own.
 """
 
 from __future__ import annotations

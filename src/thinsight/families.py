@@ -277,6 +277,7 @@ class Tower:
 _FILLED = "its vision tower fills all images up to one number of patches, which is not what its tokens are made of"
 _NO_TOWER = "it has no vision tower whose attention could be read: its projector reads pixels"
 _CROPS = "its vision tower reads crops that overlap, and a token is made of patches of several"
+_QUERIED = "its tokens are queries of its vision tower, each of which has looked at all of a view"
 _CLS_LAST = "its vision tower's CLS token stands behind the patches, and tokens are made of blocks of them"
 _CLIP, _FIXED = Tower("fixed", class_token=True), Tower("fixed")
 _QWEN2 = Tower("any", width="embed_dim", mlp="mlp_ratio", out="hidden_size")
@@ -291,6 +292,7 @@ TOWERS: dict[str | None, Tower] = {
     **dict.fromkeys(("internvl_vision", "qianfan_ocr_vision"), _CLIP),
     **dict.fromkeys(("siglip_vision_model", "idefics3_vision", "smolvlm_vision"), _FIXED),
     "granite_docling_vision": _FIXED,
+    "deepseek_ocr2_vision": Tower("fixed", unread=_QUERIED),
     "llama4_vision_model": Tower("fixed", class_token=True, unread=_CLS_LAST),
     "ovis2_vision": Tower("fixed", gated=True),
     **dict.fromkeys(("pixtral", "glm_ocr_vision"), Tower("any", gated=True)),
@@ -400,6 +402,7 @@ _ROWS = (
         notes="images in a later turn on a cache: say position_ids, which transformers gets wrong",
         projector=middle_matrices,
     ),
+    _resampled("deepseek_ocr2", "DeepseekOcr2ForConditionalGeneration", "DeepSeek-OCR 2", runs=False),
     _llava("deepseek_vl", "DeepseekVLForConditionalGeneration", "DeepSeek-VL"),
     _hybrid("deepseek_vl_hybrid", "DeepseekVLHybridForConditionalGeneration", "DeepSeek-VL Hybrid"),
     _qwen("exaone4_5", "Exaone4_5_ForConditionalGeneration", "EXAONE 4.5", notes=_WINDOWS),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .family import Family, Vision
+from .few_queries import heed_queries
 from .inputs import (
     BOS,
     BREAK,
@@ -35,6 +36,8 @@ from .inputs import (
 )
 
 __all__ = ["FAMILIES"]
+
+heed_queries()
 
 # --- towers and text models
 
@@ -153,6 +156,21 @@ def masked_tiles(size: int, tokens: int) -> Vision:
         part = tiles(size, tokens, mark=True)(draw, number)
         mask = torch.ones(len(part.tensors["pixel_values"]), dtype=torch.bool)
         return Part(part.ids, part.kinds, part.groups, {**part.tensors, "pixel_attention_mask": mask})
+
+    return make
+
+
+def views(size: int, local: int, queries: int) -> Vision:
+    """An overview, perhaps a tile before it, and a separator behind: as many tokens for each as the tower has queries
+    (DeepSeek-OCR 2)."""
+
+    def make(draw: Draw, number: int) -> Part:
+        count = (1, 0)[number % 2]
+        tokens = (count + 1) * queries + 1
+        tensors = {"pixel_values": draw.pixels(1, 3, size, size), "num_local_patches": torch.tensor([count])}
+        if count:
+            tensors["pixel_values_local"] = draw.pixels(count, 3, local, local)
+        return vision([tokens], [tokens], tensors)
 
     return make
 
@@ -1212,6 +1230,31 @@ TABLE = [
         image=masked_tiles(42, 9),
         collate=per_row,
         in_space=True,
+    ),
+    Family(
+        name="deepseek-ocr2",
+        model_class="DeepseekOcr2ForConditionalGeneration",
+        config=config(
+            text(
+                "deepseek_ocr2_text",
+                n_routed_experts=4,
+                moe_intermediate_size=32,
+                num_experts_per_tok=2,
+                n_shared_experts=1,
+                mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+            ),
+            {
+                "sam_config": {
+                    **SAM_TOWER,
+                    "model_type": "deepseek_ocr2_sam_vision_model",
+                    "downsample_channels": [16, 32],
+                },
+                "encoder_config": text("deepseek_ocr2_encoder", intermediate_size=48, num_hidden_layers=2),
+                "queries": 9,
+            },
+        ),
+        image=views(64, 48, 9),
+        attn=NO_FLEX,
     ),
 ]
 

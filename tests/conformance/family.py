@@ -148,6 +148,9 @@ def _shared(family: Family, attn: str, seed: int) -> PreTrainedModel:
     return family.build(attn, seed)
 
 
+_TOKENS = ("embed", "newline", "separator", "image_begin", "image_end")  # in names of what stands among tokens
+
+
 @torch.no_grad()
 def draw_weights(model: nn.Module, seed: int) -> None:
     """Draw every weight anew, in the order of its name."""
@@ -164,7 +167,7 @@ def draw_weights(model: nn.Module, seed: int) -> None:
             parameter.copy_(1.5 * parameter.shape[2] ** -0.5 * noise)
         elif parameter.ndim >= 4:
             parameter.copy_(parameter[0].numel() ** -0.5 * noise)
-        elif parameter.ndim >= 2 or "embed" in name or "newline" in name:
+        elif parameter.ndim >= 2 or any(word in name for word in _TOKENS):
             parameter.copy_(noise)
         elif "q_norm" in name or "k_norm" in name:
             parameter.add_(0.6 + 0.1 * noise)

@@ -191,7 +191,7 @@ def test_a_batch_is_what_the_processor_makes_of_all() -> None:
 PROCESSORS = [  # of the supported families; transformers has some with torchvision only
     *("AriaImageProcessorPil", "CLIPImageProcessorPil", "Cosmos3EdgeImageProcessorPil", "DeepseekVLImageProcessorPil"),
     *("DeepseekVLHybridImageProcessorPil", "Gemma3ImageProcessorPil", "GlmgaImageProcessorPil"),
-    "GraniteDoclingImageProcessorPil",
+    *("DeepseekOcr2ImageProcessorPil", "GraniteDoclingImageProcessorPil"),
     *("JanusImageProcessorPil", "PPChart2TableImageProcessorPil", "PaddleOCRVLImageProcessorPil"),
     *("Glm46VImageProcessorPil", "Glm4vImageProcessorPil", "GotOcr2ImageProcessorPil"),
     *("Idefics2ImageProcessorPil", "Idefics3ImageProcessorPil", "LlavaImageProcessorPil"),

@@ -71,7 +71,7 @@ GRIDS |= {
     "granite-docling": ((3, 3), 18),
 }
 NO_GRID = {
-    **dict.fromkeys(("idefics2", "aria"), "resampled from all of an image, form no grid"),
+    **dict.fromkeys(("idefics2", "aria", "deepseek-ocr2"), "resampled from all of an image, form no grid"),
     **dict.fromkeys(("minicpm-v-4.6", "minicpm-ocr"), "form no grid that could be drawn over one picture"),
     "lfm2-vl": "patches that a processor has put into a line form no grid",
     "molmo2": "made of patches of crops that overlap, form no grid",
