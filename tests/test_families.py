@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conformance.checks import Case, check_steps
 from conformance.families import FAMILIES, masked_tiles
 from tiny import tiny_images
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -115,6 +116,15 @@ def test_granite_doclings_fine_path_makes_four_times_as_many_tokens() -> None:
     assert torch.equal(again.logits, whole.logits)
     assert whole.router_logits.shape == (3,)
     assert again.router_logits is None
+
+
+@pytest.mark.parametrize("spec", [[3, 5], [2, 3, 9]])
+def test_hunyuan_turns_its_tokens_by_their_images_number_too(spec: list[int]) -> None:
+    family = FAMILIES["hunyuan-vl"]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
+    config = {**family.config, "text_config": {**family.config["text_config"], "rope_parameters": rope}}
+    numbered = replace(family, config=config)
+    check_steps(numbered, Case(ts.Schedule([1, 0.7, 0.4, 0.2])), numbered.batch(numbered.rows([spec])))
 
 
 def test_a_tower_that_is_not_known_is_not_guessed() -> None:

@@ -480,6 +480,11 @@ def vision_flops(config: Any, n_images: int = 1, *, n_vision: int | None = None)
             f"{family.model_type!r} cuts padding away after its vision tower: "
             "the number of vision tokens does not tell the tower's FLOPs"
         )
+    if family.tiles == "lines":
+        raise Unsupported(
+            f"{family.model_type!r} adds tokens at the ends of lines of patches, which differ in length: "
+            "the number of vision tokens does not tell the tower's FLOPs"
+        )
     if isinstance(family.projector, str):
         raise Unsupported(f"the projector of {family.model_type!r} is not known: its vision encoder is not counted")
     if tower.images == NOT_KNOWN:

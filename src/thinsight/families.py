@@ -297,7 +297,7 @@ TOWERS: dict[str | None, Tower] = {
     "ovis2_vision": Tower("fixed", gated=True),
     **dict.fromkeys(("pixtral", "glm_ocr_vision"), Tower("any", gated=True)),
     **dict.fromkeys(("paddleocr_vl_vision", "video_llama_3_vision", "kimi_k25_vision"), _PLAIN),
-    **dict.fromkeys(("cosmos3_edge_vision", "minimax_m3_vl_vision"), _PLAIN),
+    **dict.fromkeys(("cosmos3_edge_vision", "minimax_m3_vl_vision", "hunyuan_vl_vision"), _PLAIN),
     "muse_glimmer_vision": Tower("any", windowed=True),
     **dict.fromkeys(("sam_vision_model", "got_ocr2_vision", "pp_chart2table_vision"), _SAM),
     "janus_vision_model": Tower("fixed", mlp="mlp_ratio"),
@@ -317,7 +317,7 @@ TOWERS: dict[str | None, Tower] = {
 }
 """By the vision config's model_type."""
 
-Tiles = Literal["whole", "overview first", "overview last", "unpadded", "resampled", "pooled"]
+Tiles = Literal["whole", "lines", "overview first", "overview last", "unpadded", "resampled", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -336,9 +336,10 @@ class SupportedModel:
 class Family(SupportedModel):
     """A row: all that is known of a family. What it leaves out is as most families have it.
 
-    `tiles` says how an image becomes vision tokens: "whole", or cut into tiles with the "overview first" or "overview
-    last" among them; "unpadded" is an overview, then tiles whose padding was cut away after the tower (LLaVA-NeXT);
-    "resampled" tokens have each looked at all of the image, "pooled" ones are made of patches of crops that overlap.
+    `tiles` says how an image becomes vision tokens: "whole", in "lines" with tokens of its own at the ends, or cut into
+    tiles with the "overview first" or "overview last" among them; "unpadded" is an overview, then tiles whose padding
+    was cut away after the tower (LLaVA-NeXT); "resampled" tokens have each looked at all of the image, "pooled" ones
+    are made of patches of crops that overlap.
     """
 
     since: tuple[int, int] = OLDEST  # the first transformers that has it, of those that can be used
@@ -423,6 +424,12 @@ _ROWS = (
         *("granite_docling", "GraniteDoclingForConditionalGeneration", "Granite Docling"),
         notes="costs are those of the coarse path",
         projector=paths,
+    ),
+    Family(
+        *("hunyuan_vl", "HunYuanVLForConditionalGeneration", "HunYuan-VL, HunyuanOCR"),
+        notes="answers hang on the batch, whose images transformers numbers on from row to row; images in a later turn "
+        "on a cache: say position_ids, which it gets wrong",
+        tiles="lines",
     ),
     _qwen(
         *("hyperclovax_vision_v2", "HyperCLOVAXVisionV2ForConditionalGeneration", "HyperCLOVA X Vision 2"),

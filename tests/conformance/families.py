@@ -218,6 +218,22 @@ def patches(patch: int, merge: int = 2, *, frames: int = 2, flat: bool = True, s
     return make
 
 
+def patch_lines(patch: int) -> Vision:
+    """Patches in a list, with their grid; tokens before and behind an image, and at the end of each line (HunYuan)."""
+    grids = [(6, 8), (4, 10), (6, 6)]
+
+    def make(draw: Draw, number: int) -> Part:
+        height, width = grids[number % len(grids)]
+        tokens = height // 2 * (width // 2 + 1) + 2
+        tensors = {
+            "pixel_values": draw.pixels(height * width, 3 * patch * patch),
+            "image_grid_thw": torch.tensor([[1, height, width]]),
+        }
+        return vision([[START], tokens, [END]], [tokens], tensors)
+
+    return make
+
+
 def patch_video(
     patch: int, merge: int = 2, *, token: int = VIDEO, stamps: bool, depth: int = 2, sizes: bool = False
 ) -> Vision:
@@ -1255,6 +1271,25 @@ TABLE = [
         ),
         image=views(64, 48, 9),
         attn=NO_FLEX,
+    ),
+    Family(
+        name="hunyuan-vl",
+        model_class="HunYuanVLForConditionalGeneration",
+        config=config(
+            text(
+                "hunyuan_vl_text",
+                # the last axis, which is an image's number, has no share: transformers 5.23 numbers the images of a
+                # batch on from row to row, so that a row has other positions than alone
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1, 0]},
+            ),
+            {**FLAT_TOWER, "model_type": "hunyuan_vl_vision", "max_image_size": 32},
+            im_start_id=START,
+            im_end_id=END,
+            im_newline_id=BREAK,
+        ),
+        image=patch_lines(4),
+        types=MM_TYPES,
+        places_later_images=False,
     ),
 ]
 

@@ -74,6 +74,7 @@ NO_GRID = {
     **dict.fromkeys(("idefics2", "aria", "deepseek-ocr2"), "resampled from all of an image, form no grid"),
     **dict.fromkeys(("minicpm-v-4.6", "minicpm-ocr"), "form no grid that could be drawn over one picture"),
     "lfm2-vl": "patches that a processor has put into a line form no grid",
+    "hunyuan-vl": "some of which stand at the ends of lines, form no grid",
     "molmo2": "made of patches of crops that overlap, form no grid",
 }
 
