@@ -278,6 +278,7 @@ _FILLED = "its vision tower fills all images up to one number of patches, which 
 _NO_TOWER = "it has no vision tower whose attention could be read: its projector reads pixels"
 _CROPS = "its vision tower reads crops that overlap, and a token is made of patches of several"
 _QUERIED = "its tokens are queries of its vision tower, each of which has looked at all of a view"
+_VIEWS = "its vision tower runs an overview and tiles of another size one after the other"
 _CLS_LAST = "its vision tower's CLS token stands behind the patches, and tokens are made of blocks of them"
 _CLIP, _FIXED = Tower("fixed", class_token=True), Tower("fixed")
 _QWEN2 = Tower("any", width="embed_dim", mlp="mlp_ratio", out="hidden_size")
@@ -292,6 +293,7 @@ TOWERS: dict[str | None, Tower] = {
     **dict.fromkeys(("internvl_vision", "qianfan_ocr_vision"), _CLIP),
     **dict.fromkeys(("siglip_vision_model", "idefics3_vision", "smolvlm_vision"), _FIXED),
     "granite_docling_vision": _FIXED,
+    "step3p5_vision": Tower("fixed", unread=_VIEWS),
     "deepseek_ocr2_vision": Tower("fixed", unread=_QUERIED),
     "llama4_vision_model": Tower("fixed", class_token=True, unread=_CLS_LAST),
     "ovis2_vision": Tower("fixed", gated=True),
@@ -317,7 +319,7 @@ TOWERS: dict[str | None, Tower] = {
 }
 """By the vision config's model_type."""
 
-Tiles = Literal["whole", "lines", "overview first", "overview last", "unpadded", "resampled", "pooled"]
+Tiles = Literal["whole", "lines", "overview first", "overview last", "views", "unpadded", "resampled", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -337,9 +339,9 @@ class Family(SupportedModel):
     """A row: all that is known of a family. What it leaves out is as most families have it.
 
     `tiles` says how an image becomes vision tokens: "whole", in "lines" with tokens of its own at the ends, or cut into
-    tiles with the "overview first" or "overview last" among them; "unpadded" is an overview, then tiles whose padding
-    was cut away after the tower (LLaVA-NeXT); "resampled" tokens have each looked at all of the image, "pooled" ones
-    are made of patches of crops that overlap.
+    tiles with the "overview first" or "overview last" among them, or with tiles of another size ("views"); "unpadded"
+    is an overview, then tiles whose padding was cut away after the tower (LLaVA-NeXT); "resampled" tokens have each
+    looked at all of the image, "pooled" ones are made of patches of crops that overlap.
     """
 
     since: tuple[int, int] = OLDEST  # the first transformers that has it, of those that can be used
@@ -503,6 +505,7 @@ _ROWS = (
         "about its policies alone: evaluate with Gemma3Processor",
     ),
     _idefics("smolvlm", "SmolVLMForConditionalGeneration", "SmolVLM 1 and 2", needs=(*_VISION, "num2words")),
+    Family(*("step3p7", "Step3p7ForConditionalGeneration", "Step 3.7"), notes=_WINDOWS, needs=_VISION, tiles="views"),
     _llava("video_llama_3", "VideoLlama3ForConditionalGeneration", "VideoLLaMA 3", _BOTH, needs=_VISION),
     _llava("video_llava", "VideoLlavaForConditionalGeneration", "Video-LLaVA", _BOTH, needs=_VISION),
     _llava("vipllava", "VipLlavaForConditionalGeneration", "VipLLaVA"),

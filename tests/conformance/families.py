@@ -160,13 +160,12 @@ def masked_tiles(size: int, tokens: int) -> Vision:
     return make
 
 
-def views(size: int, local: int, queries: int) -> Vision:
-    """An overview, perhaps a tile before it, and a separator behind: as many tokens for each as the tower has queries
-    (DeepSeek-OCR 2)."""
+def views(size: int, local: int, overview: int, tile: int, behind: int) -> Vision:
+    """An overview, perhaps a tile before it (Step 3.7), and a separator behind (DeepSeek-OCR 2)."""
 
     def make(draw: Draw, number: int) -> Part:
         count = (1, 0)[number % 2]
-        tokens = (count + 1) * queries + 1
+        tokens = count * tile + overview + behind
         tensors = {"pixel_values": draw.pixels(1, 3, size, size), "num_local_patches": torch.tensor([count])}
         if count:
             tensors["pixel_values_local"] = draw.pixels(count, 3, local, local)
@@ -1269,7 +1268,7 @@ TABLE = [
                 "queries": 9,
             },
         ),
-        image=views(64, 48, 9),
+        image=views(64, 48, 9, 9, 1),
         attn=NO_FLEX,
     ),
     Family(
@@ -1290,6 +1289,22 @@ TABLE = [
         image=patch_lines(4),
         types=MM_TYPES,
         places_later_images=False,
+    ),
+    Family(
+        name="step3.7",
+        model_class="Step3p7ForConditionalGeneration",
+        config=config(
+            text(
+                "step3p5",
+                **{**WINDOWED_LAYERS, "num_sliding_attention_heads": 8},
+                **{"n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
+                share_expert_dim=40,
+                mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+            ),
+            tower("step3p5_vision", 64, 4, mlp_ratio=1.5),
+        ),
+        image=views(64, 48, 16, 9, 0),
+        refuses=WINDOWS,
     ),
 ]
 

@@ -75,6 +75,7 @@ NO_GRID = {
     **dict.fromkeys(("minicpm-v-4.6", "minicpm-ocr"), "form no grid that could be drawn over one picture"),
     "lfm2-vl": "patches that a processor has put into a line form no grid",
     "hunyuan-vl": "some of which stand at the ends of lines, form no grid",
+    "step3.7": "of an overview and tiles of another size, form no grid",
     "molmo2": "made of patches of crops that overlap, form no grid",
 }
 

@@ -67,6 +67,8 @@ def grid_of(model: Any, processor: Any, example: Example, inputs: Mapping[str, A
     vision = model.config.vision_config
     if family_of(model.config).tiles == "resampled":
         raise _no_grid(f"the {n_vision} vision tokens, which are resampled from all of an image,")
+    if family_of(model.config).tiles == "views":
+        raise _no_grid(f"the {n_vision} vision tokens, which are of an overview and tiles of another size,")
     if family_of(model.config).tiles == "lines":
         raise _no_grid(f"the {n_vision} vision tokens, some of which stand at the ends of lines,")
     if family_of(model.config).tiles == "pooled":
