@@ -364,7 +364,6 @@ _WINDOWS = "static caches are refused: the text model's windowed layers keep the
 _SHARED = (
     "no tokens can be left out of layers that read another layer's keys: each has those of the last one before them"
 )
-_PROPOSALS = "assisted decoding: what an assistant proposes first ranks as if it were prompt"
 _CHUNKS = "static caches are refused: the text model's chunked layers keep theirs in a ring"
 _MISTRAL = "static caches are refused on Mistral 7B v0.1 text"
 _STATES = "later turns whose rows keep different numbers of tokens are refused: some layers carry a state"
@@ -488,15 +487,11 @@ _ROWS = (
     _sam("pp_chart2table", "GotOcr2ForConditionalGeneration", "PP-Chart2Table"),
     _internvl("qianfan_ocr", "QianfanOCRForConditionalGeneration", "Qianfan-OCR", needs=()),
     _qwen("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2.5-VL"),
-    _qwen(
-        "qwen2_5_omni_thinker", "Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2.5-Omni thinker", notes=_PROPOSALS
-    ),
+    _qwen("qwen2_5_omni_thinker", "Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2.5-Omni thinker"),
     _qwen("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2-VL"),
     _qwen("qwen3_5", "Qwen3_5ForConditionalGeneration", "Qwen3.5", notes=_STATES),
     _qwen("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", "Qwen3.5 MoE", notes=_STATES),
-    _qwen(
-        "qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3-Omni thinker", notes=_PROPOSALS
-    ),
+    _qwen("qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3-Omni thinker"),
     _qwen("qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3-VL"),
     _qwen("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", "Qwen3-VL MoE"),
     _gemma(

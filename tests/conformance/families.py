@@ -476,9 +476,8 @@ AUDIO = {
     **{"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "output_dim": 32},
     **{"num_mel_bins": 16, "max_source_positions": 20},
 }
-# transformers 5.23 counts the places of a later turn's image as if it were text, and asks these models for all logits,
-# so that nothing tells an assistant's first proposals from the prompt
-OMNI: dict[str, Any] = {"images_later": False, "assisted": False, "in_space": True}
+# transformers 5.23 counts the places of a later turn's image as if it were text
+OMNI: dict[str, Any] = {"images_later": False, "in_space": True}
 OMNI_MARKS = {"audio_token_id": UNK, "audio_start_token_id": TILE, "audio_end_token_id": BREAK}
 GEMMA4_TOWER = {
     "model_type": "gemma4_vision",

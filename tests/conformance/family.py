@@ -44,7 +44,6 @@ class Family:
     beams: tuple[Spec, ...] = PADDED  # rows on which the stock model's beam search is right
     encodes_ahead: bool = True  # `generate` can copy and cut what the stock model's encoder made
     images_later: bool = True  # the stock model reads the image of a later turn as it would from the start
-    assisted: bool = True  # a first pass tells what an assistant proposed
     in_space: bool = False  # tokens have places in space, or more features, of which embeddings say nothing
     static_cache: bool = True  # the stock model runs with one
     places_later_images: bool = True  # the stock `generate` knows the positions of images behind a cache
