@@ -168,6 +168,9 @@ UNTOLD = {
     "aria": "projector of 'aria' is not known",
     "molmo2": "projector of 'molmo2' is not known",
     **{family.name: "projector of .* is not known" for family in HELD if family.name.startswith(("lfm", "minicpm"))},
+    "step3.7": "has tiles of another size than its overview",
+    "hunyuan-vl": "adds tokens at the ends of lines",
+    "deepseek-ocr2": "projector of 'deepseek_ocr2' is not known",
 }
 
 

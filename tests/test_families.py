@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conformance.families import FAMILIES
+from conformance.checks import Case, check_steps
+from conformance.families import FAMILIES, masked_tiles
 from tiny import tiny_images
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
@@ -22,7 +23,7 @@ from thinsight.evaluation.prompts import prompt_text
 from thinsight.families import FAMILIES as ROWS
 from thinsight.families import NOT_KNOWN, TOWERS, Family, Tower, family_of, has_roles, tower_of
 from thinsight.job.findings import grid_of
-from thinsight.runtime import apply
+from thinsight.runtime import apply, encode_images
 from thinsight.runtime.anatomy import refusal, vision_placeholders
 
 MAY_BE_NONE = {"tower", "video_placeholder"}  # for each of them the row's comment says what None means
@@ -97,6 +98,33 @@ def test_a_prompt_that_would_be_scaled_by_wrong_places_is_refused() -> None:
         model(**short.inputs([[3]]))
         with pytest.raises(Unsupported, match="from 20 on this model's layers scale attention by a token's place"):
             model(**short.inputs([[3, 5, 4]]))
+
+
+def test_granite_doclings_fine_path_makes_four_times_as_many_tokens() -> None:
+    """Encoded ahead or in the pass, under a reduction; its density router's logits come out of the latter."""
+    family = FAMILIES["granite-docling"]
+    fine = replace(family, image=masked_tiles(42, 36))
+    model, inputs = family.model(), fine.inputs([[3, 5], [2, 3, 9], [7]])
+    inputs["tile_fine_mask"] = torch.ones(3, dtype=torch.bool)
+    with apply(model, ts.Schedule([1, 0.5, 0.5, 0.25])) as handle, torch.no_grad():
+        whole = model(**inputs)
+        kept = handle.kept(3)
+        encoded = encode_images(model, inputs)
+        rest = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        again = model(**rest, **encoded.model_inputs())
+    assert [len(row) for row in kept] == [27, 36, 0]  # a quarter of three tiles, of one and of three
+    assert torch.equal(again.logits, whole.logits)
+    assert whole.router_logits.shape == (3,)
+    assert again.router_logits is None
+
+
+@pytest.mark.parametrize("spec", [[3, 5], [2, 3, 9]])
+def test_hunyuan_turns_its_tokens_by_their_images_number_too(spec: list[int]) -> None:
+    family = FAMILIES["hunyuan-vl"]
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1, 1]}
+    config = {**family.config, "text_config": {**family.config["text_config"], "rope_parameters": rope}}
+    numbered = replace(family, config=config)
+    check_steps(numbered, Case(ts.Schedule([1, 0.7, 0.4, 0.2])), numbered.batch(numbered.rows([spec])))
 
 
 def test_a_tower_that_is_not_known_is_not_guessed() -> None:

@@ -22,7 +22,7 @@ How it is counted, so that two figures can be compared:
   ones; some of its layers may be dense. Llama 4 runs every token through all experts, and is counted so;
 - multi-head latent attention (DeepSeek-V3, arXiv 2412.19437, section 2.1.1) counts the matrices of its low ranks, and
   caches the latent and the one rotated key that stock transformers caches, not the heads made of them;
-- a gate on what attention gives (Muse Glimmer) counts as the matrix that it is;
+- a gate on what attention gives (Muse Glimmer; Step 3.7, whose layers differ in heads) counts as the matrix it is;
 - a layer that reads another layer's keys and values (Gemma 3n, Gemma 4) has neither projections nor a cache of its own,
   and as many tokens as the last layer that has; Gemma 4 runs it on the last position only, as `generate` does;
 - per-layer inputs, LAuReL and AltUp's coefficients count with the projections (Gemma 3n, Gemma 4);
@@ -37,6 +37,7 @@ take any image (Qwen-VL, GLM-V, Pixtral) are counted from the number of vision t
 taken to be of one size, the windows of Qwen2.5-VL's attention to be full; VideoLLaMA 3, which merges the patches of
 videos alone, is counted as for images. LLaVA-NeXT and LLaVA-OneVision cut padding away after the tower, and Aria and
 Idefics2 resample every image to so many tokens, so tokens do not tell how much the tower saw: refused.
+DeepSeek-OCR 2's do not tell either, for its overview and its tiles have sizes of their own.
 """
 
 from __future__ import annotations
@@ -54,12 +55,20 @@ STATE_LAYERS = frozenset({"conv", "linear_attention"})
 """Of a text config's `layer_types`: layers that carry a state along the tokens in place of attending."""
 # Text models whose attention has an output gate as wide as its queries.
 _OUTPUT_GATE = frozenset({"muse_glimmer_text", "qwen3_5_text", "qwen3_5_moe_text"})
+# Text models whose attention gates each head by one number, and whose layers may differ in heads.
+_GATED_HEADS = frozenset({"step3p5"})
 # Text models whose MLP is two matrices (up, down) rather than three (gate, up, down).
 _UNGATED = frozenset({"opt", "phi", "gpt2", "gpt_neox", "starcoder2", "bloom", "falcon", "cosmos3_edge_text"})
 # Text models of experts whose intermediate_size is that of one expert.
 _WIDTH_OF_EXPERTS = frozenset({"aria_text", "minimax_m3_vl_text"})
 # A positive number under one of these names means a mixture of experts.
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# Of a family's `tiles`: why the number of vision tokens does not tell what the vision tower did.
+_UNTOLD = {
+    "unpadded": "cuts padding away after its vision tower",
+    "lines": "adds tokens at the ends of lines of patches, which differ in length",
+    "views": "has tiles of another size than its overview",
+}
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ class LayerShape:
     """How one layer is unlike the others; 0 as they are."""
 
     head_dim: int = 0
+    heads: int = 0
     kv_heads: int = 0
     intermediate: int = 0
     kv_matrices: int = 2  # 1: its values are its keys; 0: both are another layer's
@@ -153,6 +163,7 @@ class DecoderShape:
     experts: Experts | None = None
     latent: Latent | None = None  # in place of `kv_heads` and `head_dim`
     gate: int = 0  # width of attention's output gate
+    gated_heads: bool = False  # of one number per head, in place of `gate`
     mixers: Mapping[int, Mixer] = field(default_factory=dict)  # of the layers that do not attend
     layers: Mapping[int, LayerShape] = field(default_factory=dict)  # those that are unlike the others
     beside: int = 0  # multiply-adds of a token in each layer beside attention and MLP
@@ -164,8 +175,10 @@ class DecoderShape:
         other."""
         own, around = self.layers.get(layer, _ALIKE), self.around if layer == 0 else 0
         head_dim = own.head_dim or self.head_dim
-        query_width, kv_width = self.heads * head_dim, (own.kv_heads or self.kv_heads) * head_dim
-        matrices = 2 * query_width + own.kv_matrices * kv_width + self.gate  # q and o, k and v
+        heads = own.heads or self.heads
+        query_width, kv_width = heads * head_dim, (own.kv_heads or self.kv_heads) * head_dim
+        gate = heads if self.gated_heads else self.gate
+        matrices = 2 * query_width + own.kv_matrices * kv_width + gate  # q and o, k and v
         projections = 2.0 * tokens * (self.hidden * matrices + self.beside + around)
         keys = tokens if keys is None else keys
         seen = min(keys, self.windows.get(layer, keys))
@@ -286,6 +299,7 @@ def decoder_shape(config: Any) -> DecoderShape:
         experts=experts,
         latent=_latent(text),
         gate=_gate(text, heads, head_dim),
+        gated_heads=field_of(text, "model_type") in _GATED_HEADS,
         mixers={layer: _mixer(text, layer) for layer in states_of(text, layers)},
         layers=_unlike(text, layers),
         beside=_beside(text, hidden),
@@ -335,6 +349,7 @@ def _unlike(text: Any, layers: int) -> dict[int, LayerShape]:
         values_are_keys = bool(field_of(text, "attention_k_eq_v")) and types[layer] == "full_attention"
         found[layer] = LayerShape(
             head_dim=field_of(given.get(layer, {}), "head_dim") or 0,
+            heads=field_of(given.get(layer, {}), "num_attention_heads") or 0,
             kv_heads=field_of(given.get(layer, {}), "num_key_value_heads") or 0,
             intermediate=widths[layer] if isinstance(widths, (list, tuple)) else wide if source is not None else 0,
             kv_matrices=0 if source is not None else 1 if values_are_keys else 2,
@@ -433,6 +448,7 @@ def _experts(text: Any, layers: int) -> Experts | None:
             "no FLOPs can be stated for this model"
         )
     shared = field_of(text, "n_shared_experts") or field_of(text, "moe_num_shared_experts") or 0
+    shared_width = field_of(text, "shared_intermediate_size") or field_of(text, "share_expert_dim")
     sparse_step = field_of(text, "decoder_sparse_step") or 1
     first = field_of(text, "first_k_dense_replace") or 0
     named = field_of(text, "mlp_only_layers") or ()
@@ -443,7 +459,7 @@ def _experts(text: Any, layers: int) -> Experts | None:
         routed=size_of(text, name),
         active=size_of(text, "top_k_experts") if beside else size_of(text, "num_experts_per_tok", "moe_topk"),
         width=width,
-        shared_width=beside or gated or field_of(text, "shared_intermediate_size") or width * shared,
+        shared_width=beside or gated or shared_width or width * shared,
         shared_gates=1 if gated else 0,
         dense=frozenset(dense),
     )
@@ -474,11 +490,9 @@ def vision_flops(config: Any, n_images: int = 1, *, n_vision: int | None = None)
     if vision is None:
         raise Unsupported("vision_flops needs a config with a vision_config; this one has none")
     family, tower = family_of(config), tower_of(config)
-    if family.tiles == "unpadded" and n_vision is not None:
-        raise Unsupported(
-            f"{family.model_type!r} cuts padding away after its vision tower: "
-            "the number of vision tokens does not tell the tower's FLOPs"
-        )
+    why = _UNTOLD.get(family.tiles)
+    if why is not None and (n_vision is not None or family.tiles != "unpadded"):
+        raise Unsupported(f"{family.model_type!r} {why}: the number of vision tokens does not tell the tower's FLOPs")
     if isinstance(family.projector, str):
         raise Unsupported(f"the projector of {family.model_type!r} is not known: its vision encoder is not counted")
     if tower.images == NOT_KNOWN:

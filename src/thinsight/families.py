@@ -184,6 +184,13 @@ def _convolution(vision: Any, merged: int, middle: int) -> int:
     return size_of(vision, "hidden_size") * merged * out + out * out + 3 * out * middle
 
 
+def paths(config: Any, vision: Any, merged: int) -> int:
+    """Granite Docling's coarse path: a matrix from merged patches and one as wide as the decoder, and two for each
+    layer of the tower that DeepStack taps."""
+    features, out = size_of(vision, "hidden_size") * merged, size_of(vision, "out_hidden_size")
+    return (1 + len(field_of(vision, "deepstack_visual_indexes"))) * (features + out) * out
+
+
 def wide_matrices(config: Any, vision: Any, merged: int) -> int:
     """From merged patches to as many numbers, and to the decoder's width."""
     features = size_of(vision, "hidden_size") * merged
@@ -270,6 +277,8 @@ class Tower:
 _FILLED = "its vision tower fills all images up to one number of patches, which is not what its tokens are made of"
 _NO_TOWER = "it has no vision tower whose attention could be read: its projector reads pixels"
 _CROPS = "its vision tower reads crops that overlap, and a token is made of patches of several"
+_QUERIED = "its tokens are queries of its vision tower, each of which has looked at all of a view"
+_VIEWS = "its vision tower runs an overview and tiles of another size one after the other"
 _CLS_LAST = "its vision tower's CLS token stands behind the patches, and tokens are made of blocks of them"
 _CLIP, _FIXED = Tower("fixed", class_token=True), Tower("fixed")
 _QWEN2 = Tower("any", width="embed_dim", mlp="mlp_ratio", out="hidden_size")
@@ -283,11 +292,14 @@ TOWERS: dict[str | None, Tower] = {
     "clip_vision_model": _CLIP,
     **dict.fromkeys(("internvl_vision", "qianfan_ocr_vision"), _CLIP),
     **dict.fromkeys(("siglip_vision_model", "idefics3_vision", "smolvlm_vision"), _FIXED),
+    "granite_docling_vision": _FIXED,
+    "step3p5_vision": Tower("fixed", unread=_VIEWS),
+    "deepseek_ocr2_vision": Tower("fixed", unread=_QUERIED),
     "llama4_vision_model": Tower("fixed", class_token=True, unread=_CLS_LAST),
     "ovis2_vision": Tower("fixed", gated=True),
     **dict.fromkeys(("pixtral", "glm_ocr_vision"), Tower("any", gated=True)),
     **dict.fromkeys(("paddleocr_vl_vision", "video_llama_3_vision", "kimi_k25_vision"), _PLAIN),
-    **dict.fromkeys(("cosmos3_edge_vision", "minimax_m3_vl_vision"), _PLAIN),
+    **dict.fromkeys(("cosmos3_edge_vision", "minimax_m3_vl_vision", "hunyuan_vl_vision"), _PLAIN),
     "muse_glimmer_vision": Tower("any", windowed=True),
     **dict.fromkeys(("sam_vision_model", "got_ocr2_vision", "pp_chart2table_vision"), _SAM),
     "janus_vision_model": Tower("fixed", mlp="mlp_ratio"),
@@ -307,7 +319,7 @@ TOWERS: dict[str | None, Tower] = {
 }
 """By the vision config's model_type."""
 
-Tiles = Literal["whole", "overview first", "overview last", "unpadded", "resampled", "pooled"]
+Tiles = Literal["whole", "lines", "overview first", "overview last", "views", "unpadded", "resampled", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -326,9 +338,10 @@ class SupportedModel:
 class Family(SupportedModel):
     """A row: all that is known of a family. What it leaves out is as most families have it.
 
-    `tiles` says how an image becomes vision tokens: "whole", or cut into tiles with the "overview first" or "overview
-    last" among them; "unpadded" is an overview, then tiles whose padding was cut away after the tower (LLaVA-NeXT);
-    "resampled" tokens have each looked at all of the image, "pooled" ones are made of patches of crops that overlap.
+    `tiles` says how an image becomes vision tokens: "whole", in "lines" with tokens of its own at the ends, or cut into
+    tiles with the "overview first" or "overview last" among them, or with tiles of another size ("views"); "unpadded"
+    is an overview, then tiles whose padding was cut away after the tower (LLaVA-NeXT); "resampled" tokens have each
+    looked at all of the image, "pooled" ones are made of patches of crops that overlap.
     """
 
     since: tuple[int, int] = OLDEST  # the first transformers that has it, of those that can be used
@@ -351,7 +364,6 @@ _WINDOWS = "static caches are refused: the text model's windowed layers keep the
 _SHARED = (
     "no tokens can be left out of layers that read another layer's keys: each has those of the last one before them"
 )
-_PROPOSALS = "assisted decoding: what an assistant proposes first ranks as if it were prompt"
 _CHUNKS = "static caches are refused: the text model's chunked layers keep theirs in a ring"
 _MISTRAL = "static caches are refused on Mistral 7B v0.1 text"
 _STATES = "later turns whose rows keep different numbers of tokens are refused: some layers carry a state"
@@ -392,6 +404,7 @@ _ROWS = (
         notes="images in a later turn on a cache: say position_ids, which transformers gets wrong",
         projector=middle_matrices,
     ),
+    _resampled("deepseek_ocr2", "DeepseekOcr2ForConditionalGeneration", "DeepSeek-OCR 2", runs=False),
     _llava("deepseek_vl", "DeepseekVLForConditionalGeneration", "DeepSeek-VL"),
     _hybrid("deepseek_vl_hybrid", "DeepseekVLHybridForConditionalGeneration", "DeepSeek-VL Hybrid"),
     _qwen("exaone4_5", "Exaone4_5_ForConditionalGeneration", "EXAONE 4.5", notes=_WINDOWS),
@@ -407,6 +420,17 @@ _ROWS = (
         *("got_ocr2", "GotOcr2ForConditionalGeneration", "GOT-OCR 2.0"),
         bare_processor="GotOcr2Processor",
         flat_processor="GotOcr2Processor",
+    ),
+    _idefics(
+        *("granite_docling", "GraniteDoclingForConditionalGeneration", "Granite Docling"),
+        notes="costs are those of the coarse path",
+        projector=paths,
+    ),
+    Family(
+        *("hunyuan_vl", "HunYuanVLForConditionalGeneration", "HunYuan-VL, HunyuanOCR"),
+        notes="answers hang on the batch, whose images transformers numbers on from row to row; images in a later turn "
+        "on a cache: say position_ids, which it gets wrong",
+        tiles="lines",
     ),
     _qwen(
         *("hyperclovax_vision_v2", "HyperCLOVAXVisionV2ForConditionalGeneration", "HyperCLOVA X Vision 2"),
@@ -463,15 +487,11 @@ _ROWS = (
     _sam("pp_chart2table", "GotOcr2ForConditionalGeneration", "PP-Chart2Table"),
     _internvl("qianfan_ocr", "QianfanOCRForConditionalGeneration", "Qianfan-OCR", needs=()),
     _qwen("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2.5-VL"),
-    _qwen(
-        "qwen2_5_omni_thinker", "Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2.5-Omni thinker", notes=_PROPOSALS
-    ),
+    _qwen("qwen2_5_omni_thinker", "Qwen2_5OmniThinkerForConditionalGeneration", "Qwen2.5-Omni thinker"),
     _qwen("qwen2_vl", "Qwen2VLForConditionalGeneration", "Qwen2-VL"),
     _qwen("qwen3_5", "Qwen3_5ForConditionalGeneration", "Qwen3.5", notes=_STATES),
     _qwen("qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration", "Qwen3.5 MoE", notes=_STATES),
-    _qwen(
-        "qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3-Omni thinker", notes=_PROPOSALS
-    ),
+    _qwen("qwen3_omni_moe_thinker", "Qwen3OmniMoeThinkerForConditionalGeneration", "Qwen3-Omni thinker"),
     _qwen("qwen3_vl", "Qwen3VLForConditionalGeneration", "Qwen3-VL"),
     _qwen("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", "Qwen3-VL MoE"),
     _gemma(
@@ -480,6 +500,7 @@ _ROWS = (
         "about its policies alone: evaluate with Gemma3Processor",
     ),
     _idefics("smolvlm", "SmolVLMForConditionalGeneration", "SmolVLM 1 and 2", needs=(*_VISION, "num2words")),
+    Family(*("step3p7", "Step3p7ForConditionalGeneration", "Step 3.7"), notes=_WINDOWS, needs=_VISION, tiles="views"),
     _llava("video_llama_3", "VideoLlama3ForConditionalGeneration", "VideoLLaMA 3", _BOTH, needs=_VISION),
     _llava("video_llava", "VideoLlavaForConditionalGeneration", "Video-LLaVA", _BOTH, needs=_VISION),
     _llava("vipllava", "VipLlavaForConditionalGeneration", "VipLLaVA"),

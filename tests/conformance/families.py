@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .family import Family, Vision
+from .few_queries import heed_queries
 from .inputs import (
     BOS,
     BREAK,
@@ -35,6 +36,8 @@ from .inputs import (
 )
 
 __all__ = ["FAMILIES"]
+
+heed_queries()
 
 # --- towers and text models
 
@@ -146,6 +149,31 @@ def marked_rows(size: int, tokens: int) -> Vision:
     return make
 
 
+def masked_tiles(size: int, tokens: int) -> Vision:
+    """As `tiles`, with a mask of the tiles that a row has (Granite Docling)."""
+
+    def make(draw: Draw, number: int) -> Part:
+        part = tiles(size, tokens, mark=True)(draw, number)
+        mask = torch.ones(len(part.tensors["pixel_values"]), dtype=torch.bool)
+        return Part(part.ids, part.kinds, part.groups, {**part.tensors, "pixel_attention_mask": mask})
+
+    return make
+
+
+def views(size: int, local: int, overview: int, tile: int, behind: int) -> Vision:
+    """An overview, perhaps a tile before it (Step 3.7), and a separator behind (DeepSeek-OCR 2)."""
+
+    def make(draw: Draw, number: int) -> Part:
+        count = (1, 0)[number % 2]
+        tokens = count * tile + overview + behind
+        tensors = {"pixel_values": draw.pixels(1, 3, size, size), "num_local_patches": torch.tensor([count])}
+        if count:
+            tensors["pixel_values_local"] = draw.pixels(count, 3, local, local)
+        return vision([tokens], [tokens], tensors)
+
+    return make
+
+
 def any_resolution(size: int, base: int, grid: int) -> Vision:
     """An overview and tiles, unpadded, with a token at the end of each row of patches (LLaVA-NeXT)."""
     shapes = [(size * 2, size * 2, 4), (size, size * 2, 2), (size * 2, size, 2)]
@@ -183,6 +211,22 @@ def patches(patch: int, merge: int = 2, *, frames: int = 2, flat: bool = True, s
             "pixel_values": draw.pixels(tokens * merge**2, *shape),
             "image_grid_thw": torch.tensor([grid]),
             **({"image_merge_sizes": torch.tensor([merge])} if sizes else {}),
+        }
+        return vision([[START], tokens, [END]], [tokens], tensors)
+
+    return make
+
+
+def patch_lines(patch: int) -> Vision:
+    """Patches in a list, with their grid; tokens before and behind an image, and at the end of each line (HunYuan)."""
+    grids = [(6, 8), (4, 10), (6, 6)]
+
+    def make(draw: Draw, number: int) -> Part:
+        height, width = grids[number % len(grids)]
+        tokens = height // 2 * (width // 2 + 1) + 2
+        tensors = {
+            "pixel_values": draw.pixels(height * width, 3 * patch * patch),
+            "image_grid_thw": torch.tensor([[1, height, width]]),
         }
         return vision([[START], tokens, [END]], [tokens], tensors)
 
@@ -432,9 +476,8 @@ AUDIO = {
     **{"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "output_dim": 32},
     **{"num_mel_bins": 16, "max_source_positions": 20},
 }
-# transformers 5.23 counts the places of a later turn's image as if it were text, and asks these models for all logits,
-# so that nothing tells an assistant's first proposals from the prompt
-OMNI: dict[str, Any] = {"images_later": False, "assisted": False, "in_space": True}
+# transformers 5.23 counts the places of a later turn's image as if it were text
+OMNI: dict[str, Any] = {"images_later": False, "in_space": True}
 OMNI_MARKS = {"audio_token_id": UNK, "audio_start_token_id": TILE, "audio_end_token_id": BREAK}
 GEMMA4_TOWER = {
     "model_type": "gemma4_vision",
@@ -478,6 +521,7 @@ LATENT = {
     "num_key_value_heads": 4,
     "head_dim": 4,  # of the rotary part
 }
+GRANITE = {"attention_multiplier": 0.35, "embedding_multiplier": 1.5, "residual_multiplier": 0.8, "logits_scaling": 0.5}
 WINDOWED_LAYERS = {"sliding_window": 10, "layer_types": ["sliding_attention", "full_attention"] * 2}
 # a layer that attends, two that carry a state and do not, one that attends
 GATED_DELTA_NET = {
@@ -1186,6 +1230,80 @@ TABLE = [
         image=patches(4),
         video=patch_video(4, stamps=True),
         attn=NO_FLEX,
+    ),
+    Family(
+        name="granite-docling",
+        model_class="GraniteDoclingForConditionalGeneration",
+        config=config(
+            text("granite_docling_text", **GRANITE),
+            tower(
+                *("granite_docling_vision", 42, 7), out_hidden_size=32, scale_factor=2, deepstack_visual_indexes=[0, 1]
+            ),
+            density_router_hidden_size=8,
+        ),
+        image=masked_tiles(42, 9),
+        collate=per_row,
+        in_space=True,
+    ),
+    Family(
+        name="deepseek-ocr2",
+        model_class="DeepseekOcr2ForConditionalGeneration",
+        config=config(
+            text(
+                "deepseek_ocr2_text",
+                n_routed_experts=4,
+                moe_intermediate_size=32,
+                num_experts_per_tok=2,
+                n_shared_experts=1,
+                mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+            ),
+            {
+                "sam_config": {
+                    **SAM_TOWER,
+                    "model_type": "deepseek_ocr2_sam_vision_model",
+                    "downsample_channels": [16, 32],
+                },
+                "encoder_config": text("deepseek_ocr2_encoder", intermediate_size=48, num_hidden_layers=2),
+                "queries": 9,
+            },
+        ),
+        image=views(64, 48, 9, 9, 1),
+        attn=NO_FLEX,
+    ),
+    Family(
+        name="hunyuan-vl",
+        model_class="HunYuanVLForConditionalGeneration",
+        config=config(
+            text(
+                "hunyuan_vl_text",
+                # the last axis, which is an image's number, has no share: transformers 5.23 numbers the images of a
+                # batch on from row to row, so that a row has other positions than alone
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1, 0]},
+            ),
+            {**FLAT_TOWER, "model_type": "hunyuan_vl_vision", "max_image_size": 32},
+            im_start_id=START,
+            im_end_id=END,
+            im_newline_id=BREAK,
+        ),
+        image=patch_lines(4),
+        types=MM_TYPES,
+        places_later_images=False,
+    ),
+    Family(
+        name="step3.7",
+        model_class="Step3p7ForConditionalGeneration",
+        config=config(
+            text(
+                "step3p5",
+                **{**WINDOWED_LAYERS, "num_sliding_attention_heads": 8},
+                **{"n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
+                share_expert_dim=40,
+                mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+            ),
+            tower("step3p5_vision", 64, 4, mlp_ratio=1.5),
+        ),
+        image=views(64, 48, 16, 9, 0),
+        refuses=WINDOWS,
     ),
 ]
 

@@ -44,8 +44,7 @@ class Family:
     beams: tuple[Spec, ...] = PADDED  # rows on which the stock model's beam search is right
     encodes_ahead: bool = True  # `generate` can copy and cut what the stock model's encoder made
     images_later: bool = True  # the stock model reads the image of a later turn as it would from the start
-    assisted: bool = True  # a first pass tells what an assistant proposed
-    in_space: bool = False  # tokens have places in time, height and width, of which embeddings say nothing
+    in_space: bool = False  # tokens have places in space, or more features, of which embeddings say nothing
     static_cache: bool = True  # the stock model runs with one
     places_later_images: bool = True  # the stock `generate` knows the positions of images behind a cache
     takes_processors: bool = True  # the stock `generate` heeds a `logits_processor`
@@ -148,6 +147,9 @@ def _shared(family: Family, attn: str, seed: int) -> PreTrainedModel:
     return family.build(attn, seed)
 
 
+_TOKENS = ("embed", "newline", "separator", "image_begin", "image_end")  # in names of what stands among tokens
+
+
 @torch.no_grad()
 def draw_weights(model: nn.Module, seed: int) -> None:
     """Draw every weight anew, in the order of its name."""
@@ -164,7 +166,7 @@ def draw_weights(model: nn.Module, seed: int) -> None:
             parameter.copy_(1.5 * parameter.shape[2] ** -0.5 * noise)
         elif parameter.ndim >= 4:
             parameter.copy_(parameter[0].numel() ** -0.5 * noise)
-        elif parameter.ndim >= 2 or "embed" in name or "newline" in name:
+        elif parameter.ndim >= 2 or any(word in name for word in _TOKENS):
             parameter.copy_(noise)
         elif "q_norm" in name or "k_norm" in name:
             parameter.add_(0.6 + 0.1 * noise)

@@ -38,6 +38,7 @@ UNREADABLE = {  # towers whose attention cannot be told per token
     *("mistral3", "lighton-ocr", "gemma4", "gemma4-moe", "gemma4-unified", "llama4", "molmo2"),
     *("qwen2.5-omni", "qwen3-omni"),
     *("qwen3.5", "qwen3.5-moe", "lfm2-vl", "lfm3-vl", "minicpm-v-4.6", "minicpm-ocr"),
+    *("deepseek-ocr2", "hunyuan-vl", "step3.7"),
 }
 STOP = [EOS, *range(60, 70)]  # so that answers end at various lengths
 

@@ -191,6 +191,7 @@ def test_a_batch_is_what_the_processor_makes_of_all() -> None:
 PROCESSORS = [  # of the supported families; transformers has some with torchvision only
     *("AriaImageProcessorPil", "CLIPImageProcessorPil", "Cosmos3EdgeImageProcessorPil", "DeepseekVLImageProcessorPil"),
     *("DeepseekVLHybridImageProcessorPil", "Gemma3ImageProcessorPil", "GlmgaImageProcessorPil"),
+    *("DeepseekOcr2ImageProcessorPil", "GraniteDoclingImageProcessorPil"),
     *("JanusImageProcessorPil", "PPChart2TableImageProcessorPil", "PaddleOCRVLImageProcessorPil"),
     *("Glm46VImageProcessorPil", "Glm4vImageProcessorPil", "GotOcr2ImageProcessorPil"),
     *("Idefics2ImageProcessorPil", "Idefics3ImageProcessorPil", "LlavaImageProcessorPil"),
@@ -198,7 +199,10 @@ PROCESSORS = [  # of the supported families; transformers has some with torchvis
     *("PixtralImageProcessorPil", "Qwen2VLImageProcessorPil", "SiglipImageProcessorPil"),
     *("SmolVLMImageProcessorPil", "VideoLlama3ImageProcessorPil", "VideoLlavaImageProcessor"),
 ]
-NESTED = ("Idefics2ImageProcessorPil", "Idefics3ImageProcessorPil", "SmolVLMImageProcessorPil")
+NESTED = (
+    *("GraniteDoclingImageProcessorPil", "Idefics2ImageProcessorPil", "Idefics3ImageProcessorPil"),
+    "SmolVLMImageProcessorPil",
+)
 
 
 @pytest.mark.parametrize("name", PROCESSORS)

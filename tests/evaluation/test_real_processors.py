@@ -87,12 +87,18 @@ def got_ocr2() -> Any:
     return made
 
 
+def deepseek_ocr2() -> Any:
+    images = transformers.DeepseekOcr2ImageProcessorPil(size=square(48), tile_size=48, max_patches=2)
+    return transformers.DeepseekOcr2Processor(images, tokenizer(), patch_size=4, downsample_ratio=4)
+
+
 PROCESSORS: dict[str, Callable[[], Any]] = {
     "paddleocr-vl": paddleocr,
     "deepseek-vl-hybrid": deepseek_hybrid,
     "janus": janus,
     "qianfan-ocr": qianfan,
     "got-ocr2": got_ocr2,
+    "deepseek-ocr2": deepseek_ocr2,
     "aria": aria,
 }
 
@@ -107,8 +113,11 @@ def built(name: str) -> Any:
     return family.build()
 
 
-def asked() -> list[Example]:
+def asked(cut: bool = False) -> list[Example]:
+    """Three questions; `cut`: the second one's image is larger than a tile of DeepSeek-OCR 2's, the others are not."""
     one, two, three = tiny_images(3, size=40)
+    if cut:
+        (two,) = tiny_images(1, seed=1, size=60)
     return [
         Example("a", (one,), "what is this ?", ("red",)),
         Example("b", (two,), "is this red ?", ("red",)),
@@ -118,7 +127,7 @@ def asked() -> list[Example]:
 
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_answers_are_those_of_generate(name: str) -> None:
-    model, processor, examples = built(name), PROCESSORS[name](), asked()
+    model, processor, examples = built(name), PROCESSORS[name](), asked(name == "deepseek-ocr2")
     evaluator = Evaluator(model, processor, examples, max_new_tokens=4, batch_size=2)
     nested = name != "got-ocr2"
     expected: list[list[str]] = [[], []]

@@ -12,11 +12,13 @@ import torch
 from conformance.behaviours import for_each
 from conformance.families import FAMILIES
 from conformance.family import Family
+from tiny import tiny_images
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evaluation"))
 from family_processor import RowProcessor
 
 from thinsight.errors import ThinsightError
+from thinsight.evaluation.example import Example
 from thinsight.families import FAMILIES as ROWS
 from thinsight.job.findings import Grid, grid_of, picture_of
 from thinsight.reduction import Reduction
@@ -68,11 +70,14 @@ GRIDS |= {
     **dict.fromkeys(("qwen3.5", "qwen3.5-moe", "lfm3-vl"), ((4, 4), 0)),
     "gemma4-unified": ((4, 6), 0),
     "llama4": ((2, 2), 8),
+    "lfm2-vl": ((4, 4), 0),
+    "granite-docling": ((3, 3), 18),
 }
 NO_GRID = {
-    **dict.fromkeys(("idefics2", "aria"), "resampled from all of an image, form no grid"),
+    **dict.fromkeys(("idefics2", "aria", "deepseek-ocr2"), "resampled from all of an image, form no grid"),
     **dict.fromkeys(("minicpm-v-4.6", "minicpm-ocr"), "form no grid that could be drawn over one picture"),
-    "lfm2-vl": "patches that a processor has put into a line form no grid",
+    "hunyuan-vl": "some of which stand at the ends of lines, form no grid",
+    "step3.7": "of an overview and tiles of another size, form no grid",
     "molmo2": "made of patches of crops that overlap, form no grid",
 }
 
@@ -126,6 +131,41 @@ def test_several_untiled_images_show_the_first() -> None:
 def test_tiles_of_several_images_form_no_grid() -> None:
     with pytest.raises(ThinsightError, match="2 images are cut into 4 tiles form no grid"):
         found_in("internvl-qwen2", ([2, 3, 9],))
+
+
+@pytest.mark.parametrize(
+    ("whole_view", "images", "n_vision", "found"),
+    [
+        (True, 1, 38, ((2, 3), 32)),
+        (False, 1, 38, "1 images are cut into 3 tiles form no grid"),
+        (True, 2, 38, "2 images are cut into 3 tiles form no grid"),
+        (True, 3, 38, ((4, 4), 0)),
+        (True, 1, 40, "40 vision tokens of images or tiles that make 38 form no grid"),
+    ],
+)
+def test_tiles_of_patches_are_drawn_on_the_view_behind_them(
+    whole_view: bool, images: int, n_vision: int, found: Any
+) -> None:
+    model, processor = FAMILIES["lfm2-vl"].model(), processor_of("lfm2-vl")
+    processor.image_processor = SimpleNamespace(use_thumbnail=whole_view)
+    example = Example("a", tuple(tiny_images(images)), "what")
+    inputs = {"spatial_shapes": torch.tensor([[8, 8], [8, 8], [4, 6]])}
+    if isinstance(found, str):
+        with pytest.raises(ThinsightError, match=found):
+            grid_of(model, processor, example, inputs, n_vision)
+        return
+    grid = grid_of(model, processor, example, inputs, n_vision)
+    assert (grid.size, grid.first) == found
+
+
+def test_lfm2s_tokens_are_in_reading_order() -> None:
+    """Changing a block of patches before the projector changes the token at its place."""
+    model = FAMILIES["lfm2-vl"].build()
+    patches = torch.zeros(1, 4, 6, 32)
+    changed = patches.clone()
+    changed[:, 2:4, 4:6] = torch.linspace(-1, 1, 32)  # the third block of the second row
+    before, after = (model.model.multi_modal_projector(each).flatten(0, 2) for each in (patches, changed))
+    assert (before - after).abs().amax(-1).nonzero().flatten().tolist() == [5]
 
 
 def test_tokens_that_are_no_blocks_of_patches_form_no_grid() -> None:

@@ -68,7 +68,9 @@ def test_deepstack_features_come_along() -> None:
     assert len(encoded.rows([2, 0]).deepstack) == 2
 
 
-@pytest.mark.parametrize("name", ["gemma3", "idefics3", "qwen2-vl"])
+@pytest.mark.parametrize(
+    "name", ["gemma3", "idefics3", "qwen2-vl", "deepseek-vl-hybrid", "deepseek-ocr2", "video-llava"]
+)
 def test_floating_inputs_take_the_models_dtype(name: str) -> None:
     family = HELD[name]
     model = family.build().to(torch.bfloat16)
@@ -76,6 +78,9 @@ def test_floating_inputs_take_the_models_dtype(name: str) -> None:
     assert {feature.dtype for feature in encode_images(model, inputs).features} == {torch.bfloat16}
     listed = on_device(model, {"pixel_values": [torch.zeros(2), torch.tensor([1])]})["pixel_values"]
     assert [tensor.dtype for tensor in listed] == [torch.bfloat16, torch.int64]
+    named = on_device(model, {"input_features": torch.zeros(2), "second_per_grid_ts": torch.tensor([1.003])})
+    assert named["input_features"].dtype == torch.bfloat16
+    assert named["second_per_grid_ts"].item() == pytest.approx(1.003, abs=1e-6)  # positions are counted from it
 
 
 # --- attention inside the tower

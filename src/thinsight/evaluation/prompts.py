@@ -356,9 +356,10 @@ class PromptReader:
                 self._read([example])
         parts = [part for example in examples if (part := self._pixels.get(example.image_keys)) is not None]
         strips = family_of(self.model.config).strips
+        names = dict.fromkeys(name for part in parts for name in part.tensors)  # tiles are of images that are cut alone
         inputs = {}
-        for name in parts[0].tensors:
-            each = [part.tensors[name] for part in parts]
+        for name in names:
+            each = [part.tensors[name] for part in parts if name in part.tensors]
             inputs[name] = torch.cat(each, -1) if strips and name.startswith("pixel_values") else collate(each)
         return inputs, [part.n_vision for part in parts]
 

@@ -67,6 +67,10 @@ def grid_of(model: Any, processor: Any, example: Example, inputs: Mapping[str, A
     vision = model.config.vision_config
     if family_of(model.config).tiles == "resampled":
         raise _no_grid(f"the {n_vision} vision tokens, which are resampled from all of an image,")
+    if family_of(model.config).tiles == "views":
+        raise _no_grid(f"the {n_vision} vision tokens, which are of an overview and tiles of another size,")
+    if family_of(model.config).tiles == "lines":
+        raise _no_grid(f"the {n_vision} vision tokens, some of which stand at the ends of lines,")
     if family_of(model.config).tiles == "pooled":
         raise _no_grid(f"the {n_vision} vision tokens, which are made of patches of crops that overlap,")
     if "image_position_ids" in inputs:
@@ -76,6 +80,8 @@ def grid_of(model: Any, processor: Any, example: Example, inputs: Mapping[str, A
         merge = math.isqrt(family_of(model.config).merge(model.config, vision)) if said is None else int(said[0])
         _, rows, columns = (int(side) for side in inputs["image_grid_thw"][0])
         found = Grid(open_image(example.images[0]), rows // merge, columns // merge)
+    elif "spatial_shapes" in inputs:
+        found = _listed(model, processor, example, inputs, n_vision)
     elif tower_of(model.config).images == "any" and "image_sizes" in inputs:
         found = _pixtral(model, processor, inputs)
     else:
@@ -104,6 +110,22 @@ def _placed(model: Any, inputs: Mapping[str, Any]) -> Grid:
     pixels = patches.float().cpu().view(rows, columns, side, side, 3).transpose(1, 2).flatten(0, 1).flatten(1, 2)
     image = Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy())
     return Grid(image, rows // block, columns // block)
+
+
+def _listed(model: Any, processor: Any, example: Example, inputs: Mapping[str, Any], n_vision: int) -> Grid:
+    """An image, or tiles of it and all of it behind them, as patches filled up to one number (LFM2-VL)."""
+    block = math.isqrt(family_of(model.config).merge(model.config, model.config.vision_config))
+    sizes = [(int(height) // block, int(width) // block) for height, width in inputs["spatial_shapes"]]
+    counts, images = [rows * columns for rows, columns in sizes], len(example.images)
+    if sum(counts) != n_vision:
+        raise _no_grid(f"{n_vision} vision tokens of images or tiles that make {sum(counts)}")
+    if len(sizes) == images:
+        shown = 0
+    elif images == 1 and processor.image_processor.use_thumbnail:
+        shown = len(sizes) - 1
+    else:
+        raise _no_grid(f"{images} images are cut into {len(sizes)} tiles")
+    return Grid(open_image(example.images[0]), *sizes[shown], sum(counts[:shown]))
 
 
 def _tile(model: Any, processor: Any, images: int, inputs: Mapping[str, Any], n_vision: int) -> Grid:

@@ -24,7 +24,10 @@ from .scoring import Probe, VisionReceived
 from .tensors import Mapped
 
 _MARKERS = "visual_indicator_features"  # attribute of Ovis2's encoder output
+_ROUTED = "router_logits"  # attribute of Granite Docling's encoder output, of which only its loss knows
 _RECEIVED = "thinsight_received"  # attribute of an encoder's output: attention received, per entry
+# Seconds per frame of a video, from which Qwen's positions are counted; a coarser dtype would move them.
+_SECONDS = frozenset({"second_per_grid_ts", "video_second_per_grid"})
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class EncodedImages(Mapped):
                     )
                 features = torch.stack(features)
             outputs[modality] = output = BaseModelOutputWithPooling(pooler_output=features)
+            setattr(output, _ROUTED, None)
             if modality in self.stacked:
                 output.last_hidden_state = features  # where Llama 4 takes them from
             if self.deepstack:
@@ -236,7 +240,7 @@ def _kept(output: Any, modality: str) -> EncodedImages:
 
 
 def on_device(model: Any, inputs: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
-    """A processor's output on the model's device (or another), floating pixels in the model's dtype."""
+    """A processor's output on the model's device (or another), all that is floating but times in the model's dtype."""
 
     def moved(value: Any, dtype: torch.dtype | None) -> Any:
         if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
@@ -245,7 +249,7 @@ def on_device(model: Any, inputs: Mapping[str, Any], device: torch.device | None
             return value
         return value.to(device or model.device, dtype if value.is_floating_point() else None)
 
-    return {name: moved(each, model.dtype if name.startswith("pixel_") else None) for name, each in inputs.items()}
+    return {name: moved(each, None if name in _SECONDS else model.dtype) for name, each in inputs.items()}
 
 
 def fit_received(received: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
