@@ -67,6 +67,7 @@ def test_rooms_know_only_those_below() -> None:
         "lmms_eval",
         "vlmevalkit",
         "harness",
+        "serving",
         "job",
         "report",
         "vllm",

@@ -37,6 +37,7 @@ from .job.options import (
     EvaluateOptions,
     PlanOptions,
     SearchOptions,
+    ServeOptions,
     ShowOptions,
     Told,
 )
@@ -53,7 +54,7 @@ _GROUPS = {
         "method", "ranker", "solver", "start", "first_layer", "step", "trade_off", "n_trials", "early_stop", "seed",
     ),
     "Scoring": ("metric", "max_new_tokens", "batch_size", "cache_gib", "cache_dir"),
-    "A server in place of a model": ("server", "against", "served_model", "concurrency", "answers"),
+    "A server in place of a model": ("server", "against", "served_model", "against_model", "concurrency", "answers"),
 }  # fmt: skip
 """Options under one heading in the help, where a command has many; the others come first."""
 _MANY = 12
@@ -86,6 +87,10 @@ _EXAMPLES = {
     "analyze": ("thinsight analyze --model MODEL --data calibration.jsonl",),
     "bench": ("thinsight bench --model MODEL --reduction mine --batch-size 1",),
     "show": ('thinsight show photo.jpg "What is on the sign?" --model MODEL --reduction mine',),
+    "serve": (
+        "thinsight serve --model MODEL --reduction mine",
+        "thinsight serve --model MODEL --reduction owner/name --host 0.0.0.0 --image-hosts images.example.com",
+    ),
     "convert": ("thinsight convert OpenGVLab/InternVL3-8B --out internvl3-8b",),
     "push": ("thinsight push mine owner/name",),
 }
@@ -355,6 +360,17 @@ def bench(options: BenchOptions) -> None:
     result = _watched(lambda watcher: commands.bench(options, watcher))
     Console().print(result.data)
     _print(*result.lines())
+
+
+@_command(ServeOptions)
+def serve(options: ServeOptions) -> None:
+    """Serve a model under a reduction to clients of the OpenAI API, until Ctrl-C.
+
+    NAME answers with the reduction, NAME-full without. A key that clients must send is read from THINSIGHT_API_KEY."""
+    from .serving import open_service
+
+    service = _watched(lambda watcher: open_service(options, watcher, ready=_print))
+    service.run()
 
 
 @_command(ShowOptions)

@@ -241,25 +241,31 @@ def _written_image(processor: Any, example: Example, token: str) -> str:
 
 def _process(processor: Any, example: Example, images: Sequence[Image.Image]) -> dict[str, Any]:
     """What the processor makes of one example: (1, seq) and all that belongs to its images."""
-    text = prompt_text(processor, example)
+    return processed(processor, prompt_text(processor, example), images, f"example {example.id!r}")
+
+
+def processed(processor: Any, text: str, images: Sequence[Image.Image], what: str) -> dict[str, Any]:
+    """What a processor makes of one prompt and its images, which may be none: (1, seq) and all that belongs to them.
+
+    Raises:
+        BadInput: the images do not fit the prompt, or memory; or it makes several prompts. It names ``what``.
+    """
     start = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
     # a chat template may have written it already
     options = {"add_special_tokens": False} if start and text.startswith(start) else {}
     given = [list(images)] if nests_images(processor) else list(images)
     try:
-        made = dict(processor(text=[text], images=given, return_tensors="pt", **options))
+        made = dict(processor(text=[text], images=given if images else None, return_tensors="pt", **options))
     except ValueError as error:  # the processor's own check of images against image tokens
         raise BadInput(
-            f"the prompt of example {example.id!r} does not fit its {len(example.images)} images ({error}): "
+            f"the prompt of {what} does not fit its {len(images)} images ({error}): "
             f"the chat template must put {image_token(processor)!r} where an image belongs"
         ) from error
     except MemoryError:
-        raise BadInput(
-            f"the images of example {example.id!r} do not fit into memory with their processor: make them smaller"
-        ) from None
+        raise BadInput(f"the images of {what} do not fit into memory with their processor: make them smaller") from None
     if len(made["input_ids"]) > 1:
         raise BadInput(
-            f"{type(processor).__name__} makes {len(made['input_ids'])} prompts of example {example.id!r}: pass a "
+            f"{type(processor).__name__} makes {len(made['input_ids'])} prompts of {what}: pass a "
             "processor that asks the example's question alone"
         )
     return made

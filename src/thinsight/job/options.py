@@ -111,6 +111,14 @@ _REDUCTION = f"Folder or hub id of a reduction. Default: {DEFAULT_OUT}, else Fas
 _LONGEST = "Longest answer in tokens."
 
 
+def _check_bounds(options: Any) -> None:
+    """Refuse a number of the options that is out of its bounds."""
+    for each in fields(options):
+        about, value = each.metadata.get("told", Told()), getattr(options, each.name)
+        if about.least is not None and about.read is None and value is not None:
+            whole(value, each.name, about.least, about.most)
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and how it is to run; see `thinsight.loading.load_model`."""
@@ -188,10 +196,7 @@ class JobOptions(ReadingOptions):
         """
         from ..loading import check_options, load_config
 
-        for each in fields(self):
-            about, value = each.metadata.get("told", Told()), getattr(self, each.name)
-            if about.least is not None and about.read is None and value is not None:
-                whole(value, each.name, about.least)
+        _check_bounds(self)
         self.check_reading(self.data)
         model = self.model
         check_options(model.dtype, model.device, model.attn)
@@ -235,7 +240,7 @@ class ScoringOptions(JobOptions):
         return super().check()
 
 
-_OF_A_SERVER = ("against", "served_model", "answers")
+_OF_A_SERVER = ("against", "against_model", "served_model", "answers")
 
 
 @dataclass(frozen=True)
@@ -248,6 +253,7 @@ class EvaluateOptions(ScoringOptions):
     )
     against: str | None = told(None, "--server: another one, such as the full model's, for the drop.", place=3)
     served_model: str | None = told(None, "--server: its model. Default: the only one it has.", place=3)
+    against_model: str | None = told(None, "--against: its model. Default: that of --served-model.", place=3)
     concurrency: int = told(8, "--server: questions asked at once.", least=1, place=3)
     answers: Path | None = told(
         None, "--server: file that keeps the answers; the same command goes on where it stopped.", place=3
@@ -292,6 +298,52 @@ class ShowOptions(JobOptions):
     reduction: str | None = told(None, _REDUCTION)
     out: Path = told(Path("thinsight-kept.png"), "The picture to write.")
     max_new_tokens: int = told(32, _LONGEST, least=1)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What `thinsight serve` is told."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    reduction: str | None = told(None, _REDUCTION)
+    name: str | None = told(
+        None, "What clients call the model; NAME-full is the one without the reduction. Default: the model's own."
+    )
+    host: str = told("127.0.0.1", "Address to listen on; 0.0.0.0 is all of this machine's.")
+    port: int = told(8000, "Port to listen on; 0 is any that is free.", least=0, most=65535)
+    max_tokens: int = told(1024, "Longest answer in tokens that a request may ask for.", least=1, place=1)
+    max_images: int = told(8, "Images of one request.", least=0, place=1)
+    max_image_mib: int = told(10, "Size of one image as it is stored, in MiB.", least=1, most=1024, place=1)
+    max_image_pixels: int = told(36_000_000, "Pixels of one image.", least=1, place=1)
+    max_waiting: int = told(32, "Requests that are answered or wait; more are told to come back.", least=1, place=1)
+    allow_url_images: bool = told(
+        False, "Open http and https addresses of images, on public hosts. Default: only images in the request.", place=1
+    )
+    image_hosts: tuple[str, ...] = told(
+        (),
+        "Open addresses on these hosts alone, which may be private ones: images.example.com,10.0.0.5.",
+        kind=str | None,
+        said=None,
+        read=lambda names: tuple(name.strip().lower() for name in names.split(",") if name.strip()),
+        place=1,
+    )
+
+    def check(self) -> Any:
+        """As `JobOptions.check`."""
+        from ipaddress import ip_address
+
+        from ..loading import check_options, load_config
+
+        _check_bounds(self)
+        try:
+            ip_address(self.host)
+        except ValueError:
+            raise BadInput(
+                f"host is {self.host!r}: give an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
+            ) from None
+        model = self.model
+        check_options(model.dtype, model.device, model.attn)
+        return load_config(model.model, model.trust_remote_code, model.unlisted)
 
 
 # -- runs on two sets ----------------------------------------------------------------------------------------

@@ -107,7 +107,9 @@ def evaluate_server(options: EvaluateOptions, watcher: Watcher | None = None) ->
     most = options.max_new_tokens or LONGEST
     kept = Kept(options.answers, content_hash(examples), most)
     assert options.server is not None
-    asked = [Server(url, options.served_model) for url in (options.server, options.against) if url is not None]
+    asked = [Server(options.server, options.served_model)]
+    if options.against is not None:
+        asked.append(Server(options.against, options.against_model or options.served_model))
     for server in asked:
         server.choose_model()
     found = [server.answers(examples, most, options.concurrency, kept, watcher) for server in asked]
@@ -144,6 +146,8 @@ def check_server_options(options: EvaluateOptions) -> None:
         whole(options.max_new_tokens, "max_new_tokens")
     if options.reduction is not None:
         raise BadInput("reduction is of a model that runs here; what a server runs is said when it is started")
+    if options.against_model is not None and options.against is None:
+        raise BadInput(f"against_model is {options.against_model!r} without --against: name its server, too")
     for name, url in (("server", options.server), ("against", options.against)):
         if url is None:
             continue
