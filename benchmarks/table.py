@@ -80,9 +80,11 @@ class Results:
         head = [list(self.columns), ["---"] + ["---:"] * (len(self.columns) - 1)]
         lines = [f"| {' | '.join(cells)} |" for cells in [*head, *map(self._cells, self.rows)]]
         device = "" if self.where["device"] == "cpu" else f"{self.where['device']}; "
+        more = "".join(f", {name} {self.where[name]}" for name in ("vllm",) if name in self.where)
+        note = f"; {self.where['note']}" if "note" in self.where else ""
         return "\n".join(lines) + (
             f"\n\n{device}{self.where['machine']}, {self.where['threads']} threads; {date}; "
-            f"torch {self.where['torch']}, transformers {self.where['transformers']}.\n"
+            f"torch {self.where['torch']}, transformers {self.where['transformers']}{more}{note}.\n"
         )
 
     def print(self, title: str) -> None:

@@ -8,7 +8,10 @@ take turns round by round; medians over rounds, ratios of rounds. Three kinds of
 - decode: the time of a step of so many requests with long contexts; the engines take turns step by step, and the ratio
   is the median over pairs of steps.
 - load: requests that arrive at random times (one seed for all engines), to the time of their first token and the
-  throughput.
+  throughput; `--rate inf` has all of them there at once, which is what an engine can do at most.
+
+Ratios are of the wall clock. On a CPU prefill and decode also have those of processor time, which others that use the
+machine do not stretch.
 
 "one ratio" is one keep rate for all layers from layer 0, chosen by a fixed order: what an engine does that drops before
 the decoder. Its FLOPs are the schedule's. "thin stages" loses one token at each of 6 stages: what bookkeeping costs.
@@ -26,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -51,18 +55,23 @@ class Size:
 SIZES = {"tiny": Size(64, 6, 2, 128), "small": Size(1024, 24, 16, 2816), "7b": Size(4096, 32, 32, 11008, "bfloat16")}
 ENGINES = ("stock", "one ratio", "schedule")
 COLUMNS: Columns = {
-    "kind": setting("kind"),
+    "kind": lambda row: f"{row['kind']}, {row['requests']} at {row['rate']}/s" if "rate" in row else str(row["kind"]),
     "N": setting("N"),
     "batch": setting("batch"),
     "engine": setting("engine"),
+    "stock, ms": lambda row: f"{row.get('stock_ms', row.get('stock_ttft_ms')):,.0f}",
+    "this, ms": lambda row: f"{row.get('reduced_ms', row.get('reduced_ttft_ms')):,.0f}",
     "FLOPs": number("flops_ratio", "{:.2f}"),
     "decoder": number("decoder_ratio", "{:.2f}"),
-    "decoder / FLOPs": number("of_flops", "{:.2f}"),
+    "of FLOPs": number("of_flops", "{:.2f}"),
+    "of FLOPs, processor": number("of_flops_cpu", "{:.2f}"),
     "whole call": number("call_ratio", "{:.2f}"),
     "decode step": number("step_ratio", "{:.3f}"),
+    "decode step, processor": number("step_ratio_cpu", "{:.3f}"),
     "first token": number("ttft_ratio", "{:.2f}"),
     "throughput": number("throughput_ratio", "{:.2f}"),
 }
+CLOCK = "ratios of stock to this engine by the wall clock, those of processor time in columns that say so"
 
 
 def stairs(layers: int) -> Schedule:
@@ -162,6 +171,30 @@ def prompts(count: int, side: int, seed: int) -> list[dict[str, Any]]:
     return made
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """By the wall clock, and of the processor: all threads of this process."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    @classmethod
+    def now(cls) -> Seconds:
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self) -> Seconds:
+        """How long ago it was."""
+        now = self.now()
+        return Seconds(now.wall - self.wall, now.cpu - self.cpu)
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.wall + other.wall, self.cpu + other.cpu)
+
+
 class Engine:
     """vLLM in this process."""
 
@@ -189,25 +222,25 @@ class Engine:
         self.inner = self.llm.llm_engine
         runner = self.inner.model_executor.driver_worker.worker.model_runner
         self.model = runner.get_model()
-        self.forward_s = 0.0
+        self.forward = Seconds()
         stock = self.model.forward
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begun = _now()
+            begun = Seconds.now()
             result = stock(*args, **kwargs)
-            self.forward_s += _now() - begun
+            self.forward += begun.since()
             return result
 
         self.model.forward = timed
 
-    def prefill(self, given: list[dict[str, Any]]) -> tuple[float, float]:
-        """Seconds of the decoder's forward pass, and of the whole call."""
+    def prefill(self, given: list[dict[str, Any]]) -> tuple[Seconds, Seconds]:
+        """Of the decoder's forward pass, and of the whole call."""
         from vllm import SamplingParams
 
-        self.forward_s = 0.0
-        begun = _now()
+        self.forward = Seconds()
+        begun = Seconds.now()
         self.llm.generate(given, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-        return self.forward_s, _now() - begun
+        return self.forward, begun.since()
 
     def begin(self, given: list[dict[str, Any]], tokens: int) -> None:
         """Read prompts, and decode their first tokens."""
@@ -216,19 +249,19 @@ class Engine:
         for _ in range(3):
             self.step()
 
-    def step(self) -> float:
-        """Seconds of one step."""
-        begun = _now()
+    def step(self) -> Seconds:
+        """Of one step."""
+        begun = Seconds.now()
         self.inner.step()
-        return _now() - begun
+        return begun.since()
 
     def load(self, given: list[dict[str, Any]], arrivals: list[float], tokens: int) -> tuple[list[float], float]:
         """Seconds to the first token of each request, and of all of it."""
         first: dict[str, float] = {}
         waiting = list(enumerate(zip(given, arrivals, strict=True)))
-        begun = _now()
+        begun = Seconds.now()
         while waiting or self.inner.has_unfinished_requests():
-            while waiting and _now() - begun >= waiting[0][1][1]:
+            while waiting and begun.since().wall >= waiting[0][1][1]:
                 number, (prompt, _) = waiting.pop(0)
                 self._add(f"{number}", prompt, tokens)
             if not self.inner.has_unfinished_requests():
@@ -236,25 +269,13 @@ class Engine:
                 continue
             for output in self.inner.step():
                 if output.outputs and output.outputs[0].token_ids:
-                    first.setdefault(output.request_id, _now() - begun)
-        return [first[f"{number}"] - at for number, at in enumerate(arrivals)], _now() - begun
+                    first.setdefault(output.request_id, begun.since().wall)
+        return [first[f"{number}"] - at for number, at in enumerate(arrivals)], begun.since().wall
 
     def _add(self, name: str, prompt: dict[str, Any], tokens: int) -> None:
         from vllm import SamplingParams
 
         self.inner.add_request(name, prompt, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-_clock = CLOCKS["wall"]
-
-
-def _now() -> float:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return _clock()
 
 
 @contextmanager
@@ -292,6 +313,20 @@ def turns(made: dict[str, Engine], rounds: int, measured: Callable[[Engine, int]
 def ratio(slow: list[float], fast: list[float]) -> float:
     """The median of the rounds' ratios."""
     return median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def ratios(name: str, slow: list[Seconds], fast: list[Seconds]) -> dict[str, float]:
+    """The same by the wall clock, and of processor time where the processor does the work."""
+    import torch
+
+    found = {name: ratio([each.wall for each in slow], [each.wall for each in fast])}
+    if not torch.cuda.is_available():
+        found[f"{name}_cpu"] = ratio([each.cpu for each in slow], [each.cpu for each in fast])
+    return found
+
+
+def milliseconds(found: list[Seconds]) -> float:
+    return 1e3 * median(each.wall for each in found)
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -333,24 +368,23 @@ def _prefill_rows(
     full = cost.flops(config, n_vision=n, n_text=TEXT, schedule=Schedule.full(SIZES[options.size].layers))
     for name in list(made)[1:]:
         flops = full / cost.flops(config, n_vision=n, n_text=TEXT, schedule=kinds[name][0])
-        decoder = ratio([a for a, _ in found["stock"]], [a for a, _ in found[name]])
-        whole = ratio([b for _, b in found["stock"]], [b for _, b in found[name]])
+        decoder = ratios("decoder_ratio", [a for a, _ in found["stock"]], [a for a, _ in found[name]])
         yield {
             "kind": "prefill",
             **common,
             "engine": name,
             "flops_ratio": flops,
-            "decoder_ratio": decoder,
-            "of_flops": decoder / flops,
-            "call_ratio": whole,
-            "stock_ms": 1e3 * median(a for a, _ in found["stock"]),
-            "reduced_ms": 1e3 * median(a for a, _ in found[name]),
+            **decoder,
+            **{key.replace("decoder_ratio", "of_flops"): value / flops for key, value in decoder.items()},
+            **ratios("call_ratio", [b for _, b in found["stock"]], [b for _, b in found[name]]),
+            "stock_ms": milliseconds([a for a, _ in found["stock"]]),
+            "reduced_ms": milliseconds([a for a, _ in found[name]]),
         }
 
 
 def _decode_rows(made: dict[str, Engine], options: Any, common: Any, side: int) -> Iterator[Any]:
     batch = common["batch"]
-    found: dict[str, list[float]] = {name: [] for name in made}
+    found: dict[str, list[Seconds]] = {name: [] for name in made}
     for seed in range(options.rounds):
         for engine in made.values():
             engine.begin(prompts(batch, side, seed), options.tokens)
@@ -365,9 +399,10 @@ def _decode_rows(made: dict[str, Engine], options: Any, common: Any, side: int) 
             "kind": "decode",
             **common,
             "engine": name,
-            "step_ratio": ratio(found["stock"], found[name]),
-            "stock_ms": 1e3 * median(found["stock"]),
-            "reduced_ms": 1e3 * median(found[name]),
+            "tokens": options.tokens,
+            **ratios("step_ratio", found["stock"], found[name]),
+            "stock_ms": milliseconds(found["stock"]),
+            "reduced_ms": milliseconds(found[name]),
         }
 
 
@@ -378,7 +413,7 @@ def _load_rows(made: dict[str, Engine], options: Any, common: Any, side: int) ->
         draw, at, arrivals = random.Random(number), 0.0, []
         for _ in range(count):
             arrivals.append(at)
-            at += draw.expovariate(options.rate)
+            at += draw.expovariate(options.rate) if options.rate < inf else 0.0
         first, seconds = engine.load(prompts(count, side, number), arrivals, options.tokens)
         return median(first), seconds
 
@@ -389,11 +424,14 @@ def _load_rows(made: dict[str, Engine], options: Any, common: Any, side: int) ->
             **common,
             "engine": name,
             "requests": count,
-            "rate": options.rate,
+            "rate": f"{options.rate:g}",
+            "tokens": options.tokens,
             "ttft_ratio": ratio([a for a, _ in found["stock"]], [a for a, _ in found[name]]),
             "throughput_ratio": ratio([b for _, b in found["stock"]], [b for _, b in found[name]]),
             "stock_ttft_ms": 1e3 * median(a for a, _ in found["stock"]),
             "reduced_ttft_ms": 1e3 * median(a for a, _ in found[name]),
+            "stock_tokens_per_s": count * options.tokens / median(b for _, b in found["stock"]),
+            "reduced_tokens_per_s": count * options.tokens / median(b for _, b in found[name]),
         }
 
 
@@ -407,19 +445,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer, for decode and load")
     parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=2.0, help="requests a second")
+    parser.add_argument("--rate", type=float, default=2.0, help="requests a second; inf: all at once")
     parser.add_argument("--compile", action="store_true", help="steps without images run compiled")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--resume", action="store_true", help="add to the rows that are in --out")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm.json")
-    parser.add_argument(
-        "--clock", choices=list(CLOCKS), default="wall", help="cpu: seconds of the processor, where others use it too"
-    )
     options = parser.parse_args(arguments)
-    if options.clock == "cpu" and ("load" in options.kind or options.device != "cpu"):
-        raise SystemExit("--clock cpu is of prefill and decode on a CPU: requests arrive by the wall clock")
-    global _clock
-    _clock = CLOCKS[options.clock]
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     import torch
@@ -427,7 +458,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here: leave out --device cuda")
-    where = {**about(torch.device(options.device)), "vllm": __version__, "clock": options.clock}
+    where = {**about(torch.device(options.device)), "vllm": __version__, "note": CLOCK}
     results = Results(options.out, where, COLUMNS, options.resume)
     for row in rows(options):
         results.add(row)
