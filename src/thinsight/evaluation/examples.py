@@ -55,8 +55,8 @@ def load_examples(
             "benchmark:pope" or "benchmark:pope=FILE". A reader is named as "name:path" where the file does not tell it.
             Further fields are kept in ``extra``.
         limit: use only so many: the first ones, or a random draw when ``seed`` is given (file order is kept). What
-            comes behind the first ones is not read. Of benchmarks, whose files are sorted, a fixed draw, of which what
-            belongs together is there whole.
+            comes behind the first ones is not read. Of benchmarks whose files are sorted by category, a fixed draw, in
+            which what belongs together is there whole.
         seed: see ``limit``.
         progress: called as ``progress("images", done, total)`` while images are decoded. None: a notebook draws it.
         columns: the names that the data has for fields: ``{"image": "img", "question": "q", "answers": "a"}``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from operator import attrgetter, itemgetter
@@ -87,14 +87,29 @@ def benchmark_of(example: Example) -> Benchmark | None:
 
 
 def taken(examples: Iterable[Example], limit: int | None) -> list[Example]:
-    """At most ``limit`` of them in their order: the first ones, and no more is read; of benchmarks, whose files are
-    sorted by category or image, as many as fit of whole units (`Benchmark.sampled`) that a hash of their names picks,
-    the same ones in every run."""
+    """At most ``limit`` of them in their order: the first ones, and no more is read. Of benchmarks whose first ones
+    lack categories that come later in the file, as many as fit of whole units (`Benchmark.sampled`) that a hash of
+    their names picks, the same ones in every run; for that all of the file is read."""
     stream = iter(examples)
-    first = next(stream, None)
-    if first is None or limit is None or benchmark_of(first) is None:
-        return list(islice(() if first is None else chain([first], stream), limit))
-    return _sample(chain([first], stream), limit)
+    if limit is None:
+        return list(stream)
+    first = list(islice(stream, limit))
+    if not first or benchmark_of(first[0]) is None:
+        return first
+    there = {_category(example) for example in first}
+    later: set[Hashable] = set()
+
+    def noted() -> Iterator[Example]:
+        for example in stream:
+            later.add(_category(example))
+            yield example
+
+    sample = _sample(chain(first, noted()), limit)
+    return first if later <= there else sample
+
+
+def _category(example: Example) -> Hashable:
+    return example.extra.get("benchmark"), str(example.extra.get("category", example.task))
 
 
 def _sample(examples: Iterable[Example], limit: int) -> list[Example]:
