@@ -20,6 +20,7 @@ from thinsight.errors import ThinsightError
 from thinsight.families import FAMILIES as ROWS
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply, encode_images, vision_token_mask
+from thinsight.runtime.cache import fresh_cache
 from thinsight.schedule import Schedule
 
 HELD = [family for family in FAMILIES.values() if family.model_type in ROWS]
@@ -103,6 +104,8 @@ def test_the_decoder_agrees_with_the_counter_of_torch(family: Family) -> None:
     length = 9  # no longer than the window of the families that have one
     ids = torch.tensor([[BOS, *range(20, 20 + length - 1)]])
     last = {"logits_to_keep": 1} if family.keys_of else {}  # what `generate` asks of layers that read another's keys
+    if family.types is not None and family.types.also:  # vision tokens have experts of their own
+        last = {family.types.also: torch.tensor([[0, 1, 1, 1, 1, 0, 0, 0, 0]])}
     measured = counted(lambda: decoder_of(model)(input_ids=ids, **last)) - behind_the_end(model)
     rotary = 2 * length * 3 * 64  # frequencies x positions, at most three axes, once
     assert measured == pytest.approx(cost.flops(model.config, n_vision=4, n_text=length - 4), abs=rotary)
@@ -114,7 +117,7 @@ def test_the_cache_takes_what_stock_transformers_caches(family: Family) -> None:
     model = family.model("eager")
     ids = torch.tensor([[BOS, *range(20, 28)]])
     with torch.no_grad():
-        cache = decoder_of(model)(input_ids=ids, use_cache=True).past_key_values
+        cache = decoder_of(model)(input_ids=ids, use_cache=True, **fresh_cache(model)).past_key_values
     # a state is not counted, and layers that read another's keys have none
     attending = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
     taken = sum(layer.keys.nbytes + layer.values.nbytes for layer in attending)
@@ -167,6 +170,10 @@ UNTOLD = {
     "idefics2": "projector of 'idefics2' is not known",
     "aria": "projector of 'aria' is not known",
     "molmo2": "projector of 'molmo2' is not known",
+    "granite4-vision": "cuts padding away",
+    "perception-lm": "projector of 'perception_lm' is not known",
+    "fast-vlm": "projector of 'fast_vlm' is not known",
+    "gemma3n": "projector of 'gemma3n' is not known",
     **{family.name: "projector of .* is not known" for family in HELD if family.name.startswith(("lfm", "minicpm"))},
     "step3.7": "has tiles of another size than its overview",
     "hunyuan-vl": "adds tokens at the ends of lines",
@@ -291,6 +298,22 @@ def test_experts_as_wide_as_the_config_says() -> None:
     dense = by_hand(15, 15, 2 * 15 * 3 * 8 * 9)
     expected = dense + 3 * by_hand(15, 15, router + routed + 2 * 15 * 3 * 8 * 7)
     assert cost.flops({**TEXT, **minimax}, n_vision=10, n_text=5) == expected
+
+
+def test_vision_tokens_with_experts_of_their_own() -> None:
+    """ERNIE 4.5 VL: ten vision tokens through narrower experts, five others, shared experts for all."""
+    ernie = {
+        "model_type": "ernie4_5_vl_moe_text",
+        "moe_num_experts": 5,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_intermediate_size": [6, 4],
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    }
+    routed = 2 * (2 * 5 * 3 * 8 * 6) + 2 * (2 * 10 * 3 * 8 * 4)
+    experts = 2 * 15 * 8 * 5 + routed + 2 * 15 * 3 * 8 * 6
+    expected = by_hand(15, 15, 2 * 15 * 3 * 8 * 10) + 3 * by_hand(15, 15, experts)
+    assert cost.flops({**TEXT, **ernie}, n_vision=10, n_text=5) == expected
 
 
 def test_a_gate_of_attention_is_one_matrix_more() -> None:

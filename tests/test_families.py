@@ -28,7 +28,7 @@ from thinsight.runtime.anatomy import refusal, vision_placeholders
 
 MAY_BE_NONE = {"tower", "video_placeholder"}  # for each of them the row's comment says what None means
 KNOWN = {"fixed", "any"}
-UNSAID = {"minicpm_ocr", "minicpmv4_6"}  # of their configs only checkpoints say the placeholders
+UNSAID = {"minicpm_ocr", "minicpmv4_6", "minicpmv4_7"}  # of their configs only checkpoints say the placeholders
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=lambda row: row.model_type)
@@ -125,6 +125,28 @@ def test_hunyuan_turns_its_tokens_by_their_images_number_too(spec: list[int]) ->
     config = {**family.config, "text_config": {**family.config["text_config"], "rope_parameters": rope}}
     numbered = replace(family, config=config)
     check_steps(numbered, Case(ts.Schedule([1, 0.7, 0.4, 0.2])), numbered.batch(numbered.rows([spec])))
+
+
+def test_flash_attention_is_refused_where_positions_scale_it() -> None:
+    """It would take the gaps that dropped tokens leave for the ends of packed sequences (Ministral 3, Mistral 4)."""
+    for name in ("mistral3-ministral3", "mistral3-mistral4"):
+        model = FAMILIES[name].build()
+        model.get_decoder().config._attn_implementation = "flash_attention_2"
+        with pytest.raises(Unsupported, match="positions with gaps for packed sequences"):
+            apply(model, ts.Schedule([1, 0.5, 0.5, 0.25]))
+
+
+def test_a_ratio_of_windows_that_is_not_whole_is_refused() -> None:
+    family = FAMILIES["granite4-vision"]
+    assert family_of(family.model().config).merge(family.model().config, None) == 4
+    with pytest.raises(Unsupported, match="downsample_rate 3/8 makes no whole number of patches a token"):
+        family_of(family.model().config).merge({"downsample_rate": "3/8"}, None)
+
+
+def test_a_tower_of_timm_is_refused_for_what_reads_its_attention() -> None:
+    for name in ("fast-vlm", "perception-lm", "gemma3n"):
+        with pytest.raises(Unsupported, match="package timm, whose attention cannot be read here"):
+            apply(FAMILIES[name].build(), ts.Reduction(ts.Schedule([1, 0.5, 0.5, 0.25]), "vision-attention"))
 
 
 def test_a_tower_that_is_not_known_is_not_guessed() -> None:

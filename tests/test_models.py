@@ -67,7 +67,8 @@ def test_the_list_says_what_the_suite_says() -> None:
 
 def source_of_processor(model_type: str) -> str:
     """Of transformers' class, read and not run: it may need what is not installed."""
-    shared = {"glm_ocr": "Glm46VProcessor", "glmga": "Glm46VProcessor"}  # by the checkpoint, not the type
+    # by the checkpoint, not the type
+    shared = {"glm_ocr": "Glm46VProcessor", "glmga": "Glm46VProcessor", "fast_vlm": "LlavaProcessor"}
     whole = model_type.removesuffix("_thinker")
     processor = getattr(transformers, shared.get(model_type) or PROCESSOR_MAPPING_NAMES[whole])
     spec = importlib.util.find_spec(processor.__module__)
@@ -118,6 +119,7 @@ def test_the_readme_lists_the_families_of_the_suite() -> None:
         ("aria", "which is not on the list yet: nobody has tried AriaForConditionalGeneration"),
         ("unlimited_ocr", r"layers \(reference_sliding_attention\) that keep the prompt and a window"),
         ("pi0", "'pi0' moves a robot"),
+        ("mistral_large4", r"layers \(indexed_attention\) that choose the keys"),
         ("florence2", "'florence2' is an encoder-decoder"),
         ("mllama", "'mllama' reads images by cross-attention"),
         ("llama", r"which transformers [\d.]+ does not load as a model that answers questions about images"),

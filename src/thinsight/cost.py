@@ -22,6 +22,7 @@ How it is counted, so that two figures can be compared:
   ones; some of its layers may be dense. Llama 4 runs every token through all experts, and is counted so;
 - multi-head latent attention (DeepSeek-V3, arXiv 2412.19437, section 2.1.1) counts the matrices of its low ranks, and
   caches the latent and the one rotated key that stock transformers caches, not the heads made of them;
+- vision tokens that have experts of their own (ERNIE 4.5 VL) count those;
 - a gate on what attention gives (Muse Glimmer; Step 3.7, whose layers differ in heads) counts as the matrix it is;
 - a layer that reads another layer's keys and values (Gemma 3n, Gemma 4) has neither projections nor a cache of its own,
   and as many tokens as the last layer that has; Gemma 4 runs it on the last position only, as `generate` does;
@@ -100,11 +101,13 @@ class Experts:
     shared_width: int  # of all shared experts together
     dense: frozenset[int]  # layers that have an ordinary MLP
     shared_gates: int = 0  # numbers that say how much of the shared experts counts
+    vision_width: int | None = None  # of one routed expert for vision tokens, which have their own (ERNIE 4.5 VL)
 
-    def flops(self, tokens: int, hidden: int) -> float:
-        """Router, active and shared experts over ``tokens`` positions."""
+    def flops(self, tokens: int, hidden: int, n_vision: int = 0) -> float:
+        """Router, active and shared experts over ``tokens`` positions, so many of which are vision tokens."""
         width = self.active * self.width + self.shared_width
-        return 2.0 * tokens * hidden * (self.routed + self.shared_gates + 3 * width)
+        own = 0 if self.vision_width is None else n_vision * self.active * (self.vision_width - self.width)
+        return 2.0 * hidden * (tokens * (self.routed + self.shared_gates + 3 * width) + 3 * own)
 
 
 @dataclass(frozen=True)
@@ -170,9 +173,11 @@ class DecoderShape:
     around: int = 0  # and before the first layer and behind the last
     readers_last_only: bool = False  # layers that read another's keys run on the last position alone
 
-    def layer_flops(self, tokens: int, layer: int = 0, keys: int | None = None) -> tuple[float, float, float]:
-        """(projections, attention, MLP) FLOPs of one layer over ``tokens`` positions, which see ``keys``, or each
-        other."""
+    def layer_flops(
+        self, tokens: int, layer: int = 0, keys: int | None = None, n_vision: int = 0
+    ) -> tuple[float, float, float]:
+        """(projections, attention, MLP) FLOPs of one layer over ``tokens`` positions, ``n_vision`` of them vision
+        tokens, which see ``keys``, or each other."""
         own, around = self.layers.get(layer, _ALIKE), self.around if layer == 0 else 0
         head_dim = own.head_dim or self.head_dim
         heads = own.heads or self.heads
@@ -191,7 +196,7 @@ class DecoderShape:
             mixer = self.mixers[layer]
             projections, attention = 2.0 * tokens * mixer.projections, 2.0 * tokens * mixer.state
         if self.experts is not None and layer not in self.experts.dense:
-            return projections, attention, self.experts.flops(tokens, self.hidden)
+            return projections, attention, self.experts.flops(tokens, self.hidden, n_vision)
         mlp = 2.0 * tokens * self.hidden * (own.intermediate or self.intermediate) * (3 if self.gated else 2)
         return projections, attention, mlp
 
@@ -202,7 +207,9 @@ class DecoderShape:
         last = tokens[max(layer for layer, source in enumerate(sources) if source is None)]
         read = min(last, 1) if self.readers_last_only else last
         return [
-            self.layer_flops(n, layer) if source is None else self.layer_flops(read, layer, tokens[source])
+            self.layer_flops(n, layer, n_vision=n - n_text)
+            if source is None
+            else self.layer_flops(read, layer, tokens[source])
             for layer, (n, source) in enumerate(zip(tokens, sources, strict=True))
         ]
 
@@ -441,6 +448,7 @@ def _experts(text: Any, layers: int) -> Experts | None:
     beside = _intermediate(text) if field_of(text, "enable_moe_block") else 0  # Gemma 4: a dense MLP beside them
     wide, kind = field_of(text, "model_type") in _WIDTH_OF_EXPERTS, field_of(text, "model_type")
     width = field_of(text, "intermediate_size" if wide else "moe_intermediate_size")
+    width, vision_width = width if isinstance(width, (list, tuple)) else (width, None)
     gated = field_of(text, "shared_expert_intermediate_size")  # of shared experts that a number weighs
     if not width or (gated and kind not in _OUTPUT_GATE):
         raise Unsupported(
@@ -457,11 +465,12 @@ def _experts(text: Any, layers: int) -> Experts | None:
     dense = {i for i in range(layers) if i < first or i in named or (i + 1) % sparse_step}
     return Experts(
         routed=size_of(text, name),
-        active=size_of(text, "top_k_experts") if beside else size_of(text, "num_experts_per_tok", "moe_topk"),
+        active=size_of(text, "top_k_experts") if beside else size_of(text, "num_experts_per_tok", "moe_topk", "moe_k"),
         width=width,
         shared_width=beside or gated or shared_width or width * shared,
         shared_gates=1 if gated else 0,
         dense=frozenset(dense),
+        vision_width=vision_width,
     )
 
 

@@ -13,7 +13,7 @@ from importlib import metadata
 from operator import attrgetter
 from typing import Any, Literal
 
-from .errors import BadInput
+from .errors import BadInput, Unsupported
 from .registry import Registry
 
 OLDEST, UNTESTED = (5, 19), (5, 25)
@@ -85,6 +85,14 @@ def merged_twice(config: Any, vision: Any) -> int:
     kernel = field_of(config, "merge_kernel_size") or (2, 2)
     inside = 1 if field_of(config, "downsample_mode") == "4x" else int(window[0] * window[1])
     return inside * int(kernel[0] * kernel[1]) ** int(field_of(config, "merger_times") or 1)
+
+
+def windows(config: Any, vision: Any) -> int:
+    """Granite Vision's: queries of each window of patches, so many per side."""
+    queries, patches = (int(side) for side in str(field_of(config, "downsample_rate")).split("/"))
+    if patches % queries:
+        raise Unsupported(f"downsample_rate {queries}/{patches} makes no whole number of patches a token")
+    return (patches // queries) ** 2
 
 
 def shuffled(config: Any, vision: Any) -> int:
@@ -191,6 +199,13 @@ def paths(config: Any, vision: Any, merged: int) -> int:
     return (1 + len(field_of(vision, "deepstack_visual_indexes"))) * (features + out) * out
 
 
+def merged_in_time(config: Any, vision: Any, merged: int) -> int:
+    """ERNIE 4.5 VL's: two matrices on merged patches, two on pairs of these, which an image's are with themselves, and
+    one to the decoder's width."""
+    features = size_of(vision, "hidden_size") * merged
+    return features * (5 * features + _width(config))
+
+
 def wide_matrices(config: Any, vision: Any, merged: int) -> int:
     """From merged patches to as many numbers, and to the decoder's width."""
     features = size_of(vision, "hidden_size") * merged
@@ -280,6 +295,7 @@ _CROPS = "its vision tower reads crops that overlap, and a token is made of patc
 _QUERIED = "its tokens are queries of its vision tower, each of which has looked at all of a view"
 _VIEWS = "its vision tower runs an overview and tiles of another size one after the other"
 _CLS_LAST = "its vision tower's CLS token stands behind the patches, and tokens are made of blocks of them"
+_TIMM = "its vision tower is one of the package timm, whose attention cannot be read here"
 _CLIP, _FIXED = Tower("fixed", class_token=True), Tower("fixed")
 _QWEN2 = Tower("any", width="embed_dim", mlp="mlp_ratio", out="hidden_size")
 _QWEN2_5, _QWEN3 = Tower("any", gated=True, windowed=True), Tower("any")
@@ -300,6 +316,8 @@ TOWERS: dict[str | None, Tower] = {
     **dict.fromkeys(("pixtral", "glm_ocr_vision"), Tower("any", gated=True)),
     **dict.fromkeys(("paddleocr_vl_vision", "video_llama_3_vision", "kimi_k25_vision"), _PLAIN),
     **dict.fromkeys(("cosmos3_edge_vision", "minimax_m3_vl_vision", "hunyuan_vl_vision"), _PLAIN),
+    "ernie4_5_vl_moe_vision": _PLAIN,
+    **dict.fromkeys(("gemma3n_vision", "timm_wrapper"), Tower("fixed", unread=_TIMM)),
     "muse_glimmer_vision": Tower("any", windowed=True),
     **dict.fromkeys(("sam_vision_model", "got_ocr2_vision", "pp_chart2table_vision"), _SAM),
     "janus_vision_model": Tower("fixed", mlp="mlp_ratio"),
@@ -314,7 +332,7 @@ TOWERS: dict[str | None, Tower] = {
     **dict.fromkeys(("qwen3_5_vision", "qwen3_5_moe_vision"), _QWEN3),
     **dict.fromkeys(("glm4v_vision", "glm4v_moe_vision"), _GLM4V),
     # how their FLOPs add up is not known: rows with them leave the projector out
-    **dict.fromkeys(("minicpm_ocr_vision", "minicpmv4_6_vision"), Tower("any")),
+    **dict.fromkeys(("minicpm_ocr_vision", "minicpmv4_6_vision", "minicpmv4_7_vision"), Tower("any")),
     **dict.fromkeys(("lfm3_vl_vision", "siglip2_vision_model"), Tower("any")),
 }
 """By the vision config's model_type."""
@@ -331,7 +349,7 @@ class SupportedModel:
     name: str
     modalities: tuple[str, ...] = ("image",)  # "image", "video": what `generate` takes by arguments of their own
     notes: str = ""  # what of it is refused, or needs a step of its own
-    needs: tuple[str, ...] = ()  # packages that its processor needs beside thinsight's own
+    needs: tuple[str, ...] = ()  # packages that its processor or its tower needs beside thinsight's own
 
 
 @dataclass(frozen=True)
@@ -354,6 +372,7 @@ class Family(SupportedModel):
     tower: Tower | None = None  # None: what `TOWERS` has for the vision config's model_type
     merge: Merge = spatial_merge
     projector: Projector | Literal["not known"] = NOT_KNOWN
+    makes_cache: bool = True  # a forward pass makes itself a cache where it is given none
     second_tower: str = ""  # of its config: where that of a tower beside the first is
     bare_processor: str = ""  # its processor's class, if a prompt without a chat template names no roles
     flat_processor: str = ""  # its processor's class, if it takes a prompt's images without a list of their own
@@ -367,6 +386,7 @@ _SHARED = (
 _CHUNKS = "static caches are refused: the text model's chunked layers keep theirs in a ring"
 _MISTRAL = "static caches are refused on Mistral 7B v0.1 text"
 _STATES = "later turns whose rows keep different numbers of tokens are refused: some layers carry a state"
+_PLACES = "images in a later turn on a cache: say position_ids, which transformers gets wrong"
 _CONVERT = "original checkpoints: `thinsight convert`"
 
 # What rows share, and what makes a family's own kind.
@@ -401,14 +421,17 @@ _ROWS = (
     _cohere("cohere2_vision", "Cohere2VisionForConditionalGeneration", "Command A Vision", needs=_VISION, runs=True),
     _qwen(
         *("cosmos3_edge", "Cosmos3EdgeForConditionalGeneration", "Cosmos3 Edge"),
-        notes="images in a later turn on a cache: say position_ids, which transformers gets wrong",
+        notes=_PLACES,
         projector=middle_matrices,
     ),
     _resampled("deepseek_ocr2", "DeepseekOcr2ForConditionalGeneration", "DeepSeek-OCR 2", runs=False),
     _llava("deepseek_vl", "DeepseekVLForConditionalGeneration", "DeepSeek-VL"),
     _hybrid("deepseek_vl_hybrid", "DeepseekVLHybridForConditionalGeneration", "DeepSeek-VL Hybrid"),
+    _qwen(*("ernie4_5_vl_moe", "Ernie4_5_VLMoeForConditionalGeneration", "ERNIE 4.5 VL"), projector=merged_in_time),
     _qwen("exaone4_5", "Exaone4_5_ForConditionalGeneration", "EXAONE 4.5", notes=_WINDOWS),
+    Family("fast_vlm", "FastVlmForConditionalGeneration", "FastVLM", needs=("timm",)),
     _gemma("gemma3", "Gemma3ForConditionalGeneration", "Gemma 3", notes=_WINDOWS),
+    Family("gemma3n", "Gemma3nForConditionalGeneration", "Gemma 3n", notes=f"{_WINDOWS}; {_SHARED}", needs=("timm",)),
     _gemma4("gemma4", "Gemma4ForConditionalGeneration", "Gemma 4", _BOTH, needs=_VISION),
     _unified("gemma4_unified", "Gemma4UnifiedForConditionalGeneration", "Gemma 4 Unified", _BOTH, needs=_VISION),
     _glm("glm46v", "Glm46VForConditionalGeneration", "GLM-4.6V"),
@@ -420,6 +443,12 @@ _ROWS = (
         *("got_ocr2", "GotOcr2ForConditionalGeneration", "GOT-OCR 2.0"),
         bare_processor="GotOcr2Processor",
         flat_processor="GotOcr2Processor",
+    ),
+    Family(
+        *("granite4_vision", "Granite4VisionForConditionalGeneration", "Granite 4 Vision"),
+        tiles="unpadded",
+        merge=windows,
+        makes_cache=False,
     ),
     _idefics(
         *("granite_docling", "GraniteDoclingForConditionalGeneration", "Granite Docling"),
@@ -468,6 +497,7 @@ _ROWS = (
     _unpadded("llava_onevision", "LlavaOnevisionForConditionalGeneration", "LLaVA-OneVision", _BOTH, needs=_VISION),
     _minicpm("minicpm_ocr", "MiniCPMOcrForConditionalGeneration", "MiniCPM-OCR", since=(5, 21)),
     _minicpm("minicpmv4_6", "MiniCPMV4_6ForConditionalGeneration", "MiniCPM-V 4.6"),
+    _minicpm(*("minicpmv4_7", "MiniCPMV4_7ForConditionalGeneration", "MiniCPM-V 4.7"), notes=f"{_STATES}; {_PLACES}"),
     _qwen(
         *("minimax_m3_vl", "MiniMaxM3SparseForConditionalGeneration", "MiniMax-M3"),
         notes="layers with a sparse index are refused",
@@ -484,6 +514,12 @@ _ROWS = (
     _ovis("ovis2", "Ovis2ForConditionalGeneration", "Ovis2"),
     Family("paddleocr_vl", "PaddleOCRVLForConditionalGeneration", "PaddleOCR-VL", projector=wide_matrices),
     _paligemma("paligemma", "PaliGemmaForConditionalGeneration", "PaliGemma 1 and 2"),
+    Family(
+        *("perception_lm", "PerceptionLMForConditionalGeneration", "PerceptionLM", _BOTH),
+        notes="images of a batch have one number of tiles",
+        needs=(*_VISION, "timm"),
+        tiles="overview first",
+    ),
     _sam("pp_chart2table", "GotOcr2ForConditionalGeneration", "PP-Chart2Table"),
     _internvl("qianfan_ocr", "QianfanOCRForConditionalGeneration", "Qianfan-OCR", needs=()),
     _qwen("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "Qwen2.5-VL"),
@@ -520,23 +556,19 @@ _QUERIES = (
 )
 _WORDS = "turns an image into words of its own vocabulary, which it writes itself, too: no tokens are vision alone"
 _SPEAKS = "is a whole of a model that reads and one that speaks; load the reading part, its thinker, alone"
-_TIMM = "has a vision tower of the package timm, with which nobody has tried a reduction yet"
 _CROSSES = "reads images by cross-attention: its decoder's input has no vision tokens to drop"
 
 REFUSED: dict[str, str] = {
     **dict.fromkeys(("blip", "idefics"), _CROSSES),
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo"), _QUERIES),
     **dict.fromkeys(("chameleon", "emu3"), _WORDS),
-    **dict.fromkeys(("fast_vlm", "gemma3n", "perception_lm"), _TIMM),
     **dict.fromkeys(("qwen2_5_omni", "qwen3_omni_moe"), _SPEAKS),
     "diffusion_gemma": "writes whole blocks by diffusion, again and again over all of the prompt, not token by token",
-    "ernie4_5_vl_moe": "sends vision and text tokens to different experts, by a list of all tokens of the prompt",
     "evolla": "reads proteins, by cross-attention, and no images",
     "git": _IN_FRONT,
-    "granite4_vision": "adds vision features to the input of several decoder layers, by the places of the whole prompt",
     "kosmos-2": "lays an image's features over places that an argument names, not over tokens of its own",
     "kosmos-2.5": "lays an image's features over places that an argument names, not over tokens of its own",
-    "mistral4": "is a text model: it has no vision encoder",
+    "mistral4": "is a text model without a vision encoder; inside a model of type 'mistral3' it runs",
     "phi4_multimodal": "reads pixels inside its embedding, by arguments of its own, and swaps adapters for them",
     "pi0": "moves a robot: an action expert reads the keys of all layers, and no text is written",
 }

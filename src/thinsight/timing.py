@@ -23,7 +23,7 @@ from .evaluation.result import ANSWER, PREFILL, PREFILL_WITH_IMAGES, Measurement
 from .reduction import Reduction
 from .runtime import apply, encode_images, num_layers, vision_token_mask
 from .runtime.anatomy import MODALITIES, unwrapped
-from .runtime.cache import CACHE
+from .runtime.cache import CACHE, fresh_cache
 from .runtime.encoding import has_pixels, on_device
 from .schedule import Schedule
 
@@ -182,8 +182,8 @@ def _jobs(model: Any, batch: dict[str, Any], reduction: Reduction, new_tokens: i
     text = {name: value for name, value in batch.items() if not name.startswith("pixel_")}
     vision = encode_images(model, batch, reduction).model_inputs()
     return {
-        PREFILL: lambda: model(**text, **vision, use_cache=True, logits_to_keep=1),
-        PREFILL_WITH_IMAGES: lambda: model(**batch, use_cache=True, logits_to_keep=1),
+        PREFILL: lambda: model(**text, **vision, **fresh_cache(model), use_cache=True, logits_to_keep=1),
+        PREFILL_WITH_IMAGES: lambda: model(**batch, **fresh_cache(model), use_cache=True, logits_to_keep=1),
         ANSWER: lambda: model.generate(
             **batch, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1
         ),

@@ -34,10 +34,12 @@ from .inputs import (
     per_row,
     vision,
 )
+from .patch_tower import register_towers
 
 __all__ = ["FAMILIES"]
 
 heed_queries()
+register_towers()
 
 # --- towers and text models
 
@@ -106,6 +108,15 @@ def fixed(size: int, tokens: int, *, marks: bool = False, name: str = "pixel_val
     def make(draw: Draw, number: int) -> Part:
         pieces: list[int | list[int]] = [[START], tokens, [END]] if marks else [tokens]
         return vision(pieces, [tokens], {name: draw.pixels(1, 3, size, size)})
+
+    return make
+
+
+def stacked_tiles(size: int, count: int, tokens: int) -> Vision:
+    """Every image is cut into so many tiles, of which one is the overview (PerceptionLM)."""
+
+    def make(draw: Draw, number: int) -> Part:
+        return vision([count * tokens], [tokens] * count, {"pixel_values": draw.pixels(1, count, 3, size, size)})
 
     return make
 
@@ -234,19 +245,27 @@ def patch_lines(patch: int) -> Vision:
 
 
 def patch_video(
-    patch: int, merge: int = 2, *, token: int = VIDEO, stamps: bool, depth: int = 2, sizes: bool = False
+    patch: int,
+    merge: int = 2,
+    *,
+    token: int = VIDEO,
+    stamps: bool,
+    depth: int = 2,
+    sizes: bool = False,
+    halved: bool = False,
 ) -> Vision:
     """A video as patches of so many frames with their grid; `stamps`: each frame stands behind its own time stamp;
-    `sizes`: the inputs say `merge` too."""
+    `sizes`: the inputs say `merge` too; `halved`: two frames become one's tokens (ERNIE 4.5 VL)."""
 
     def make(draw: Draw, number: int) -> Part:
-        frames, height, width = ((2, 6, 6), (3, 4, 6))[number % 2]
+        frames, height, width = ((2, 6, 6), (4 if halved else 3, 4, 6))[number % 2]
         tokens = height * width // merge**2
         tensors = {
             "pixel_values_videos": draw.pixels(frames * height * width, 3 * depth * patch * patch),
             "video_grid_thw": torch.tensor([[frames, height, width]]),
             **({"video_merge_sizes": torch.tensor([merge])} if sizes else {}),
         }
+        frames = frames // 2 if halved else frames
         pieces: list[int | list[int]] = [[START], frames * tokens, [END]]
         if stamps:
             pieces = [piece for _ in range(frames) for piece in ([*draw.words(2), START], tokens, [END])]
@@ -549,9 +568,18 @@ MINICPM_TOWER = {
     "image_size": 32,
     "patch_size": 4,
 }
+TIMM_TOWER = {
+    **{"model_type": "timm_wrapper", "architecture": "maps", "hidden_size": 24, "model_args": {"patch_size": 7}},
+    "label_names": ["any"],  # else they would be read from the package
+}
+# queries are scaled by the position of their token, from the eighth on
+SCALED_ROPE = {
+    **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8},
+    **{"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5},
+}
 QWEN35_ROPE = {"mrope_interleaved": True, "partial_rotary_factor": 1.0}
 
-# transformers 5.23 hands the images of a GLM prompt to its beams in the wrong order
+# transformers 5.23 hands the images of a GLM prompt, or of Granite Vision's, to its beams in the wrong order
 ONE_IMAGE_EACH = ([3, 5], [2, 9], [7])
 NO_FLEX = ("sdpa", "eager")  # stock refuses flex_attention
 # a ring buffer of the window's length has no room for columns that are fewer than the window counts
@@ -825,6 +853,24 @@ TABLE = [
         image=pixtral(8, breaks=True),
     ),
     Family(
+        name="mistral3-ministral3",
+        model_class="Mistral3ForConditionalGeneration",
+        config=config(text("ministral3", rope_parameters=SCALED_ROPE), PIXTRAL_TOWER, spatial_merge_size=2),
+        image=pixtral(8, breaks=True),
+        absolute=True,
+    ),
+    Family(
+        name="mistral3-mistral4",
+        model_class="Mistral3ForConditionalGeneration",
+        config=config(
+            text("mistral4", rope_parameters=SCALED_ROPE, **{**LATENT, "qk_nope_head_dim": 4}),
+            PIXTRAL_TOWER,
+            spatial_merge_size=2,
+        ),
+        image=pixtral(8, breaks=True),
+        absolute=True,
+    ),
+    Family(
         name="aya-vision",
         model_class="AyaVisionForConditionalGeneration",
         config=config(COHERE2_TEXT, {**SIGLIP, "image_size": 42}, downsample_factor=2),
@@ -963,6 +1009,24 @@ TABLE = [
             ("minicpm-v-4.6", "MiniCPMV4_6ForConditionalGeneration", 4),
             ("minicpm-ocr", "MiniCPMOcrForConditionalGeneration", 2),  # windows of patches are not merged
         )
+    ),
+    Family(
+        name="minicpm-v-4.7",
+        model_class="MiniCPMV4_7ForConditionalGeneration",
+        config=config(
+            mrope("qwen3_5_text", rope=QWEN35_ROPE, **GATED_DELTA_NET),
+            MINICPM_TOWER,
+            **{"insert_layer_id": 1, "image_start_id": START, "image_end_id": END},
+            **{"slice_start_id": TILE, "slice_end_id": BREAK, "newline_id": UNK},
+            **VIDEO_ID,
+        ),
+        image=strips(4, 4),
+        video=strips(4, 4, video=True),
+        collate=side_by_side,
+        types=MM_TYPES,
+        attn=NO_FLEX,
+        places_later_images=False,
+        ends_in_images=False,
     ),
     Family(
         name="lfm2-vl",
@@ -1148,6 +1212,104 @@ TABLE = [
         config=config(text("exaone4", **WINDOWED_LAYERS), {**WINDOWED_TOWER, "num_key_value_heads": 2}, **VIDEO_ID),
         image=patches(4),
         video=patch_video(4, stamps=False),
+        refuses=WINDOWS,
+    ),
+    Family(
+        name="ernie4.5-vl",
+        model_class="Ernie4_5_VLMoeForConditionalGeneration",
+        config=config(
+            mrope(
+                "ernie4_5_vl_moe_text",
+                moe_num_experts=4,
+                moe_k=2,
+                moe_num_shared_experts=1,
+                moe_intermediate_size=[32, 24],
+                mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+                rope={"mrope_section": [1, 1, 2]},
+            ),
+            PATCH_TOWER,
+            **{"image_start_token_id": START, "image_end_token_id": END, **VIDEO_ID},
+        ),
+        image=patches(4, frames=1),
+        video=patch_video(4, stamps=False, depth=1, halved=True),
+        types=MM_TYPES._replace(also="moe_mm_token_type_ids"),
+        attn=NO_FLEX,
+        assisted=False,  # transformers 5.23 does not lengthen its second token types by what is proposed
+    ),
+    Family(
+        name="granite4-vision",
+        model_class="Granite4VisionForConditionalGeneration",
+        config=config(
+            text("granite4_vision_text", embedding_multiplier=2.0, attention_multiplier=0.4, logits_scaling=0.5),
+            {**SIGLIP, "hidden_size": 64},
+            **PINPOINTS,
+            downsample_rate="1/2",
+            deepstack_layer_map=[[-2, 2], [-1, 0]],
+            spatial_target_layers=[1, 3],
+            vision_feature_select_strategy="full",
+            projector_dropout=0.0,  # in training it would draw, each time anew
+            qformer_config={
+                **{"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 48},
+                **{"cross_attention_frequency": 1, "use_qformer_text_input": False},
+                **{"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+            },
+        ),
+        image=any_resolution(28, base=4, grid=2),
+        beams=ONE_IMAGE_EACH,
+        stacked=True,
+    ),
+    Family(
+        name="perception-lm",
+        model_class="PerceptionLMForConditionalGeneration",
+        config=config(
+            text("llama"),
+            {**TIMM_TOWER, "architecture": "vit", "model_args": {"patch_size": 7, "embed_dim": 24}},
+            projector_pooling_ratio=2,
+            **VIDEO_ID,
+        ),
+        image=stacked_tiles(42, 2, 9),
+        video=frames(42, 2, [9, 9]),
+    ),
+    Family(
+        name="fast-vlm",
+        model_class="FastVlmForConditionalGeneration",
+        config=config(text("qwen2"), TIMM_TOWER),
+        image=fixed(28, 16),
+    ),
+    Family(
+        name="gemma3n",
+        model_class="Gemma3nForConditionalGeneration",
+        config=config(
+            text(
+                "gemma3n_text",
+                intermediate_size=[48, 48, 64, 64],
+                sliding_window=40,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                num_kv_shared_layers=1,
+                hidden_size_per_layer_input=8,
+                vocab_size_per_layer_input=VOCABULARY,
+                altup_num_inputs=3,
+                laurel_rank=8,
+                activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+            ),
+            {
+                "model_type": "gemma3n_vision",
+                "hidden_size": 24,
+                "vocab_size": 4,
+                "vocab_offset": VOCABULARY,
+                "model_args": {"patch_size": 7},
+            },
+            audio_config={
+                "hidden_size": 32,
+                "vocab_size": 4,
+                "vocab_offset": VOCABULARY + 4,
+                "conf_num_attention_heads": 2,
+                "conf_num_hidden_layers": 1,
+            },
+            vision_soft_tokens_per_image=16,
+            audio_token_id=UNK,
+        ),
+        image=fixed(28, 16, marks=True),
         refuses=WINDOWS,
     ),
     Family(

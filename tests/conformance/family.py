@@ -45,7 +45,11 @@ class Family:
     encodes_ahead: bool = True  # `generate` can copy and cut what the stock model's encoder made
     images_later: bool = True  # the stock model reads the image of a later turn as it would from the start
     in_space: bool = False  # tokens have places in space, or more features, of which embeddings say nothing
+    assisted: bool = True  # the stock model runs with an assistant
     static_cache: bool = True  # the stock model runs with one
+    absolute: bool = False  # layers read positions as such, which a plain forward counts over padding
+    stacked: bool = False  # features also enter between decoder layers, of which embeddings say nothing
+    ends_in_images: bool = True  # the stock `generate` knows the positions behind a prompt that ends in an image
     places_later_images: bool = True  # the stock `generate` knows the positions of images behind a cache
     takes_processors: bool = True  # the stock `generate` heeds a `logits_processor`
     config_class: str = ""  # of transformers, where several share the model class
@@ -130,6 +134,12 @@ class Family:
     def inputs(self, specs: Sequence[Spec] = IMAGES, *, seed: int = 0, padding: str = "left") -> dict[str, Tensor]:
         """Keyword arguments of `forward` and `generate` for a padded batch of prompts."""
         return self.batch(self.rows(specs, seed), padding).inputs
+
+    def placed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs, for a plain forward that gives each token the position that `generate` gives it."""
+        if not self.absolute:
+            return inputs
+        return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
 
     def later_inputs(self, model: PreTrainedModel, wholes: list[Row], turns: list[Row]) -> dict[str, Any]:
         """As `Prompts.later_inputs`."""

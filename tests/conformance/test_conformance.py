@@ -37,6 +37,7 @@ SCHEDULES = {
 
 with_video = [family for family in FAMILIES.values() if family.video is not None]
 encoding_ahead = [family for family in FAMILIES.values() if family.encodes_ahead]
+ending_in_images = [family for family in FAMILIES.values() if family.ends_in_images]
 with_mixed_video = [family for family in with_video if family.mixes_video]
 with_eager = [family for family in FAMILIES.values() if family.attn != ("eager",)]
 with_flex = [family for family in FAMILIES.values() if "flex_attention" in family.attn]
@@ -169,14 +170,14 @@ def test_a_drop_to_nothing_at_the_last_layer_equals_the_reference(family: Family
     check_steps(family, Case(Schedule([1, 1, 1, 0])), family.batch(family.rows(PADDED, 6)), steps=3)
 
 
-@behaviour("any layer")
+@behaviour("any layer", ending_in_images)
 def test_prompts_that_end_in_an_image_equal_the_reference(family: Family) -> None:
     """The last token stays, whatever its rank: the answer is read from it."""
     rows = [Row(row.parts[:-1]) for row in family.rows(([3, 5], [2, 3, 4]), 11)]
     check_steps(family, Case(SCHEDULES["every layer"]), family.batch(rows), steps=3)
 
 
-@behaviour("any layer")
+@behaviour("any layer", ending_in_images)
 def test_nothing_to_answer_from_is_refused(family: Family) -> None:
     row = Row(family.rows([[3, 5]], 11)[0].parts[:-1])
     if len(row.ids) - 1 not in row.vision:  # a marker ends the image
@@ -208,7 +209,7 @@ def test_forward_logits_line_up_with_the_input(family: Family, padding: str) -> 
     case = Case(SCHEDULES["staircase"])
     batch = family.batch(family.rows(IMAGES, 9), padding)
     with case.apply(family.model()) as handle, torch.no_grad():
-        logits = family.model()(**batch.inputs).logits
+        logits = family.model()(**family.placed(batch.inputs)).logits
         last = handle.kept(3)
     assert logits.shape[:2] == batch.inputs["input_ids"].shape
     for number, row in enumerate(batch.rows):
@@ -270,7 +271,7 @@ def test_each_prompt_runs_as_under_its_own_schedule(family: Family) -> None:
     many, few = Schedule([1, 0.8, 0.7, 0.6]), Schedule([1, 0.8, 0.4, 0.1])
     one = Adaptive("concentration", 2, (), (many,), (1.0,))
     with apply(model, Reduction(many, adaptive=one)) as handle, torch.no_grad():
-        model(**inputs)
+        model(**family.placed(inputs))
         values = handle.statistic()
     low, high = sorted(values)[len(values) // 2 - 1 : len(values) // 2 + 1]
     edge = (low + high) / 2

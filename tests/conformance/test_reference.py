@@ -132,9 +132,11 @@ def lengths(family: Family, modality: str, inputs: dict[str, torch.Tensor]) -> l
     """Tokens of each entry of the stock encoder's output."""
     encoder = getattr(family.model().base_model, f"get_{modality}_features", None)
     encoder = encoder or family.model().base_model.get_image_features
-    wanted = [name for name in inspect.signature(encoder).parameters if name in inputs]
-    with torch.no_grad():
-        output = encoder(**{name: inputs[name] for name in wanted}, return_dict=True)
+    wanted = {name: inputs[name] for name in inspect.signature(encoder).parameters if name in inputs}
+    with torch.no_grad():  # PerceptionLM has videos read as images
+        output = encoder(**(wanted or {"pixel_values": inputs["pixel_values_videos"]}), return_dict=True)
+    if family.model_type == "granite4_vision":  # has them by decoder layer, and nowhere else
+        return [len(entry) for entry in output.deepstack_features[0][1]]
     entries = output.last_hidden_state if output.pooler_output is None else output.pooler_output
     return [len(entry) for entry in entries]
 
@@ -157,6 +159,15 @@ def test_videos_end_where_the_stock_encoder_says(family: Family) -> None:
     batch = batches(family)[1]
     entries = list(itertools.accumulate(lengths(family, "video", batch.inputs)))
     assert entries == list(itertools.accumulate(len(group) for row in batch.rows for group in row.groups))
+
+
+def test_an_assistant_fails_in_the_stock_ernie() -> None:
+    """Its second token types are not lengthened by what is proposed."""
+    family = FAMILIES["ernie4.5-vl"]
+    inputs = family.batch([family.rows([[2, 3, 9]])[0]]).inputs
+    assert set(family.types.names if family.types else ()) <= inputs.keys()
+    with pytest.raises((IndexError, RuntimeError), match=r"shape|size"):
+        generate(family.model(), inputs, 3, assistant_model=family.build(seed=3))
 
 
 def test_videos_of_several_frames_fail_in_the_stock_kimi() -> None:

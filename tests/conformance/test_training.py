@@ -59,7 +59,7 @@ def test_the_loss_is_the_one_computed_by_hand(family: Family) -> None:
     """Labels stay in the caller's columns, whatever was dropped."""
     batch = family.batch(family.rows(ROWS, 23))
     with CASE.apply(family.model()), torch.no_grad():
-        loss = family.model()(**labelled(batch)).loss
+        loss = family.model()(**family.placed(labelled(batch))).loss
     assert float(loss) == pytest.approx(loss_by_hand(family, batch.rows), abs=2e-4)
 
 

@@ -80,7 +80,7 @@ def test_a_model_with_an_adapter_is_reduced_as_the_merged_model_is(family: Famil
             close(logits_of(wrapper, inputs), wanted)
             assert kept(handle) == chosen
             with torch.no_grad():
-                close(wrapper(**inputs, logits_to_keep=1).logits[:, -1], wanted[0])
+                close(wrapper(**family.placed(inputs), logits_to_keep=1).logits[:, -1], wanted[0])
             with pytest.raises(ThinsightError, match="has a reduction on already"):
                 CASE.apply(model)
         assert insides(model) == before

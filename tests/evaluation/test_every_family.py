@@ -37,6 +37,8 @@ UNREADABLE = {  # towers whose attention cannot be told per token
     *("exaone4.5", "aria", "kimi-k2.5", "hyperclovax-vision-v2", "cosmos3-edge", "muse-glimmer", "minimax-m3-vl"),
     *("mistral3", "lighton-ocr", "gemma4", "gemma4-moe", "gemma4-unified", "llama4", "molmo2"),
     *("qwen2.5-omni", "qwen3-omni"),
+    *("ernie4.5-vl", "granite4-vision", "minicpm-v-4.7", "perception-lm", "fast-vlm", "gemma3n"),
+    *("mistral3-ministral3", "mistral3-mistral4"),
     *("qwen3.5", "qwen3.5-moe", "lfm2-vl", "lfm3-vl", "minicpm-v-4.6", "minicpm-ocr"),
     *("deepseek-ocr2", "hunyuan-vl", "step3.7"),
 }

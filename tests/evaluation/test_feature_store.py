@@ -44,6 +44,7 @@ def an_entry(seed: int = 0, *, received: bool = False, dtype: torch.dtype = torc
         ("image", "video"),
         frozenset(["video"]),
         torch.randn(2, 8, generator=draw).to(dtype),
+        (3, 1),
     )
 
 
@@ -64,7 +65,7 @@ def test_an_entry_from_a_file_is_the_one_that_was_put(received: bool, dtype: tor
     assert list(given) == list(expected)
     assert all(torch.equal(given[name], tensor) for name, tensor in expected.items())
     assert all(given[name].dtype == tensor.dtype for name, tensor in expected.items())
-    assert (found.modalities, found.stacked) == (entry.modalities, entry.stacked)
+    assert (found.modalities, found.stacked, found.into) == (entry.modalities, entry.stacked, (3, 1))
     assert (found.received is None) == (not received)
     assert len(list(folder.rglob("*.safetensors"))) == 1
 

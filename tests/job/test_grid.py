@@ -36,7 +36,7 @@ GRIDS = {
     "qwen2-vl": ((4, 4), 0),  # 8 x 8 patches, merged
     "qwen3-vl": ((4, 4), 0),
     "glm4v": ((4, 4), 0),
-    "mistral3": ((4, 4), 0),
+    **dict.fromkeys(("mistral3", "mistral3-ministral3", "mistral3-mistral4"), ((4, 4), 0)),
     "llava-pixtral": ((4, 4), 0),
     "internvl-qwen2": ((3, 3), 18),  # 6 x 6 patches, shuffled; the last of three tiles
     "idefics3": ((3, 3), 18),
@@ -69,13 +69,19 @@ GRIDS |= {
     **dict.fromkeys(("qwen2.5-omni", "qwen3-omni", "gemma4", "gemma4-moe"), ((4, 4), 0)),
     **dict.fromkeys(("qwen3.5", "qwen3.5-moe", "lfm3-vl"), ((4, 4), 0)),
     "gemma4-unified": ((4, 6), 0),
+    "ernie4.5-vl": ((4, 4), 0),
+    "granite4-vision": ((2, 2), 0),
+    "perception-lm": ((3, 3), 0),
+    **dict.fromkeys(("fast-vlm", "gemma3n"), ((4, 4), 0)),
     "llama4": ((2, 2), 8),
     "lfm2-vl": ((4, 4), 0),
     "granite-docling": ((3, 3), 18),
 }
 NO_GRID = {
     **dict.fromkeys(("idefics2", "aria", "deepseek-ocr2"), "resampled from all of an image, form no grid"),
-    **dict.fromkeys(("minicpm-v-4.6", "minicpm-ocr"), "form no grid that could be drawn over one picture"),
+    **dict.fromkeys(
+        ("minicpm-v-4.6", "minicpm-v-4.7", "minicpm-ocr"), "form no grid that could be drawn over one picture"
+    ),
     "hunyuan-vl": "some of which stand at the ends of lines, form no grid",
     "step3.7": "of an overview and tiles of another size, form no grid",
     "molmo2": "made of patches of crops that overlap, form no grid",

@@ -31,11 +31,15 @@ SINGLE: tuple[Spec, ...] = ([3, 5],)
 LONGER: tuple[Spec, ...] = ([3, 9],)  # mostly in the same bucket
 WINDOWS = (
     *("llava-mistral", "gemma3", "aya-vision", "paligemma2", "cohere2-vision", "shieldgemma2"),
-    *("exaone4.5", "muse-glimmer", "gemma4", "gemma4-moe", "gemma4-unified", "llama4", "step3.7"),
+    *("exaone4.5", "muse-glimmer", "gemma4", "gemma4-moe", "gemma4-unified", "llama4", "step3.7", "gemma3n"),
 )
-WRITTEN = ("qwen3-vl", "qwen3-vl-moe", "qwen3-omni", "granite-docling")  # vision features are added inside the decoder
-STATES = ("qwen3.5", "qwen3.5-moe", "lfm2-vl", "lfm3-vl", "minicpm-v-4.6", "minicpm-ocr")  # carried along the tokens
-REFUSED = [FAMILIES[name] for name in (*WINDOWS, *WRITTEN, *STATES) if name in FAMILIES]
+# vision features are added inside the decoder
+WRITTEN = ("qwen3-vl", "qwen3-vl-moe", "qwen3-omni", "granite-docling", "granite4-vision")
+STATES = (  # carried along the tokens
+    *("qwen3.5", "qwen3.5-moe", "lfm2-vl", "lfm3-vl", "minicpm-v-4.6", "minicpm-v-4.7", "minicpm-ocr"),
+)
+SORTED = ("ernie4.5-vl",)  # vision tokens have experts of their own
+REFUSED = [FAMILIES[name] for name in (*WINDOWS, *WRITTEN, *STATES, *SORTED) if name in FAMILIES]
 # finished by the model, which cannot be bucketed
 OWN_MASK = [FAMILIES[name] for name in ("paligemma", "molmo2") if name in FAMILIES]
 RECORDED = [family for family in FAMILIES.values() if family not in REFUSED + OWN_MASK]

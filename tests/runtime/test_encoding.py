@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conformance.families import FAMILIES
 from tiny import tiny_inputs, tiny_llava
 
 from thinsight.errors import ThinsightError
 from thinsight.reduction import Reduction
 from thinsight.runtime import EncodedImages, encode_images
+from thinsight.runtime.anatomy import writes_vision_after
 from thinsight.schedule import Schedule
 
 ROWS = [[3, 5], [2, 3, 9], [7]]
@@ -50,6 +52,30 @@ def test_a_part_does_not_hold_its_whole_batch_in_memory() -> None:
     assert encoded.received is not None
     for tensor in (*encoded.features, *encoded.received):
         assert tensor.untyped_storage().nbytes() == tensor.numel() * 4
+
+
+def test_features_for_decoder_layers_that_the_encoder_names() -> None:
+    """Granite Vision's, which stand nowhere else: cut, joined, and read as the pixels are."""
+    family = FAMILIES["granite4-vision"]
+    model, batch = family.model(), family.inputs([[3, 5], [2, 3, 9]])
+    encoded = encode_images(model, batch)
+    assert encoded.into == (2, 0, 1, 3)
+    assert all(torch.equal(entry, layers[0]) for entry, layers in zip(encoded.features, encoded.deepstack, strict=True))
+    assert writes_vision_after(model) == {0, 1, 2}
+    joined = EncodedImages.concat([encoded.rows(0), encoded.rows([1, 2])])
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert torch.equal(model(**text, **joined.model_inputs()).logits, model(**batch).logits)
+
+
+def test_a_video_goes_through_the_encoder_of_images_where_there_is_no_other() -> None:
+    family = FAMILIES["perception-lm"]
+    model, batch = family.model(), family.inputs([[3, "video", 5]])
+    encoded = encode_images(model, batch)
+    assert encoded.modalities == ("video", "video")  # frames
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert torch.equal(model(**text, **encoded.model_inputs()).logits, model(**batch).logits)
 
 
 def test_no_image_no_features() -> None:

@@ -42,6 +42,12 @@ class TokenTypes(NamedTuple):
     video: int
     answer: int  # of generated tokens
     first_turn_only: bool = False  # what follows on an answer has the type of an answer
+    also: str = ""  # another argument of the same values (ERNIE 4.5 VL)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all its arguments."""
+        return (self.name, self.also) if self.also else (self.name,)
 
 
 @dataclass(frozen=True)
@@ -185,8 +191,9 @@ def collate(
         "input_ids": _padded([row.ids for row in rows], width, pad, padding),
         "attention_mask": _padded([[1] * len(row.ids) for row in rows], width, 0, padding),
     }
-    if types is not None:
-        inputs[types.name] = _padded([_types(row, types) for row in rows], width, 0, padding)
+    for name in () if types is None else types.names:
+        assert types is not None
+        inputs[name] = _padded([_types(row, types) for row in rows], width, 0, padding)
     return Batch(rows, {**inputs, **tensors(rows)})
 
 
@@ -254,7 +261,7 @@ class Prompts:
             turns: the turns alone, all of one length, so that the padding is where the cache has it.
         """
         whole, turn = self.batch(wholes).inputs, self.batch(turns).inputs
-        named = {"input_ids", "attention_mask", self.types.name if self.types else ""}
+        named = {"input_ids", "attention_mask", *(self.types.names if self.types else ())}
         pixels = {name: tensor for name, tensor in turn.items() if name not in named}
         inputs: dict[str, Any] = {name: whole[name] for name in whole if name in named}
         if "image_grid_thw" not in pixels:

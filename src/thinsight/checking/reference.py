@@ -157,7 +157,7 @@ class Removing:
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         states = args[0] if args else kwargs["hidden_states"]
-        length = states.shape[1]
+        length = states.shape[-2]
         there = torch.tensor([i for i in range(length) if i not in self.places], device=states.device)
         self._whole.append((states, there))
 
@@ -166,6 +166,8 @@ class Removing:
                 return tuple(without(each) for each in value)
             if not isinstance(value, Tensor):
                 return value
+            if value is states:  # (batch, seq, hidden), or streams of such (Gemma 3n)
+                return value.index_select(-2, there.to(value.device))
             # (batch, seq, any), rotary tables that may be complex, (batch, seq), positions (3, batch, seq), masks
             # (batch, heads, seq, seq)
             second = value.is_floating_point() or value.is_complex()
@@ -181,7 +183,7 @@ class Removing:
         states, there = self._whole.pop()
         got = output[0] if isinstance(output, tuple) else output
         whole = states.clone()
-        whole[:, there] = got
+        whole[..., there, :] = got
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
 
@@ -273,7 +275,7 @@ class _Ranking:
 def hide(mask: Tensor | None, places: set[int], states: Tensor) -> Tensor:
     """An attention mask (1, heads or 1, seq, seq) in which nobody sees `places` as keys, but each of them itself:
     additive, or bool where the model's own is. A model without one is causal."""
-    length, least = states.shape[1], torch.finfo(states.dtype).min
+    length, least = states.shape[-2], torch.finfo(states.dtype).min
     if mask is None:
         seen = torch.ones(length, length, dtype=torch.bool, device=states.device).tril()
         mask = torch.zeros(1, 1, length, length, dtype=states.dtype, device=states.device).masked_fill(~seen, least)

@@ -30,7 +30,7 @@ from ..runtime.anatomy import (
     remember,
     unwrapped,
 )
-from ..runtime.cache import CACHE
+from ..runtime.cache import CACHE, fresh_cache
 from ..runtime.call import encode_pixels, read_call
 from ..runtime.encoding import on_device
 from ..runtime.handle import applied
@@ -324,7 +324,7 @@ class _Check:
         row = self.rows[0]
         model, length = self.subject.model(), len(row.ids)
         with case.apply(model) as handle:
-            cache = model(**self._batch([row]).inputs, use_cache=True)[CACHE]
+            cache = model(**self._batch([row]).inputs, **fresh_cache(model), use_cache=True)[CACHE]
             kept = [len(handle.kept(layer)[0]) for layer in range(self.layers)]
         compared = 0
         for layer, (count, held) in enumerate(zip(kept, cache.layers, strict=False)):

@@ -167,7 +167,8 @@ def _types(model: PreTrainedModel) -> TokenTypes | None:
         return None
     if family_of(model.config).both_ways:  # they tell the prompt, which sees all of itself, from the answer
         return TokenTypes(name, text=0, image=0, video=0, answer=1, first_turn_only=True)
-    return TokenTypes(name, text=0, image=1, video=2 if name == _TYPES[0] else 1, answer=0)
+    video, also = 2 if name == _TYPES[0] else 1, "moe_mm_token_type_ids"
+    return TokenTypes(name, text=0, image=1, video=video, answer=0, also=also if also in taken else "")
 
 
 def _grouped(model: PreTrainedModel, part: Part, prompts: Callable[[list[Row]], dict[str, Any]]) -> Part:

@@ -210,7 +210,10 @@ class VisionCache:
             pixels, counts = self.reader.pixels(group)
             encoded = encode_images(self._model, pixels, ranker).to("cpu")
             shares = _split(encoded, counts)
-            about = {"shares": shares, "modalities": encoded.modalities, "stacked": sorted(encoded.stacked)}
+            about: dict[str, Any] = {"shares": shares, "modalities": encoded.modalities}
+            about["stacked"] = sorted(encoded.stacked)
+            if encoded.into:
+                about["into"] = list(encoded.into)
             if self.store.persistent:
                 self.store.keep_tensors(name, separate_tensors(encoded), about)
         for example, entries in zip(group, shares, strict=True):
@@ -247,6 +250,7 @@ def _unpacked(tensors: dict[str, Tensor], about: Any) -> tuple[EncodedImages, li
         tuple(about["modalities"]),
         frozenset(about["stacked"]),
         tensors.get("markers"),
+        tuple(about.get("into", ())),
     )
     return encoded, about["shares"]
 

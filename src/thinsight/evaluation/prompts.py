@@ -22,13 +22,13 @@ from ..errors import BadInput, Unsupported
 from ..families import family_of, has_roles, nests_images
 from ..runtime import vision_token_mask
 from ..runtime.anatomy import MODALITIES, base_model
-from ..runtime.cache import CACHE
+from ..runtime.cache import CACHE, fresh_cache
 from ..runtime.encoding import encoder_inputs, on_device
 from .examples import Example, Progress, check_size
 from .store import DEFAULT_CACHE_GIB, Store
 
 _PLAIN_PROMPT = "USER: {images}{question} ASSISTANT:"  # LLaVA-1.5's own format
-_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 _PER_TOKEN = ("input_ids", "attention_mask", *_TOKEN_TYPES)
 _PLACE = re.compile(r"<image(?:[ _]?(\d+))?>")  # as data sets write it: LLaVA's, and MMMU's numbered ones
 _MARK = "thinsight-question"
@@ -155,7 +155,7 @@ def pass_inputs(
     if prepared.get("position_ids", position_ids) is None:
         # EXAONE 4.5 and Qwen-Omni count what is cached, of which here some columns may be masked
         prepared["position_ids"] = position_ids
-    return prepared
+    return {**prepared, **fresh_cache(model)} if cache is None and more.get("use_cache") else prepared
 
 
 # -- what a processor is given, and gives --------------------------------------------------------------------

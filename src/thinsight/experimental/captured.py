@@ -29,6 +29,7 @@ from ..runtime.anatomy import (
     decoder,
     model_device,
     sliding_layers,
+    sorts_by_kind,
     state_layers,
     writes_vision_after,
 )
@@ -388,10 +389,11 @@ def _checked(model: Any, handle: Handle | None, recorder: Recorder | None) -> Pr
             f"attn_implementation is {implementation!r}, which asks the device about masks and positions; "
             f"load the model with one of {', '.join(ATTENTION)}"
         )
-    if sliding_layers(model) or state_layers(model) or writes_vision_after(model):
+    if sliding_layers(model) or state_layers(model) or writes_vision_after(model) or sorts_by_kind(model):
         raise Unsupported(
-            f"{type(model).__name__}: decoder layers with a sliding window, that carry a state, or into which vision "
-            "features are written, cannot be recorded; run it without CapturedPrefill"
+            f"{type(model).__name__}: decoder layers with a sliding window, that carry a state, into which vision "
+            "features are written, or with experts for vision tokens alone, cannot be recorded; run it without "
+            "CapturedPrefill"
         )
     devices = {str(parameter.device) for parameter in decoder(model).parameters()}
     if len(devices) > 1:

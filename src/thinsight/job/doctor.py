@@ -169,7 +169,8 @@ def _missing() -> Iterator[str]:
     for package in dict.fromkeys(name for model in models() for name in model.needs):
         if not _version(package):
             names = [model.name for model in models() if package in model.needs]
-            yield f"{package}, for the processors of {', '.join(names)}: {how_to_install(package)}"
+            parts = "vision towers" if package == "timm" else "processors"
+            yield f"{package}, for the {parts} of {', '.join(names)}: {how_to_install(package)}"
     if not _version("matplotlib"):
         yield "matplotlib, for the figure of `thinsight compare`: pip install 'thinsight[figures]'"
     if absent := [model.name for model in models() if not model.model_class]:

@@ -24,7 +24,7 @@ from ..evaluation.examples import Example, open_image
 from ..evaluation.metrics import metric_for
 from ..evaluation.prompts import PromptReader
 from ..evaluation.result import Evaluation, Interval, drop_interval
-from ..families import family_of, size_of, tower_of
+from ..families import family_of, field_of, size_of, tower_of
 from ..reduction import Reduction
 from ..report.data import MOST_CHANGED, ChangedAnswer, Changes, MethodRow, Picture, TaskRow
 from ..runtime import apply, vision_token_mask
@@ -136,10 +136,14 @@ def _tile(model: Any, processor: Any, images: int, inputs: Mapping[str, Any], n_
     if pixels.ndim < 4:
         raise _no_grid(f"{n_vision} vision tokens of patches that a processor has put into a line")
     cut = family_of(model.config).tiles
-    patch = size_of(model.config.vision_config, "patch_size")
-    rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
+    if field_of(model.config.vision_config, "patch_size") is None:  # timm's, which say it in words of their own
+        rows = columns = math.isqrt(n_vision // pixels.flatten(0, -4).shape[0])
+    else:
+        patch = size_of(model.config.vision_config, "patch_size")
+        rows, columns = pixels.shape[-2] // patch, pixels.shape[-1] // patch
     if cut == "unpadded":  # the overview comes first
-        return Grid(_as_seen(processor, pixels.flatten(0, -4)[0]), rows, columns)
+        block = math.isqrt(family_of(model.config).merge(model.config, model.config.vision_config))
+        return Grid(_as_seen(processor, pixels.flatten(0, -4)[0]), rows // block, columns // block)
     tiles = pixels.flatten(0, -4)
     tokens, rest = divmod(n_vision, len(tiles))
     block = math.isqrt(rows * columns // tokens) if tokens else 0

@@ -163,12 +163,27 @@ def reads_prompt_both_ways(model: PreTrainedModel) -> bool:
     return family_of(model.config).both_ways
 
 
-def writes_vision_after(model: PreTrainedModel) -> range:
+def writes_vision_after(model: PreTrainedModel) -> frozenset[int]:
     """After which decoder layers the decoder itself adds vision features to all vision positions (DeepStack,
     arXiv 2406.04334)."""
+    config: Any = model.config
+    into = {layer for _, layer in getattr(config, "deepstack_layer_map", None) or ()}  # Granite Vision names them
+    if into:
+        return frozenset(layer - 1 for layer in into | set(config.spatial_target_layers) if layer)
     if not hasattr(decoder(model), "_deepstack_process"):
-        return range(0)
-    return range(len(getattr(model.config.vision_config, "deepstack_visual_indexes", ())))
+        return frozenset()
+    return frozenset(range(len(getattr(config.vision_config, "deepstack_visual_indexes", ()))))
+
+
+def sorts_by_kind(model: PreTrainedModel) -> bool:
+    """Whether layers send vision tokens and text to different experts (ERNIE 4.5 VL)."""
+    return "moe_mm_token_type_ids" in inspect.signature(decoder(model).forward).parameters
+
+
+def scales_by_position(model: PreTrainedModel) -> bool:
+    """Whether layers scale their queries by the position that they are told of each token (Ministral 3, Mistral 4)."""
+    rope = getattr(decoder(model).config, "rope_parameters", None) or {}
+    return rope.get("llama_4_scaling_beta") is not None
 
 
 def sliding_layers(model: PreTrainedModel) -> frozenset[int]:
@@ -462,6 +477,11 @@ def check_attention(model: PreTrainedModel, paged: bool = False) -> None:
     if implementation not in ATTENTION:
         raise Unsupported(
             f"attn_implementation is {implementation!r}; load the model with one of {', '.join(ATTENTION)}"
+        )
+    if implementation.startswith("flash") and scales_by_position(model):
+        raise Unsupported(
+            f"attn_implementation is {implementation!r}, which takes positions with gaps for packed sequences, and "
+            "this model's layers scale attention by them; load the model with sdpa"
         )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
+    DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -25,6 +26,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..errors import BadInput, Unsupported
+from ..families import family_of
 from ..schedule import Schedule
 from .tensors import Columns, Mapped
 
@@ -37,6 +39,13 @@ def cache_of(call: Mapping[str, Any]) -> Cache | None:
     """The cache among a call's arguments, by whichever name; None where there is none, or a paged one (no layers)."""
     cache = call[CACHE] if CACHE in call else call.get(_RENAMED)
     return None if isinstance(cache, PagedAttentionCache) else cache
+
+
+def fresh_cache(model: Any) -> dict[str, Any]:
+    """What a forward pass that is to leave a cache has to be given: an empty one, of a model that makes none itself."""
+    if family_of(model.config).makes_cache:
+        return {}
+    return {CACHE: DynamicCache(config=model.config.get_text_config(decoder=True))}
 
 
 def is_paged(call: Mapping[str, Any]) -> bool:

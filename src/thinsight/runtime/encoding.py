@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..errors import Unsupported
+from ..families import family_of
 from ..ranking import VISION_ATTENTION, get_ranker
 from ..reduction import Reduction
 from .anatomy import MODALITIES, base_model, unwrapped, vision_source
@@ -45,6 +46,7 @@ class EncodedImages(Mapped):
     modalities: tuple[str, ...] = ()  # of each entry; empty: all are images
     stacked: frozenset[str] = frozenset()  # modalities whose features the family takes as one tensor
     markers: Tensor | None = None  # (markers, hidden), what Ovis2 puts at the tokens around every image
+    into: tuple[int, ...] = ()  # the decoder layer that each deepstack layer enters, where the encoder says it
 
     def __len__(self) -> int:
         return len(self.features)
@@ -74,6 +76,7 @@ class EncodedImages(Mapped):
             tuple(name for part in listed for name in part._names),
             frozenset(name for part in listed for name in part.stacked),
             next((part.markers for part in listed if part.markers is not None), None),
+            next((part.into for part in listed if part.into), ()),
         )
 
     def model_inputs(self) -> dict[str, Any]:
@@ -94,8 +97,9 @@ class EncodedImages(Mapped):
             if modality in self.stacked:
                 output.last_hidden_state = features  # where Llama 4 takes them from
             if self.deepstack:
-                layers = zip(*(self.deepstack[i] for i in entries), strict=True)
-                setattr(output, "deepstack_features", [list(layer) for layer in layers])  # noqa: B010
+                layers: Any = [list(each) for each in zip(*(self.deepstack[i] for i in entries), strict=True)]
+                layers = list(zip(self.into, layers, strict=True)) if self.into else layers
+                setattr(output, "deepstack_features", layers)  # noqa: B010
             if self.markers is not None:
                 setattr(output, _MARKERS, self.markers)
             if self.received is not None:
@@ -154,8 +158,10 @@ def received_of(output: Any) -> list[Tensor] | None:
 def vision_outputs(model: PreTrainedModel, call: Mapping[str, Any], modality: str) -> Any:
     """Run the vision encoder on a call's images or videos ("image" or "video"), as the model itself would: its
     `pooler_output` holds entries of (tokens, hidden), and attention that a `VisionTap` read is for their tokens."""
-    encoder = getattr(base_model(model), f"get_{modality}_features")
+    encoder = _encoder(model, modality)
     given = {name: call[name] for name in encoder_inputs(model, modality) if call.get(name) is not None}
+    if _reads_as_images(model, modality):
+        given = {MODALITIES["image"]: given[MODALITIES[modality]]}
     output = projected(encoder(**{**given, "return_dict": True}))
     received = received_of(output)
     if received is not None:
@@ -175,15 +181,38 @@ def settle(output: Any) -> None:
 
 
 def projected(output: Any) -> Any:
-    """An encoder's output, whose entries stand in `pooler_output`: Llama 4 projects later, and has them elsewhere."""
-    if getattr(output, "pooler_output", None) is None:
+    """An encoder's output, whose entries stand in `pooler_output`: Llama 4 projects later, and has them elsewhere;
+    Granite Vision has them for decoder layers that it names."""
+    layers: Any = getattr(output, "deepstack_features", None)
+    if _names_layers(layers):
+        output.pooler_output = list(layers[0][1])  # anew each time: `generate` repeats these for beams, and no others
+    elif getattr(output, "pooler_output", None) is None:
         output.pooler_output = output.last_hidden_state
     return output
 
 
+def _names_layers(deepstack: Any) -> bool:
+    """Whether DeepStack's features are pairs of a decoder layer and its features (Granite Vision), not features."""
+    return bool(deepstack) and isinstance(deepstack[0], tuple) and isinstance(deepstack[0][0], int)
+
+
+def _encoder(model: PreTrainedModel, modality: str) -> Any:
+    """What encodes a modality; None where the model has nothing for it."""
+    name = "image" if _reads_as_images(model, modality) else modality
+    return getattr(base_model(model), f"get_{name}_features", None)
+
+
+def _reads_as_images(model: PreTrainedModel, modality: str) -> bool:
+    """Whether a video's frames go through the encoder of images, for want of one for videos (PerceptionLM)."""
+    has_own = hasattr(base_model(model), f"get_{modality}_features")
+    return modality == "video" and not has_own and modality in family_of(model.config).modalities
+
+
 def encoder_inputs(model: PreTrainedModel, modality: str) -> list[str]:
     """The keyword arguments that the encoder of a modality takes; none where the family has none."""
-    encoder = getattr(base_model(model), f"get_{modality}_features", None)
+    if _reads_as_images(model, modality):
+        return [MODALITIES[modality]]
+    encoder = _encoder(model, modality)
     names = () if encoder is None else inspect.signature(encoder).parameters
     return [name for name in names if name != "kwargs"]
 
@@ -227,8 +256,10 @@ def _kept(output: Any, modality: str) -> EncodedImages:
     """An encoder's output as entries that hold no memory but their own."""
     pooled = output.pooler_output
     received = received_of(output)
-    layers = getattr(output, "deepstack_features", None) or ()
-    deepstack = zip(*layers, strict=True)  # per entry
+    layers: Any = getattr(output, "deepstack_features", None) or ()
+    named = _names_layers(layers)
+    into = tuple(layer for layer, _ in layers) if named else ()
+    deepstack = zip(*([each for _, each in layers] if named else layers), strict=True)  # per entry
     return EncodedImages(
         tuple(entry.clone() for entry in pooled),
         None if received is None else tuple(row.clone() for row in received),
@@ -236,6 +267,7 @@ def _kept(output: Any, modality: str) -> EncodedImages:
         (modality,) * len(pooled),
         frozenset([modality] if isinstance(pooled, Tensor) else ()),
         getattr(output, _MARKERS, None),
+        into,
     )
 
 

@@ -45,6 +45,7 @@ from .anatomy import (
     check_recomputation,
     check_replica,
     decoder_layers,
+    scales_by_position,
     shared_keys,
     state_layers,
     writes_vision_after,
@@ -236,6 +237,7 @@ class Reducer:
         self._statistic: Any = None if adaptive is None else get_statistic(adaptive.statistic)
         self._base = base_model(model)
         self._states = state_layers(model)
+        self._placed = scales_by_position(model)
         self._hooks: list[Any] = []
         self._probes: dict[int, Probe] = {}
         self._asks: dict[int, int | None] = {}  # layer that ranks -> the one before whose attention it reads
@@ -565,10 +567,15 @@ class Reducer:
         # 3) The rotary tables, which keep each token where the full model has it: positions are not closed up over what
         # was dropped. And what else a layer is told of each token.
         if queries is None:
-            return _replaced(states, args, reduced)
+            return _replaced(states, args, reduced, self._placed)
         for name in _PER_TOKEN & kwargs.keys():
             reduced[name] = self._gathered(kwargs[name], queries)
-        return _replaced(states, (*args[:1], *(self._gathered(each, queries) for each in args[1:])), reduced)
+        for name in (_TYPES | {"position_ids"} if self._placed else _TYPES) & kwargs.keys():
+            if kwargs[name] is not None:
+                index = queries.index.to(kwargs[name].device)
+                reduced[name] = kwargs[name].expand(len(index), -1).gather(1, index)
+        args = (*args[:1], *(self._gathered(each, queries) for each in args[1:]))
+        return _replaced(states, args, reduced, self._placed)
 
     def _gathered(self, given: Any, columns: Columns) -> Any:
         """An argument of a layer that says something of each token, (..., seq, any) or a tuple of such, for those that
@@ -599,7 +606,7 @@ class Reducer:
         if held.kept is None:
             return None
         reduced = {**kwargs, "attention_mask": self._mask(mask, held, None, seq, total, states.device)}
-        return _replaced(states, args, reduced)
+        return _replaced(states, args, reduced, self._placed)
 
     def _mask(
         self, mask: Any, held: ThinnedKeys | None, columns: Columns | None, seq: int, total: int, device: torch.device
@@ -723,6 +730,9 @@ def shrink(
 _PER_TOKEN = frozenset({"position_embeddings", "per_layer_input"})
 """Arguments of a decoder layer that say something of each token."""
 
+_TYPES = frozenset({"moe_mm_token_type_ids"})
+"""Those of one number per token, (batch, seq): which experts take it (ERNIE 4.5 VL)."""
+
 
 def main_stream(states: Tensor) -> Tensor:
     """What a layer's attention reads of its input: (batch, seq, hidden) itself, or the first of several such side by
@@ -735,9 +745,9 @@ def _keys(held: Thinned | None) -> ThinnedKeys | None:
     return held if isinstance(held, ThinnedKeys) else None
 
 
-def _replaced(states: Tensor, args: tuple[Any, ...], reduced: dict[str, Any]) -> Any:
-    """What a pre-hook returns: positional and keyword arguments, with these states."""
-    if "position_ids" in reduced:
+def _replaced(states: Tensor, args: tuple[Any, ...], reduced: dict[str, Any], placed: bool = False) -> Any:
+    """What a pre-hook returns: positional and keyword arguments, with these states; `placed`: positions stay."""
+    if "position_ids" in reduced and not placed:
         # flash attention would read gaps in them as packed sequences; rotary tables say it all
         reduced["position_ids"] = None
     return ((states, *args[1:]), reduced) if args else (args, {**reduced, "hidden_states": states})

@@ -112,7 +112,8 @@ def gather_tokens(states: Tensor, index: Tensor) -> Tensor:
 def scatter_tokens(states: Tensor, columns: Columns, seq: int) -> Tensor:
     """(..., batch, physical, dim) back to (..., batch, seq, dim); columns that are not there become zeros."""
     if columns.valid is not None:
-        states = states * columns.valid[:, :, None].to(states)
+        # filled, not multiplied: a gradient that is not finite at columns of zeros (Gemma 3n's) must end here
+        states = states.masked_fill(~columns.valid[:, :, None].to(states.device), 0)
     index = columns.index.to(states.device)[:, :, None].expand_as(states)
     return states.new_zeros(*states.shape[:-2], seq, states.shape[-1]).scatter(-2, index, states)
 
