@@ -45,6 +45,7 @@ class Family:
     encodes_ahead: bool = True  # `generate` can copy and cut what the stock model's encoder made
     images_later: bool = True  # the stock model reads the image of a later turn as it would from the start
     in_space: bool = False  # tokens have places in space, or more features, of which embeddings say nothing
+    assisted: bool = True  # the stock model runs with an assistant
     static_cache: bool = True  # the stock model runs with one
     absolute: bool = False  # layers read positions as such, which a plain forward counts over padding
     stacked: bool = False  # features also enter between decoder layers, of which embeddings say nothing

@@ -51,6 +51,7 @@ CASE = Case(Schedule([1, 0.8, 0.5, 0.1]))
 causal = [family for family in FAMILIES.values() if family.types is None or not family.types.answer]
 # GLM-4V and Granite Vision in transformers mix up the images of a row that has several when rows are repeated
 croppable = [family for family in causal if not family.stateful]
+assisted = [family for family in croppable if family.assisted]
 STATES = ("conv", "linear_attention")  # layers without keys, values and attention weights
 one_image_per_row = ("glm4v", "glm4v_moe", "glm46v", "glm_ocr", "glmga", "granite4_vision")
 encoding_ahead = [family for family in FAMILIES.values() if family.encodes_ahead]
@@ -154,7 +155,7 @@ def repeating(family: Family) -> Row:
     return row + Row([words([20, 30, 40] * 3)])
 
 
-@behaviour("assisted", [family for family in croppable if family.takes_processors])
+@behaviour("assisted", [family for family in assisted if family.takes_processors])
 def test_prompt_lookup_equals_the_reference(family: Family) -> None:
     """Candidates are proposed from the first pass on, of which some are accepted and some are not."""
     model, row, steps = family.model(), repeating(family), 9
@@ -173,7 +174,7 @@ def test_prompt_lookup_equals_the_reference(family: Family) -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 3], ids=["same weights", "other weights"])
-@behaviour("assisted", croppable)
+@behaviour("assisted", assisted)
 def test_an_assistant_of_the_family_leaves_the_answer_as_it_is(family: Family, seed: int) -> None:
     """The assistant sees the whole prompt, the model a reduced one."""
     model, row, steps = family.model(), family.rows([SINGLE], 5)[0], 6
@@ -190,7 +191,7 @@ def text_assistant() -> PreTrainedModel:
     return model.eval()
 
 
-@behaviour("assisted", [family for family in untyped if family in croppable and family.model_type not in three_axes])
+@behaviour("assisted", [family for family in untyped if family in assisted and family.model_type not in three_axes])
 def test_a_text_only_assistant_leaves_the_answer_as_it_is(family: Family) -> None:
     model, row, steps = family.model(), family.rows([SINGLE], 5)[0], 6
     with CASE.apply(model):

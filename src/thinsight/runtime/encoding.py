@@ -183,8 +183,8 @@ def settle(output: Any) -> None:
 def projected(output: Any) -> Any:
     """An encoder's output, whose entries stand in `pooler_output`: Llama 4 projects later, and has them elsewhere;
     Granite Vision has them for decoder layers that it names."""
-    layers = getattr(output, "deepstack_features", None)
-    if layers is not None and _names_layers(layers):
+    layers: Any = getattr(output, "deepstack_features", None)
+    if _names_layers(layers):
         output.pooler_output = list(layers[0][1])  # anew each time: `generate` repeats these for beams, and no others
     elif getattr(output, "pooler_output", None) is None:
         output.pooler_output = output.last_hidden_state
