@@ -22,7 +22,6 @@ import torch
 
 import thinsight as ts
 from benchmarks import table
-from benchmarks.priced import priced_search, spine_of
 from benchmarks.results import SHOWN, Bench, Scored, interval_words, verdict
 from thinsight.budget import fit_rate
 from thinsight.certificate import Certificate
@@ -40,6 +39,7 @@ from thinsight.records import write_atomically
 from thinsight.report.comparison import OURS, Comparison, draw, markdown, to_csv
 from thinsight.report.comparison import table as compared_lines
 from thinsight.searches.certify import certify, path_for
+from thinsight.searches.priced import priced_search
 from thinsight.searches.run import SearchResult
 from thinsight.shown import ratio
 
@@ -240,8 +240,7 @@ class Work:
     def certificate(self, source: str, max_drop: float) -> Certificate:
         """Along the path of one of `SOURCES`."""
         found = self.found(source, max_drop)
-        through = spine_of(found) if found is not None and source == "priced search" else ()
-        path = path_for(self.calibration.inner, found, through=through)
+        path = path_for(self.calibration.inner, found)
         first = min(i for each in path for i, rate in enumerate(each.keep_rates) if rate < 1)
         self.certifying.share(ts.Schedule.full(self.depth), first)
         certificate = certify(path, self.certifying, max_drop)

@@ -85,7 +85,7 @@ def command_lines() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize(("page", "line"), sorted(set(command_lines())))
 def test_commands_and_options_exist(page: str, line: str) -> None:
-    _, name, *words = shlex.split(line, comments=True)
+    _, name, *words = shlex.split(line.removesuffix(" &"), comments=True)
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert name in commands
     options = {option: each for each in commands[name].params for option in each.opts}

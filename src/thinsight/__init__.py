@@ -58,6 +58,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .schedule import Schedule as Schedule
     from .searches.certify import certify as certify
     from .searches.gsearch import gsearch as gsearch
+    from .searches.priced import priced_search as priced_search
     from .searches.psigmoid import psigmoid as psigmoid
     from .searches.random_search import random_search as random_search
     from .searches.run import SearchResult as SearchResult
@@ -101,6 +102,7 @@ _NAMES = {
         "certify",
         "frontier",
         "gsearch",
+        "priced_search",
         "psigmoid",
         "random_search",
         "search",

@@ -9,9 +9,9 @@ import pytest
 from oracles import NeedOracle, SmoothOracle
 
 import thinsight as ts
-from benchmarks.priced import cheapest_at, priced_search, spine_of
 from thinsight.errors import BadInput
 from thinsight.searches.certify import path_for
+from thinsight.searches.priced import cheapest_at, priced_search
 from thinsight.searches.sensitivity import ExitModel
 
 N, LAYERS, READ = 64, 12, 6
@@ -40,7 +40,7 @@ def test_it_keeps_in_shallow_layers_what_pays_in_deep_ones() -> None:
 def test_the_path_falls_in_cost_and_goes_on_behind_what_was_found() -> None:
     oracle = read_until(READ)
     found = priced_search(oracle, 0.05)
-    path = path_for(oracle, found, through=spine_of(found))
+    path = path_for(oracle, found)
     costs = [oracle.cost(each) for each in path]
     assert costs == sorted(costs, reverse=True)
     assert costs[-1] < oracle.cost(found.schedule)

@@ -6,6 +6,7 @@ from ..evaluation.base import SearchEvaluator, StandIn
 from ..progress import Progress, SearchObserver, SearchPlan, Silent
 from .certify import certify
 from .gsearch import Bayes, Bisect, LayerProblem, Solver, gsearch
+from .priced import priced_search
 from .psigmoid import psigmoid
 from .random_search import random_search
 from .run import Run, SearchResult, Trial

@@ -27,6 +27,7 @@ from ..reduction import Reduction
 from ..schedule import Schedule, real
 from .run import SearchResult
 
+ON_THE_PATH = "path"  # why a trial was run: a search lays its own path
 START, APART, MOST = 1.5, 0.08, 15  # of a path: first FLOPs ratio, largest gap, schedules
 _TIE = 1e-9  # two statistics of equal tables differ by rounding
 _GRID, _FINE = 64, 16  # nuisance values: over the whole interval, then around the worst
@@ -410,6 +411,13 @@ def accepted(found: SearchResult) -> list[Schedule]:
     return list(dict.fromkeys([*taken, found.schedule]))
 
 
+def spine_of(found: SearchResult) -> list[Schedule]:
+    """What a search's path to certify along leads through: what it took, and on through what it tried behind that
+    on a path of its own (``why`` "path"), if it has one."""
+    tried = [trial.schedule for trial in found.trials if trial.why == ON_THE_PATH]
+    return [*accepted(found), *(each for each in tried if each.mean_keep_rate < found.schedule.mean_keep_rate)]
+
+
 def one_step(num_layers: int, n_vision: int, first_layer: int = 2) -> list[Schedule]:
     """All tokens before a layer and a number from there on, every number from ``n_vision`` - 1 down to 1. Made
     without looking at any data."""
@@ -423,9 +431,10 @@ def path_for(
     """The path to certify along for an evaluator's model and prompts, none of whose answers are looked at.
 
     By default one step at ``first_layer``, or at the first behind it at which the ranker can rank, with ever fewer
-    tokens. With ``found`` it leads through what that search took (or ``through`` these schedules) and then on, one step
-    at its first layer with fewer tokens still, so that a search whose examples were unlucky holds nothing up. How far
-    each way of laying a path gets at the same promise is measured in benchmarks/results/coverage.md.
+    tokens. With ``found`` it leads through what that search took (or ``through`` these schedules) and then on, along
+    the search's own path or one step at its first layer with fewer tokens still, so that a search whose examples were
+    unlucky holds nothing up. How far each way of laying a path gets at the same promise is measured in
+    benchmarks/results/coverage.md.
 
     Down to half of the way to what was found, where hardly any path ends and schedules take longest to run, steps are
     twice as long. Where that is less than 1.5x, the path begins there.
@@ -441,8 +450,8 @@ def path_for(
         return lay_path(one_step(layers, n_vision, first_layer), spent, n_vision, most=None)
     if found.reduction.adaptive is not None:  # there is nothing between two of them
         return (found.schedule,)
-    spine = list(through) or accepted(found)
-    if not through:
+    spine = list(through) or spine_of(found)
+    if not through and not any(trial.why == ON_THE_PATH for trial in found.trials):
         first = int((found.reduction.search or {}).get("first_layer", first_layer))
         spine += [step for step in one_step(layers, n_vision, first) if spent(step) < spent(found.schedule)]
     half = math.sqrt(spent(Schedule.full(layers)) / spent(found.schedule))

@@ -26,6 +26,7 @@ from ..schedule import Schedule
 from .certify import certify as certify_path
 from .certify import check_disjoint, check_promise, path_for, split_examples
 from .gsearch import check_early_stop, check_max_drop, get_solver, gsearch
+from .priced import priced_search
 from .psigmoid import psigmoid
 from .random_search import random_search
 from .run import SearchResult, budget_of
@@ -105,6 +106,7 @@ SEARCHES: Registry[Search] = Registry(
 )
 for _search in (
     Search("gsearch", gsearch, "G-Search", under="max_drop"),
+    Search("priced", priced_search, "Priced search", under="max_drop"),
     Search("sensitivity", sensitivity_search, "Sensitivity search", least_trials=LEAST_OF_SENSITIVITY),
     Search("psigmoid", psigmoid, "P-Sigmoid"),
     Search("random", random_search, "Random search"),
@@ -241,8 +243,8 @@ def search(
         max_drop: largest drop of the score, in the metric's own unit; 0.01 if no budget is given.
         budget: what a prefill may cost: a number, see `thinsight.budget.make_budget`, or a budget.
         budget_unit: of a number: "keep" (mean keep rate), "flops" or "ms".
-        method: "gsearch" (the default for ``max_drop``), "sensitivity" (the default for ``budget``), or another of
-            `thinsight.searches.SEARCHES`.
+        method: "gsearch" (the default for ``max_drop``) or "priced"; "sensitivity" (the default for ``budget``), or
+            another of `thinsight.searches.SEARCHES`.
         metric: a metric or its name; None takes each example's own.
         batch_size: examples per forward pass, or "auto": the fastest, measured first.
         ranker: which tokens are kept. None: under a budget the search chooses ("auto") where its method can,
@@ -258,7 +260,7 @@ def search(
             ``examples``, and serve one certificate.
         **options: further arguments of the search that runs, such as ``n_trials``, ``seed``, ``first_layer``,
             ``study`` and ``resume``: see `gsearch` (whose own ``confidence`` is ``early_stop`` here),
-            `sensitivity_search`, `adaptive_search`, `psigmoid` and `random_search`.
+            `priced_search`, `sensitivity_search`, `adaptive_search`, `psigmoid` and `random_search`.
 
     Raises:
         ThinsightError: bad arguments, examples or model; before long work starts.

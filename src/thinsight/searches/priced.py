@@ -10,18 +10,17 @@ from __future__ import annotations
 import math
 import os
 
-from thinsight.errors import Unreachable, whole
-from thinsight.evaluation.base import SearchEvaluator, as_evaluator
-from thinsight.progress import SearchObserver
-from thinsight.schedule import Schedule
-from thinsight.searches.certify import accepted
-from thinsight.searches.gsearch import check_max_drop
-from thinsight.searches.run import Run, SearchResult, Trial
-from thinsight.searches.sensitivity import ExitModel, exit_model
+from ..errors import Unreachable, whole
+from ..evaluation.base import SearchEvaluator, as_evaluator
+from ..progress import SearchObserver
+from ..schedule import Schedule
+from .certify import ON_THE_PATH
+from .gsearch import check_max_drop
+from .run import Run, SearchResult, Trial
+from .sensitivity import ExitModel, exit_model
 
 LAYERS = 7  # at which steps are measured
 RATES = (0.75, 0.5, 0.25, 0.125, 0.03, 0.0)  # to which they go
-ON_THE_PATH = "path"
 SLACK = 1e-9  # a drop of exactly the tolerance is within it
 FINE, CHEAPEST = 0.01, 0.01  # of the path: its steps, and where it ends as a share of the full cost
 
@@ -81,13 +80,6 @@ def priced_search(
     if best is None:
         return run.finish(evaluator.reduction(Schedule.full(num_layers)), run.study.full_score)
     return run.finish(evaluator.bind(best.schedule), best.score, best.agreement)
-
-
-def spine_of(found: SearchResult) -> list[Schedule]:
-    """What a path to certify along leads through: what was taken, and on through what was tried behind it."""
-    tried = [trial.schedule for trial in found.trials if trial.why == ON_THE_PATH]
-    further = [each for each in tried if each.mean_keep_rate < found.schedule.mean_keep_rate]
-    return [*accepted(found), *further]
 
 
 def cheapest_at(evaluator: SearchEvaluator, model: ExitModel, share: float) -> Schedule | None:
