@@ -295,6 +295,7 @@ _CROPS = "its vision tower reads crops that overlap, and a token is made of patc
 _QUERIED = "its tokens are queries of its vision tower, each of which has looked at all of a view"
 _VIEWS = "its vision tower runs an overview and tiles of another size one after the other"
 _CLS_LAST = "its vision tower's CLS token stands behind the patches, and tokens are made of blocks of them"
+_SEVERAL = "its tokens are made of several of its vision tower's layers, and padding is cut away"
 _TIMM = "its vision tower is one of the package timm, whose attention cannot be read here"
 _CLIP, _FIXED = Tower("fixed", class_token=True), Tower("fixed")
 _QWEN2 = Tower("any", width="embed_dim", mlp="mlp_ratio", out="hidden_size")
@@ -447,6 +448,7 @@ _ROWS = (
     Family(
         *("granite4_vision", "Granite4VisionForConditionalGeneration", "Granite 4 Vision"),
         tiles="unpadded",
+        tower=Tower("fixed", unread=_SEVERAL),
         merge=windows,
         makes_cache=False,
     ),

@@ -1289,7 +1289,7 @@ TABLE = [
                 hidden_size_per_layer_input=8,
                 vocab_size_per_layer_input=VOCABULARY,
                 altup_num_inputs=3,
-                laurel_rank=8,
+                laurel_rank=4,
                 activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
             ),
             {

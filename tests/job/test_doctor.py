@@ -24,7 +24,7 @@ from thinsight.job import doctor
 from thinsight.job.doctor import Package, diagnose
 
 ROOT = Path(__file__).resolve().parents[2]
-HERE = {"torch": "2.13.0", "transformers": "5.23.0", "torchvision": "0.28.0", "num2words": "0.5.14"}
+HERE = {"torch": "2.13.0", "transformers": "5.23.0", "torchvision": "0.28.0", "num2words": "0.5.14", "timm": "1.0.31"}
 WANTED = [
     "torch>=2.4",
     "transformers<5.25,>=5.18",
@@ -132,6 +132,12 @@ def test_packages_that_some_models_need_are_missing(installed: dict[str, str]) -
     result = CliRunner().invoke(app, ["doctor"], catch_exceptions=False)
     assert result.exit_code == 0
     assert f"not installed: {vision}" in result.stdout
+
+
+def test_a_package_of_towers_is_missing(installed: dict[str, str]) -> None:
+    del installed["timm"]
+    (said,) = diagnose().missing
+    assert said == "timm, for the vision towers of FastVLM, Gemma 3n, PerceptionLM: pip install timm"
 
 
 def test_a_torchvision_for_another_torch_is_told_by_name(tmp_path: Path) -> None:

@@ -18,15 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from thinsight.errors import ThinsightError
 from thinsight.experimental.captured import NeverWaiting
 from thinsight.runtime import apply, decoder_layers, vision_token_mask
-from thinsight.runtime.cache import CACHE
+from thinsight.runtime.cache import CACHE, fresh_cache
 from thinsight.schedule import Schedule
 
 SCHEDULE = Schedule([1, 0.7, 0.4, 0.2])
 # what makes the host wait for the device: a number read, or a shape that depends on numbers
 WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2"}
 
-# Step 3.7's stock experts ask in every layer which of them have tokens
-QUIET = [family for name, family in FAMILIES.items() if name != "step3.7"]
+# Step 3.7's stock experts ask in every layer which of them have tokens, ERNIE which tokens are vision; Gemma 3n's first
+# MLPs look at a number that they make
+QUIET = [family for name, family in FAMILIES.items() if name not in ("step3.7", "ernie4.5-vl", "gemma3n")]
 
 
 class Watching(TorchDispatchMode):
@@ -121,7 +122,7 @@ def planned_pass(family: Family, ranker: Any, per: str, plan: bool) -> list[int]
         embeds = model.get_input_embeddings()(inputs["input_ids"]).to("meta")
         model.to("meta")
         with handle.planned(made if plan else None), handle.vision(vision), NeverWaiting():
-            cache = model(inputs_embeds=embeds, logits_to_keep=1)[CACHE]
+            cache = model(inputs_embeds=embeds, logits_to_keep=1, **fresh_cache(model))[CACHE]
     return [layer.keys.shape[2] for layer in cache.layers if hasattr(layer, "keys")]
 
 

@@ -29,6 +29,7 @@ from ..runtime.anatomy import (
     model_device,
     num_layers,
     remember,
+    scales_by_position,
     unwrapped,
 )
 from ..runtime.cache import CACHE, fresh_cache
@@ -177,6 +178,13 @@ class _Check:
         count = self.layers
         return Schedule(rates[:count] if count < 4 else [rates[4 * layer // count] for layer in range(count)])
 
+    def _placed(self, batch: Batch) -> dict[str, Tensor]:
+        """A batch's inputs for a plain forward, in which each token has the position that `generate` gives it, where
+        layers read positions as such: stock models count padding."""
+        if not scales_by_position(self.subject.model()):
+            return batch.inputs
+        return {**batch.inputs, "position_ids": (batch.inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)}
+
     def _batch(self, rows: Sequence[Row], padding: str = "left") -> Batch:
         return self.subject.batch(list(rows), padding)
 
@@ -201,7 +209,7 @@ class _Check:
     def _stock(self) -> CheckLine:
         """Measure what rounding does to the stock model: in a padded batch with a cache, and alone without one."""
         model, batch = self.subject.model(), self._batch(self.rows)
-        out, whole = generate(model, batch.inputs, STEPS, **self.options), model(**batch.inputs).logits
+        out, whole = generate(model, batch.inputs, STEPS, **self.options), model(**self._placed(batch)).logits
         case, noise = Case(Schedule.full(self.layers), fixed=True), 0.0
         for number, row in enumerate(self.rows):
             reference = case.reference(self.subject, row, self.subject.masked)
@@ -223,7 +231,7 @@ class _Check:
         """Logits of a pass and of an answer, and the answer."""
         model = self.subject.model()
         out = generate(model, batch.inputs, STEPS, **self.options)
-        return [model(**batch.inputs).logits, torch.stack(out.logits), out.sequences]
+        return [model(**self._placed(batch)).logits, torch.stack(out.logits), out.sequences]
 
     def _identical(self, schedules: list[Schedule], batch: Batch) -> CheckLine:
         stock = self._everything(batch)
@@ -278,7 +286,7 @@ class _Check:
         for padding in ("right", "left"):
             batch = self._batch(self.rows, padding)
             with case.apply(self.subject.model()) as handle:
-                logits = self.subject.model()(**batch.inputs).logits
+                logits = self.subject.model()(**self._placed(batch)).logits
                 kept = [handle.kept(layer) for layer in range(self.layers)]
             for number, row in enumerate(self.rows):
                 reference = case.reference(self.subject, row, self.subject.masked)
@@ -298,7 +306,7 @@ class _Check:
         for padding in ("left", "right"):  # what is padding must not rank
             batch = self._batch(rows, padding)
             with case.apply(self.subject.model()) as handle:
-                logits = self.subject.model()(**batch.inputs).logits
+                logits = self.subject.model()(**self._placed(batch)).logits
                 kept = [[each.tolist() for each in handle.kept(layer)] for layer in range(self.layers)]
             for number, row in enumerate(rows):
                 ours = [layer[number] for layer in kept]

@@ -340,8 +340,12 @@ def _image_recipes(model: PreTrainedModel) -> Iterator[tuple[str, Recipe, Collat
         if whole is not None:
             yield "random pixels", plain([(whole, whole)]), collated
             yield "random pixels", plain([(whole, whole)], sized=False), collated
+    if name and "image_sizes" not in names:  # tiles of which an image has several, all of one size
+        side = 4 * patch * merge if whole is None else whole
+        yield "random tiles", lambda draw, number: {name: draw.pixels(1, 2, channels, side, side)}, flat
     if "mm_encoder_outputs" in taken:
-        yield "random features", _features(model), lambda rows: _encoded(model, rows)
+        yield "random features", _features(model, (16, 12, 9)), lambda rows: _encoded(model, rows)
+        yield "random features", _features(model, (16,)), lambda rows: _encoded(model, rows, stacked=True)
 
 
 def _merge(config: Any, tower: Any) -> int:
@@ -371,21 +375,23 @@ def _patches(size: int, merge: int, modality: str) -> Recipe:
     return make
 
 
-def _features(model: PreTrainedModel) -> Recipe:
+def _features(model: PreTrainedModel, counts: tuple[int, ...]) -> Recipe:
     """An image's features as the encoder would give them, as wide and about as long as embeddings of words."""
     weight = model.get_input_embeddings().weight
 
     def make(draw: Draw, number: int) -> dict[str, Tensor]:
-        features = draw.pixels((16, 12, 9)[number % 3], weight.shape[1])
+        features = draw.pixels(counts[number % len(counts)], weight.shape[1])
         return {_FEATURES: features * float(weight[: 4 * _WORDS].float().std())}
 
     return make
 
 
-def _encoded(model: PreTrainedModel, rows: list[Row]) -> dict[str, Any]:
+def _encoded(model: PreTrainedModel, rows: list[Row], stacked: bool = False) -> dict[str, Any]:
+    """What stands in for the encoder's output: a list, or the one tensor that some models take."""
     features = [part.tensors[_FEATURES] for row in rows for part in row.parts if part.tensors]
     there = [each.to(model.get_input_embeddings().weight) for each in features]
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=there)}} if there else {}
+    entries: Any = torch.stack(there) if stacked and there else there
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=entries)}} if there else {}
 
 
 # -- videos, of models that take them as patches with their grid ------------------------------------------------

@@ -302,7 +302,7 @@ def refusal(config: Any) -> str | None:
         )
     else:
         why = f", which is not on the list yet: nobody has tried {name}"
-    return f"model_type is {kind!r}{why}; {HOW_TO_CHECK}; supported: {', '.join(sorted(FAMILIES))}"
+    return f"model_type is {kind!r}{why}; {HOW_TO_CHECK}; `thinsight models` lists the {len(FAMILIES)} that are"
 
 
 def check_supported(model: Any, unlisted: bool | str | os.PathLike[str] = False) -> PreTrainedModel:
