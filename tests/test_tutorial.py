@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hub_standin import TOKEN, running
-from tiny import tiny_images, tiny_inputs, tiny_llava, tiny_processor
+from tiny import VOCABULARY, tiny_images, tiny_inputs, tiny_llava, tiny_processor
 
 import thinsight as ts
 from thinsight.cli import app
@@ -35,6 +35,7 @@ def make_what_a_user_has(folder: Path) -> None:
     import datasets
 
     model, processor = tiny_llava(), tiny_processor()
+    model.generation_config.eos_token_id = list(range(VOCABULARY))  # answers of one word, which a reduction may leave
     model.save_pretrained(folder / MODEL)
     processor.save_pretrained(folder / MODEL)
     images = tiny_images(16)
