@@ -48,8 +48,8 @@ _SECTIONS = {
     "rankers": ("Five rankers", "One question, and an eighth of the tokens from layer {4} on, chosen in five ways."),
     "wrong": (
         "Where it goes wrong",
-        "The first questions of the test set that the full model answers rightly and the reduced one does not, each "
-        "about another image.",
+        "Of the first {5} questions of the test set those that the full model answers rightly and the reduced one does "
+        "not: each about another image, and {6} at most.",
     ),
     "internvl": (
         "Fewer tokens to begin with",
@@ -75,7 +75,7 @@ def draw(drawings: Iterator[Drawing], page: Path = PAGE) -> None:
     for old in folder.glob("*.webp"):
         old.unlink()
     layers = list(RATES)
-    told = [layers[0], layers[1] - 1, layers[1], layers[2] - 1, layers[2]]
+    told = [layers[0], layers[1] - 1, layers[1], layers[2] - 1, layers[2], LOOKED_AT, WRONG]
     lines, section = [_HEAD.format(*told)], ""
     for each in drawings:
         if each.section != section:
