@@ -10,12 +10,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_standin import TOKEN, running
 
 import thinsight
 from thinsight import Reduction, loading
+
+for package, extra in (("datasets", "datasets"), ("starlette", "serve"), ("uvicorn", "serve")):
+    pytest.importorskip(package, reason=f"thinsight[{extra}] is not installed")
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path(thinsight.__file__).parent / "demo"
@@ -38,19 +42,13 @@ def with_values(block: str, values: dict[str, str]) -> str:
     return "".join(f"{name}={value}\n" for name, value in values.items())
 
 
-def write_parquet(folder: Path, rows: list[dict[str, object]]) -> None:
-    """Two files with images inside, as `datasets` writes them."""
-    from datasets import Dataset, Features, Image, Value, concatenate_datasets
+def write_parquet(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Two files with images inside."""
+    from pyarrow import Table, parquet
 
-    answers = (
-        {"a": Value("string")} if "a" in rows[0] else {"answers": [Value("string")], "question_id": Value("string")}
-    )
-    question, image = ("q", "img") if "a" in rows[0] else ("question", "image")
-    features = Features({image: Image(), question: Value("string"), **answers})
-    whole = Dataset.from_list(rows, features=features)
     folder.mkdir()
     for part in range(2):
-        concatenate_datasets([whole.shard(2, part, contiguous=True)]).to_parquet(str(folder / f"part-{part}.parquet"))
+        parquet.write_table(Table.from_pylist(rows[part::2]), folder / f"part-{part}.parquet")
 
 
 @pytest.fixture
@@ -107,7 +105,8 @@ def test_the_page_is_walked(place: Path) -> None:
         done = subprocess.run(
             ["bash", "-c", script], cwd=place, env=environment, capture_output=True, text=True, check=False
         )
-        assert done.returncode == 0, done.stdout + done.stderr
+        print(done.stdout)  # shown where what follows fails
+        assert done.returncode == 0, done.stderr
         assert sorted(hub.repos[REPO]) == ["README.md", "reduction_config.json"]
     looked, searched, measured, pushed, served = re.split(r"^== \d\n", done.stdout, flags=re.MULTILINE)[1:]
     certificate = Reduction.from_pretrained(place / "reduction").certificate
@@ -115,10 +114,10 @@ def test_the_page_is_walked(place: Path) -> None:
     assert certificate.schedule is not None  # something was certified
     assert (place / "reduction" / "report.html").is_file()
     assert f"{QUESTIONS} examples" in looked or f"{QUESTIONS}" in looked
-    assert "With 95 % confidence less than 20 points" in searched
+    assert "At most 20 points of the score are lost on data like these, with 95 % confidence" in searched
     assert "TextVQA" in measured
     assert "F1" in measured
-    assert "tokens" in measured
+    assert "Decoder FLOPs of the median prompt" in measured
     assert f"Pushed: {hub.url}/{REPO}/commit/" in pushed
     assert "model llava" in served
     assert "drop" in served

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,9 @@ from xml.etree import ElementTree
 
 from report.conftest import make_report, with_changes
 
+from thinsight.evaluation.benchmarks import BENCHMARKS
+from thinsight.evaluation.benchmarks.measures import Measured
+from thinsight.evaluation.result import Interval
 from thinsight.report import data as d
 from thinsight.report.html import write_report
 
@@ -300,12 +303,25 @@ def outside(url: str, page: Path) -> bool:
     return not url.startswith("data:") and url != page.resolve().as_uri()
 
 
+def with_benchmarks(report: d.ReportData, names: Sequence[str]) -> d.ReportData:
+    """With every measure that these benchmarks report, and made-up figures."""
+    rows = [(BENCHMARKS[name].title, measure.name) for name in names for measure in BENCHMARKS[name].measures]
+    measures = [
+        Measured(title, name, 1000 + 7 * i, 0.8 - i / 100, 0.795 - i / 100, Interval(0.005, -0.1025, 0.125))
+        for i, (title, name) in enumerate(rows)
+    ]
+    return replace(report, measures=tuple(measures))
+
+
 def main(out: str, *reports: str) -> int:
     """Look at the two made-up reports and at those given (HTML files); screenshots go into ``out``."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    made_up = with_changes(make_report())
-    pages = {"typical": made_up, "extreme": extreme(with_changes(make_report(layers=40, side=48), 60, 40))}
+    large = extreme(with_changes(make_report(layers=40, side=48), 60, 40))
+    pages = {
+        "typical": with_benchmarks(with_changes(make_report()), ["pope", "textvqa"]),
+        "extreme": with_benchmarks(large, list(BENCHMARKS)),
+    }
     paths = [write_report(folder / f"{name}.html", report) for name, report in pages.items()]
     wrong = 0
     with browser() as window:

@@ -114,12 +114,13 @@ def _taken(rules: ImageRules) -> str:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A port that is taken, where nobody is answered yet."""
+    """A port that is taken: who connects before the model is loaded waits, and is then answered."""
     family = socket.AF_INET6 if ip_address(host).version == 6 else socket.AF_INET
     taken = socket.socket(family, socket.SOCK_STREAM)
     try:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind((host, port))
+        taken.listen()
     except OSError as error:
         taken.close()
         raise BadInput(

@@ -61,7 +61,7 @@ class Tally:
         """Count so many more."""
         from prometheus_client.mmap_dict import mmap_key
 
-        key = mmap_key(name, f"{name}_total", list(labels), list(labels.values()), _HELP[name])
+        key = mmap_key(name, f"{name}_total", [*labels], [*labels.values()], _HELP[name])
         self._values[key] = self._values.get(key, 0.0) + amount
         if self._file is not None:
             self._file.write_value(key, self._values[key], 0.0)
