@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .evaluation import EvaluatorPool as EvaluatorPool
     from .evaluation import Example as Example
     from .evaluation import Metric as Metric
+    from .evaluation import Pool as Pool
     from .evaluation import RankConsistency as RankConsistency
     from .evaluation import drop_interval as drop_interval
     from .evaluation import load_examples as load_examples
@@ -78,6 +79,7 @@ _NAMES = {
         "EvaluatorPool",
         "Example",
         "Metric",
+        "Pool",
         "RankConsistency",
         "drop_interval",
         "load_examples",

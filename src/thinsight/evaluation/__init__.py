@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from .examples import load_examples as load_examples
     from .metrics import Metric as Metric
     from .pool import EvaluatorPool as EvaluatorPool
+    from .shards import Pool as Pool
 
 _LAZY = {
     "Evaluator": "evaluator",
     "EvaluatorPool": "pool",
     "Example": "examples",
     "Metric": "metrics",
+    "Pool": "shards",
     "attention_statistics": "consistency",
     "load_examples": "examples",
     "rank_consistency": "consistency",
