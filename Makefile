@@ -119,6 +119,10 @@ search-cost: .venv/ready
 coverage: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage
 
+# Searches on 1 to 64 workers, simulated: minutes on one core.
+scale: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale
+
 # Those answers, for hours; goes on where it was.
 pool: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pool --model demo

@@ -53,6 +53,7 @@ _GROUPS = {
         "method", "ranker", "solver", "start", "first_layer", "step", "trade_off", "n_trials", "early_stop", "seed",
     ),
     "Scoring": ("metric", "max_new_tokens", "batch_size", "cache_gib", "cache_dir"),
+    "More than one device": ("workers", "ray", "gpus_per_worker"),
     "A server in place of a model": ("server", "against", "served_model", "concurrency", "answers"),
 }  # fmt: skip
 """Options under one heading in the help, where a command has many; the others come first."""
@@ -63,6 +64,7 @@ _EXAMPLES = {
         "thinsight search",
         "thinsight search --model llava-hf/llava-1.5-7b-hf --data calibration.jsonl --max-drop 0.01 --out mine",
         "thinsight search --model MODEL --data calibration.jsonl --test-data test.jsonl --budget 0.25",
+        "thinsight search --model MODEL --data calibration.jsonl --workers auto",
         "thinsight search --model MODEL --benchmark textvqa,docvqa*2,pope=pope.tsv --max-drop 0.01",
     ),
     "compare": (

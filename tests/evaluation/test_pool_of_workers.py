@@ -91,7 +91,7 @@ def test_several_at_once_are_taken_in_their_order_and_share_what_was_run() -> No
         best[0] = max(best[0] or 0.0, evaluation.score if evaluation.complete else 0.0)
 
     order: list[int] = []
-    pool.several(SCHEDULES, lambda: best[0], done)
+    pool.several(SCHEDULES, lambda place: best[0], done)
     assert order == [0, 1, 2, 3]
     before = len(transport.calls)
     again = pool(SCHEDULES[0])
@@ -109,6 +109,24 @@ def test_a_search_finds_the_same_by_the_same_trials(single: Evaluator, max_drop:
         (each.schedule, each.score, each.complete) for each in alone.trials
     ]
     assert gsearch(single, max_drop, step=4, study=tmp_path / "s", resume=True).reduction == found.reduction
+
+
+def test_a_search_names_early_all_that_it_is_sure_to_want(tmp_path: Path) -> None:
+    """So that no worker waits for the end of an evaluation; the journal is continued by one alone all the same."""
+    pool, _ = real(4)
+    asked: list[int] = []
+    several = pool.several
+
+    def counted(candidates: Any, *rest: Any, **more: Any) -> None:
+        asked.append(len(candidates))
+        several(candidates, *rest, **more)
+
+    pool.several = counted  # type: ignore[method-assign]
+    found = ts.random_search(pool, 0.5, n_trials=6, study=tmp_path / "s")
+    assert asked == [len(found.trials)]
+    assert len(found.trials) > 1
+    resumed = ts.random_search(evaluator(), 0.5, n_trials=6, study=tmp_path / "s", resume=True)
+    assert resumed.trials == found.trials
 
 
 @pytest.mark.parametrize("search", [ts.random_search, ts.psigmoid, ts.sensitivity_search])

@@ -332,11 +332,79 @@ def _named(workers: Sequence[Hashable]) -> str:
 UNSENT = ("model", "processor", "progress", "reader", "examples")
 
 
+class Channel:
+    """A dispatcher for one of several evaluators that each worker has: what is told and asked is told and asked of that
+    one. Stands for a `Dispatcher`."""
+
+    def __init__(self, dispatcher: Dispatcher, name: str) -> None:
+        self.dispatcher, self.name = dispatcher, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.dispatcher, name)
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """See `Dispatcher.tell`."""
+        self.dispatcher.tell(f"{self.name}:{method}", *arguments)
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        """See `Dispatcher.ask`."""
+        return self.dispatcher.ask(f"{self.name}:{method}", *arguments)
+
+    def run(self, work: Work) -> None:
+        """See `Dispatcher.run`."""
+        self.dispatcher.run(_Addressed(work, self.name))
+
+
+class _Addressed:
+    """Work for one of several evaluators."""
+
+    def __init__(self, work: Work, name: str) -> None:
+        self._work, self._name = work, name
+
+    @property
+    def finished(self) -> bool:
+        return self._work.finished
+
+    def next(self, worker: Hashable) -> Task | None:
+        task = self._work.next(worker)
+        if task is not None:
+            task.method = f"{self._name}:{task.method}"
+        return task
+
+    def take(self, task: Task, value: Any) -> None:
+        self._work.take(task, value)
+
+
 class Worker:
-    """A worker's side: an evaluator, asked by name. Made in the worker's process."""
+    """A worker's side, in its process: an evaluator that is asked by name, or several, each built when first asked.
+
+    Args:
+        make: builds the evaluator; or gives a function that builds it, by name.
+    """
 
     def __init__(self, make: Callable[[], Any]) -> None:
-        self._evaluator = make()
+        made = make()
+        self._makers: dict[str, Callable[[], Any]] = made if isinstance(made, dict) else {"": lambda: made}
+        self._members: dict[str, _Member] = {}
+
+    def do(self, states: Sequence[State], method: str, arguments: tuple[Any, ...]) -> Any:
+        """Take the states, then answer a call; ``method`` may be "evaluator:method"."""
+        for each in states:
+            self._find(each.method)(*each.arguments)
+        return self._find(method)(*arguments)
+
+    def _find(self, method: str) -> Any:
+        name, _, method = method.rpartition(":")
+        if name not in self._members:
+            self._members[name] = _Member(self._makers[name]())
+        return getattr(self._members[name], method)
+
+
+class _Member:
+    """One evaluator of a worker."""
+
+    def __init__(self, evaluator: Any) -> None:
+        self._evaluator = evaluator
         self._rankers: dict[str, Any] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -344,12 +412,6 @@ class Worker:
 
     def __call__(self, candidate: Any) -> Any:
         return self._evaluator(candidate)
-
-    def do(self, states: Sequence[State], method: str, arguments: tuple[Any, ...]) -> Any:
-        """Take the states, then answer a call."""
-        for each in states:
-            getattr(self, each.method)(*each.arguments)
-        return getattr(self, method)(*arguments)
 
     def thinsight_look(self, name: str, ranker: Any) -> tuple[str, Any]:
         """What kind of attribute a name is, and the value of one that can be sent."""

@@ -16,7 +16,6 @@ from ..errors import BadInput, MissingPackage, Unsupported, whole
 from .dispatch import DONE, FAILED, LOST, READY, Event, State, Worker
 
 AUTO = "auto"
-_LOOPBACK = "127.0.0.1"
 
 
 def check_workers(workers: Any, gpus_per_worker: Any = None) -> None:
@@ -49,7 +48,7 @@ class RayTransport:
     """See `thinsight.evaluation.dispatch.Transport`.
 
     Where this process is not connected to Ray yet, it is now: to the cluster at ``address`` (or of ``RAY_ADDRESS``), or
-    to a Ray that is started on this machine for it, reachable from this machine only, with Ray's token authentication.
+    to a Ray that is started on this machine for it, with Ray's token authentication, and ended with the workers.
 
     Args:
         make: builds a worker's evaluator, in the worker.
@@ -143,7 +142,7 @@ class RayTransport:
                 where = self._address or os.environ["RAY_ADDRESS"]
                 raise BadInput(f"ray is {where!r}, and no cluster answers there ({error}): see `ray status`") from None
             return
-        self._ray.init(include_dashboard=False, _node_ip_address=_LOOPBACK, **quiet)
+        self._ray.init(include_dashboard=False, **quiet)
         self._ours = True
 
     def _begin(self, worker: Hashable) -> None:

@@ -22,11 +22,12 @@ from ..reduction import Reduction
 from ..schedule import Schedule
 from .base import SearchEvaluator, StandIn
 from .bounds import LossTest, Order, check_confidence
-from .dispatch import UNSENT, Dispatcher, Task, Transport
+from .dispatch import UNSENT, Channel, Dispatcher, Task, Transport
 from .result import Evaluation, Part
 
 Progress = Callable[[str, int, int], None]
-Floor = float | Callable[[], float | None] | None
+Floor = float | Callable[[int], float | None] | None
+_CAREFUL = 8  # batches under way of a candidate that may be lost after a few
 _WINDOW = 64  # batches among which a worker looks for one whose images it has
 
 
@@ -47,7 +48,8 @@ class Pool(StandIn):
         gpus_per_worker: what each worker is given; None: 1 where there are GPUs, else none. Above 1, load the model
             with a ``device_map``.
         inner: an evaluator of this process that is asked what no worker need be asked; None: a worker is asked.
-        transport: carries calls in place of Ray, see `thinsight.evaluation.dispatch.Transport`.
+        transport: carries calls in place of Ray, see `thinsight.evaluation.dispatch.Transport`; or a channel to workers
+            that other pools use too.
         progress: called as ``progress(what, done, total)``; None: that of ``inner``.
         note: told in a line what happens to workers.
 
@@ -63,7 +65,7 @@ class Pool(StandIn):
         address: str | None = None,
         gpus_per_worker: float | None = None,
         inner: SearchEvaluator | None = None,
-        transport: Transport | None = None,
+        transport: Transport | Channel | None = None,
         progress: Progress | None = None,
         note: Callable[[str], object] = lambda text: None,
     ) -> None:
@@ -73,7 +75,7 @@ class Pool(StandIn):
             if make is None:
                 raise BadInput("make is None: give a function that builds a worker's evaluator")
             transport = RayTransport(make, workers, address=address, gpus_per_worker=gpus_per_worker)
-        self._shared = _Shared(Dispatcher(transport, note))
+        self._shared = _Shared(transport if isinstance(transport, Channel) else Dispatcher(transport, note))
         super().__init__(_Remote(self._shared.dispatcher) if inner is None else inner)
         if progress is not None:
             self.progress = progress
@@ -92,7 +94,7 @@ class Pool(StandIn):
         self._shared.dispatcher.stop()
 
     @property
-    def workers(self) -> int:
+    def workers(self) -> int:  # type: ignore[override]
         """How many workers there are; they are begun when this is first asked."""
         return self._shared.dispatcher.size
 
@@ -143,7 +145,8 @@ class Pool(StandIn):
     def several(
         self, candidates: Sequence[Any], floor: Floor, done: Callable[[int, Evaluation], object], **early: Any
     ) -> None:
-        """See `SearchEvaluator.several`."""
+        """See `SearchEvaluator.several`; of ``share`` of the examples each, if that is given. ``floor`` may be a
+        function of the place, asked when all candidates before it are scored."""
         share = early.pop("share", 1.0)
         self._score([_Asked(each, floor, share=share, **early) for each in candidates], done)
 
@@ -152,6 +155,10 @@ class Pool(StandIn):
         self._know_full()
         found: list[str] = self.inner.predictions(candidate)
         return found
+
+    def bind(self, candidate: Schedule | Reduction) -> Reduction:
+        """A candidate as a reduction; none asks a worker for what it is already."""
+        return candidate if isinstance(candidate, Reduction) else self.reduction(candidate)
 
     def share(self, schedule: Schedule, layer: int) -> None:
         """Tell all workers what the candidates to come share, see `Evaluator.share`."""
@@ -246,7 +253,7 @@ class Pool(StandIn):
     def _job(self, place: int, asked: _Asked) -> _Job:
         if asked.confidence is not None:
             check_confidence(asked.confidence)
-        reduction = self.inner.bind(asked.candidate)
+        reduction = self.bind(asked.candidate)
         key = self.inner.key_of(reduction)
         known = self._shared.known.setdefault(key, _Known())
         return _Job(place, reduction, asked, key, known)
@@ -261,7 +268,7 @@ class Pool(StandIn):
 class _Shared:
     """What a pool and those made of it with other rankers have in common."""
 
-    dispatcher: Dispatcher
+    dispatcher: Dispatcher | Channel
     batch_size: int | None = None
     knows_full: bool = False
     order: Order | None = None
@@ -275,6 +282,8 @@ class _Known:
 
     parts: dict[tuple[int, ...], Part] = field(default_factory=dict)
     taken: set[tuple[int, ...]] = field(default_factory=set)
+    flying: int = 0
+    lost: float = 0.0  # of the highest score there can be, in examples, by all parts
 
 
 @dataclass(frozen=True)
@@ -287,15 +296,15 @@ class _Asked:
     seed: int = 0
     share: float = 1.0
 
-    def least(self) -> float | None:
+    def least(self, place: int) -> float | None:
         """The floor as of now."""
-        return self.floor() if callable(self.floor) else self.floor
+        return self.floor(place) if callable(self.floor) else self.floor
 
 
 class _Remote:
     """An evaluator that is with the workers: what it is asked, any of them is."""
 
-    def __init__(self, dispatcher: Dispatcher, ranker: Any = None) -> None:
+    def __init__(self, dispatcher: Dispatcher | Channel, ranker: Any = None) -> None:
         self._dispatcher, self._ranker = dispatcher, ranker
         self._facts: dict[str, Any] = {}
         self.bound = ranker is not None  # bare schedules mean another ranker than the workers' own
@@ -383,7 +392,7 @@ class _Whole:
             return None
         place = self._left.popleft()
         asked = self._asked[place]
-        candidate, floor = self._bind(asked.candidate), asked.least()
+        candidate, floor = self._bind(asked.candidate), asked.least(place)
         method: str = "__call__"
         arguments: tuple[Any, ...] = (candidate,)
         if asked.share < 1:
@@ -437,6 +446,8 @@ class _Split:
         self._jobs, self._order, self._done, self._report = jobs, shared.order, done, report
         self._dispatcher, self._full = shared.dispatcher, full
         self._known = {job.key: job.known for job in jobs}
+        for each in self._known.values():
+            each.flying = 0  # of an earlier search for the same, nobody waits for them
         self._current = 0
         self._flying: set[tuple[str, tuple[int, ...]]] = set()
         self._first = 0  # the first job that may have batches to give out
@@ -451,14 +462,32 @@ class _Split:
 
     def next(self, worker: Hashable) -> Task | None:
         self._first = max(self._first, self._current)
-        for job in self._jobs[self._first :]:
-            batch = self._choose(job, worker)
-            if batch is not None:
-                self._flying.add((job.key, tuple(batch)))
-                return Task("part", (job.reduction, batch), repr(job.reduction.schedule), (job.key, tuple(batch)))
-            if job.ahead is not None and not job.ahead and self._jobs[self._first] is job:
-                self._first += 1
+        for careful in (True, False):
+            for job in self._jobs[self._first :]:
+                if careful and self._may_be_lost(job):
+                    continue
+                batch = self._choose(job, worker)
+                if batch is not None:
+                    job.known.flying += 1
+                    self._flying.add((job.key, tuple(batch)))
+                    return Task("part", (job.reduction, batch), repr(job.reduction.schedule), (job.key, tuple(batch)))
+                if job.ahead is not None and not job.ahead and self._jobs[self._first] is job:
+                    self._first += 1
+            if all(job.asked.floor is None for job in self._jobs[self._first :]):
+                break
         return None
+
+    def _may_be_lost(self, job: _Job) -> bool:
+        """Whether more batches of a job are likely not needed: it is lost by what is known, or too little is known of
+        it for the number of batches that are under way."""
+        if job.asked.floor is None or job.asked.share < 1:
+            return False
+        if job.known.flying >= max(_CAREFUL, len(job.known.parts)):
+            return True
+        floor = job.asked.least(job.place)
+        whole = float(self._order.ceilings.sum())
+        ahead = job is not self._jobs[self._current]
+        return ahead and floor is not None and whole - job.known.lost < floor * len(self._order.full)
 
     def _choose(self, job: _Job, worker: Hashable) -> list[int] | None:
         """A batch of a job that nobody has or does: one whose images the worker knows, else the next one."""
@@ -497,7 +526,10 @@ class _Split:
     def take(self, task: Task, value: Any) -> None:
         key, batch = task.about
         self._flying.discard((key, batch))
-        self._known[key].parts[batch] = value
+        known = self._known[key]
+        known.flying -= 1
+        known.parts[batch] = value
+        known.lost += float(self._order.ceilings[list(batch)].sum()) - sum(value.scores)
         self._retire()
 
     def _retire(self) -> None:
@@ -509,7 +541,7 @@ class _Split:
                 self._done(job.place, self._full)
                 continue
             if job.order is None:
-                job.floor = job.asked.least() if job.asked.share == 1 else None
+                job.floor = job.asked.least(job.place) if job.asked.share == 1 else None
                 job.order, job.test = self._drawn(job, job.floor)
                 job.ahead = deque(job.order)
                 job.scores = np.full(len(self._order.full), np.nan)

@@ -222,11 +222,37 @@ class ScoringOptions(JobOptions):
         None, "Folder that keeps vision features and the full model's answers for later runs. Default: none.", place=1
     )
 
+    workers: int | str | None = told(
+        None,
+        "Score on so many workers at once, or auto: one for each GPU. Takes thinsight[ray]. Default: in this process.",
+        kind=str | None,
+        read=batch_size_of,
+        place=2,
+    )
+    ray: str | None = told(
+        None, "Address of a Ray cluster for the workers: auto, HOST:PORT. Default: this machine.", place=2
+    )
+    gpus_per_worker: float | None = told(
+        None, "GPUs of each worker; above 1 the model is spread over them. Default: 1 where there are any.", place=2
+    )
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether others score than this process."""
+        return self.workers not in (None, 1) or self.ray is not None
+
     def check(self) -> Any:
         """As above."""
         from ..evaluation.full_model import check_batch_size
         from ..evaluation.metrics import get_metric
+        from ..evaluation.ray_workers import check_workers, import_ray
         from ..evaluation.store import Store
+
+        check_workers("auto" if self.workers is None else self.workers, self.gpus_per_worker)
+        if self.has_workers:
+            import_ray()
+        elif self.gpus_per_worker is not None:
+            raise BadInput(f"gpus_per_worker is {self.gpus_per_worker:g} without workers: give --workers too")
 
         if self.metric is not None:
             get_metric(self.metric)

@@ -240,6 +240,7 @@ class SensitivitySearch:
 
     def _ranked(self, pool: Sequence[_Entrant], share: float) -> list[_Entrant]:
         """A pool, best first on a share of the examples."""
+        self.run.ahead([entrant.reduction for entrant in pool], share=share)
         found = [(worth(self._run(entrant, share)), entrant) for entrant in pool]
         return [entrant for _, entrant in sorted(found, key=lambda each: -each[0])]
 
@@ -354,6 +355,7 @@ def exit_model(
 
     def losses_at(layer: int) -> list[float]:
         run.keep_all_before(layer)
+        run.ahead([run.under(ranker, Schedule.step(num_layers, layer, rate)) for rate in rates], share=_FEW)
         return [loss(layer, rate) for rate in rates]
 
     losses = np.array([losses_at(layer) for layer in places])
