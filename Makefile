@@ -34,6 +34,11 @@ test-vllm: .venv/ready $(VLLM_ENV)/ready
 test-vllm-newest: .venv-vllm-newest/ready
 	$(MAKE) test-vllm VLLM_ENV=.venv-vllm-newest
 
+# Workers on a real Ray of two nodes on this machine, which is installed beside the rest; about two minutes.
+test-ray: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable '.[ray]'
+	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ray
+
 # On what a user's pip gets today: the newest releases that pyproject.toml allows, nothing pinned.
 test-latest: .venv-latest/ready
 	$(call compatible,.venv-latest,--newest)

@@ -157,8 +157,8 @@ class RayTransport:
         except errors.RayTaskError as error:
             return Event(worker, FAILED, error.cause if isinstance(error.cause, Exception) else error)
         except errors.RayActorError as error:
-            if begins and (cause := getattr(error, "cause", None)) is not None:
-                return Event(worker, FAILED, cause)
+            if begins and "creation task" in str(error):  # not lost: it would fail so again
+                return Event(worker, FAILED, str(error).strip().rpartition("\n")[2])
             return Event(worker, LOST, _first_line(error))
         except errors.RayError as error:  # its object went with the machine that held it
             return Event(worker, LOST, _first_line(error))
