@@ -4,7 +4,9 @@ Each batch of each evaluation takes seconds that are known, which depend on the 
 vary by batch; each call costs the driver's round trip; each worker is lost now and then where ``--losses`` says so. So
 what is measured is what the way of splitting costs: workers that wait, and batches that nobody needed.
 
-    python -m benchmarks.scale --out benchmarks/results/scale.md
+Writes benchmarks/results/scale.md, in minutes on one core.
+
+    python -m benchmarks.scale
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from thinsight.searches import SearchEvaluator
 
 WORKERS = (1, 2, 4, 8, 16, 64)
 LAYERS, TOKENS, BATCH = 28, 576, 8
-EXAMPLES = 4096
+EXAMPLES, MANY = 4096, 16_384
+MOST = 64  # workers, to which as many examples are given
 SECONDS, ROUND_TRIP = 0.5, 0.005  # of a batch under the full model, and of a call
 LOST_EVERY = 600.0  # seconds of the whole cluster
 
@@ -267,31 +270,34 @@ def table(rows: list[Row]) -> list[str]:
 def main() -> None:
     """Measure all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/bench/scale.md"))
-    parser.add_argument("--examples", type=int, default=EXAMPLES)
-    parser.add_argument("--workers", type=int, nargs="*", default=list(WORKERS))
-    parser.add_argument("--searches", nargs="*", default=list(SEARCHES))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "scale.md")
     given = parser.parse_args()
-    rows, faulty = [], []
-    for search in given.searches:
-        expected = alone(search, given.examples)
-        for workers in given.workers:
-            rows.append(measured(search, "batches", workers, given.examples, expected, False))
+    rows, faulty, many = [], [], []
+    for search in SEARCHES:
+        expected = alone(search, EXAMPLES)
+        for workers in WORKERS:
+            rows.append(measured(search, "batches", workers, EXAMPLES, expected, False))
             if search == "gsearch":
-                rows.append(measured(search, "candidates", workers, given.examples, expected, False))
-            if workers in (8, 64) and search in ("gsearch", "random"):
-                faulty.append(measured(search, "batches", workers, given.examples, expected, True))
-        print(*table(rows)[-len(given.workers) * 2 :], sep="\n", flush=True)
+                rows.append(measured(search, "candidates", workers, EXAMPLES, expected, False))
+            if workers in (8, MOST) and search in ("gsearch", "random"):
+                faulty.append(measured(search, "batches", workers, EXAMPLES, expected, True))
+        many.append(measured(search, "batches", MOST, MANY, alone(search, MANY), False))
+        print(f"{search} is measured", flush=True)
     text = [
         "# Searches on many workers, simulated",
         "",
-        f"`make scale`: {given.examples:,} examples in batches of {BATCH}, {LAYERS} layers, {TOKENS} vision tokens. A "
+        f"`make scale`: {EXAMPLES:,} examples in batches of {BATCH}, {LAYERS} layers, {TOKENS} vision tokens. A "
         f"batch takes {SECONDS:g} s under the full model and down to {0.3 * SECONDS:g} s under a reduction, one in ten "
         f"up to twice as long; a call costs {1000 * ROUND_TRIP:g} ms. The searches and the dispatcher are the real "
         "ones, clock and evaluator are not. Speed-up is over one evaluator without workers, early stops included; "
         "prefix reuse is left out of both.",
         "",
         *table(rows),
+        "",
+        f"On {MANY:,} examples, of which each evaluation has {MANY // BATCH // MOST} batches for each worker in place "
+        f"of {EXAMPLES // BATCH // MOST}:",
+        "",
+        *table(many),
         "",
         f"With a worker lost every {LOST_EVERY:g} s, 60 s until another one is ready:",
         "",

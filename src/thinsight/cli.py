@@ -30,6 +30,7 @@ from .interrupts import INTERRUPTED, exit_code, leave_on_interrupt, raise_on_int
 from .job.options import (
     DEFAULT_OUT,
     AnalyzeOptions,
+    AnswerOptions,
     BenchOptions,
     CheckOptions,
     CompareOptions,
@@ -74,6 +75,10 @@ _EXAMPLES = {
     "evaluate": (
         "thinsight evaluate --model MODEL --reduction mine --data test.jsonl",
         "thinsight evaluate --server http://127.0.0.1:8000/v1 --data test.jsonl --answers answers.jsonl",
+    ),
+    "answer": (
+        "thinsight answer --model MODEL --reduction mine --data questions.jsonl --out answers.jsonl",
+        "thinsight answer --model MODEL --reduction mine --data questions.jsonl --out answers.parquet --workers auto",
     ),
     "data": (
         "thinsight data questions.tsv --model MODEL",
@@ -293,6 +298,15 @@ def evaluate(options: EvaluateOptions) -> None:
 
     run = commands.evaluate if options.server is None else server.evaluate_server
     Console().print(_watched(lambda watcher: run(options, watcher)))
+
+
+@_command(AnswerOptions)
+def answer(options: AnswerOptions) -> None:
+    """Answer every question of a set under a reduction, into one file; the same command goes on where it stopped."""
+    from .job.answering import answer as run
+
+    done = _watched(lambda watcher: run(options, watcher))
+    _print(f"Reduction: {done.reduction}", f"Answers:   {done.path}, {done.count} questions")
 
 
 @_command(CompareOptions)

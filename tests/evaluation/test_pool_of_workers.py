@@ -13,10 +13,10 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 import thinsight as ts
 from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation import Evaluation, Evaluator, Example, Pool
-from thinsight.evaluation.dispatch import WorkerFailed
+from thinsight.evaluation.dispatch import Channel, Dispatcher, WorkerFailed
 from thinsight.evaluation.simulated import SimulatedTransport
 from thinsight.schedule import Schedule
-from thinsight.searches import SearchEvaluator, gsearch
+from thinsight.searches import Bisect, SearchEvaluator, gsearch
 
 QUESTIONS = ("what color is the circle ?", "how many ?", "which ?", "what number is written in the chart ?")
 SCHEDULES = [Schedule.step(4, 2, count / 16) for count in (2, 6, 10, 14)]
@@ -146,6 +146,8 @@ def test_another_ranker_and_what_a_worker_is_asked(single: Evaluator) -> None:
     assert pool.full_cost == single.full_cost
     assert pool.reduction(SCHEDULES[0]) == single.reduction(SCHEDULES[0])
     other = pool.with_ranker("uniform")
+    assert (other.full_score, other.fingerprint) == (pool.full_score, evaluator(ranker="uniform").fingerprint)
+    assert other.fingerprint != pool.fingerprint
     alike(other(SCHEDULES[1]), single.with_ranker("uniform")(SCHEDULES[1]))
     alike(pool(SCHEDULES[1]), single(SCHEDULES[1]))
     assert pool.predictions(SCHEDULES[1]) == single.predictions(SCHEDULES[1])
@@ -153,6 +155,57 @@ def test_another_ranker_and_what_a_worker_is_asked(single: Evaluator) -> None:
         _ = pool.no_such_thing
     with pytest.raises(BadInput, match="share is 0"):
         pool.sample(SCHEDULES[0], 0)
+
+
+def test_what_a_search_finds_says_all_that_it_says_of_one_device(single: Evaluator) -> None:
+    found = gsearch(real(2)[0], 0.5)
+    alone = gsearch(single, 0.5)
+    assert not found.schedule.is_full
+    assert (found.score, found.full_score) == (alone.score, alone.full_score)
+    assert found.reduction.ranker == alone.reduction.ranker
+    assert found.reduction.search is not None
+    assert found.reduction.search["calibration"] == single.fingerprint
+    for trial in found.trials:
+        exact = single(trial.schedule)
+        assert trial.score == exact.score if trial.complete else trial.score >= exact.score
+    assert found.full_forwards == pytest.approx((found.cost or 0) / (single.full_cost or 0))
+
+
+def test_all_workers_are_told_what_candidates_share_and_their_batch_size() -> None:
+    made: list[Evaluator] = []
+
+    def kept() -> Evaluator:
+        made.append(evaluator(batch_size=3))
+        return made[-1]
+
+    pool = Pool(transport=SimulatedTransport(kept, 3, uneven))
+    assert pool.fix_batch_size(4) == pool.batch_size == 4
+    pool.share(SCHEDULES[0], 2)
+    found = pool(SCHEDULES[1])
+    assert found.score == evaluator(batch_size=4)(SCHEDULES[1]).score
+    assert [each.batch_size for each in made] == [4] * 3
+    assert [each._prefixes._announced for each in made if each._prefixes] == [(1.0, 1.0)] * 3
+
+
+def test_workers_without_batches_try_as_many_counts_as_they_are() -> None:
+    """Where the score is not monotone it is as one device that tries as many."""
+
+    class Uneven(Stub):
+        def __call__(self, schedule: Schedule) -> Evaluation:
+            return Evaluation(score=1.0 - 0.01 * (sum(schedule.counts(64)) * 7 % 23))
+
+    pool = Pool(transport=SimulatedTransport(Uneven, 2, uneven))
+    assert pool.at_once == 2
+    found, alone = gsearch(pool, 0.1), gsearch(Uneven(), 0.1, solver=Bisect(at_once=2))
+    assert [(trial.count, trial.accepted) for trial in found.trials] == [
+        (trial.count, trial.accepted) for trial in alone.trials
+    ]
+    assert found.schedule == alone.schedule
+    assert found.schedule != gsearch(Uneven(), 0.1).schedule
+
+
+def test_the_front_door_has_it() -> None:
+    assert ts.Pool is Pool
 
 
 def test_batches_that_do_not_fit_are_halved_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,6 +372,59 @@ def test_an_interrupt_ends_all_workers_and_loses_nothing_that_is_finished() -> N
     assert transport.stopped == 1
     assert {0, 1} <= set(found)
     assert pool(SCHEDULES[0]) == Stub()(SCHEDULES[0])  # workers are begun anew
+
+
+def test_a_journal_that_cannot_be_written_ends_a_search_and_the_pool_goes_on() -> None:
+    def full_disk(place: int, evaluation: Evaluation) -> None:
+        raise ThinsightError("study cannot be written; free the disk, then resume")
+
+    pool, _ = stubs(2)
+    with pytest.raises(ThinsightError, match="free the disk"):
+        pool.several(SCHEDULES, None, full_disk)
+    assert pool(SCHEDULES[1]) == Stub()(SCHEDULES[1])
+
+
+def test_each_is_handed_over_as_soon_as_it_is_finished() -> None:
+    pool, _ = stubs(2, seconds=lambda worker, method, arguments: 9.0 if arguments == (SCHEDULES[0],) else 1.0)
+    order: list[int] = []
+    pool.several(SCHEDULES, None, lambda place, each: order.append(place))
+    assert order == [1, 2, 3, 0]
+
+
+def test_progress_shows_each_worker() -> None:
+    said: list[str] = []
+    transport = SimulatedTransport(Stub, 3, lambda *_: 1.0, starts=0.5, kills=[2.2])
+    dispatcher = Dispatcher(transport, watch=said.append)
+    pool = Pool(transport=Channel(dispatcher, ""))
+    pool.several(SCHEDULES, None, lambda place, each: None)
+    assert said[0] == "workers ---"
+    assert "workers ###" in said
+    assert any(sorted(each[8:]) == ["#", "#", "-"] for each in said)  # one is lost, another one begins
+    many = Dispatcher(SimulatedTransport(Stub, 40, lambda *_: 1.0), watch=said.append)
+    Pool(transport=Channel(many, "")).several(SCHEDULES, None, lambda place, each: None)
+    assert "4 of 40 workers busy, 0 begin" in said
+
+
+def test_an_image_is_encoded_once_in_all_where_workers_share_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from thinsight.evaluation import features
+
+    encoded: list[int] = []
+    encode = features.encode_images
+
+    def counted(model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        found = encode(model, inputs, *rest, **more)
+        encoded.append(len(found.features))
+        return found
+
+    alone = evaluator()
+    expected = [alone(schedule) for schedule in SCHEDULES[:2]]
+    monkeypatch.setattr(features, "encode_images", counted)
+    pool = Pool(transport=SimulatedTransport(lambda: evaluator(cache_dir=tmp_path), 3, uneven))
+    for schedule, each in zip(SCHEDULES[:2], expected, strict=True):
+        alike(pool(schedule), each)
+    assert sum(encoded) == 3  # of three images, which all workers ask about
 
 
 def test_without_ray_it_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ _MOST_FAILURES = 2  # of one task
 _MOST_LOSSES = 6  # workers that one task may take with it: a kill is seldom the task's fault
 _MOST_STARTS = 3  # of one worker that is lost each time before it is ready
 _STRAGGLES = 3.0  # times the median time, from which on a task is given to an idle worker too
+_MOST_SHOWN = 32  # workers that a line of progress shows one by one
 _KNOWN_TIMES = 5, 64  # times that a median takes, and the latest ones that it is of
 
 
@@ -115,11 +116,18 @@ class Dispatcher:
     Args:
         transport: carries the calls.
         note: told in a line what happens to workers.
+        watch: told what each of them does, whenever that changes, as `shown` says it.
     """
 
-    def __init__(self, transport: Transport, note: Callable[[str], object] = lambda text: None) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        note: Callable[[str], object] = lambda text: None,
+        watch: Callable[[str], object] = lambda text: None,
+    ) -> None:
         self.transport = transport
         self.note = note
+        self.watch = watch
         self.counts: Counter[str] = Counter()  # given out, done, lost, failed, issued again
         self.homes: dict[Hashable, int] = {}  # the place of each worker
         self._idle: dict[Hashable, None] = {}  # in the order in which they became so
@@ -139,9 +147,13 @@ class Dispatcher:
         return len(self.homes)
 
     @property
-    def busy(self) -> int:
-        """How many of them do something."""
-        return len(self._flying)
+    def shown(self) -> str:
+        """A mark for each worker in its place: # does something, . waits for work, - begins; of very many how many do
+        what."""
+        marks = ["#" if name in self._flying else "." if name in self._idle else "-" for name in self.homes]
+        if len(marks) <= _MOST_SHOWN:
+            return f"workers {''.join(marks)}"
+        return f"{marks.count('#')} of {len(marks)} workers busy, {marks.count('-')} begin"
 
     def tell(self, method: str, *arguments: Any) -> None:
         """Have every worker told this, before its next task; also those that come in place of lost ones."""
@@ -170,6 +182,7 @@ class Dispatcher:
             mine: set[Task] = set()
             while not work.finished:
                 self._fill(work, mine)
+                self.watch(self.shown)
                 for event in self.transport.wait(self._patience(mine)):
                     self._heard(event, work, mine)
         except BaseException as error:

@@ -260,8 +260,7 @@ class Pool(StandIn):
 
     def _report(self, what: str, done: int, total: int) -> None:
         if self.progress is not None:
-            dispatcher = self._shared.dispatcher
-            self.progress(f"{what}, {dispatcher.busy} of {len(dispatcher.homes)} workers busy", done, total)
+            self.progress(f"{what}, {self._shared.dispatcher.shown}", done, total)
 
 
 @dataclass
@@ -280,10 +279,16 @@ class _Shared:
 class _Known:
     """Batches that were run under candidates of one key, and those that a single evaluator would have run."""
 
-    parts: dict[tuple[int, ...], Part] = field(default_factory=dict)
-    taken: set[tuple[int, ...]] = field(default_factory=set)
-    flying: int = 0
-    lost: float = 0.0  # of the highest score there can be, in examples, by all parts
+    parts: dict[int, Part] = field(default_factory=dict)  # by the number of the batch
+    taken: set[int] = field(default_factory=set)
+    losses: Any = None  # (batches,), of the highest score there can be, in examples; NaN: not run
+    flying: Any = None  # (batches,), whether it is under way and waited for
+
+    def begin(self, batches: int) -> None:
+        """Nothing is waited for; what an earlier search left under way is not."""
+        self.flying = np.zeros(batches, dtype=bool)
+        if self.losses is None:
+            self.losses = np.full(batches, np.nan)
 
 
 @dataclass(frozen=True)
@@ -409,7 +414,7 @@ class _Whole:
 
 @dataclass(eq=False)
 class _Job:
-    """One evaluation: what is to be run, and how far it is taken."""
+    """One evaluation: what is to be run, and how far it is taken. Batches go by their number in `Order.batches`."""
 
     place: int
     reduction: Reduction
@@ -417,10 +422,13 @@ class _Job:
     key: str
     known: _Known
     floor: float | None = None
-    order: list[list[int]] | None = None  # once its turn has come
+    order: list[int] | None = None  # before its turn: as it would be if that were now
+    begun: bool = False  # whether its turn has come
+    seen: tuple[int, float | None] | None = None  # its floor before that, and when
     test: LossTest | None = None
     at: int = 0
-    ahead: deque[list[int]] | None = None  # to be given out
+    ahead: deque[int] = field(default_factory=deque)  # to be given out
+    basis: Any = None  # what `ahead` was made of
     scores: Any = None
     likelihoods: list[float] = field(default_factory=list)
     fresh: dict[int, float] = field(default_factory=dict)  # what each example cost
@@ -429,6 +437,11 @@ class _Job:
     def is_full(self) -> bool:
         """Whether it is the full model's, on all examples."""
         return self.reduction.schedule.is_full and self.asked.share == 1
+
+    @property
+    def ends_early(self) -> bool:
+        """Whether it may end before its last batch."""
+        return self.asked.floor is not None and self.asked.share == 1 and not self.is_full
 
 
 class _Split:
@@ -446,12 +459,12 @@ class _Split:
         self._jobs, self._order, self._done, self._report = jobs, shared.order, done, report
         self._dispatcher, self._full = shared.dispatcher, full
         self._known = {job.key: job.known for job in jobs}
+        self._numbers = {id(batch): number for number, batch in enumerate(self._order.batches)}
         for each in self._known.values():
-            each.flying = 0  # of an earlier search for the same, nobody waits for them
+            each.begin(len(self._numbers))
         self._current = 0
-        self._flying: set[tuple[str, tuple[int, ...]]] = set()
         self._first = 0  # the first job that may have batches to give out
-        self._home = {id(batch): number for number, batch in enumerate(self._order.batches)}
+        self._hardest: tuple[int, list[int]] | None = None  # the order now, and how many evaluations it knows
         self._retire()
 
     @property
@@ -462,74 +475,97 @@ class _Split:
 
     def next(self, worker: Hashable) -> Task | None:
         self._first = max(self._first, self._current)
-        for careful in (True, False):
+        for careful in (True, False):  # what is expected to be needed, else what may be
             for job in self._jobs[self._first :]:
-                if careful and self._may_be_lost(job):
-                    continue
-                batch = self._choose(job, worker)
-                if batch is not None:
-                    job.known.flying += 1
-                    self._flying.add((job.key, tuple(batch)))
-                    return Task("part", (job.reduction, batch), repr(job.reduction.schedule), (job.key, tuple(batch)))
-                if job.ahead is not None and not job.ahead and self._jobs[self._first] is job:
+                self._look_ahead(job, careful)
+                number = self._choose(job, worker)
+                if number is not None:
+                    return self._give(job, number)
+                if not job.ends_early and self._jobs[self._first] is job:
                     self._first += 1
-            if all(job.asked.floor is None for job in self._jobs[self._first :]):
+            if not any(job.ends_early for job in self._jobs[self._first :]):
                 break
         return None
 
-    def _may_be_lost(self, job: _Job) -> bool:
-        """Whether more batches of a job are likely not needed: it is lost by what is known, or too little is known of
-        it for the number of batches that are under way."""
-        if job.asked.floor is None or job.asked.share < 1:
-            return False
-        if job.known.flying >= max(_CAREFUL, len(job.known.parts)):
-            return True
-        floor = job.asked.least(job.place)
-        whole = float(self._order.ceilings.sum())
-        ahead = job is not self._jobs[self._current]
-        return ahead and floor is not None and whole - job.known.lost < floor * len(self._order.full)
+    def _give(self, job: _Job, number: int) -> Task:
+        job.known.flying[number] = True
+        batch = self._order.batches[number]
+        return Task("part", (job.reduction, batch), repr(job.reduction.schedule), (job.key, number))
 
-    def _choose(self, job: _Job, worker: Hashable) -> list[int] | None:
-        """A batch of a job that nobody has or does: one whose images the worker knows, else the next one."""
-        if job.ahead is None:
-            job.ahead = deque([] if job.is_full else self._guess(job))
-        skipped: list[list[int]] = []
+    def _choose(self, job: _Job, worker: Hashable) -> int | None:
+        """One of the next batches of a job: one whose images the worker knows, else the first."""
         home, count = self._dispatcher.homes.get(worker, 0), len(self._dispatcher.homes)
-        window = _WINDOW if job.asked.floor is None else count
-        while job.ahead and len(skipped) < window:
-            batch = job.ahead.popleft()
-            if tuple(batch) in job.known.parts or (job.key, tuple(batch)) in self._flying:
-                continue
-            if self._home[id(batch)] % count == home:
-                job.ahead.extendleft(reversed(skipped))
-                return batch
-            skipped.append(batch)
-        job.ahead.extendleft(reversed(skipped))
-        return job.ahead.popleft() if job.ahead else None
+        while job.ahead:
+            window = min(len(job.ahead), count if job.ends_early else _WINDOW)
+            found = next((place for place in range(window) if job.ahead[place] % count == home), 0)
+            number = job.ahead[found]
+            del job.ahead[found]
+            if number not in job.known.parts and not job.known.flying[number]:  # for another candidate of this key
+                return number
+        return None
 
-    def _guess(self, job: _Job) -> list[list[int]]:
-        """The order in which a job's batches will be needed, as far as it is known before its turn."""
-        return self._drawn(job, 0.0)[0] if job.order is None else job.order
+    def _look_ahead(self, job: _Job, careful: bool) -> None:
+        """Bring up to date what a job has to give out."""
+        known = job.known
+        basis = (careful, self._current, len(known.parts)) if job.ends_early else ()
+        if job.basis == basis:
+            return
+        if job.is_full:
+            job.order = []
+        elif not job.begun:
+            job.order = self._hardest_first() if job.ends_early else self._drawn(job, None)[0]
+        assert job.order is not None
+        order = np.array(job.order, dtype=np.int64)
+        missing = np.isnan(known.losses[order]) & ~known.flying[order]
+        if job.ends_early and careful:
+            missing[self._expected(job, order) :] = False
+            missing[np.cumsum(missing) > max(_CAREFUL, len(known.parts)) - known.flying.sum()] = False
+        job.basis, job.ahead = basis, deque(order[missing].tolist())
 
-    def _drawn(self, job: _Job, floor: float | None) -> tuple[list[list[int]], LossTest | None]:
+    def _expected(self, job: _Job, order: Any) -> int:
+        """How many batches in this order a job takes until its floor is out of reach, where those that are not known
+        lose what the others do on average."""
+        losses, floor = job.known.losses, job.floor if job.begun else self._floor(job)
+        if floor is None or not job.known.parts:
+            return len(order)
+        rate = float(np.nanmean(losses))
+        lost = np.cumsum(np.where(np.isnan(losses[order]), rate, losses[order]))
+        spare = float(self._order.ceilings.sum()) - floor * len(self._order.full)
+        return int(np.searchsorted(lost, spare, side="right")) + 1
+
+    def _floor(self, job: _Job) -> float | None:
+        """The floor of a job whose turn is yet to come, as of now."""
+        if job.seen is None or job.seen[0] != self._current:
+            job.seen = self._current, job.asked.least(job.place)
+        return job.seen[1]
+
+    def _hardest_first(self) -> list[int]:
+        if self._hardest is None or self._hardest[0] != self._current:
+            self._hardest = self._current, self._numbered(self._order.hardest_first())
+        return self._hardest[1]
+
+    def _numbered(self, batches: Sequence[list[int]]) -> list[int]:
+        return [self._numbers[id(batch)] for batch in batches]
+
+    def _drawn(self, job: _Job, floor: float | None) -> tuple[list[int], LossTest | None]:
         asked, order = job.asked, self._order
         if asked.share < 1:
-            return order.sample(asked.share), None
-        if asked.floor is None or floor is None:
-            return list(order.batches), None
+            return self._numbered(order.sample(asked.share)), None
+        if floor is None:
+            return list(range(len(order.batches))), None
         if asked.confidence is None:
-            return order.hardest_first(), None
-        return order.drawn(floor, asked.confidence, [asked.seed, zlib.crc32(job.key.encode())])
+            return self._hardest_first(), None
+        batches, test = order.drawn(floor, asked.confidence, [asked.seed, zlib.crc32(job.key.encode())])
+        return self._numbered(batches), test
 
     # what is taken
 
     def take(self, task: Task, value: Any) -> None:
-        key, batch = task.about
-        self._flying.discard((key, batch))
+        key, number = task.about
         known = self._known[key]
-        known.flying -= 1
-        known.parts[batch] = value
-        known.lost += float(self._order.ceilings[list(batch)].sum()) - sum(value.scores)
+        known.flying[number] = False
+        known.parts[number] = value
+        known.losses[number] = float(self._order.ceilings[self._order.batches[number]].sum()) - sum(value.scores)
         self._retire()
 
     def _retire(self) -> None:
@@ -540,29 +576,30 @@ class _Split:
                 self._current += 1
                 self._done(job.place, self._full)
                 continue
-            if job.order is None:
+            if not job.begun:
                 job.floor = job.asked.least(job.place) if job.asked.share == 1 else None
                 job.order, job.test = self._drawn(job, job.floor)
-                job.ahead = deque(job.order)
+                job.begun, job.basis = True, None
                 job.scores = np.full(len(self._order.full), np.nan)
-                self._first = min(self._first, self._current)
+            assert job.order is not None
             lost = False
             while job.at < len(job.order) and not lost:
-                batch = job.order[job.at]
-                part = job.known.parts.get(tuple(batch))
-                if part is None:
+                number = job.order[job.at]
+                if number not in job.known.parts:
                     return
-                lost = self._take(job, batch, part)
+                lost = self._take(job, number, job.known.parts[number])
+            evaluation = self._evaluation(job)
             self._current += 1
-            self._done(job.place, self._evaluation(job))
+            self._done(job.place, evaluation)
 
-    def _take(self, job: _Job, batch: list[int], part: Part) -> bool:
+    def _take(self, job: _Job, number: int, part: Part) -> bool:
         """A batch's part of an evaluation; whether the floor is out of reach."""
+        batch = self._order.batches[number]
         job.at += 1
         job.scores[batch] = part.scores
         job.likelihoods += part.likelihoods
-        if tuple(batch) not in job.known.taken and not job.reduction.schedule.is_full:
-            job.known.taken.add(tuple(batch))
+        if number not in job.known.taken and not job.reduction.schedule.is_full:
+            job.known.taken.add(number)
             job.fresh.update(zip(batch, part.costs, strict=True))
         self._report("reduced model", int(np.count_nonzero(~np.isnan(job.scores))), len(job.scores))
         return job.floor is not None and self._order.is_lost(job.scores, batch, job.floor, job.test)

@@ -15,35 +15,39 @@ from ..evaluation.examples import load_examples
 from ..evaluation.shards import Pool
 from ..progress import Watcher
 from .opening import Opened, Prepared, make_evaluator, open_model, prepare, sets_of
-from .options import RunOptions, ScoringOptions
+from .options import JobOptions, RunOptions, ScoringOptions, WorkerOptions
 
-Options = TypeVar("Options", bound=ScoringOptions)
+Options = TypeVar("Options", bound=JobOptions)
 _PATHS = ("data", "test_data", "image_folder", "annotations", "cache_dir")
 
 
 class Workers:
-    """The workers of a command, begun when they are first needed; none where none were asked for."""
+    """The workers of a command, begun when they are first needed; none where none were asked for.
 
-    def __init__(self, options: ScoringOptions, make: Callable[[], Any], watcher: Watcher) -> None:
-        self._dispatcher: Dispatcher | None = None
+    Attributes:
+        dispatcher: gives them work.
+    """
+
+    def __init__(self, options: WorkerOptions, make: Callable[[], Any], watcher: Watcher) -> None:
+        self.dispatcher: Dispatcher | None = None
         if options.has_workers:
             from ..evaluation.ray_workers import RayTransport
 
             transport = RayTransport(
                 make, options.workers or "auto", address=options.ray, gpus_per_worker=options.gpus_per_worker
             )
-            self._dispatcher = Dispatcher(transport, watcher.on_note)
+            self.dispatcher = Dispatcher(transport, watcher.on_note, watcher.on_workers)
 
     def stand_for(self, name: str, evaluator: Evaluator) -> Evaluator:
         """What scores on a set: all workers, which score as the evaluator does, or the evaluator itself."""
-        if self._dispatcher is None:
+        if self.dispatcher is None:
             return evaluator
-        return cast(Evaluator, Pool(transport=Channel(self._dispatcher, name), inner=evaluator))
+        return cast(Evaluator, Pool(transport=Channel(self.dispatcher, name), inner=evaluator))
 
     def close(self) -> None:
         """End them."""
-        if self._dispatcher is not None:
-            self._dispatcher.stop()
+        if self.dispatcher is not None:
+            self.dispatcher.stop()
 
 
 @contextmanager
@@ -101,5 +105,9 @@ def _evaluator_of_set(options: ScoringOptions) -> dict[str, Callable[[], Any]]:
 
 
 def _opened(options: ScoringOptions) -> Opened:
-    many = options.gpus_per_worker is not None and options.gpus_per_worker > 1
-    return open_model(options.model, device_map="auto" if many else None)
+    return open_model(options.model, device_map=device_map_of(options))
+
+
+def device_map_of(options: WorkerOptions) -> str | None:
+    """How a worker's model is spread over its GPUs."""
+    return "auto" if options.gpus_per_worker is not None and options.gpus_per_worker > 1 else None

@@ -249,11 +249,14 @@ class SensitivitySearch:
         can."""
         if len(self.rankers) > 1:
             share = _FEW if self.samples else 1.0
-            found = []
-            for ranker, first in self.rankers:
-                ends = (_STEEPNESS[0], _STEEPNESS[-1])
-                shapes = [_Entrant(self._sigmoid(k, ranker, first), "ranker", first) for k in ends]
-                found.append((sum(worth(self._run(shape, share)) for shape in shapes), (ranker, first)))
+            ends = (_STEEPNESS[0], _STEEPNESS[-1])
+            shapes = [
+                [_Entrant(self._sigmoid(k, ranker, first), "ranker", first) for k in ends]
+                for ranker, first in self.rankers
+            ]
+            self.run.ahead([shape.reduction for each in shapes for shape in each], share=share)
+            worths = [sum(worth(self._run(shape, share)) for shape in each) for each in shapes]
+            found = list(zip(worths, self.rankers, strict=True))
             self.rankers = [each for _, each in sorted(found, key=lambda each: -each[0])]
         self.run.keep_all_before(self.rankers[0][1])
 
