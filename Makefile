@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo test test-lmms-eval test-smollm2 test-vlmevalkit test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
+.PHONY: demo test test-lmms-eval test-smollm2 test-vlmevalkit test-vllm test-vllm-newest test-ray fuzz test-latest test-with conformance lint look bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage scale pool results smollm2 train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0.01 --limit 2000 --out $(OUT) --resume
@@ -34,9 +34,9 @@ test-vllm: .venv/ready $(VLLM_ENV)/ready
 test-vllm-newest: .venv-vllm-newest/ready
 	$(MAKE) test-vllm VLLM_ENV=.venv-vllm-newest
 
-# Workers on a real Ray of two nodes on this machine, which is installed beside the rest; about two minutes.
+# Workers on a real Ray of two nodes on this machine, which is installed beside the rest; minutes.
 test-ray: .venv/ready
-	$(BIN)/python -m pip install --quiet --editable '.[ray]'
+	$(BIN)/python -m pip install --quiet --editable '.[parquet,ray]' 'ray[data]'
 	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/on_ray
 
 # On what a user's pip gets today: the newest releases that pyproject.toml allows, nothing pinned.
@@ -124,7 +124,7 @@ search-cost: .venv/ready
 coverage: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage
 
-# Searches on 1 to 64 workers, simulated: minutes on one core.
+# Searches on 1 to 64 workers, simulated, for docs/scale.md: minutes on one core.
 scale: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale
 
