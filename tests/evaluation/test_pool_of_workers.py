@@ -15,6 +15,7 @@ from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation import Evaluation, Evaluator, Example, Pool
 from thinsight.evaluation.dispatch import Channel, Dispatcher, WorkerFailed
 from thinsight.evaluation.simulated import SimulatedTransport
+from thinsight.progress import SearchObserver
 from thinsight.schedule import Schedule
 from thinsight.searches import Bisect, SearchEvaluator, gsearch
 
@@ -274,6 +275,28 @@ def test_a_search_with_kills_ends_like_one_without(seed: int, tmp_path: Path) ->
     ]
     assert pool._shared.dispatcher.counts["lost"] > 5
     assert (tmp_path / "s").read_text().count("\n") == 1 + len(found.trials)
+
+
+def test_a_driver_that_ends_early_goes_on_with_other_workers(tmp_path: Path) -> None:
+    class Ended(SearchObserver):
+        trials = 0
+
+        def on_trial(self, trial: Any, progress: Any) -> None:
+            self.trials += 1
+            if self.trials == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gsearch(real(3)[0], 0.5, step=1, study=tmp_path / "s", observer=Ended())
+    assert (tmp_path / "s").read_text().count("\n") == 1 + 3
+    pool, transport = real(2)
+    found = gsearch(pool, 0.5, step=1, study=tmp_path / "s", resume=True)
+    alone = gsearch(evaluator(), 0.5, step=1)
+    assert found.reduction == alone.reduction
+    assert [(each.schedule, each.score) for each in found.trials] == [
+        (each.schedule, each.score) for each in alone.trials
+    ]
+    assert {worker for worker, method, _ in transport.calls if method == "part"} == {0, 1}
 
 
 def test_a_schedule_that_fails_twice_is_named() -> None:
