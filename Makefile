@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo docs gallery look-docs test test-lmms-eval test-smollm2 test-vlmevalkit test-vllm test-vllm-newest fuzz test-latest test-with conformance lint look notebooks bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage pool results smollm2 train train-internvl data clean
+.PHONY: demo docs gallery look-docs test test-lmms-eval test-smollm2 test-vlmevalkit test-vllm test-vllm-newest test-ray fuzz test-latest test-with conformance lint look notebooks bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage scale results smollm2 train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0.01 --limit 2000 --out $(OUT) --resume
@@ -33,6 +33,11 @@ test-vllm: .venv/ready $(VLLM_ENV)/ready
 # The same on the newest vLLM for CPUs, nothing pinned: for a nightly run.
 test-vllm-newest: .venv-vllm-newest/ready
 	$(MAKE) test-vllm VLLM_ENV=.venv-vllm-newest
+
+# Workers on a real Ray of two nodes on this machine, which is installed beside the rest; minutes.
+test-ray: .venv/ready
+	$(BIN)/python -m pip install --quiet --editable '.[parquet,ray]' 'ray[data]'
+	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/on_ray
 
 # On what a user's pip gets today: the newest releases that pyproject.toml allows, nothing pinned.
 test-latest: .venv-latest/ready
@@ -137,6 +142,10 @@ search-cost: .venv/ready
 # How often certified searches break their promise: simulated from stored answers, minutes on one core.
 coverage: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage
+
+# Searches on 1 to 64 workers, simulated, for docs/scale.md: minutes on one core.
+scale: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale
 
 # Those answers, for hours; goes on where it was.
 pool: .venv/ready

@@ -228,7 +228,7 @@ def test_every_command_runs_without_arguments(small: SmallRun, tmp_path: Path, m
         (demo / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     monkeypatch.setitem(loading.DEMOS, "demo", Path(small.model))
     monkeypatch.setattr(example_files, "_DEMO_FOLDER", demo)
-    for command in ("search", "evaluate", "bench", "analyze", "show", "report", "plan"):
+    for command in ("search", "evaluate", "answer", "bench", "analyze", "show", "report", "plan"):
         result = run(command)
         assert result.exit_code == 0, result.output
     assert Reduction.from_pretrained("thinsight-out").base_model_name_or_path == "demo"

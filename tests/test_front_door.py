@@ -20,14 +20,15 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 
 import thinsight as ts
 from thinsight.budget import FlopsBudget, KeepBudget, LatencyModel, TimeBudget
+from thinsight.evaluation.simulated import SimulatedTransport
 from thinsight.schedule import Adaptive
 from thinsight.searches.run import Trial
 from thinsight.timing import Measurement, Timing
 
 SOURCE = Path(ts.__file__)
 NAMES = {
-    "Adaptive", "BadInput", "CapturedPrefill", "Evaluation", "Evaluator", "EvaluatorPool", "Example",
-    "Frontier", "Handle", "MissingPackage", "RankConsistency", "Ranker", "Reduction",
+    "Adaptive", "Answerer", "BadInput", "CapturedPrefill", "Evaluation", "Evaluator", "Example",
+    "Frontier", "Handle", "MissingPackage", "Pool", "RankConsistency", "Ranker", "Reduction",
     "Schedule", "SearchResult", "StorageError", "SupportedModel", "ThinsightError", "Unreachable",
     "Unsupported", "__version__", "adaptive_search", "apply", "baselines", "budget", "cost",
     "drop_interval", "encode_images", "errors", "frontier", "get_ranker", "gsearch", "list_rankers",
@@ -159,9 +160,7 @@ def everything() -> dict[str, Any]:
         "empty Frontier": ts.Frontier((), 0.9, 0.0),
         "Evaluation": ts.Evaluation(1 / 3, many, False, 2 / 3, 1e11 / 3, 1 / 7, 1 / 7),
         "Evaluator": evaluator,
-        "EvaluatorPool": ts.EvaluatorPool(
-            [evaluator, ts.Evaluator(tiny_llava(), tiny_processor(), examples, max_new_tokens=2)]
-        ),
+        "Pool": ts.Pool(transport=SimulatedTransport(lambda: evaluator, 64)),
         "Example": ts.Example(LONG, ("a.png", image) * 50, LONG, (LONG,) * 50, extra={"task": LONG}),
         "RankConsistency": ts.RankConsistency(many, np.full((501, 501), 0.5), many, np.full(501, 0.5), 0.25, 64),
         "Handle": ts.apply(model, ts.Schedule.step(4, 2, 0.5)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 import thinsight as ts
 from thinsight.evaluation import Example
 from thinsight.evaluation.consistency import attention_statistics
+from thinsight.evaluation.simulated import SimulatedTransport
 from thinsight.experimental.captured import EagerReplay
 from thinsight.runtime import layer_scores
 from thinsight.timing import measure, profile
@@ -52,7 +54,8 @@ def searched(model: Any) -> Any:
 
 
 def pooled(model: Any) -> Any:
-    pool = ts.EvaluatorPool.on_devices(["cpu", "cpu"], model, tiny_processor(), EXAMPLES, max_new_tokens=2)
+    made = functools.partial(ts.Evaluator, model, tiny_processor(), EXAMPLES, max_new_tokens=2)
+    pool = ts.Pool(transport=SimulatedTransport(made, 2))
     return pool.full_score, pool(SCHEDULE).score
 
 
@@ -74,7 +77,7 @@ def ranked(model: Any) -> Any:
 
 USES: dict[str, Callable[[Any], Any]] = {
     "Evaluator": scored,
-    "EvaluatorPool": pooled,
+    "Pool": pooled,
     "search": searched,
     "rank_consistency": ranked,
     "attention_statistics": lambda model: attention_statistics(model, tiny_processor(), EXAMPLES).tolist(),

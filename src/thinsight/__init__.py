@@ -28,11 +28,12 @@ if TYPE_CHECKING:  # what type checkers read; Python reads the table below, and 
     from .errors import ThinsightError as ThinsightError
     from .errors import Unreachable as Unreachable
     from .errors import Unsupported as Unsupported
+    from .evaluation import Answerer as Answerer
     from .evaluation import Evaluation as Evaluation
     from .evaluation import Evaluator as Evaluator
-    from .evaluation import EvaluatorPool as EvaluatorPool
     from .evaluation import Example as Example
     from .evaluation import Metric as Metric
+    from .evaluation import Pool as Pool
     from .evaluation import RankConsistency as RankConsistency
     from .evaluation import drop_interval as drop_interval
     from .evaluation import load_examples as load_examples
@@ -75,11 +76,12 @@ _NAMES = {
     "checking": ("check",),
     "errors": ("BadInput", "MissingPackage", "StorageError", "ThinsightError", "Unreachable", "Unsupported"),
     "evaluation": (
+        "Answerer",
         "Evaluation",
         "Evaluator",
-        "EvaluatorPool",
         "Example",
         "Metric",
+        "Pool",
         "RankConsistency",
         "drop_interval",
         "load_examples",

@@ -30,6 +30,7 @@ from .interrupts import INTERRUPTED, exit_code, leave_on_interrupt, raise_on_int
 from .job.options import (
     DEFAULT_OUT,
     AnalyzeOptions,
+    AnswerOptions,
     BenchOptions,
     CheckOptions,
     CompareOptions,
@@ -54,6 +55,7 @@ _GROUPS = {
         "method", "ranker", "solver", "start", "first_layer", "step", "trade_off", "n_trials", "early_stop", "seed",
     ),
     "Scoring": ("metric", "max_new_tokens", "batch_size", "cache_gib", "cache_dir"),
+    "More than one device": ("workers", "ray", "gpus_per_worker"),
     "A server in place of a model": ("server", "against", "served_model", "against_model", "concurrency", "answers"),
 }  # fmt: skip
 """Options under one heading in the help, where a command has many; the others come first."""
@@ -64,6 +66,7 @@ _EXAMPLES = {
         "thinsight search",
         "thinsight search --model llava-hf/llava-1.5-7b-hf --data calibration.jsonl --max-drop 0.01 --out mine",
         "thinsight search --model MODEL --data calibration.jsonl --test-data test.jsonl --budget 0.25",
+        "thinsight search --model MODEL --data calibration.jsonl --workers auto",
         "thinsight search --model MODEL --benchmark textvqa,docvqa*2,pope=pope.tsv --max-drop 0.01",
     ),
     "compare": (
@@ -73,6 +76,10 @@ _EXAMPLES = {
     "evaluate": (
         "thinsight evaluate --model MODEL --reduction mine --data test.jsonl",
         "thinsight evaluate --server http://127.0.0.1:8000/v1 --data test.jsonl --answers answers.jsonl",
+    ),
+    "answer": (
+        "thinsight answer --model MODEL --reduction mine --data questions.jsonl --out answers.jsonl",
+        "thinsight answer --model MODEL --reduction mine --data questions.jsonl --out answers.parquet --workers auto",
     ),
     "data": (
         "thinsight data questions.tsv --model MODEL",
@@ -296,6 +303,15 @@ def evaluate(options: EvaluateOptions) -> None:
 
     run = commands.evaluate if options.server is None else server.evaluate_server
     Console().print(_watched(lambda watcher: run(options, watcher)))
+
+
+@_command(AnswerOptions)
+def answer(options: AnswerOptions) -> None:
+    """Answer every question of a set under a reduction, into one file; the same command goes on where it stopped."""
+    from .job.answering import answer as run
+
+    done = _watched(lambda watcher: run(options, watcher))
+    _print(f"Reduction: {done.reduction}", f"Answers:   {done.path}, {done.count} questions")
 
 
 @_command(CompareOptions)

@@ -29,6 +29,7 @@ class ConsoleWatcher(Watcher):
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[detail]}", markup=False),
+            TextColumn("{task.fields[workers]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             transient=True,
@@ -51,7 +52,7 @@ class ConsoleWatcher(Watcher):
     def on_stage(self, title: str) -> None:
         self._finish_stage()
         self._title, self._started = terminal(title), time.monotonic()
-        self._task = self._bar.add_task(self._title, total=None, detail="")
+        self._task = self._bar.add_task(self._title, total=None, detail="", workers="")
 
     def on_note(self, text: str) -> None:
         log = not self._console.is_terminal  # there, a line stays in one piece
@@ -60,6 +61,10 @@ class ConsoleWatcher(Watcher):
     def on_progress(self, what: str, done: int, total: int) -> None:
         if self._task is not None and not self._searching:
             self._bar.update(self._task, completed=done, total=total, detail=f"{done}/{total}")
+
+    def on_workers(self, shown: str) -> None:
+        if self._task is not None:
+            self._bar.update(self._task, workers=shown)
 
     def on_start(self, plan: SearchPlan) -> None:
         self._searching = True  # from here on the bar counts evaluations, not the examples of each

@@ -70,3 +70,6 @@ class Watcher(SearchObserver):
 
     def on_progress(self, what: str, done: int, total: int) -> None:
         """So much of the present stage is done."""
+
+    def on_workers(self, shown: str) -> None:
+        """What each worker does now, in a few words, where there are any."""

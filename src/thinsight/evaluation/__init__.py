@@ -15,19 +15,23 @@ from .result import drop_interval as drop_interval
 from .result import paired_bootstrap as paired_bootstrap
 
 if TYPE_CHECKING:
+    from .answering import Answer as Answer
+    from .answering import Answerer as Answerer
     from .consistency import attention_statistics as attention_statistics
     from .consistency import rank_consistency as rank_consistency
     from .evaluator import Evaluator as Evaluator
     from .examples import Example as Example
     from .examples import load_examples as load_examples
     from .metrics import Metric as Metric
-    from .pool import EvaluatorPool as EvaluatorPool
+    from .shards import Pool as Pool
 
 _LAZY = {
+    "Answer": "answering",
+    "Answerer": "answering",
     "Evaluator": "evaluator",
-    "EvaluatorPool": "pool",
     "Example": "examples",
     "Metric": "metrics",
+    "Pool": "shards",
     "attention_statistics": "consistency",
     "load_examples": "examples",
     "rank_consistency": "consistency",

@@ -26,6 +26,8 @@ class SearchEvaluator:
         num_vision_tokens: the reference N in which a search counts tokens.
         examples: what is scored, in the order of `Evaluation.per_example`; empty where there are none to show.
         at_once: how many candidates `several` is best asked for.
+        workers: how many work at the same time. Where more than one does, a search asks `several` early for all that it
+            is sure to want, with a ``share`` of the examples or a ``floor`` by place.
         samples: whether `sample` runs fewer examples than a call.
         first_layer: the first layer at which the evaluator's ranker can rank.
         full_cost: of one full evaluation, in the unit of `Evaluation.cost`; None where that is not known.
@@ -41,6 +43,7 @@ class SearchEvaluator:
     num_vision_tokens: int
     examples: Sequence[Any] = ()
     at_once: int = 1
+    workers: int = 1
     samples: bool = False
     first_layer: int = 1
     full_cost: float | None = None

@@ -42,7 +42,7 @@ from .full_model import BatchSize, FullModel
 from .metrics import Metric, metric_for
 from .prefix_cache import PrefixCache
 from .prompts import PromptReader, chunks, pad_batch
-from .result import Evaluation, score_to_expect
+from .result import Evaluation, Part, score_to_expect
 from .store import DEFAULT_CACHE_GIB, Store
 
 _FINGERPRINT_FORMAT = 2
@@ -390,6 +390,43 @@ class Evaluator(SearchEvaluator):
             for image in example.images:
                 hash_image(digest, image)
         return digest.hexdigest()
+
+    # -- parts, for workers that share an evaluation -----------------------------------------------------------
+
+    def plan(self) -> Order:
+        """The batches, in which order they are scored, and when that can end: what `part` is asked for."""
+        return self._order
+
+    def part(self, candidate: Schedule | Reduction, batch: Sequence[int]) -> Part:
+        """One batch of `plan` under a candidate; the scores are those of a call."""
+        reduction, indices = self._bind(candidate), list(batch)
+        with closing(self._answers(reduction, [indices])) as stream:
+            ((_, answers),) = stream
+        return Part(
+            tuple(self._score(index, answer) for index, answer in zip(indices, answers, strict=True)),
+            tuple(answer.log_likelihood for answer in answers),
+            tuple(reduction.average(partial(self._flops, [index])) for index in indices),
+        )
+
+    def key_of(self, candidate: Schedule | Reduction) -> str:
+        """Candidates with one key keep the same tokens of every prompt here."""
+        return repr(self._key(self._bind(candidate)))
+
+    def known_full(self) -> list[GreedyAnswer] | None:
+        """The full model's answers, where they are known or kept in ``cache_dir``."""
+        return self._full_model.known(lambda: self._hash(None))
+
+    def full_parts(self) -> int:
+        """In how many parts the full model's answers may be computed; the batch size is settled."""
+        return self._full_model.parts
+
+    def full_part(self, number: int) -> dict[int, GreedyAnswer] | None:
+        """One of these parts, by example; None where its batches do not fit into memory."""
+        return self._full_model.answer_part(number)
+
+    def take_full(self, answers: list[GreedyAnswer]) -> None:
+        """Know the full model's answers, computed in parts, of which one may be from another machine."""
+        self._full_model.take(answers, lambda: self._hash(None))
 
     # -- the full model --------------------------------------------------------------------------------------
 

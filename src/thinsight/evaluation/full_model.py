@@ -244,6 +244,7 @@ class FullModel:
     def __post_init__(self) -> None:
         self.model = self.reader.model
         self._answers: list[GreedyAnswer] | None = None
+        self._arrangement: tuple[int, list[tuple[list[int], list[Siblings]]]] | None = None
         self.vision = self._new_vision(self.examples, self.sizes.size)  # replaced where the batch size changes
 
     @property
@@ -260,16 +261,48 @@ class FullModel:
 
     def answers(self, fingerprint: Callable[[], str]) -> list[GreedyAnswer]:
         """The answers; ``fingerprint`` names the model and the set among those that share a folder."""
-        if self._answers is None:
-            kept = self.store.value(self._name(fingerprint())) if self.store.persistent else None
-            if kept is not None:
-                self._answers = [GreedyAnswer(**{**each, "tokens": tuple(each["tokens"])}) for each in kept]
-                return self._answers
+        if self.known(fingerprint) is None:
             self.sizes.settle(self._fastest_batch)
             self._answers = self.sizes.first_pass(self._answer_all, self._rearrange)
             if self.store.persistent:  # the name anew: the batch size may have been halved
                 self.store.keep_value(self._name(fingerprint()), [asdict(answer) for answer in self._answers])
+        assert self._answers is not None
         return self._answers
+
+    def known(self, fingerprint: Callable[[], str]) -> list[GreedyAnswer] | None:
+        """The answers, where they need not be computed."""
+        if self._answers is None and self.store.persistent:
+            kept = self.store.value(self._name(fingerprint()))
+            if kept is not None:
+                self._answers = [GreedyAnswer(**{**each, "tokens": tuple(each["tokens"])}) for each in kept]
+        return self._answers
+
+    def take(self, answers: list[GreedyAnswer], fingerprint: Callable[[], str]) -> None:
+        """Know the answers, which others have computed in parts."""
+        self._answers = list(answers)
+        if self.store.persistent:
+            self.store.keep_value(self._name(fingerprint()), [asdict(answer) for answer in self._answers])
+
+    @property
+    def parts(self) -> int:
+        """How many parts `answer_part` can compute in any order, on any machine."""
+        return len(self._arranged())
+
+    def answer_part(self, number: int) -> dict[int, GreedyAnswer] | None:
+        """The answers of one part by example, the same as in a pass over all; None where the device's memory does not
+        hold it."""
+        found: dict[int, GreedyAnswer] = {}
+        try:
+            with apply(self.model, Schedule.full(num_layers(self.model))):
+                for batch, answers in self._pass(*self._arranged()[number]):
+                    found.update(zip(batch, answers, strict=True))
+        except torch.OutOfMemoryError:
+            if self.batch_size == 1:
+                raise
+        else:
+            return found
+        _release()
+        return None
 
     def _name(self, fingerprint: str) -> str:
         """What the answers are called on disk: answers that may differ have another name."""
@@ -291,18 +324,33 @@ class FullModel:
 
     def _passes(self) -> Iterator[tuple[list[int], list[GreedyAnswer]]]:
         """Batches with their answers; prompts about the same images share what they begin with."""
+        for unit in self._units():
+            yield from self._pass(*unit)
+
+    def _arranged(self) -> list[tuple[list[int], list[Siblings]]]:
+        """The units at this batch size, arranged once."""
+        if self._arrangement is None or self._arrangement[0] != self.batch_size:
+            self._arrangement = (self.batch_size, self._units())
+        return self._arrangement[1]
+
+    def _units(self) -> list[tuple[list[int], list[Siblings]]]:
+        """What is read together: prompts alone, or siblings."""
         keys = [example.image_keys for example in self.examples]
         siblings = siblings_of(self.model, self.prompts, keys) if self.reuse else []
         rest = set(range(len(self.examples))).difference(*(each.members for each in siblings))
-        pad_token = self.rules.pad_token
         by_length = sorted(rest, key=lambda index: (*self.prompts[index].size, index))
-        for batch in chunks(by_length, self.batch_size):
+        alone: list[tuple[list[int], list[Siblings]]] = [(batch, []) for batch in chunks(by_length, self.batch_size)]
+        return [*alone, *(([], together) for together in chunks(siblings, self.batch_size))]
+
+    def _pass(self, batch: list[int], together: list[Siblings]) -> Iterator[tuple[list[int], list[GreedyAnswer]]]:
+        pad_token = self.rules.pad_token
+        if batch:
             prompts = pad_batch([self.prompts[index] for index in batch], pad_token)
             yield batch, self._answer(batch, prompts, self._images(batch))
-        for together in chunks(siblings, self.batch_size):
+        if together:
             read = read_once(self.model, self.prompts, together, self._images, pad_token, self.batch_size)
-            for batch, prompts, beginning in read:
-                yield batch, self._answer(batch, prompts, {}, beginning)
+            for part, prompts, beginning in read:
+                yield part, self._answer(part, prompts, {}, beginning)
 
     def _answer(
         self, batch: Sequence[int], prompts: PromptBatch, vision: dict[str, Any], beginning: Beginning | None = None

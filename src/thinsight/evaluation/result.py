@@ -40,6 +40,21 @@ _CELLS_AT_ONCE = 4_000_000  # drawn indices held in memory at a time (32 MB)
 
 
 @dataclass(frozen=True)
+class Part:
+    """What came of one batch of examples under a candidate, an entry per example in the batch's order.
+
+    Attributes:
+        scores: of the metric.
+        likelihoods: log probabilities of the full model's answers.
+        costs: decoder FLOPs of each prompt's pass.
+    """
+
+    scores: tuple[float, ...]
+    likelihoods: tuple[float, ...]
+    costs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Evaluation(shown.Shown):
     """The score of one schedule on one set of examples.
 

@@ -18,7 +18,7 @@ from ..checked import CheckResult
 from ..checking import check as check_model
 from ..errors import BadInput
 from ..evaluation.consistency import rank_consistency
-from ..evaluation.evaluator import check_metric
+from ..evaluation.evaluator import Evaluator, check_metric
 from ..evaluation.examples import Example, Progress, check_exists, load_examples, read_examples, validate_examples
 from ..evaluation.full_model import AUTO
 from ..evaluation.prompts import PromptReader
@@ -52,6 +52,7 @@ from .opening import (
     reduction_for,
 )
 from .options import AnalyzeOptions, BenchOptions, CheckOptions, EvaluateOptions, JobOptions, PlanOptions, ShowOptions
+from .workers import scoring
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,14 @@ def evaluate(options: EvaluateOptions, watcher: Watcher | None = None) -> Report
     watcher = watcher or notebook.watcher()
     examples, opened, found = _open(options, options.reduction, watcher, options.metric)
     watcher.on_stage("Processing the images")
-    evaluator = make_evaluator(options, opened, examples, watcher)
+    with scoring(options, make_evaluator(options, opened, examples, watcher), watcher) as evaluator:
+        return _evaluated(options, opened, found, evaluator, watcher)
+
+
+def _evaluated(
+    options: EvaluateOptions, opened: Opened, found: Sourced, evaluator: Evaluator, watcher: Watcher
+) -> ReportData:
+    examples = list(evaluator.examples)
     watcher.on_stage("Full model")
     full = evaluator.full
     if options.batch_size == AUTO:

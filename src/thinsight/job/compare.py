@@ -28,8 +28,9 @@ from ..reduction import Reduction
 from ..report.comparison import Comparison, Run, certified_costs, draw, markdown, to_csv
 from ..schedule import Adaptive, Schedule
 from ..searches.search import SEARCHES, rankers_for
-from .opening import Limits, Prepared, content_hash, environment, limits_of, prepare
+from .opening import Limits, Prepared, content_hash, environment, limits_of
 from .options import SEARCH_PREFIX, CompareOptions, seeded
+from .workers import prepared_run
 
 STATISTICS_EXAMPLES = 64
 
@@ -75,7 +76,11 @@ def compare(options: CompareOptions, watcher: Watcher | None = None) -> CompareO
     Raises:
         ThinsightError: bad input, before long work starts, or a folder of another comparison.
     """
-    prepared = prepare(options, options.own_ranker, watcher or notebook.watcher())
+    with prepared_run(options, options.own_ranker, watcher or notebook.watcher()) as prepared:
+        return _compare(options, prepared)
+
+
+def _compare(options: CompareOptions, prepared: Prepared) -> CompareOutcome:
     if options.max_drop is not None:
         least, tested = least_examples(options.max_drop, confidence=options.certainty), len(prepared.sets.test)
         if tested < least:

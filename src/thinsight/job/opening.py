@@ -264,11 +264,10 @@ class Sets:
     note: str = ""
 
 
-def open_model(options: ModelOptions) -> Opened:
+def open_model(options: ModelOptions, device_map: str | None = None) -> Opened:
     """Load the model; one whose type is not listed is checked, where it may run but no check of it has passed yet."""
-    model, processor = load_model(
-        options.model, options.dtype, options.device, options.attn, options.trust_remote_code, unlisted=options.unlisted
-    )
+    asked = (options.model, options.dtype, options.device, options.attn, options.trust_remote_code)
+    model, processor = load_model(*asked, device_map, unlisted=options.unlisted)
     if options.unlisted:
         check_unlisted(model, processor)
     device = str(model.device)
@@ -516,19 +515,18 @@ class Prepared:
         return self.folder.once(stage, Scores, run)
 
 
+def sets_of(options: RunOptions, progress: Progress | None = None) -> Sets:
+    """The two sets of a run."""
+    data = options.named(options.data)
+    return load_sets(data, options.tested, options.limit, progress, options.split, **options.reading)
+
+
 def prepare(options: RunOptions, ranker: Any, watcher: Watcher) -> Prepared:
     """Open everything a run on two sets needs, cheapest first; ``ranker`` keeps the tokens of a bare schedule."""
     options.check()
     folder = RunFolder(options.out, resume=options.resume)
     watcher.on_stage("Reading the data")
-    sets = load_sets(
-        options.named(options.data),
-        options.tested,
-        options.limit,
-        watcher.on_progress,
-        options.split,
-        **options.reading,
-    )
+    sets = sets_of(options, watcher.on_progress)
     if sets.note:
         watcher.on_note(sets.note)
     if doubts := options.doubts(len(sets.test)):

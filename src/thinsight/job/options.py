@@ -208,8 +208,42 @@ class JobOptions(ReadingOptions):
         return self.named(self.data) or DEMO_TEST
 
 
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """Who does it: this process, or workers on Ray; see `thinsight.Pool`."""
+
+    workers: int | str | None = told(
+        None,
+        "Use so many workers at once, or auto: one for each GPU. Takes thinsight[ray]. Default: in this process.",
+        kind=str | None,
+        read=batch_size_of,
+        place=2,
+    )
+    ray: str | None = told(
+        None, "Address of a Ray cluster for the workers: auto, HOST:PORT. Default: this machine.", place=2
+    )
+    gpus_per_worker: float | None = told(
+        None, "GPUs of each worker; above 1 the model is spread over them. Default: 1 where there are any.", place=2
+    )
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether others score than this process."""
+        return self.workers not in (None, 1) or self.ray is not None
+
+    def check_workers(self) -> None:
+        """Refuse what cannot be right."""
+        from ..evaluation.ray_workers import check_workers, import_ray
+
+        check_workers("auto" if self.workers is None else self.workers, self.gpus_per_worker)
+        if self.has_workers:
+            import_ray()
+        elif self.gpus_per_worker is not None:
+            raise BadInput(f"gpus_per_worker is {self.gpus_per_worker:g} without workers: give --workers too")
+
+
 @dataclass(frozen=True)
-class ScoringOptions(JobOptions):
+class ScoringOptions(JobOptions, WorkerOptions):
     """And how examples are scored; see `thinsight.Evaluator`. ``cache_gib`` is for all sets together."""
 
     metric: str | None = told(None, "One metric for all examples, such as agreement.", place=1)
@@ -233,6 +267,7 @@ class ScoringOptions(JobOptions):
         from ..evaluation.metrics import get_metric
         from ..evaluation.store import Store
 
+        self.check_workers()
         if self.metric is not None:
             get_metric(self.metric)
         check_batch_size(self.batch_size)
@@ -264,6 +299,22 @@ class EvaluateOptions(ScoringOptions):
         given = [name for name in _OF_A_SERVER if getattr(self, name) is not None]
         if given:
             raise BadInput(f"{given[0]} is of a server: name one with --server, or leave it out")
+        return super().check()
+
+
+@dataclass(frozen=True)
+class AnswerOptions(JobOptions, WorkerOptions):
+    """What `thinsight answer` is told."""
+
+    reduction: str | None = told(None, _REDUCTION)
+    out: Path = told(Path("thinsight-answers.jsonl"), "The file to write: .jsonl, or .parquet (thinsight[parquet]).")
+    max_new_tokens: int = told(64, _LONGEST, least=1, place=1)
+    batch_size: int = told(8, "Prompts per forward pass.", least=1, place=1)
+    kept: bool = told(False, "Write which vision tokens each layer kept, too.", place=1)
+
+    def check(self) -> Any:
+        """As above."""
+        self.check_workers()
         return super().check()
 
 

@@ -51,8 +51,9 @@ from .findings import (
     ranker_words,
     task_rows,
 )
-from .opening import Limits, Prepared, content_hash, environment, limits_of, prepare
+from .opening import Limits, Prepared, content_hash, environment, limits_of
 from .options import SearchOptions
+from .workers import prepared_run
 
 
 @dataclass(frozen=True)
@@ -394,7 +395,11 @@ def search_and_report(options: SearchOptions, watcher: Watcher | None = None) ->
     Raises:
         ThinsightError: bad input, or a folder of another run.
     """
-    prepared = prepare(options, options.first_ranker, watcher or notebook.watcher())
+    with prepared_run(options, options.first_ranker, watcher or notebook.watcher()) as prepared:
+        return _search_and_report(options, prepared)
+
+
+def _search_and_report(options: SearchOptions, prepared: Prepared) -> SearchOutcome:
     if options.warning:
         prepared.watcher.on_note(f"warning: {options.warning}")
     # what the loaded model or the ranker cannot do at the first layer that may be reduced is refused now

@@ -274,8 +274,9 @@ def gsearch(
       is settled by the first layers, and another choice may cost less.
 
     Whatever the solver, the schedule returned was evaluated on all examples and lies within ``max_drop`` (or is the
-    full one). With `thinsight.EvaluatorPool` on k devices, *bisect* tries k counts in place of one: fewer rounds, more
-    evaluations, all of which count as cost. If the score never falls when a count rises, the schedule is the same.
+    full one). With a `thinsight.Pool` of k workers whose evaluators score a candidate at a time, *bisect* tries k
+    counts in place of one: fewer rounds, more evaluations, all of which count as cost. If the score never falls when a
+    count rises, the schedule is the same. Workers that share an evaluation by batches try what one device tries.
 
     Args:
         evaluator: see `thinsight.searches.SearchEvaluator`; `thinsight.Evaluator` is one.

@@ -79,10 +79,20 @@ def psigmoid(
     }
     run = Run(evaluator, settings, budget=budget, expected=n_trials, study=study, resume=resume, observer=observer)
     run.keep_all_before(first)
+
+    def proposed(seen: list[tuple[dict[str, float], float]]) -> dict[str, Any]:
+        if start is not None and not seen:
+            return start
+        return propose(seen, space, seed * _SEEDS + len(seen), _STARTUP)
+
+    drawn: list[tuple[dict[str, float], float]] = []
+    while len(drawn) < min(_STARTUP, n_trials):  # these do not depend on scores
+        drawn.append((proposed(drawn), 0.0))
+    run.ahead([sigmoid(budget, **parameters, first_layer=first) for parameters, _ in drawn])
     seen: list[tuple[dict[str, float], float]] = []
     tried: list[Trial] = []
-    for number in range(n_trials):
-        parameters = start if start is not None and not seen else propose(seen, space, seed * _SEEDS + number, _STARTUP)
+    for _ in range(n_trials):
+        parameters = proposed(seen)
         schedule = sigmoid(budget, **parameters, first_layer=first)
         trial = run.run(schedule, " ".join(f"{name}={value:.4g}" for name, value in parameters.items()))
         tried.append(trial)

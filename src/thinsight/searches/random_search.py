@@ -15,6 +15,7 @@ from ..budget import Budget
 from ..errors import whole
 from ..evaluation.base import SearchEvaluator, as_evaluator
 from ..progress import SearchObserver
+from ..reduction import Reduction
 from .run import Run, SearchResult, Trial, budget_of, first_layers
 from .shapes import random_staircase
 
@@ -52,13 +53,23 @@ def random_search(
     }
     run = Run(evaluator, settings, budget=budget, expected=n_trials, study=study, resume=resume, observer=observer)
     rng = np.random.default_rng(seed)
-    best: Trial | None = None
-    for number in range(n_trials):
+    drawn: list[tuple[Reduction, int]] = []
+    for _ in range(n_trials):
         ranker, first = choices[int(rng.integers(len(choices)))]
-        schedule = random_staircase(budget, rng, first)
+        drawn.append((run.under(ranker, random_staircase(budget, rng, first)), first))
+    candidates = [candidate for candidate, _ in drawn]
+
+    def best_before(place: int) -> float | None:
+        records = filter(None, map(run.study.find, candidates[:place]))
+        return max((record.score for record in records if record.complete), default=None)
+
+    run.keep_all_before(min(first for _, first in drawn))
+    run.ahead(candidates, floor=best_before)
+    best: Trial | None = None
+    for number, (candidate, first) in enumerate(drawn):
         run.keep_all_before(first)
         floor = None if best is None else best.score
-        trial = run.run(run.under(ranker, schedule), f"random {number}", floor=floor)
+        trial = run.run(candidate, f"random {number}", floor=floor)
         if trial.complete and (best is None or trial.merit > best.merit):
             best = trial
     assert best is not None  # the first one has no floor to fall below

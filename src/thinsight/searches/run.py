@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -299,6 +299,18 @@ class Run:
             spent = self.budget.spent(reduction.schedule)
             raise BadInput(f"a candidate ({why}) costs {spent} of {self.budget.limit}")
         return self.measure(reduction, why, share=share, floor=floor)
+
+    def ahead(
+        self,
+        candidates: Sequence[Schedule | Reduction],
+        *,
+        share: float = 1.0,
+        floor: Callable[[int], float | None] | None = None,
+    ) -> None:
+        """Let workers that have nothing else to do begin with what `run` or `measure` will be asked for next, in this
+        order; nothing happens where there are none. ``floor`` is that of each place, see `Study.ahead`."""
+        if self.evaluator.workers > 1:
+            self.study.ahead(candidates, floor, share)
 
     def measure(
         self, candidate: Schedule | Reduction, why: str, *, share: float = 1.0, floor: float | None = None

@@ -241,6 +241,7 @@ class SensitivitySearch:
 
     def _ranked(self, pool: Sequence[_Entrant], share: float) -> list[_Entrant]:
         """A pool, best first on a share of the examples."""
+        self.run.ahead([entrant.reduction for entrant in pool], share=share)
         found = [(worth(self._run(entrant, share)), entrant) for entrant in pool]
         return [entrant for _, entrant in sorted(found, key=lambda each: -each[0])]
 
@@ -249,11 +250,14 @@ class SensitivitySearch:
         can."""
         if len(self.rankers) > 1:
             share = _FEW if self.samples else 1.0
-            found = []
-            for ranker, first in self.rankers:
-                ends = (_STEEPNESS[0], _STEEPNESS[-1])
-                shapes = [_Entrant(self._sigmoid(k, ranker, first), "ranker", first) for k in ends]
-                found.append((sum(worth(self._run(shape, share)) for shape in shapes), (ranker, first)))
+            ends = (_STEEPNESS[0], _STEEPNESS[-1])
+            shapes = [
+                [_Entrant(self._sigmoid(k, ranker, first), "ranker", first) for k in ends]
+                for ranker, first in self.rankers
+            ]
+            self.run.ahead([shape.reduction for each in shapes for shape in each], share=share)
+            worths = [sum(worth(self._run(shape, share)) for shape in each) for each in shapes]
+            found = list(zip(worths, self.rankers, strict=True))
             self.rankers = [each for _, each in sorted(found, key=lambda each: -each[0])]
         self.run.keep_all_before(self.rankers[0][1])
 
@@ -355,6 +359,7 @@ def exit_model(
 
     def losses_at(layer: int) -> list[float]:
         run.keep_all_before(layer)
+        run.ahead([run.under(ranker, Schedule.step(num_layers, layer, rate)) for rate in rates], share=_FEW)
         return [loss(layer, rate) for rate in rates]
 
     losses = np.array([losses_at(layer) for layer in places])

@@ -12,7 +12,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -122,7 +122,7 @@ class Study:
             floor: when given, an evaluator that can may stop early below this score.
             share: of the examples, for an evaluator that can; others run them all.
         """
-        asked = _Asked(self._evaluator.bind(candidate), floor is None, share if self._evaluator.samples else 1.0)
+        asked = self._asked(candidate, floor is None, share)
         known = self._find(asked)
         if known is not None:
             return known
@@ -135,6 +135,29 @@ class Study:
             evaluation = self._evaluator.at_least(wanted, floor, **self._early)
         return self._keep(asked, evaluation, time.perf_counter() - started)
 
+    def find(self, candidate: Schedule | Reduction) -> Record | None:
+        """What is known of a candidate on all examples, stopped early or not."""
+        return self._find(_Asked(self._evaluator.bind(candidate), exact=False))
+
+    def ahead(
+        self,
+        candidates: Sequence[Schedule | Reduction],
+        floor: Callable[[int], float | None] | None = None,
+        share: float = 1.0,
+    ) -> None:
+        """Evaluate several candidates at the same time, which the search will ask for one after the other, so that they
+        are known then. Each is on disk as soon as it is finished.
+
+        ``floor`` is as for `evaluate`, of each place when all before it are known.
+        """
+        asked: dict[_Asked, int] = {}
+        for place, each in enumerate(candidates):
+            asked.setdefault(self._asked(each, floor is None, share), place)
+        missing = {each: place for each, place in asked.items() if self._find(each) is None}
+        at = list(missing.values())
+        more = {"share": share} if share < 1 else {}
+        self._several(list(missing), None if floor is None else lambda place: floor(at[place]), **more)
+
     def evaluate_all(self, candidates: Sequence[Schedule | Reduction], floor: float | None = None) -> list[Record]:
         """The evaluations of several candidates in their order, those not known at the same time where the
         evaluator can.
@@ -144,16 +167,23 @@ class Study:
         asked = dict.fromkeys(_Asked(self._evaluator.bind(each), floor is None) for each in candidates)
         missing = [each for each in asked if self._find(each) is None]
         if len(missing) > 1:
-            before = time.perf_counter()
-
-            def done(place: int, evaluation: Evaluation) -> None:
-                nonlocal before
-                now = time.perf_counter()
-                self._keep(missing[place], evaluation, now - before)
-                before = now
-
-            self._evaluator.several([self._plain(each.reduction) for each in missing], floor, done, **self._early)
+            self._several(missing, floor, **self._early)
         return [self.evaluate(each, floor) for each in candidates]
+
+    def _several(self, missing: Sequence[_Asked], floor: Any, **more: Any) -> None:
+        """Evaluate what is not known, and keep each as soon as it is finished."""
+        before = time.perf_counter()
+
+        def done(place: int, evaluation: Evaluation) -> None:
+            nonlocal before
+            now = time.perf_counter()
+            self._keep(missing[place], evaluation, now - before)
+            before = now
+
+        self._evaluator.several([self._plain(each.reduction) for each in missing], floor, done, **more)
+
+    def _asked(self, candidate: Schedule | Reduction, exact: bool, share: float) -> _Asked:
+        return _Asked(self._evaluator.bind(candidate), exact, share if self._evaluator.samples else 1.0)
 
     def _find(self, asked: _Asked) -> Record | None:
         same = self._records.get(asked)
