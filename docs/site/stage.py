@@ -115,10 +115,11 @@ def _place_of(path: Path, root: Path) -> PurePosixPath:
     return PurePosixPath("source", path.relative_to(root).as_posix() + ".txt")
 
 
-def lay_out(folder: Path, root: Path = ROOT) -> None:
-    """Write the site's pages and settings into ``folder``, which is emptied first."""
+def lay_out(folder: Path, root: Path = ROOT, notebooks: bool = True) -> None:
+    """Write the site's pages and settings into ``folder``, which is emptied first; notebooks need nbconvert."""
     shutil.rmtree(folder, ignore_errors=True)
-    sources, places = folder / "src", pages(root)
+    sources = folder / "src"
+    places = {page: place for page, place in pages(root).items() if notebooks or page.suffix != ".ipynb"}
     for page, place in places.items():
         out = sources / place
         out.parent.mkdir(parents=True, exist_ok=True)

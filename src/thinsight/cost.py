@@ -45,7 +45,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
 from .errors import BadInput, Unsupported
@@ -150,7 +150,11 @@ class LayerShape:
 _ALIKE = LayerShape()
 
 
-@dataclass(frozen=True)
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+@dataclass(frozen=True, repr=False)
 class DecoderShape:
     """The sizes of a Llama-like decoder that its cost depends on."""
 
@@ -172,6 +176,12 @@ class DecoderShape:
     beside: int = 0  # multiply-adds of a token in each layer beside attention and MLP
     around: int = 0  # and before the first layer and behind the last
     readers_last_only: bool = False  # layers that read another's keys run on the last position alone
+
+    def __repr__(self) -> str:
+        """In one line: what has its default is left out."""
+        told = [each for each in fields(self) if each.default is MISSING and each.default_factory is MISSING]
+        rest = [each for each in fields(self) if each not in told and getattr(self, each.name) != _default(each)]
+        return f"DecoderShape({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in [*told, *rest])})"
 
     def layer_flops(
         self, tokens: int, layer: int = 0, keys: int | None = None, n_vision: int = 0
