@@ -296,7 +296,8 @@ def _image_recipes(model: PreTrainedModel) -> Iterator[tuple[str, Recipe, Collat
     )
     patch, merge = _side(field_of(tower, "patch_size")) or 14, _merge(config, tower)
     channels = _side(field_of(tower, "in_channels") or field_of(tower, "num_channels")) or 3
-    whole = _side(field_of(tower, "image_size"))
+    timms = field_of(tower, "model_args") or {}
+    whole = _side(field_of(tower, "image_size") or timms.get("img_size"))
     towers = {
         each: field_of(config, each.replace(_PIXELS, "vision_config")) for each in names if each.endswith(f"_{_PIXELS}")
     }
