@@ -36,7 +36,7 @@ test-vllm-newest: .venv-vllm-newest/ready
 
 # Workers on a real Ray of two nodes on this machine, which is installed beside the rest; minutes.
 test-ray: .venv/ready
-	$(BIN)/python -m pip install --quiet --editable '.[parquet,ray]' 'ray[data]'
+	$(BIN)/python -m pip install --quiet --editable '.[ray]'
 	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/on_ray
 
 # On what a user's pip gets today: the newest releases that pyproject.toml allows, nothing pinned.

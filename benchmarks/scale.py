@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import random
 from collections.abc import Callable, Hashable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from thinsight.searches import SearchEvaluator
 WORKERS = (1, 2, 4, 8, 16, 64)
 LAYERS, TOKENS, BATCH = 28, 576, 8
 EXAMPLES, MANY = 4096, 16_384
-MOST = 64  # workers, to which as many examples are given
+FEW, MOST = 8, 64  # workers that are lost now and then, and to which many examples are given
 SECONDS, ROUND_TRIP = 0.5, 0.005  # of a batch under the full model, and of a call
 LOST_EVERY = 600.0  # seconds of the whole cluster
 
@@ -267,22 +269,25 @@ def table(rows: list[Row]) -> list[str]:
     return lines
 
 
+def rows_of(search: str) -> tuple[list[Row], list[Row], list[Row]]:
+    """Of one search: rows without losses, with losses, and on many examples."""
+    expected = alone(search, EXAMPLES)
+    rows = [measured(search, "batches", workers, EXAMPLES, expected, False) for workers in WORKERS]
+    if search == "gsearch":
+        rows.append(measured(search, "candidates", FEW, EXAMPLES, expected, False))
+    lossy = search in ("gsearch", "random")
+    faulty = [measured(search, "batches", workers, EXAMPLES, expected, True) for workers in (FEW, MOST) if lossy]
+    return rows, faulty, [measured(search, "batches", MOST, MANY, alone(search, MANY), False)]
+
+
 def main() -> None:
     """Measure all of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "scale.md")
     given = parser.parse_args()
-    rows, faulty, many = [], [], []
-    for search in SEARCHES:
-        expected = alone(search, EXAMPLES)
-        for workers in WORKERS:
-            rows.append(measured(search, "batches", workers, EXAMPLES, expected, False))
-            if search == "gsearch":
-                rows.append(measured(search, "candidates", workers, EXAMPLES, expected, False))
-            if workers in (8, MOST) and search in ("gsearch", "random"):
-                faulty.append(measured(search, "batches", workers, EXAMPLES, expected, True))
-        many.append(measured(search, "batches", MOST, MANY, alone(search, MANY), False))
-        print(f"{search} is measured", flush=True)
+    with ProcessPoolExecutor(os.cpu_count()) as processes:
+        tables = list(processes.map(rows_of, SEARCHES))
+    rows, faulty, many = ([row for each in tables for row in each[place]] for place in range(3))
     text = [
         "# Searches on many workers, simulated",
         "",
