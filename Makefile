@@ -74,6 +74,7 @@ conformance: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/conformance -m "" -n auto --dist worksteal --junitxml=out/conformance.xml
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/conformance -m conformance -n auto --dist worksteal
 	PYTHONPATH=src:tests $(BIN)/python -m conformance.table out/conformance.xml --write docs/models.md README.md
+	PYTHONPATH=src:tests $(BIN)/python -m conformance.states docs/models.md
 
 lint: .venv/ready
 	$(BIN)/ruff check .

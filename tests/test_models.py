@@ -10,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 import transformers
 from conformance.families import FAMILIES
+from conformance.states import BEGIN as REFUSED_BEGIN
+from conformance.states import END as REFUSED_END
+from conformance.states import NOT_TRIED, reason, states, unlisted
 from conformance.table import BEGIN, END, compact, full, main, read_cells, replace_between_markers
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
@@ -158,6 +161,19 @@ def test_no_refusal_lists_names_only() -> None:
     for model_type in CLASSES:
         message = refusal(SimpleNamespace(model_type=model_type))
         assert model_type in ROWS or re.search(r"^'|, which runs as|nobody has tried", str(message)), model_type
+
+
+@pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="the page is of transformers 5.23")
+def test_the_page_says_of_every_other_type_what_its_users_are_told() -> None:
+    text = PAGE.read_text("utf-8").partition(REFUSED_BEGIN)[2].partition(REFUSED_END)[0]
+    assert text.strip() == states(), "write it again: python -m conformance.states docs/models.md"
+    assert {*CLASSES} <= {*ROWS, *unlisted()}
+
+
+def test_what_is_refused_for_good_is_told_from_what_has_not_been_tried() -> None:
+    assert reason("florence2").startswith("is an encoder-decoder: its vision tokens are in the encoder")
+    assert reason("blip") == REFUSED["blip"]
+    assert reason("nemotron_h_omni") == reason("fuyu") == NOT_TRIED
 
 
 def test_every_model_that_is_listed_is_taken() -> None:

@@ -76,17 +76,42 @@ def test_differences_are_measured_against_the_resolution_of_the_dtype(dtype: tor
     assert line.tolerance >= 2 * torch.finfo(dtype).eps
 
 
+def test_a_trained_model_passes_in_bfloat16() -> None:
+    """Of which rounding changes more than of random weights."""
+    model, _ = ts.load_demo(name="demo-internvl")
+    result = ts.check(model.to(torch.bfloat16))
+    assert result.passed, shown(result)
+    assert result.dtype == "bfloat16"
+
+
+def test_what_eager_attention_rounds_otherwise_is_allowed_where_it_ranks() -> None:
+    """It is measured with nothing dropped, and no other line is any looser for it."""
+    model = tiny_llava()
+    attention = model.get_decoder().layers[0].self_attn
+
+    def rounded(module: Any, args: Any, output: Any) -> Any:
+        coarse = module.config._attn_implementation == "eager"
+        return (output[0].to(torch.bfloat16).float(), *output[1:]) if coarse else output
+
+    attention.register_forward_hook(rounded)
+    result = ts.check(model)
+    assert result.passed, shown(result)
+    allowed = {line.name: line.tolerance for line in result.lines}
+    assert allowed["ranked by text attention"] > 3 * allowed["a padded batch"] > 0
+
+
 @pytest.mark.parametrize("layers", [2, 3, 7])
 def test_decoders_of_any_depth(layers: int) -> None:
     result = ts.check(tiny_llava(layers=layers))
     assert result.passed, shown(result)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FAULTS)
-def test_planted_faults_are_found(name: str, monkeypatch: pytest.MonkeyPatch, llava: Any) -> None:
+def test_planted_faults_are_found(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, llava: Any) -> None:
     plant, line = FAULTS[name]
     plant(monkeypatch)
-    result = ts.check(llava)
+    result = ts.check(llava.to(dtype))
     assert not result.passed
     assert line in [each.name for each in result.failures], shown(result)
 

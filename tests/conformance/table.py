@@ -75,13 +75,13 @@ def compact(cells: Cells) -> str:
     return table(lines) + (f"\n\nRefused for every family: {', '.join(by_all)}." if by_all else "")
 
 
-def replace_between_markers(text: str, new: str) -> str:
+def replace_between_markers(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
     """The text with what stands between its markers replaced."""
-    before, found, rest = text.partition(BEGIN)
-    _, closed, after = rest.partition(END)
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise SystemExit(f"no place to write to: put {BEGIN} and {END} into the file")
-    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
+        raise SystemExit(f"no place to write to: put {begin} and {end} into the file")
+    return f"{before}{begin}\n\n{new}\n\n{end}{after}"
 
 
 def main(arguments: list[str]) -> int:
