@@ -257,7 +257,7 @@ class Work:
             if dtype != self.settings.dtype:
                 model, _ = load_model(self.settings.model, dtype)
             batch = self.test.reader.typical_batch(self.sets["test"], TIMED_BATCH)
-            return ts.measure(model, batch, schedule, runs=TIMED_RUNS, warmup=1)
+            return ts.timing.measure(model, batch, schedule, runs=TIMED_RUNS, warmup=1)
 
         return self.folder.once(f"times-{name}-{dtype}", Measurement, run)
 

@@ -92,6 +92,7 @@ def main() -> None:
     if not paths:
         sys.exit(f"no notebook in {given.folder}")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' own bars, which kernels inherit
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm wants ipywidgets, for bars that are off
     found = []
     for path in paths:
         began = time.monotonic()
