@@ -325,6 +325,11 @@ def rows(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *lines]]
 
 
+def allowed(drop: float) -> str:
+    """ "1 point", "2 points"."""
+    return f"{100 * drop:g} point{'' if drop == 0.01 else 's'}"
+
+
 def percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
@@ -354,7 +359,7 @@ class Page:
                 try:
                     found[source, drop] = self.work.certificate(source, drop)
                 except NotRun:
-                    self.missing.append(f"certificate of {100 * drop:g} points along {source}")
+                    self.missing.append(f"certificate of {allowed(drop)} along {source}")
         return found
 
     def claim(self, holds: bool, text: str, whole: bool = True) -> None:
@@ -479,7 +484,7 @@ class Page:
             try:
                 lines.append(self._gsearch(drop))
             except NotRun as reason:
-                self.missing.append(f"G-Search at {100 * drop:g} points ({reason})")
+                self.missing.append(f"G-Search at {allowed(drop)} ({reason})")
         if not lines:
             raise NotRun("both tolerances")
         heads = [
@@ -494,14 +499,14 @@ class Page:
         reached = self.work.flops_ratio(found.schedule)
         self.claim(
             bool(reached >= 2 and lost.mean <= drop),
-            f"G-Search allowed {100 * drop:g} points needs at least 2x fewer FLOPs and loses no more on the test "
+            f"G-Search allowed {allowed(drop)} needs at least 2x fewer FLOPs and loses no more on the test "
             f"set: {ratio(reached)}, {interval_words(lost)}.",
         )
         if certificate is not None:
             schedule = certificate.schedule
             self.claim(
                 schedule is not None and self.work.flops_ratio(schedule) >= 2,
-                f"At least 2x is certified along G-Search's path ({100 * drop:g} points, 95 % confidence, "
+                f"At least 2x is certified along G-Search's path ({allowed(drop)}, 95 % confidence, "
                 f"{certificate.n:,} questions): {told(self.work, certificate)}.",
             )
         return [
@@ -553,7 +558,7 @@ class Page:
             try:
                 lines += self._ladder(drop)
             except NotRun as reason:
-                self.missing.append(f"one step at the FLOPs of G-Search, {100 * drop:g} points ({reason})")
+                self.missing.append(f"one step at the FLOPs of G-Search, {allowed(drop)} ({reason})")
         if not lines:
             raise NotRun("one-step schedules at equal FLOPs")
         return rows(["schedule", "tokens", "mean keep rate (%)", "FLOPs", "score", "several minus this [95 %]"], lines)
@@ -561,7 +566,7 @@ class Page:
     def _ladder(self, drop: float) -> list[list[str]]:
         found = self.work.gsearch(drop).schedule
         several, _ = self.work.drop(found)
-        name = f"G-Search, {100 * drop:g} points"
+        name = f"G-Search, {allowed(drop)}"
         lines, gaps = [self._step_line(name, found, several, "")], []
         for layer, one in self.work.ladder(found):
             try:
@@ -689,7 +694,7 @@ def timings(work: Work) -> Iterator[tuple[str, str, Measurement]]:
     for drop in DROPS:
         for dtype in dict.fromkeys((work.settings.dtype, "float32")):
             found = work.measured(f"{drop:g}", work.gsearch(drop).schedule, dtype)
-            yield f"G-Search, {100 * drop:g} points", dtype, found
+            yield f"G-Search, {allowed(drop)}", dtype, found
 
 
 # -- Table 4 -------------------------------------------------------------------------------------------------
