@@ -6,7 +6,7 @@ OUT ?= out/demo
 COMPATIBLE := tests/runtime tests/evaluation tests/conformance tests/test_cli.py tests/test_loading.py tests/test_models.py \
 	tests/test_interrupts.py tests/job/test_doctor.py
 
-.PHONY: demo docs gallery look-docs test test-lmms-eval test-smollm2 test-vlmevalkit test-vllm test-vllm-newest test-ray fuzz test-latest test-with conformance lint look notebooks bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage scale results smollm2 train train-internvl data clean
+.PHONY: demo docs gallery look-docs test test-lmms-eval test-smollm2 test-vlmevalkit test-vllm test-vllm-newest test-ray fuzz test-latest test-with conformance lint look notebooks bench bench-long limit peers bench-gpu bench-vllm overhead search-cost coverage scale pool results smollm2 train train-internvl data clean
 
 demo: .venv/ready
 	$(BIN)/thinsight search --max-drop 0.01 --limit 2000 --out $(OUT) --resume
