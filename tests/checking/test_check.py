@@ -91,7 +91,7 @@ def test_what_eager_attention_rounds_otherwise_is_allowed_where_it_ranks() -> No
 
     def rounded(module: Any, args: Any, output: Any) -> Any:
         coarse = module.config._attn_implementation == "eager"
-        return (output[0].to(torch.bfloat16).float(), *output[1:]) if coarse else output
+        return (output[0].half().float(), *output[1:]) if coarse else output
 
     attention.register_forward_hook(rounded)
     result = ts.check(model)

@@ -13,6 +13,7 @@ from ..evaluation.dispatch import Channel, Dispatcher
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.examples import load_examples
 from ..evaluation.shards import Pool
+from ..loading import DEMOS
 from ..progress import Watcher
 from .opening import Opened, Prepared, make_evaluator, open_model, prepare, sets_of
 from .options import JobOptions, RunOptions, ScoringOptions, WorkerOptions
@@ -78,7 +79,8 @@ def anywhere(options: Options) -> Options:
     """The options with whole paths, for a process in another folder."""
     whole = {name: _whole(getattr(options, name, None)) for name in _PATHS}
     given = {name: value for name, value in whole.items() if value is not None}
-    return replace(options, model=replace(options.model, model=_whole(options.model.model)), **given)
+    model = options.model.model if options.model.model in DEMOS else _whole(options.model.model)
+    return replace(options, model=replace(options.model, model=model), **given)
 
 
 def _whole(path: Any) -> Any:
