@@ -117,7 +117,6 @@ class _Check:
         self.eps = torch.finfo(subject.stock.dtype).eps
         self.lines: list[CheckLine] = []
         self.noise: float | None = None
-        self.plain = 0.0  # allowed where the yardstick is eager attention, whose weights can be read
         self.changed = 0.0  # the largest change of logits by a reduction that was seen
         self.rows = subject.prompts.rows(_ROWS)
         self.options: dict[str, Any] = {"suppress_tokens": subject.suppressed} if subject.suppressed else {}
@@ -166,18 +165,13 @@ class _Check:
             raise _Differs("nothing can be told, for the reference is not the stock model")
         return max(_NOISE * self.noise, 2 * self.eps, 1e-4)
 
-    @property
-    def most(self) -> float:
-        """How far noise may go before it is no rounding."""
-        return max(32 * self.eps, 1e-3)
-
-    def _held(self, pairs: Iterable[tuple[Tensor, Tensor]], allowed: float | None = None) -> CheckLine:
+    def _held(self, pairs: Iterable[tuple[Tensor, Tensor]], note: str = "") -> CheckLine:
         """Hold logits to what they should be."""
-        return self._within(max(_distance(got, wanted) for got, wanted in pairs), allowed)
+        return self._within(max(_distance(got, wanted) for got, wanted in pairs), note)
 
-    def _within(self, difference: float, allowed: float | None = None) -> CheckLine:
-        allowed = self.allowed if allowed is None else allowed
-        return CheckLine("", PASSES if difference <= allowed else FAILS, "", difference, allowed)
+    def _within(self, difference: float, note: str = "") -> CheckLine:
+        good = difference <= self.allowed
+        return CheckLine("", PASSES if good else FAILS, note, difference, self.allowed)
 
     def _schedule(self, rates: list[float]) -> Schedule:
         """Four rates over the depth of the decoder. The first is layer 0's, whatever the depth."""
@@ -226,11 +220,12 @@ class _Check:
                 noise = max(noise, _distance(out.logits[step][number], logits))
                 if step < STEPS - 1:
                     logits = reference.answer(token)
-        if noise > self.most:
+        most = max(32 * self.eps, 1e-3)
+        if noise > most:
             note = "a padded batch with a cache, and a prompt alone without one, differ with nothing dropped"
-            return CheckLine("", FAILS, note, noise, self.most)
+            return CheckLine("", FAILS, note, noise, most)
         self.noise = noise
-        return CheckLine("", PASSES, "", noise, self.most)
+        return CheckLine("", PASSES, "", noise, most)
 
     def _everything(self, batch: Batch) -> list[Tensor]:
         """Logits of a pass and of an answer, and the answer."""
@@ -308,10 +303,8 @@ class _Check:
     def _ranked(self, case: Case) -> CheckLine:
         """What is kept is what received most attention in the plain weights of the layer before, but for near ties."""
         rows, misses, pairs = [row for row in self.rows if row.vision], [0.0], []
-        full, plain = Case(Schedule.full(self.layers)), 0.0
         for padding in ("left", "right"):  # what is padding must not rank
             batch = self._batch(rows, padding)
-            stock = self.subject.model()(**batch.inputs).logits
             with case.apply(self.subject.model()) as handle:
                 logits = self.subject.model()(**self._placed(batch)).logits
                 kept = [[each.tolist() for each in handle.kept(layer)] for layer in range(self.layers)]
@@ -326,21 +319,14 @@ class _Check:
                     raise _Differs(f"it keeps {[len(layer) for layer in ours]} tokens where {counts} are to stay")
                 wanted = reference.read(row, ours)[-1]
                 misses += reference.misses
-                there = batch.inputs["attention_mask"][number].bool()
-                pairs.append((logits[number][there][-1], wanted))
-                eager = full.reference(self.subject, row).read(row)[-1]
-                plain = max(plain, _distance(stock[number][there][-1], eager))
+                pairs.append((logits[number][batch.inputs["attention_mask"][number].bool()][-1], wanted))
         if len(misses) == 1:
             raise _Differs("the model's layers give no attention weights, eager, to hold the ranking to")
         near = max(16 * self.eps, 1e-3)
         if max(misses) > near:
             note = "a token went that received more attention than one that stayed, as a share of the most"
             return CheckLine("", FAILS, note, max(misses), near)
-        if plain > self.most:
-            note = "with nothing dropped, the model's own attention and eager differ"
-            return CheckLine("", FAILS, note, plain, self.most)
-        self.plain = _NOISE * plain
-        return self._held(pairs, max(self.allowed, self.plain))
+        return self._held(pairs)
 
     def _cache(self, case: Case) -> CheckLine | None:
         """Each layer of the cache holds as many keys as tokens entered it, and counts as many as the prompt has."""
@@ -370,7 +356,7 @@ class _Check:
             stock = max(self._turns(Case(Schedule.full(self.layers), fixed=True), spec))
         except Exception as error:  # of a stock model, which may have no later turns
             raise _NotThere(f"the stock model has none: {type(error).__name__}: {error}".split("\n")[0][:200]) from None
-        if stock > self.most:
+        if stock > max(32 * self.eps, 1e-3):
             raise _NotThere("the stock model itself reads it otherwise than from the start")
         return self._within(max(self._turns(case, spec)))
 
@@ -406,7 +392,7 @@ class _Check:
 
     def _seen(self) -> CheckLine:
         """A reduction moves the logits by more than is allowed, so that a fault would have been seen."""
-        least = _SEEN * max(self.allowed, self.plain)
+        least = _SEEN * self.allowed
         if self.changed >= least:
             return CheckLine("", PASSES, f"a reduction moves the logits by {self.changed:.1e}", None, None)
         raise _Differs(

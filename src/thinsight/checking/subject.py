@@ -43,6 +43,7 @@ from .prompts import (
 )
 
 _WORDS = 512  # of the vocabulary, enough to draw from
+_FEWEST = 4  # tokens of an image that can be ranked
 _SPECIAL = re.compile(r"token_(id|ids|index)$")  # fields of a config that name tokens which are no words
 _PIXELS = "pixel_values"
 _FEATURES = "features"  # of an image, where no pixels are taken
@@ -230,6 +231,8 @@ def _by_config(model: PreTrainedModel, _: Any) -> tuple[Prompts, str]:
         made = _maker(model, recipe, collated, types, token)
         prompts = _prompts(model, None, made, collated, types)
         problem = _problem(model, prompts, [2, 1, 1, 3])  # of each shape one
+        if not problem and len(prompts.rows([[2, 1]])[0].vision) < _FEWEST:
+            problem = "too few tokens to choose from"
         if not problem:
             return _with_video(model, family, prompts), how
         failures.append(f"{how}: {problem}")
@@ -290,6 +293,7 @@ def _image_recipes(model: PreTrainedModel) -> Iterator[tuple[str, Recipe, Collat
     """Ways to make an image's tensors, the smallest first."""
     config: Any = model.config
     tower = field_of(config, "vision_config") or config
+    tower = field_of(tower, "sam_config") or tower  # the first of two in a row (DeepSeek-OCR 2)
     names, taken = encoder_inputs(model, "image"), _parameters(model)
     name = next(
         (each for each in ("pixel_values", *sorted(taken)) if each in taken and each.startswith("pixel_values")), ""
@@ -319,6 +323,8 @@ def _image_recipes(model: PreTrainedModel) -> Iterator[tuple[str, Recipe, Collat
                 tensors["image_sizes"] = torch.tensor([[height, width]])
             if "pixel_attention_mask" in names:
                 tensors["pixel_attention_mask"] = torch.ones(1, height, width, dtype=torch.long)
+            if "num_local_patches" in names:  # an overview alone
+                tensors["num_local_patches"] = torch.tensor([0])
             return tensors
 
         return make
@@ -334,13 +340,20 @@ def _image_recipes(model: PreTrainedModel) -> Iterator[tuple[str, Recipe, Collat
     if name:
         unit = patch * merge
         if whole is None or whole > 4 * unit:
-            if collated is flat:  # images of one row must be of one shape
+            if collated is flat and "num_local_patches" not in names:  # images of one row, and overviews, are of one shape
                 shapes = [(4 * unit, 4 * unit), (2 * unit, 6 * unit), (4 * unit, 2 * unit)]
                 yield "random pixels", plain(shapes), collated
             yield "random pixels", plain([(4 * unit, 4 * unit)]), collated
         if whole is not None:
             yield "random pixels", plain([(whole, whole)]), collated
             yield "random pixels", plain([(whole, whole)], sized=False), collated
+    if name and "pixel_attention_mask" in names and whole is not None:  # a mask of the tiles that a row has
+
+        def masked(draw: Draw, number: int) -> dict[str, Tensor]:
+            mask = torch.ones(1, dtype=torch.bool)
+            return {name: draw.pixels(1, channels, whole, whole), "pixel_attention_mask": mask}
+
+        yield "random tiles", masked, per_row
     if name and "image_sizes" not in names:  # tiles of which an image has several, all of one size
         side = 4 * patch * merge if whole is None else whole
         yield "random tiles", lambda draw, number: {name: draw.pixels(1, 2, channels, side, side)}, flat
