@@ -340,7 +340,7 @@ def _image_recipes(model: PreTrainedModel) -> Iterator[tuple[str, Recipe, Collat
     if name:
         unit = patch * merge
         if whole is None or whole > 4 * unit:
-            if collated is flat and "num_local_patches" not in names:  # images of one row, and overviews, are of one shape
+            if collated is flat and "num_local_patches" not in names:  # a row's images, and overviews, have one shape
                 shapes = [(4 * unit, 4 * unit), (2 * unit, 6 * unit), (4 * unit, 2 * unit)]
                 yield "random pixels", plain(shapes), collated
             yield "random pixels", plain([(4 * unit, 4 * unit)]), collated
