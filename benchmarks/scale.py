@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 import thinsight as ts
+from benchmarks.simulated import SimulatedTransport
 from thinsight.evaluation import Evaluation, Pool
 from thinsight.evaluation.bounds import Order
 from thinsight.evaluation.result import Part
-from thinsight.evaluation.simulated import SimulatedTransport
 from thinsight.reduction import Reduction
 from thinsight.schedule import Schedule
 from thinsight.searches import SearchEvaluator
@@ -60,6 +60,8 @@ class Simulated(SearchEvaluator):
         self.fingerprint = f"simulated {examples}"
         lists = [list(range(start, min(start + BATCH, examples))) for start in range(0, examples, BATCH)]
         ones = np.ones(examples)
+        self._ran: list[list[int]] = []  # batches of the calls so far
+        self.count_only = False
         self._order = Order(lists, ones, ones, rng.exponential(3.0, examples), np.zeros(examples))
 
     @property
@@ -112,9 +114,6 @@ class Simulated(SearchEvaluator):
             ran, self._ran = self._ran[len(before) :], before
             return ROUND_TRIP + sum(self._batch_seconds(arguments[0], batch) for batch in ran)
         return ROUND_TRIP
-
-    _ran: list[list[int]] = []  # noqa: RUF012  # batches of the calls so far
-    count_only = False
 
     def _batch_seconds(self, candidate: Schedule | Reduction, batch: list[int]) -> float:
         text = f"{candidate!r} {batch[0]}"

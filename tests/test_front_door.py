@@ -19,8 +19,8 @@ from PIL import Image
 from tiny import tiny_images, tiny_llava, tiny_processor
 
 import thinsight as ts
+from benchmarks.simulated import SimulatedTransport
 from thinsight.budget import FlopsBudget, KeepBudget, LatencyModel, TimeBudget
-from thinsight.evaluation.simulated import SimulatedTransport
 from thinsight.schedule import Adaptive
 from thinsight.searches.run import Trial
 from thinsight.timing import Measurement, Timing

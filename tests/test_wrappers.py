@@ -14,9 +14,9 @@ from tiny import tiny_images, tiny_inputs, tiny_llava, tiny_processor
 from torch import nn
 
 import thinsight as ts
+from benchmarks.simulated import SimulatedTransport
 from thinsight.evaluation import Example
 from thinsight.evaluation.consistency import attention_statistics
-from thinsight.evaluation.simulated import SimulatedTransport
 from thinsight.experimental.captured import EagerReplay
 from thinsight.runtime import layer_scores
 from thinsight.timing import measure, profile

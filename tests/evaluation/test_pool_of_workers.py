@@ -11,10 +11,10 @@ import pytest
 from tiny import tiny_images, tiny_llava, tiny_processor
 
 import thinsight as ts
+from benchmarks.simulated import SimulatedTransport
 from thinsight.errors import BadInput, ThinsightError
 from thinsight.evaluation import Evaluation, Evaluator, Example, Pool
 from thinsight.evaluation.dispatch import Channel, Dispatcher, WorkerFailed
-from thinsight.evaluation.simulated import SimulatedTransport
 from thinsight.progress import SearchObserver
 from thinsight.schedule import Schedule
 from thinsight.searches import Bisect, SearchEvaluator, gsearch

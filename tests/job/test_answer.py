@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
-from thinsight.errors import BadInput, MissingPackage
+from benchmarks.simulated import SimulatedTransport
+from thinsight.errors import BadInput, MissingPackage, StorageError
 from thinsight.evaluation import ray_workers
 from thinsight.evaluation.answering import Answerer
-from thinsight.evaluation.simulated import SimulatedTransport
 from thinsight.job.answering import answer
 from thinsight.job.options import AnswerOptions
 
@@ -81,6 +82,26 @@ def test_answers_of_something_else_are_not_continued(batches: list[list[str]], t
         with pytest.raises(BadInput, match="holds answers of other data, another model or other settings"):
             answer(options(out, **other))
     assert answer(options(out, batch_size=2)).before == 6
+
+
+def test_a_damaged_line_is_told_with_its_number(batches: list[list[str]], tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        answer(options(out))
+    journal = tmp_path / "a.jsonl.part.jsonl"
+    head, first, *rest = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join([head, first[1:], *rest]))
+    with pytest.raises(StorageError, match=r"line 2 is damaged: remove the line"):
+        answer(options(out))
+
+
+def test_a_parquet_file_has_the_same_answers(expected: str, tmp_path: Path) -> None:
+    out = tmp_path / "a.parquet"
+    answer(options(out))
+    rows = [json.loads(line) for line in expected.splitlines()]
+    found = pyarrow.parquet.read_table(out).to_pylist()
+    assert [(row["id"], row["answer"]) for row in found] == [(row["id"], row["answer"]) for row in rows]
+    assert [json.loads(row["kept"]) for row in found] == [row["kept"] for row in rows]
 
 
 @pytest.mark.parametrize("kills", [(), (2.5, 3.5, 6.0)])

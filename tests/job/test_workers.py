@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks.simulated import SimulatedTransport
 from thinsight.errors import BadInput, MissingPackage
 from thinsight.evaluation import ray_workers
-from thinsight.evaluation.simulated import SimulatedTransport
 from thinsight.job import options as told
 from thinsight.job.commands import evaluate
 from thinsight.job.workers import anywhere

@@ -23,7 +23,7 @@ from ..runtime.encoding import on_device
 from ..runtime.handle import Handle
 from ..schedule import Schedule
 from .example import Example
-from .prompts import PromptReader, chunks, counts_patches
+from .prompts import PromptReader, chunks, counts_patches, tokenizer_of
 
 LONGEST = 64  # tokens of an answer unless told otherwise
 
@@ -127,7 +127,7 @@ class Answerer:
     def _answers(self, examples: Sequence[Example], handle: Handle | None) -> list[Answer]:
         inputs = on_device(self.model, PromptReader(self.model, self.processor).batch(examples))
         tokens = self.model.generate(**inputs, max_new_tokens=self._most, do_sample=False, num_beams=1)
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        tokenizer = tokenizer_of(self.processor)
         texts = tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         kept: list[Any] = [None] * len(examples)
         if self._tells_kept:

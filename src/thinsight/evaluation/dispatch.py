@@ -295,7 +295,7 @@ class Dispatcher:
             self.note(f"worker {worker} is lost, another one begins in its place")
             self.transport.replace(worker)
             return
-        self.note(f"worker {worker} is lost for the {_MOST_STARTS}rd time before it was ready, and given up")
+        self.note(f"worker {worker} was lost {_MOST_STARTS} times before it was ready, and is given up")
         self.homes.pop(worker)
         if not self.homes:
             raise WorkerFailed(f"no worker is left, and none gets ready: {_words(why)}")

@@ -41,7 +41,7 @@ from .features import hash_image, hash_json, hash_model, hash_processor, hash_re
 from .full_model import BatchSize, FullModel
 from .metrics import Metric, metric_for
 from .prefix_cache import PrefixCache
-from .prompts import PromptReader, chunks, pad_batch
+from .prompts import PromptReader, chunks, pad_batch, tokenizer_of
 from .result import Evaluation, Part, score_to_expect
 from .store import DEFAULT_CACHE_GIB, Store
 
@@ -583,7 +583,7 @@ class Evaluator(SearchEvaluator):
         return [each.answers if metric.needs_answers else [self._text(full.tokens)] for each, metric, full in asked]
 
     def _text(self, tokens: Sequence[int]) -> str:
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        tokenizer = tokenizer_of(self.processor)
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
     def _flops(self, run: Sequence[int], schedule: Schedule | None, drafted: bool = True) -> float:
@@ -624,6 +624,6 @@ def _max_new_tokens(given: int | None, processor: Any, examples: Sequence[Exampl
     answers = sorted({answer for example in examples for answer in example.answers})
     if not answers:
         return _NEW_TOKENS_UNLABELED
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     longest = max(len(ids) for ids in tokenizer(answers, add_special_tokens=False)["input_ids"])
     return max(_MIN_NEW_TOKENS, longest + _NEW_TOKENS_MARGIN)

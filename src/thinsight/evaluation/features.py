@@ -30,7 +30,7 @@ from ..runtime.anatomy import decoder
 from ..version import __version__
 from .example import Example
 from .images import READING, ImageSource, image_key
-from .prompts import PromptReader, chunks, counts_patches
+from .prompts import PromptReader, chunks, counts_patches, tokenizer_of
 from .store import Store, separate_tensors
 
 _SAMPLED_WEIGHTS = 1024  # of each tensor
@@ -120,7 +120,7 @@ def hash_processor(digest: Any, processor: Any) -> None:
 def hash_reading(digest: Any, model: Any, processor: Any) -> None:
     """How pixels become inputs and tokens become text, and the attention implementation: what a score depends on
     besides weights and prompts. Of a processor or tokenizer not of transformers only its class enters."""
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = tokenizer_of(processor)
     told: list[Any] = [_kinds(processor), type(tokenizer).__name__, _kernels(model)]
     if isinstance(processor, ProcessorMixin):
         told.append(processor.to_dict())

@@ -313,6 +313,11 @@ class _Pixels:
         return _Pixels({name: function(name, each) for name, each in self.tensors.items()}, self.n_vision)
 
 
+def tokenizer_of(processor: Any) -> Any:
+    """A processor's tokenizer; a bare tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
 class PromptReader:
     """Reads examples once: every distinct set of images is opened and processed one time, whatever is asked about it.
     What the encoder takes is kept until it runs, in a quarter of ``cache_gib`` (main memory), then in temporary files.
@@ -371,7 +376,7 @@ class PromptReader:
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What the processor makes of the examples, as far as the model takes it: one left-padded batch, on the CPU."""
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        tokenizer = tokenizer_of(self.processor)
         pads = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
         pad_token = next((int(pad) for pad in pads if pad is not None), 0)  # it is masked, so any token will do
         if len(examples) > 1 and counts_patches(self.model):

@@ -154,8 +154,13 @@ class Journal:
         whole, _, half = rest.rpartition("\n")
         if half:  # where a run was killed
             write_atomically(self.path, f"{head}\n{whole}\n" if whole else f"{head}\n", _REMEDY)
-        for line in whole.splitlines():
-            self._keep(json.loads(line))
+        for number, line in enumerate(whole.splitlines(), 2):
+            try:
+                self._keep(json.loads(line))
+            except (ValueError, TypeError, KeyError):
+                raise StorageError(
+                    f"{self.path}, line {number} is damaged: remove the line to answer its questions again"
+                ) from None
 
     @property
     def _of_another(self) -> str:

@@ -24,7 +24,7 @@ from ..evaluation.full_model import AUTO
 from ..evaluation.prompts import PromptReader
 from ..progress import Watcher
 from ..reduction import Reduction
-from ..report.data import DatasetInfo, Headline, Picture, ReportData
+from ..report.data import DatasetInfo, Picture, ReportData
 from ..report.pictures import check_picture_name
 from ..schedule import Schedule
 from ..searches.certify import check_promise
@@ -32,6 +32,7 @@ from ..timing import Measurement, measure
 from .findings import (
     MedianPrompt,
     drop_of,
+    headline_of,
     measures_of,
     method_row,
     metric_words,
@@ -138,16 +139,7 @@ def _evaluated(
     return replace(
         _about(f"{options.model.model} under {found.where}", opened, prompt),
         dataset=dataset,
-        headline=Headline(
-            full_score=full.score,
-            score=reduced.score,
-            drop=drop,
-            mean_keep_rate=schedule.mean_keep_rate,
-            flops_ratio=rows[1].flops_ratio,
-            flops_full=rows[0].flops,
-            flops=rows[1].flops,
-            vision_flops=prompt.vision_flops(),
-        ),
+        headline=headline_of(*rows, prompt),
         keep_rates=schedule.keep_rates,
         methods=rows,
         per_task=task_rows(full, reduced, examples),

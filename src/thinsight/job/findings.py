@@ -6,7 +6,7 @@ Knows how processors cut images into tokens. Knows nothing about how anything is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 from typing import Any
@@ -26,10 +26,12 @@ from ..evaluation.prompts import PromptReader
 from ..evaluation.result import Evaluation, Interval, drop_interval
 from ..families import family_of, field_of, size_of, tower_of
 from ..reduction import Reduction
-from ..report.data import MOST_CHANGED, ChangedAnswer, Changes, MethodRow, Picture, TaskRow
+from ..report.data import MOST_CHANGED, ChangedAnswer, Changes, Headline, MethodRow, Picture, TaskRow
 from ..runtime import apply, vision_token_mask
 from ..schedule import Schedule
 from ..timing import on_device
+
+PICTURE_LAYERS = 12  # stops of the report's slider, besides the image: as many as a phone's width has room for
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,35 @@ def failures_first(
     return [*chosen, *((example, "same") for example in varied(rest, count))][:count]
 
 
+def pictures_of(
+    evaluator: Evaluator,
+    reduction: Reduction,
+    full: Evaluation,
+    reduced: Evaluation,
+    most: int,
+    note: Callable[[str], object],
+) -> tuple[Picture, ...]:
+    """The pictures of a report: examples that score differently first; ``note`` is told of what cannot be shown."""
+    made = []
+    for example, outcome in failures_first(evaluator.examples, *outcomes(full, reduced), most):
+        try:
+            picture = picture_of(
+                evaluator.model,
+                evaluator.processor,
+                example,
+                reduction,
+                max_new_tokens=evaluator.rules.max_new_tokens,
+                most_layers=PICTURE_LAYERS,
+                reader=evaluator.reader,
+                outcome=outcome,
+            )
+        except Unsupported as error:  # the report goes on without it
+            note(f"No picture of example {example.id!r}: {error}")
+        else:
+            made.append(picture)
+    return tuple(made)
+
+
 def changed_answers(
     evaluator: Evaluator, reduction: Reduction, full: Evaluation, reduced: Evaluation, most: int = MOST_CHANGED
 ) -> Changes:
@@ -383,6 +414,21 @@ def method_row(
         flops_ratio=prompt.flops() / flops,
         note=note,
         kind=kind,
+    )
+
+
+def headline_of(full: MethodRow, found: MethodRow, prompt: MedianPrompt) -> Headline:
+    """The found reduction's line against the full model's, as the head of a report; no times."""
+    assert found.drop is not None
+    return Headline(
+        full_score=full.score,
+        score=found.score,
+        drop=found.drop,
+        mean_keep_rate=found.mean_keep_rate,
+        flops_ratio=found.flops_ratio,
+        flops_full=full.flops,
+        flops=found.flops,
+        vision_flops=prompt.vision_flops(),
     )
 
 

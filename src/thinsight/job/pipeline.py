@@ -19,7 +19,7 @@ from typing import Any
 from .. import baselines, notebook, shown
 from ..budget import KeepBudget
 from ..certificate import ESTIMATED, Certificate, Step, outlook, shown_p
-from ..errors import BadInput, StorageError, Unreachable, Unsupported
+from ..errors import BadInput, StorageError, Unreachable
 from ..evaluation.benchmarks import Measured
 from ..evaluation.consistency import rank_consistency
 from ..evaluation.evaluator import Evaluator
@@ -28,7 +28,7 @@ from ..loading import base_name, checkpoint_hash
 from ..progress import Watcher
 from ..records import user_path, write_atomically
 from ..reduction import CONFIG_NAME, Reduction, public_name
-from ..report.data import Changes, DatasetInfo, FrontierRow, Headline, Picture, ReportData, SearchInfo, save_report_data
+from ..report.data import Changes, DatasetInfo, FrontierRow, Picture, ReportData, SearchInfo, save_report_data
 from ..report.html import write_report
 from ..runtime import apply, weights_of
 from ..schedule import Schedule
@@ -42,12 +42,11 @@ from .findings import (
     MedianPrompt,
     changed_answers,
     drop_of,
-    failures_first,
+    headline_of,
     measures_of,
     method_row,
     metric_words,
-    outcomes,
-    picture_of,
+    pictures_of,
     ranker_words,
     task_rows,
 )
@@ -251,19 +250,11 @@ def report_of(
         calibration_hash=content_hash(sets.calibration),
         fingerprint=fingerprint_of(sets.test),
     )
-    assert rows[1].drop is not None
-    headline = Headline(
-        full_score=rows[0].score,
-        score=rows[1].score,
-        drop=rows[1].drop,
-        mean_keep_rate=rows[1].mean_keep_rate,
-        flops_ratio=rows[1].flops_ratio,
+    headline = replace(
+        headline_of(rows[0], rows[1], prompt),
         kv_ratio=measurement.kv_ratio,
         prefill_ratio=measurement.timing(PREFILL).ratio,
         answer_ratio=measurement.timing(ANSWER).ratio,
-        flops_full=rows[0].flops,
-        flops=rows[1].flops,
-        vision_flops=prompt.vision_flops(),
     )
     info = SearchInfo(
         method=options.search.title,
@@ -372,7 +363,6 @@ def _step_name(place: int) -> str:
 
 
 CONSISTENCY_EXAMPLES = 64
-PICTURE_LAYERS = 12  # stops of the report's slider, besides the image: as many as a phone's width has room for
 
 
 @dataclass(frozen=True)
@@ -588,27 +578,9 @@ class _Run:
         return prepared.folder.once("changes", Changes, run)
 
     def _pictures(self, reduction: Reduction, tested: Sequence[Tested]) -> tuple[Picture, ...]:
-        opened = self.prepared.opened
-        longest = self.prepared.test.rules.max_new_tokens
-        pictures = []
-        worse, better = outcomes(*(each.evaluation for each in tested[:2]))
-        for example, outcome in failures_first(self.prepared.sets.test, worse, better, self.options.pictures):
-            try:
-                picture = picture_of(
-                    opened.model,
-                    opened.processor,
-                    example,
-                    reduction,
-                    max_new_tokens=longest,
-                    most_layers=PICTURE_LAYERS,
-                    reader=self.prepared.test.reader,
-                    outcome=outcome,
-                )
-            except Unsupported as error:  # the report goes on without it
-                self.prepared.watcher.on_note(f"No picture of example {example.id!r}: {error}")
-            else:
-                pictures.append(picture)
-        return tuple(pictures)
+        full, found = (each.evaluation for each in tested[:2])
+        most, note = self.options.pictures, self.prepared.watcher.on_note
+        return pictures_of(self.prepared.test, reduction, full, found, most, note)
 
 
 def _first_layer(options: SearchOptions, prepared: Prepared) -> int:

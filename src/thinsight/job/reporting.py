@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import notebook
-from ..errors import BadInput, Unsupported
+from ..errors import BadInput
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.examples import Example, load_examples
-from ..evaluation.result import Evaluation
 from ..loading import base_name
 from ..records import user_path
 from ..reduction import Reduction
-from ..report.data import DatasetInfo, Headline, ModelInfo, Picture, ReportData, SearchInfo
+from ..report.data import DatasetInfo, ModelInfo, ReportData, SearchInfo
 from ..report.html import write_report
 from ..runtime import num_layers
 from ..runtime.anatomy import unwrapped
@@ -32,18 +31,16 @@ from .findings import (
     MedianPrompt,
     changed_answers,
     drop_of,
-    failures_first,
+    headline_of,
     measures_of,
     method_row,
-    outcomes,
-    picture_of,
+    pictures_of,
     ranker_words,
     task_rows,
 )
 from .opening import Opened, content_hash, environment
 
 _PICTURES = 6
-_MOST_LAYERS = 12  # as the command's reports have
 
 
 def report(
@@ -130,21 +127,12 @@ def _tested(data: ReportData, reduction: Reduction, evaluator: Evaluator, pictur
             test_hash=content_hash(examples),
             fingerprint=fingerprint_of(evaluator),
         ),
-        headline=Headline(
-            full_score=full.score,
-            score=reduced.score,
-            drop=drop,
-            mean_keep_rate=schedule.mean_keep_rate,
-            flops_ratio=rows[1].flops_ratio,
-            flops_full=rows[0].flops,
-            flops=rows[1].flops,
-            vision_flops=prompt.vision_flops(),
-        ),
+        headline=headline_of(*rows, prompt),
         methods=rows,
         per_task=task_rows(full, reduced, examples),
         measures=measures_of(full, reduced, examples),
         changes=changed_answers(evaluator, reduction, full, reduced),
-        pictures=_pictures(evaluator, reduction, full, reduced, pictures, watcher.on_note),
+        pictures=pictures_of(evaluator, reduction, full, reduced, pictures, watcher.on_note),
         doubts=(evaluator.doubt,) if evaluator.doubt else (),
         environment=environment(Opened(evaluator.model, evaluator.processor, info)),
         path_ratios=tuple(prompt.flops() / prompt.flops(each) for each in certificate.path) if certificate else (),
@@ -163,27 +151,3 @@ def _info(evaluator: Evaluator, told: ModelInfo) -> ModelInfo:
         num_layers=num_layers(model),
         num_vision_tokens=evaluator.num_vision_tokens,
     )
-
-
-def _pictures(
-    evaluator: Evaluator, reduction: Reduction, full: Evaluation, reduced: Evaluation, most: int, note: Any
-) -> tuple[Picture, ...]:
-    """Kept tokens, of the examples that score differently first."""
-    made = []
-    for example, outcome in failures_first(evaluator.examples, *outcomes(full, reduced), most):
-        try:
-            picture = picture_of(
-                evaluator.model,
-                evaluator.processor,
-                example,
-                reduction,
-                max_new_tokens=evaluator.rules.max_new_tokens,
-                most_layers=_MOST_LAYERS,
-                reader=evaluator.reader,
-                outcome=outcome,
-            )
-        except Unsupported as error:  # the report goes on without it
-            note(f"No picture of example {example.id!r}: {error}")
-        else:
-            made.append(picture)
-    return tuple(made)

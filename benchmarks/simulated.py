@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-from .dispatch import DONE, FAILED, LOST, READY, Event, State, Worker
+from thinsight.evaluation.dispatch import DONE, FAILED, LOST, READY, Event, State, Worker
 
 
 class SimulatedTransport:
