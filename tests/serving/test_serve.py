@@ -181,6 +181,12 @@ def test_answers_are_those_of_generate_with_and_without_the_reduction(
         assert text_of(server.post(asking(example, "demo-full"))) == expected[False][i]
 
 
+def test_what_clients_send_though_it_changes_nothing_is_taken(server: Running, expected: dict[bool, list[str]]) -> None:
+    usual = {"n": 1, "logprobs": False, "frequency_penalty": 0, "presence_penalty": 0.0, "user": "me"}
+    asked = {**asking(server.examples[0]), **usual, "response_format": {"type": "text"}}
+    assert text_of(server.post(asked)) == expected[True][0]
+
+
 def test_clients_at_once_get_their_own_answers(server: Running, expected: dict[bool, list[str]]) -> None:
     cases = [(i, reduced) for i in range(len(server.examples)) for reduced in (True, False)]
 
@@ -324,6 +330,12 @@ REFUSED = {
         "text, image_url",
     ),
     "several": (showing(SMALL, n=2), 400, "n", "Input should be 1"),
+    "a format": (
+        showing(SMALL, response_format={"type": "json_object"}),
+        400,
+        "response_format.type",
+        "Input should be 'text'",
+    ),
     "tools": (showing(SMALL, tools=[]), 400, "tools", "is not known"),
     "a word": (showing(SMALL, temperature="hot"), 400, "temperature", "'hot'"),
     "infinity": (showing(SMALL, temperature=float("inf")), 400, "temperature", "finite"),

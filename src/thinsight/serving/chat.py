@@ -62,6 +62,10 @@ class _StreamOptions(_Strict):
     include_usage: bool = False
 
 
+class _Format(_Strict):
+    type: Literal["text"]
+
+
 class _Request(_Strict):
     model: str
     messages: Annotated[list[_Message], Field(min_length=1)]
@@ -78,6 +82,7 @@ class _Request(_Strict):
     # only as what they are where nobody says anything
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
+    response_format: _Format | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
     # of the client's own books, which change no answer

@@ -36,7 +36,8 @@ class JsonLines(Reader):
             raise BadInput(f"data {source.told!r} is a folder: give the JSON-lines file in it, {_FORM}")
         if not path.is_file():
             raise BadInput(
-                f"data {source.told!r} does not exist: give a JSON-lines file, demo:calibration or demo:test"
+                f"data {source.told!r} does not exist: give a file or folder of yours, demo:calibration or demo:test, "
+                "hf:ID:SPLIT of the Hub, or lmms-eval:TASK:SPLIT"
             )
         for where, record in _records(path, source.path.suffix == ".json" and source.head(64).lstrip()[:1] == "["):
             yield _row(record, where, source)
