@@ -82,6 +82,7 @@ class Checkpoint:
     wants_times: bool = False  # vLLM is to be told of those of a video's frames
     sizes: tuple[tuple[int, int], ...] = ((56, 56),)  # (height, width) of images, in turn
     renames: tuple[tuple[str, str], ...] = ()  # key prefixes as vLLM knows them
+    transposed: str = ""  # of which weights published checkpoints hold the last two dimensions the other way round
     title: str = ""  # of the family, where the class serves several
 
     def write(self, folder: Path, prompts: list[Prompt]) -> None:
@@ -96,6 +97,8 @@ class Checkpoint:
         kept = load_file(weights)
         for old, new in self.renames:
             kept = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in kept.items()}
+        if self.transposed:
+            kept = {k: v.mT.contiguous() if self.transposed in k else v for k, v in kept.items()}
         save_file(kept, weights, metadata={"format": "pt"})
         (folder.parent / "inputs" / self.name).mkdir(parents=True, exist_ok=True)
         for prompt in prompts:
@@ -227,12 +230,12 @@ def _qwen(name: str, **more: Any) -> Any:
     return processor(images, tokenizer(QWEN), video(**more))
 
 
-def _glm(name: str = "Glm4v") -> Any:
+def _glm() -> Any:
     limits = {"shortest_edge": 56 * 56, "longest_edge": 112 * 224 * 2}
-    made = [f"{name}{part}Processor" for part in ("Image", "Video", "")]
-    images, videos, both = (getattr(transformers, each) for each in made)
     patches = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
-    return both(images(size=limits, **patches), tokenizer(GLM), videos(size=limits, **patches))
+    images = transformers.Glm4vImageProcessor(size=limits, **patches)
+    videos = transformers.Glm4vVideoProcessor(size=limits, **patches)
+    return transformers.Glm4vProcessor(images, tokenizer(GLM), videos)
 
 
 def _paddle() -> Any:
@@ -392,8 +395,6 @@ TABLE = (
         ),
         lambda: _qwen("Qwen3VL", patch_size=16),
         placeholder="<|vision_start|> <|image_pad|> <|vision_end|>",
-        video_placeholder=QWEN_VIDEO,
-        wants_times=True,
         sizes=((128, 128), (64, 160), (96, 128)),
     ),
     Checkpoint(
@@ -415,6 +416,7 @@ TABLE = (
         lambda: _qwen("Qwen3VL", patch_size=16),
         placeholder="<|vision_start|> <|image_pad|> <|vision_end|>",
         sizes=((128, 128), (64, 160), (96, 128)),
+        transposed="mlp.experts",
     ),
     Checkpoint(
         "mistral3",
@@ -452,18 +454,6 @@ TABLE = (
             **conformance.GLM_MARKS,
         ),
         _glm,
-        placeholder=GLM_IMAGE,
-        sizes=GRID,
-    ),
-    Checkpoint(
-        "glm-ocr",
-        "GlmOcrForConditionalGeneration",
-        conformance.config(
-            mrope("glm_ocr_text", rope={"partial_rotary_factor": 1.0}),
-            {**PATCHES, "image_size": 112, "in_channels": 3},
-            **conformance.GLM_MARKS,
-        ),
-        lambda: _glm("Glm46V"),
         placeholder=GLM_IMAGE,
         sizes=GRID,
     ),

@@ -117,7 +117,7 @@ def stream(port: int, prompt: Prompt, most: int | None = None) -> list[int]:
 
 def counters(port: int) -> dict[str, float]:
     text = call(port, "GET", "/metrics").decode()
-    return {name: float(value) for name, value in re.findall(r"^(thinsight:\S+) (\S+)$", text, re.MULTILINE)}
+    return {name: float(value) for name, value in re.findall(r"^(thinsight:.+) (\S+)$", text, re.MULTILINE)}
 
 
 def test_concurrent_clients_streams_and_aborts(port: int) -> None:

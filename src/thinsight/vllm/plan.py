@@ -39,7 +39,6 @@ SERVED: dict[str, ServedFamily] = {
     for row in (
         ServedFamily("glm4v", "Glm4vForConditionalGeneration"),
         ServedFamily("glm4v_moe", "Glm4vMoeForConditionalGeneration"),
-        ServedFamily("glm_ocr", "GlmOcrForConditionalGeneration"),
         ServedFamily("idefics3", "Idefics3ForConditionalGeneration"),
         ServedFamily("internvl", "InternVLForConditionalGeneration", reads_tower=True),
         ServedFamily("llava", "LlavaForConditionalGeneration", reads_tower=True),
