@@ -14,7 +14,8 @@ Ratios are of the wall clock. On a CPU prefill and decode also have those of pro
 machine do not stretch.
 
 "one ratio" is one keep rate for all layers from layer 0, chosen by a fixed order: what an engine does that drops before
-the decoder. Its FLOPs are the schedule's. "thin stages" loses one token at each of 6 stages: what bookkeeping costs.
+the decoder. Its FLOPs are the schedule's. "thin stages" loses one token at each of 6 stages: what bookkeeping costs;
+"stock again" is a second stock engine: how far two engines that do the same are apart.
 `--size 7b --device cuda` is LLaVA-1.5-7B's shape in bfloat16; `--size tiny` shows that the script runs.
 """
 
@@ -342,7 +343,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "schedule": (schedule, "text-attention"),
                 "thin stages": (thin_stages(size.layers, n), "text-attention"),
             }
-            paths: dict[str, Path | None] = {"stock": None}
+            paths: dict[str, Path | None] = {"stock": None, "stock again": None}
             for name, (rates, ranker) in kinds.items():
                 paths[name] = path = Path(place) / f"{name} {side}"
                 Reduction(rates, ranker).save_pretrained(path)
@@ -355,7 +356,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     if "load" in options.kind:
                         yield from _load_rows(made, options, common, side)
                 if "decode" in options.kind:
-                    chosen = {name: paths[name] for name in ("stock", "thin stages", "schedule")}
+                    chosen = {name: paths[name] for name in ("stock", "stock again", "thin stages", "schedule")}
                     with engines(folder, size, chosen, batch, n, more) as made:
                         yield from _decode_rows(made, options, common, side)
 

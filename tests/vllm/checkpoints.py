@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from cases import PROMPTS, SPECIALS, VOCABULARY, Prompt, inputs_file
+from cases import SPECIALS, VOCABULARY, Prompt, inputs_file, prompts_of
 from conformance import families as conformance
 from conformance.family import draw_weights
 from PIL import Image
@@ -77,8 +78,11 @@ class Checkpoint:
     config: Mapping[str, Any]
     processor: Callable[[], Any]
     placeholder: str = "<image>"  # of an image in a prompt's text
+    video_placeholder: str = "<video>"  # the same of a video
+    wants_times: bool = False  # vLLM is to be told of those of a video's frames
     sizes: tuple[tuple[int, int], ...] = ((56, 56),)  # (height, width) of images, in turn
     renames: tuple[tuple[str, str], ...] = ()  # key prefixes as vLLM knows them
+    transposed: str = ""  # of which weights published checkpoints hold the last two dimensions the other way round
     title: str = ""  # of the family, where the class serves several
 
     def write(self, folder: Path, prompts: list[Prompt]) -> None:
@@ -93,20 +97,32 @@ class Checkpoint:
         kept = load_file(weights)
         for old, new in self.renames:
             kept = {new + k.removeprefix(old) if k.startswith(old) else k: v for k, v in kept.items()}
+        if self.transposed:
+            kept = {k: v.mT.contiguous() if self.transposed in k else v for k, v in kept.items()}
         save_file(kept, weights, metadata={"format": "pt"})
         (folder.parent / "inputs" / self.name).mkdir(parents=True, exist_ok=True)
         for prompt in prompts:
-            images = self.images(prompt)
-            given = processor(text=[self.text(prompt)], images=images or None, return_tensors="pt")
+            kind: dict[str, Any] = {"images": self.images(prompt) or None}
+            if prompt.videos:
+                videos, about = zip(*(self.video(i) for i in prompt.images), strict=True)
+                kind = {"videos": list(videos), "video_metadata": list(about), "do_sample_frames": False}
+            given = processor(text=[self.text(prompt)], **kind, return_tensors="pt")
             tensors = {name: torch.as_tensor(value).contiguous() for name, value in given.items()}
             save_file(tensors, inputs_file(folder.parent, self.name, prompt))
 
     def images(self, prompt: Prompt) -> list[Image.Image]:
         return [image(i, self.sizes[i % len(self.sizes)]) for i in prompt.images]
 
+    def video(self, number: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """Frames (4, height, width, 3), and what is known of them."""
+        size = self.sizes[number % len(self.sizes)]
+        frames = np.stack([np.asarray(image(100 * number + i, size)) for i in range(4)])
+        return frames, {"fps": 2.0, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
+
     def text(self, prompt: Prompt) -> str:
         first, *others = (" ".join(f"w{word}" for word in words) for words in prompt.words)
-        return f"<s> {first}" + "".join(f" {self.placeholder} {words}" for words in others)
+        mark = self.video_placeholder if prompt.videos else self.placeholder
+        return f"<s> {first}" + "".join(f" {mark} {words}" for words in others)
 
 
 def image(number: int, size: tuple[int, int]) -> Image.Image:
@@ -119,6 +135,7 @@ def image(number: int, size: tuple[int, int]) -> Image.Image:
 # -- processors ----------------------------------------------------------------------------------------------
 
 SQUARE = {"height": 56, "width": 56}
+LARGE = 196  # pixels, the least at which vLLM pools the patches of a LLaVA-NeXT-Video's frame
 QWEN = {
     "<image>": "<|image_pad|>",
     "<video>": "<|video_pad|>",
@@ -134,6 +151,7 @@ GLM = {
     "<tile>": "<|end_of_video|>",
 }
 INTERNVL = {"<image>": "<IMG_CONTEXT>", "<start>": "<img>", "<end>": "</img>"}
+PADDLE = {"<image>": "<|IMAGE_PLACEHOLDER|>", "<start>": "<|IMAGE_START|>", "<end>": "<|IMAGE_END|>"}
 PIXTRAL = {"<image>": "[IMG]", "<break>": "[IMG_BREAK]", "<end>": "[IMG_END]"}
 IDEFICS = {
     "<start>": "<fake_token_around_image>",
@@ -159,6 +177,22 @@ def _llava_next() -> Any:
     )
     return transformers.LlavaNextProcessor(
         images, tokenizer(), patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+
+
+def _llava_next_video() -> Any:
+    images = transformers.LlavaNextImageProcessor(
+        size={"shortest_edge": 56}, crop_size=SQUARE, image_grid_pinpoints=PINPOINTS
+    )
+    side = {"height": LARGE, "width": LARGE}
+    videos = transformers.LlavaNextVideoVideoProcessor(size={"shortest_edge": LARGE}, crop_size=side)
+    return transformers.LlavaNextVideoProcessor(
+        videos,
+        images,
+        tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
     )
 
 
@@ -198,9 +232,17 @@ def _qwen(name: str, **more: Any) -> Any:
 
 def _glm() -> Any:
     limits = {"shortest_edge": 56 * 56, "longest_edge": 112 * 224 * 2}
-    images = transformers.Glm4vImageProcessor(size=limits, patch_size=14, merge_size=2, temporal_patch_size=2)
-    videos = transformers.Glm4vVideoProcessor(patch_size=14, merge_size=2, temporal_patch_size=2)
+    patches = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    images = transformers.Glm4vImageProcessor(size=limits, **patches)
+    videos = transformers.Glm4vVideoProcessor(size=limits, **patches)
     return transformers.Glm4vProcessor(images, tokenizer(GLM), videos)
+
+
+def _paddle() -> Any:
+    limits = {"shortest_edge": 56 * 56, "longest_edge": 112 * 224}
+    images = transformers.PaddleOCRVLImageProcessor(size=limits, patch_size=14, merge_size=2)
+    named = {"image_token": "<|IMAGE_PLACEHOLDER|>"}
+    return transformers.PaddleOCRVLProcessor(images, tokenizer(PADDLE, extra_special_tokens=named))
 
 
 def _mistral3() -> Any:
@@ -237,6 +279,8 @@ CLIP_KEYS = (
 ANY = ((112, 112), (56, 112), (112, 56))
 GRID = ((112, 112), (56, 140), (84, 112))
 VIDEO_ID = {"video_token_id": VIDEO}
+QWEN_VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"  # as processors look for it
+GLM_IMAGE = "<|begin_of_image|> <|image|> <|end_of_image|>"
 
 TABLE = (
     Checkpoint(
@@ -278,6 +322,13 @@ TABLE = (
         renames=CLIP_KEYS,
     ),
     Checkpoint(
+        "llava-next-video",
+        "LlavaNextVideoForConditionalGeneration",
+        conformance.config(text("llama"), {**CLIP, "image_size": LARGE}, image_grid_pinpoints=PINPOINTS, **VIDEO_ID),
+        _llava_next_video,
+        renames=CLIP_KEYS,
+    ),
+    Checkpoint(
         "llava-onevision",
         "LlavaOnevisionForConditionalGeneration",
         conformance.config(text("qwen2"), SIGLIP, image_grid_pinpoints=PINPOINTS, **VIDEO_ID),
@@ -313,6 +364,7 @@ TABLE = (
         ),
         lambda: _qwen("Qwen2VL"),
         placeholder="<|vision_start|> <|image_pad|> <|vision_end|>",
+        video_placeholder=QWEN_VIDEO,
         sizes=GRID,
     ),
     Checkpoint(
@@ -323,6 +375,8 @@ TABLE = (
         ),
         lambda: _qwen("Qwen2_5_VL"),
         placeholder="<|vision_start|> <|image_pad|> <|vision_end|>",
+        video_placeholder=QWEN_VIDEO,
+        wants_times=True,
         sizes=GRID,
     ),
     Checkpoint(
@@ -344,6 +398,27 @@ TABLE = (
         sizes=((128, 128), (64, 160), (96, 128)),
     ),
     Checkpoint(
+        "qwen3-vl-moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        conformance.config(
+            mrope(
+                "qwen3_vl_moe_text", rope={"mrope_interleaved": True}, norm_topk_prob=True, **conformance.QWEN_EXPERTS
+            ),
+            {
+                **PATCHES,
+                "patch_size": 16,
+                "depth": 4,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0, 1, 2],
+            },
+            **conformance.MARKS,
+        ),
+        lambda: _qwen("Qwen3VL", patch_size=16),
+        placeholder="<|vision_start|> <|image_pad|> <|vision_end|>",
+        sizes=((128, 128), (64, 160), (96, 128)),
+        transposed="mlp.experts",
+    ),
+    Checkpoint(
         "mistral3",
         "Mistral3ForConditionalGeneration",
         conformance.config(
@@ -362,7 +437,36 @@ TABLE = (
             **conformance.GLM_MARKS,
         ),
         _glm,
-        placeholder="<|begin_of_image|> <|image|> <|end_of_image|>",
+        placeholder=GLM_IMAGE,
+        sizes=GRID,
+    ),
+    Checkpoint(
+        "glm4v-moe",
+        "Glm4vMoeForConditionalGeneration",
+        conformance.config(
+            mrope(
+                "glm4v_moe_text",
+                rope={"partial_rotary_factor": 0.5, "mrope_section": [2, 3, 3]},
+                use_qk_norm=False,
+                **conformance.GLM_EXPERTS,
+            ),
+            {**PATCHES, "image_size": 112},
+            **conformance.GLM_MARKS,
+        ),
+        _glm,
+        placeholder=GLM_IMAGE,
+        sizes=GRID,
+    ),
+    Checkpoint(
+        "paddleocr-vl",
+        "PaddleOCRVLForConditionalGeneration",
+        conformance.config(
+            mrope("paddleocr_vl_text"),
+            conformance.tower("paddleocr_vl_vision", 112, 14, spatial_merge_size=2),
+            **conformance.MARKS,
+        ),
+        _paddle,
+        placeholder="<|IMAGE_START|> <|IMAGE_PLACEHOLDER|> <|IMAGE_END|>",
         sizes=GRID,
     ),
     Checkpoint(
@@ -386,4 +490,4 @@ if __name__ == "__main__":
     for each in TABLE:
         if not sys.argv[2:] or each.name in sys.argv[2:]:
             (folder := Path(sys.argv[1]) / each.name).mkdir(parents=True, exist_ok=True)
-            each.write(folder, PROMPTS)
+            each.write(folder, prompts_of(each.name))

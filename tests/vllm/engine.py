@@ -19,7 +19,7 @@ os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 
-from cases import PROMPTS, SPECIALS, VOCABULARY, Case, Prompt, reduction_folder
+from cases import SPECIALS, VIDEO_TAKERS, VOCABULARY, Case, Prompt, prompts_of, reduction_folder
 from checkpoints import CHECKPOINTS
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -45,15 +45,19 @@ def settings(name: str, **more: Any) -> dict[str, Any]:
         "dtype": "float32",
         "enforce_eager": True,
         "max_model_len": 512,
-        "limit_mm_per_prompt": {"image": 3, "video": 0}
-        if "video_token_id" in CHECKPOINTS[name].config
-        else {"image": 3},
+        "limit_mm_per_prompt": limits(name),
         "max_num_seqs": 4,
         "max_num_batched_tokens": 1024,
         "enable_chunked_prefill": False,
         "disable_log_stats": True,
         **more,
     }
+
+
+def limits(name: str) -> dict[str, int]:
+    """How many images and videos a prompt may have, of what the class takes."""
+    images = {} if name == "llava-next-video" else {"image": 3}
+    return {**images, **({"video": int(name in VIDEO_TAKERS)} if "video_token_id" in CHECKPOINTS[name].config else {})}
 
 
 @contextmanager
@@ -73,7 +77,11 @@ def engine(name: str, case: Case | None = None, **more: Any) -> Iterator[LLM]:
 def request(name: str, prompt: Prompt) -> dict[str, Any]:
     checkpoint = CHECKPOINTS[name]
     asked: dict[str, Any] = {"prompt": checkpoint.text(prompt)}
-    if prompt.images:
+    if prompt.videos:
+        videos = [checkpoint.video(i) for i in prompt.images]
+        timed = [(frames, {**about, "do_sample_frames": False}) for frames, about in videos]
+        asked["multi_modal_data"] = {"video": timed if checkpoint.wants_times else [frames for frames, _ in videos]}
+    elif prompt.images:
         asked["multi_modal_data"] = {"image": checkpoint.images(prompt)}
     return asked
 
@@ -85,8 +93,9 @@ def sampling(tokens: int, **more: Any) -> SamplingParams:
     )
 
 
-def answers(llm: LLM, name: str, prompts: list[Prompt] = PROMPTS) -> list[dict[str, Any]]:
+def answers(llm: LLM, name: str, prompts: list[Prompt] | None = None) -> list[dict[str, Any]]:
     """Answers of all prompts, submitted at once: prefills and decodes of several requests share steps."""
+    prompts = prompts_of(name) if prompts is None else prompts
     outputs = llm.generate(
         [request(name, prompt) for prompt in prompts], [sampling(prompt.answer) for prompt in prompts], use_tqdm=False
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, PROMPTS, SPECIAL_IDS, Case, inputs_file, reduction_folder
+from cases import CASES, SPECIAL_IDS, Case, inputs_file, prompts_of, reduction_folder
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -40,7 +40,7 @@ def answer(model: Any, inputs: dict[str, torch.Tensor], tokens: int) -> dict[str
 def run(model: Any, folder: Path, case: Case) -> list[dict[str, Any]]:
     answers = []
     reduction = None if case.rates is None else ts.Reduction.from_pretrained(reduction_folder(folder.parent, case))
-    for prompt in PROMPTS:
+    for prompt in prompts_of(folder.name):
         inputs = load_file(inputs_file(folder.parent, folder.name, prompt))
         with nullcontext() if reduction is None else ts.apply(model, reduction, per=case.per):
             answers.append(answer(model, inputs, prompt.answer))

@@ -9,7 +9,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from cases import CASES
+from cases import CASES, prompts_of
 from checkpoints import CHECKPOINTS
 
 from thinsight.families import FAMILIES
@@ -39,13 +39,16 @@ def table(done: set[str]) -> str:
     unseen = SERVED.keys() - {each.model_class for name, each in CHECKPOINTS.items() if name in CASES}
     if unseen:
         raise SystemExit(f"no case runs {', '.join(sorted(unseen))}")
-    lines = ["| family | class in vLLM | decoder | reductions with the answers of transformers |", "|---|---|---|---|"]
+    lines = ["| family | class in vLLM | decoder | tried with | reductions with the answers of transformers |"]
+    lines.append("|---|---|---|---|---|")
     for name, checkpoint in CHECKPOINTS.items():
         family = checkpoint.title or FAMILIES[SERVED[checkpoint.model_class].model_type].name
         decoder = checkpoint.config["text_config"]["model_type"].removesuffix("_text")
         cases = [case for case in CASES[name] if case.rates is not None]
         rankers = sorted({str(dict(case.ranker)["name"]) for case in cases})
-        lines.append(f"| {family} | `{checkpoint.model_class}` | {decoder} | {len(cases)}: {', '.join(rankers)} |")
+        kinds = {"videos" if prompt.videos else "images" for prompt in prompts_of(name) if prompt.images}
+        row = [family, f"`{checkpoint.model_class}`", decoder, ", ".join(sorted(kinds))]
+        lines.append(f"| {' | '.join(row)} | {len(cases)}: {', '.join(rankers)} |")
     return "\n".join(lines)
 
 

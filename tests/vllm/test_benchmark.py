@@ -18,6 +18,7 @@ def test_rows_of_every_kind(tmp_path: Path) -> None:
         ("prefill", "schedule"),
         ("load", "one ratio"),
         ("load", "schedule"),
+        ("decode", "stock again"),
         ("decode", "thin stages"),
         ("decode", "schedule"),
     ]

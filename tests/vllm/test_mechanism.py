@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from thinsight.vllm.ledger import Ledger
+from thinsight.vllm.metrics import WHOLE
 from thinsight.vllm.model import Pass
 from thinsight.vllm.plan import Plan
 from thinsight.vllm.plan import Prompt as PromptPlan
@@ -93,6 +94,7 @@ def test_chunked_prompts_are_reduced_where_image_and_question_are_read_together(
             use_tqdm=False,
         )
         lost = model_of(llm).ledger._lost
+        counted = dict(model_of(llm).ledger._tally._values)
         reduced = [any(name.split("-")[0] == output.request_id for name in lost) for output in outputs]
     assert True in reduced
     pairs = zip(known["stairs"], known["full"], reduced, strict=True)
@@ -103,6 +105,9 @@ def test_chunked_prompts_are_reduced_where_image_and_question_are_read_together(
     compare([told(output) for output in outputs], wanted)
     whole = [prompt for prompt, mine in zip(PROMPTS, reduced, strict=True) if prompt.images and not mine]
     assert whole  # some were cut
+    reasons = {key: number for key, number in counted.items() if WHOLE in key}
+    assert sum(reasons.values()) == len(whole)
+    assert all("chunk" in key for key in reasons)
 
 
 def test_text_in_front_of_images_may_be_read_in_a_chunk_of_its_own() -> None:

@@ -117,7 +117,7 @@ def stream(port: int, prompt: Prompt, most: int | None = None) -> list[int]:
 
 def counters(port: int) -> dict[str, float]:
     text = call(port, "GET", "/metrics").decode()
-    return {name: float(value) for name, value in re.findall(r"^(thinsight:\S+) (\S+)$", text, re.MULTILINE)}
+    return {name: float(value) for name, value in re.findall(r"^(thinsight:.+) (\S+)$", text, re.MULTILINE)}
 
 
 def test_concurrent_clients_streams_and_aborts(port: int) -> None:
@@ -133,10 +133,22 @@ def test_concurrent_clients_streams_and_aborts(port: int) -> None:
     after = counters(port)
     seen, reduced = "thinsight:vision_tokens_seen_total", "thinsight:prompts_reduced_total"
     images = sum(len(prompt.images) for prompt in PROMPTS)
-    assert after[seen] - before.get(seen, 0) >= 2 * 16 * images
-    assert after[reduced] - before.get(reduced, 0) >= 2 * sum(bool(prompt.images) for prompt in PROMPTS)
+    more = {name: value - before.get(name, 0) for name, value in after.items()}
+    assert more[seen] >= 2 * 16 * images
+    assert more[reduced] >= 2 * sum(bool(prompt.images) for prompt in PROMPTS)
     for layers, kept in (("1-2", 10), ("3-4", 5), ("5", 2)):
-        assert after[f'thinsight:vision_tokens_kept_total{{layers="{layers}"}}'] * 16 == after[seen] * kept
+        assert more[f'thinsight:vision_tokens_kept_total{{layers="{layers}"}}'] * 16 == more[seen] * kept
+
+
+def test_a_prompt_that_is_kept_whole_is_counted_with_its_reason(port: int) -> None:
+    before = counters(port)
+    found = json.loads(call(port, "POST", "/v1/chat/completions", body_of(PROMPTS[0], prompt_logprobs=0)))
+    assert ids_of(found["choices"][0]["logprobs"]["content"]) == references()["llava"]["full"][0]["ids"]
+    more = {name: value - before.get(name, 0) for name, value in counters(port).items()}
+    assert more.pop("thinsight:vision_tokens_seen_total") == 16
+    assert more.pop('thinsight:prompts_whole_total{reason="prompt_logprobs are wanted"}') == 1
+    assert more.pop("thinsight:prompts_reduced_total", 0) == 0
+    assert more == {f'thinsight:vision_tokens_kept_total{{layers="{layers}"}}': 16 for layers in ("1-2", "3-4", "5")}
 
 
 def test_evaluate_scores_it(port: int, tmp_path: Path) -> None:

@@ -38,15 +38,19 @@ SERVED: dict[str, ServedFamily] = {
     row.architecture: row
     for row in (
         ServedFamily("glm4v", "Glm4vForConditionalGeneration"),
+        ServedFamily("glm4v_moe", "Glm4vMoeForConditionalGeneration"),
         ServedFamily("idefics3", "Idefics3ForConditionalGeneration"),
         ServedFamily("internvl", "InternVLForConditionalGeneration", reads_tower=True),
         ServedFamily("llava", "LlavaForConditionalGeneration", reads_tower=True),
         ServedFamily("llava_next", "LlavaNextForConditionalGeneration"),
+        ServedFamily("llava_next_video", "LlavaNextVideoForConditionalGeneration"),
         ServedFamily("llava_onevision", "LlavaOnevisionForConditionalGeneration"),
         ServedFamily("mistral3", "Mistral3ForConditionalGeneration"),
+        ServedFamily("paddleocr_vl", "PaddleOCRVLForConditionalGeneration"),
         ServedFamily("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
         ServedFamily("qwen2_vl", "Qwen2VLForConditionalGeneration"),
         ServedFamily("qwen3_vl", "Qwen3VLForConditionalGeneration"),
+        ServedFamily("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"),
         ServedFamily("smolvlm", "SmolVLMForConditionalGeneration"),
     )
 }
