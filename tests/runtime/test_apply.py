@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tiny import IMAGE, tiny_inputs, tiny_llava
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from thinsight.errors import ThinsightError
+from thinsight.errors import ThinsightError, Unsupported
 from thinsight.ranking import Ranker
 from thinsight.reduction import Reduction
 from thinsight.runtime import apply, decoder_layers, encode_images, num_layers, remove, vision_token_mask
@@ -512,3 +514,20 @@ def test_a_start_inside_a_start_gives_way_to_the_outer_one() -> None:
             assert [len(handle.kept(layer)[0]) for layer in (1, 3)] == [16, 4]  # nothing fell at layer 1
         model(**batch)
         assert [len(handle.kept(layer)[0]) for layer in (1, 3)] == [12, 4]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda model, batch: torch.export.export(model, (), kwargs=batch, strict=False),
+        lambda model, batch: torch.jit.trace(model, example_kwarg_inputs=batch, strict=False),
+    ],
+    ids=["export", "trace"],
+)
+def test_a_reduction_is_not_recorded(record: Callable[..., Any]) -> None:
+    model, batch = tiny_llava(), tiny_inputs([[3, 5]])
+    with apply(model, SCHEDULE), torch.no_grad():
+        wanted = model(**batch).logits
+        with pytest.raises(Unsupported, match=r"^torch.export and torch.jit.trace record one path"):
+            record(model, dict(batch))
+        assert torch.equal(model(**batch).logits, wanted)

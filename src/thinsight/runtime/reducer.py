@@ -354,6 +354,8 @@ class Reducer:
         if not local.reduced:
             return None
         check_replica(module, self._base)
+        if torch.jit.is_tracing():
+            raise Unsupported(_TRACED)
 
         # 2) Encode images here already, since their token counts decide what is dropped. The model gets the
         # features in place of the pixels, so the tower runs once.
@@ -756,6 +758,11 @@ def _replaced(states: Tensor, args: tuple[Any, ...], reduced: dict[str, Any], pl
 # --- how a hook is put on a module, left out of copies, and seen by torch.compile
 
 _compiling = torch.compiler.is_compiling  # a hook asks for every layer and token
+_exporting = getattr(torch.compiler, "is_exporting", bool)  # from torch 2.7 on
+_TRACED = (
+    "torch.export and torch.jit.trace record one path through the model, but which tokens a reduction keeps differs by "
+    "prompt: take the reduction off before, as with thinsight.remove(model)"
+)
 
 
 class Hook:
@@ -774,6 +781,8 @@ class Hook:
     def __call__(self, *args: Any) -> Any:
         if not _compiling():
             return self.function(*self.leading, *args)
+        if _exporting():
+            raise Unsupported(_TRACED)
         if _new_tokens(*args) > 1:
             return self.outside(*self.leading, *args)
         return None if self.decode is None else self.decode(*self.leading, *args)
