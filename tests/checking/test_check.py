@@ -14,6 +14,7 @@ from conformance.family import Family
 from conformance.refused import REFUSED
 from planted import FAULTS
 from tiny import tiny_inputs, tiny_llava
+from torch import nn
 
 import thinsight as ts
 from thinsight.checked import FAILS, NOT_CHECKED, PASSES
@@ -82,6 +83,44 @@ def test_a_trained_model_passes_in_bfloat16() -> None:
     result = ts.check(model.to(torch.bfloat16))
     assert result.passed, shown(result)
     assert result.dtype == "bfloat16"
+
+
+class RoundingInputs(nn.Linear):
+    """int8 weights, and inputs in 511 steps up to the largest of the batch, as dynamic quantisers take them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(1, 1, bias=False)
+        self.register_buffer("scale", linear.weight.detach().abs().amax() / 127)
+        codes = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight, self.bias = nn.Parameter(codes, requires_grad=False), linear.bias
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        step = input.abs().amax() / 511
+        return nn.functional.linear((input / step).round() * step, self.weight * self.scale, self.bias)
+
+
+def quantise(model: Any) -> Any:
+    for layer in model.get_decoder().layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, RoundingInputs(getattr(layer.mlp, name)))
+    return model
+
+
+def test_layers_that_round_their_inputs_are_measured_by_that() -> None:
+    model = quantise(tiny_llava())
+    result = ts.check(model)
+    assert result.passed, shown(result)
+    assert result.dtype == "float32"
+    assert result.noise is not None
+    assert result.noise > 1e-3  # more than float32 is allowed
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_found_in_quantised_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, line = FAULTS[name]
+    plant(monkeypatch)
+    failures = ts.check(quantise(tiny_llava())).failures
+    assert line in [each.name for each in failures]
 
 
 @pytest.mark.parametrize("layers", [2, 3, 7])

@@ -36,6 +36,7 @@ from ..runtime.cache import CACHE, fresh_cache
 from ..runtime.call import encode_pixels, read_call
 from ..runtime.encoding import on_device
 from ..runtime.handle import applied
+from ..runtime.weights import is_quantised
 from ..schedule import Schedule
 from .comparing import Case, Compared, compare_steps, generate
 from .prompts import IS_TEXT, Batch, Row, Spec, answer
@@ -114,7 +115,7 @@ class _Check:
     def __init__(self, subject: Loaded) -> None:
         self.subject = subject
         self.layers = num_layers(subject.stock)
-        self.eps = torch.finfo(subject.stock.dtype).eps
+        self.eps = _resolution(subject.stock)
         self.lines: list[CheckLine] = []
         self.noise: float | None = None
         self.changed = 0.0  # the largest change of logits by a reduction that was seen
@@ -395,9 +396,15 @@ class _Check:
         least = _SEEN * self.allowed
         if self.changed >= least:
             return CheckLine("", PASSES, f"a reduction moves the logits by {self.changed:.1e}", None, None)
-        raise _Differs(
-            f"a reduction moves the logits by {self.changed:.1e} only, which rounding hides: check in float32"
-        )
+        remedy = "the model before it was quantised" if is_quantised(self.subject.stock) else "in float32"
+        raise _Differs(f"a reduction moves the logits by {self.changed:.1e} only, which rounding hides: check {remedy}")
+
+
+def _resolution(model: PreTrainedModel) -> float:
+    """Of the model's dtype; with quantised layers at least bfloat16's, for those may round what comes in as well, by
+    what else is in the batch, whatever the dtype around them."""
+    eps = torch.finfo(model.dtype).eps
+    return max(eps, torch.finfo(torch.bfloat16).eps) if is_quantised(model) else eps
 
 
 def _text(row: Row) -> list[int]:

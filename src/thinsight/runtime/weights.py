@@ -19,6 +19,7 @@ _NUMBERS = 2  # of each weight
 _WEIGHTS = 16  # of each layer that is looked at: a mixture may have thousands
 _ROUNDING = 2.0**-8  # the most by which bfloat16 changes a number, as a share of it
 _SMALL = 1e-4  # below it float16 changes more than that
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Any]:
@@ -37,6 +38,17 @@ def weights_of(model: PreTrainedModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "numbers": {name: [float(f"{n:.6g}") for n in own] for name, own in zip(picked, numbers, strict=True)},
     }
+
+
+def is_quantised(model: PreTrainedModel) -> bool:
+    """Whether weights of the decoder's layers are integers, of 8 bits or less, or tensors of a quantiser's own type."""
+    return any(
+        weight.ndim > 1
+        and weight.dtype != torch.bool
+        and (weight.dtype.itemsize == 1 or not weight.is_floating_point() or type(weight) not in _PLAIN)
+        for layer in decoder_layers(model)
+        for weight in (*layer.parameters(), *layer.buffers())
+    )
 
 
 def _picked(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
