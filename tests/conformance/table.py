@@ -1,7 +1,7 @@
 """The suite's results as Markdown: ``python -m conformance.table out/a.xml --write docs/models.md``.
 
 Reads the reports that ``pytest tests/conformance --junitxml`` wrote, and puts a table between the markers of
-each file: all cells, or in a README one line per family. Nothing is written where a cell fails. Knows nothing
+each file: all cells, or in a README families by what they refuse. Nothing is written where a cell fails. Knows nothing
 about models or behaviours but their names.
 """
 
@@ -61,17 +61,17 @@ def full(cells: Cells) -> str:
 
 
 def compact(cells: Cells) -> str:
-    """One line per family: how many behaviours pass, and which are refused; what all refuse, below."""
+    """Families by what they refuse; what all refuse, below."""
     families, behaviours = names(cells)
     by_all = [b for b in behaviours if {s for (_, each), s in cells.items() if each == b} == {REFUSED}]
-    lines = [["family", "transformers class", "`generate()` under a reduction"]]
+    alike: dict[tuple[str, ...], list[str]] = {}
     for family in families:
-        mine = {b: cells[family, b] for b in behaviours if b not in by_all and (family, b) in cells}
-        refused = [each for each, state in mine.items() if state == REFUSED]
-        passed = sum(state == PASSES for state in mine.values())
-        what = f"{passed} of {len(mine)} behaviours" if refused else f"all {passed} behaviours"
-        what += f"; refused: {', '.join(refused)}" if refused else ""
-        lines.append([family, f"`{FAMILIES[family].model_class}`", what])
+        refused = tuple(b for b in behaviours if b not in by_all and cells.get((family, b)) == REFUSED)
+        alike.setdefault(refused, []).append(family)
+    lines = [["`generate()` under a reduction", "families"]]
+    for refused, members in sorted(alike.items(), key=lambda each: (len(each[0]), each[0])):
+        what = f"all but: {', '.join(refused)}" if refused else "all behaviours that the class has"
+        lines.append([f"{what} ({len(members)})", ", ".join(members)])
     return table(lines) + (f"\n\nRefused for every family: {', '.join(by_all)}." if by_all else "")
 
 
