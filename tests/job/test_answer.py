@@ -9,11 +9,13 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
+from PIL import Image
 
 from benchmarks.simulated import SimulatedTransport
 from thinsight.errors import BadInput, MissingPackage, StorageError
 from thinsight.evaluation import ray_workers
 from thinsight.evaluation.answering import Answerer
+from thinsight.evaluation.examples import load_examples
 from thinsight.job.answering import answer
 from thinsight.job.options import AnswerOptions
 
@@ -48,8 +50,6 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_each_question_has_one_row_in_the_order_of_the_set(expected: str) -> None:
-    from thinsight.evaluation.examples import load_examples
-
     rows = [json.loads(line) for line in expected.splitlines()]
     assert [row["id"] for row in rows] == [each.id for each in load_examples("demo:test", COUNT)]
     assert all(row["answer"] and sorted(row) == ["answer", "id", "kept"] for row in rows)
@@ -78,10 +78,34 @@ def test_answers_of_something_else_are_not_continued(batches: list[list[str]], t
     out = tmp_path / "a.jsonl"
     with pytest.raises(KeyboardInterrupt):
         answer(options(out))
-    for other in ({"max_new_tokens": 4}, {"limit": 9}, {"kept": False}):
+    for other in ({"max_new_tokens": 4}, {"data": str(of_other_questions(tmp_path))}, {"kept": False}):
         with pytest.raises(BadInput, match="holds answers of other data, another model or other settings"):
             answer(options(out, **other))
     assert answer(options(out, batch_size=2)).before == 6
+
+
+def of_other_questions(folder: Path) -> Path:
+    """A set of the same ids."""
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    rows = [{"id": each.id, "image": "a.png", "question": "what ?"} for each in load_examples("demo:test", COUNT)]
+    (folder / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder / "other.jsonl"
+
+
+def test_questions_may_be_added_and_removed_meanwhile(expected: str, batches: list[list[str]], tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        answer(options(out, limit=8))
+    fewer = answer(options(tmp_path / "a.jsonl", limit=4))
+    assert (fewer.count, fewer.before) == (4, 4)
+    assert out.read_text() == "".join(expected.splitlines(keepends=True)[:4])
+    out.unlink()
+    batches.clear()
+    with pytest.raises(KeyboardInterrupt):
+        answer(options(out, limit=8))
+    more = answer(options(out))
+    assert (more.count, more.before) == (COUNT, 6)
+    assert out.read_text() == expected
 
 
 def test_a_damaged_line_is_told_with_its_number(batches: list[list[str]], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from .options import AnswerOptions
 from .workers import Workers, anywhere, device_map_of
 
 PARQUET, JSON_LINES = ".parquet", ".jsonl"
-_FORMAT = 1
+_FORMAT = 2
 _REMEDY = "free the disk, then run the same command again"
 
 
@@ -54,7 +54,7 @@ def answer(options: AnswerOptions, watcher: Watcher | None = None) -> Answered:
     found = reduction_for(options.reduction, options.model.model, config)
     watcher.on_stage("Reading the data")
     examples = load_examples(options.data_name, options.limit, progress=watcher.on_progress, **options.reading)
-    journal = Journal(out, _about(options, found.reduction, examples))
+    journal = Journal(out, _about(options, found.reduction), {each.id: _asked(each) for each in examples})
     before = len(journal.lines)
     if before:
         watcher.on_note(f"Goes on: {before} of {len(examples)} questions are answered already")
@@ -131,12 +131,20 @@ class _Questions:
 class Journal:
     """Answers as they come, beside the file that they are for: JSON lines, the first of which says what they are of.
 
+    Questions may be added to a set and removed from it meanwhile: what was answered stays.
+
+    Args:
+        out: the file that they are for.
+        about: what has to be the same for answers to be continued.
+        asked: a digest of each question, by its id.
+
     Raises:
-        ThinsightError: the journal is of other data, another model or other settings.
+        ThinsightError: the journal is of other questions, another model or other settings.
     """
 
-    def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, out: Path, about: Mapping[str, Any], asked: Mapping[str, str]) -> None:
         self.path = out.with_name(f"{out.name}.part.jsonl")
+        self._asked = asked
         self.lines: dict[str, dict[str, Any]] = {}
         head = json.dumps({"thinsight": "answers", "format": _FORMAT, **about}, sort_keys=True)
         try:
@@ -156,11 +164,16 @@ class Journal:
             write_atomically(self.path, f"{head}\n{whole}\n" if whole else f"{head}\n", _REMEDY)
         for number, line in enumerate(whole.splitlines(), 2):
             try:
-                self._keep(json.loads(line))
-            except (ValueError, TypeError, KeyError):
+                rows = [(row["id"], row.pop("asked"), row) for row in json.loads(line)]
+            except (ValueError, TypeError, KeyError, AttributeError):
                 raise StorageError(
                     f"{self.path}, line {number} is damaged: remove the line to answer its questions again"
                 ) from None
+            for name, question, row in rows:
+                if self._asked.get(name, question) != question:
+                    raise BadInput(self._of_another)
+                if name in self._asked:
+                    self.lines.setdefault(name, row)
 
     @property
     def _of_another(self) -> str:
@@ -171,16 +184,13 @@ class Journal:
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keep a batch's answers; they are on disk when this returns. Those that are known stay."""
-        append_line(self.path, json.dumps(rows), _REMEDY)
-        self._keep(rows)
+        append_line(self.path, json.dumps([{**row, "asked": self._asked[row["id"]]} for row in rows]), _REMEDY)
+        for row in rows:
+            self.lines.setdefault(row["id"], dict(row))
 
     def remove(self) -> None:
         """Once the file is written."""
         self.path.unlink(missing_ok=True)
-
-    def _keep(self, rows: Any) -> None:
-        for row in rows:
-            self.lines.setdefault(row["id"], dict(row))
 
 
 def _checked(path: Path) -> Path:
@@ -196,14 +206,16 @@ def _checked(path: Path) -> Path:
     return out
 
 
-def _about(options: AnswerOptions, reduction: Reduction, examples: Sequence[Example]) -> dict[str, Any]:
+def _asked(example: Example) -> str:
+    """A digest of a question and of its images' names."""
+    asked = repr((example.question, [Path(key).name for key in example.image_keys]))
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
+
+
+def _about(options: AnswerOptions, reduction: Reduction) -> dict[str, Any]:
     """What has to be the same for answers to be continued. The batch size may change: memory may not hold it."""
-    digest = hashlib.sha256()
-    for each in examples:
-        digest.update(repr((each.id, each.question, [Path(key).name for key in each.image_keys])).encode())
     settings = json.dumps(reduction.to_dict(), sort_keys=True)
     return {
-        "data": digest.hexdigest()[:16],
         "model": options.model.model,
         "dtype": options.model.dtype,
         "reduction": hashlib.sha256(settings.encode()).hexdigest()[:16],
