@@ -15,6 +15,7 @@ from conformance.refused import REFUSED
 from planted import FAULTS
 from tiny import tiny_inputs, tiny_llava
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 import thinsight as ts
 from thinsight.checked import FAILS, NOT_CHECKED, PASSES
@@ -121,6 +122,22 @@ def test_planted_faults_are_found_in_quantised_models(name: str, monkeypatch: py
     plant(monkeypatch)
     failures = ts.check(quantise(tiny_llava())).failures
     assert line in [each.name for each in failures]
+
+
+def test_what_eager_attention_rounds_is_no_fault(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights can be read of that alone, and in float16 it may round far more than what the model runs."""
+    exact = modeling_llama.eager_attention_forward
+
+    def coarse(*args: Any, **more: Any) -> Any:
+        output, weights = exact(*args, **more)
+        return output + 3e-4 * output.cos(), weights
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", coarse)
+    result = ts.check(llava)
+    assert result.passed, shown(result)
+    [line] = [line for line in result.lines if line.name == "ranked by text attention"]
+    assert line.difference is not None
+    assert line.difference > 1e-4  # which the other lines are not allowed
 
 
 @pytest.mark.parametrize("layers", [2, 3, 7])

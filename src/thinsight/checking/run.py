@@ -166,13 +166,13 @@ class _Check:
             raise _Differs("nothing can be told, for the reference is not the stock model")
         return max(_NOISE * self.noise, 2 * self.eps, 1e-4)
 
-    def _held(self, pairs: Iterable[tuple[Tensor, Tensor]], note: str = "") -> CheckLine:
+    def _held(self, pairs: Iterable[tuple[Tensor, Tensor]], allowed: float | None = None) -> CheckLine:
         """Hold logits to what they should be."""
-        return self._within(max(_distance(got, wanted) for got, wanted in pairs), note)
+        return self._within(max(_distance(got, wanted) for got, wanted in pairs), allowed)
 
-    def _within(self, difference: float, note: str = "") -> CheckLine:
-        good = difference <= self.allowed
-        return CheckLine("", PASSES if good else FAILS, note, difference, self.allowed)
+    def _within(self, difference: float, allowed: float | None = None) -> CheckLine:
+        allowed = self.allowed if allowed is None else allowed
+        return CheckLine("", PASSES if difference <= allowed else FAILS, "", difference, allowed)
 
     def _schedule(self, rates: list[float]) -> Schedule:
         """Four rates over the depth of the decoder. The first is layer 0's, whatever the depth."""
@@ -304,6 +304,7 @@ class _Check:
     def _ranked(self, case: Case) -> CheckLine:
         """What is kept is what received most attention in the plain weights of the layer before, but for near ties."""
         rows, misses, pairs = [row for row in self.rows if row.vision], [0.0], []
+        allowed = max(self.allowed, _NOISE * max(map(self._eager_noise, rows)))
         for padding in ("left", "right"):  # what is padding must not rank
             batch = self._batch(rows, padding)
             with case.apply(self.subject.model()) as handle:
@@ -327,7 +328,14 @@ class _Check:
         if max(misses) > near:
             note = "a token went that received more attention than one that stayed, as a share of the most"
             return CheckLine("", FAILS, note, max(misses), near)
-        return self._held(pairs)
+        return self._held(pairs, allowed)
+
+    def _eager_noise(self, row: Row) -> float:
+        """How far the stock model's logits go by eager attention, whose weights can be read, instead of its own."""
+        full = Case(Schedule.full(self.layers), fixed=True)
+        eager = full.reference(self.subject, row).read(row)
+        own = full.reference(self.subject, row, self.subject.masked).read(row)  # the same model, from now on otherwise
+        return _distance(eager[-1], own[-1])
 
     def _cache(self, case: Case) -> CheckLine | None:
         """Each layer of the cache holds as many keys as tokens entered it, and counts as many as the prompt has."""
