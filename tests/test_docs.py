@@ -267,7 +267,7 @@ def test_the_gallery_is_drawn_with_its_page(tmp_path: Path) -> None:
     assert "Kept: 8 of 16 at layer 1, 4 of 16 at layer 2](" in text
     assert "{" not in text  # layers are filled in
     with Image.open(page.parent / stage.links(text)[1]) as drawn:
-        assert drawn.width > 3 * 200
+        assert drawn.width > 2 * 240
 
 
 def test_the_gallery_shows_all_of_its_pictures() -> None:
