@@ -173,7 +173,7 @@ def pythons() -> Iterator[tuple[str, str]]:
             yield page.relative_to(ROOT).as_posix(), block
 
 
-@pytest.mark.parametrize(("page", "code"), pythons())
+@pytest.mark.parametrize(("page", "code"), list(pythons()))
 def test_python_uses_what_there_is(page: str, code: str) -> None:
     """Names of the package, and arguments of its functions; blocks that are run elsewhere are looked at, too."""
     known: dict[str, Any] = {"ts": ts, "thinsight": ts}
