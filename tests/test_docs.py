@@ -212,6 +212,29 @@ def test_the_navigation_has_every_page_once() -> None:
     assert sorted(re.findall(r'"([\w/.-]+\.md)"', done)) == sorted([*map(str, places), stage.COMMANDS])
 
 
+def test_every_page_is_at_most_two_links_from_the_first() -> None:
+    first = ROOT / "docs/index.md"
+    near = {first}
+    for _ in range(2):
+        texts = [(page, page.read_text(encoding="utf-8")) for page in near if page.suffix == ".md"]
+        near |= {stage.target_of(page, target, ROOT) for page, text in texts for target in stage.links(text)}
+    own = {page for page in stage.pages(ROOT) if page.is_relative_to(ROOT / "docs")}
+    assert own - near == set()
+
+
+def test_the_pages_that_users_ask_for_are_there() -> None:
+    places = {str(place) for place in stage.pages(ROOT).values()}
+    wanted = {
+        "tutorial.md",
+        "gallery.md",
+        *(f"howto/{name}.md" for name in ("certify", "vllm", "lmms-eval", "own-ranker")),
+        *(f"concepts/{name}.md" for name in ("schedule", "ranker", "certificate", "costs")),
+    }
+    assert wanted <= places
+    results = {path.name for path in (ROOT / "benchmarks/results").glob("*.md")}
+    assert {f"results/{name}".replace("README", "index") for name in results} <= places
+
+
 def test_the_site_lies_out_with_all_that_it_shows(tmp_path: Path) -> None:
     stage.lay_out(tmp_path / "site", ROOT, notebooks=False)  # which take nbconvert; `make docs` has it
     sources = tmp_path / "site/src"

@@ -19,7 +19,7 @@ FINDINGS = """
   if (document.scrollingElement.scrollWidth > innerWidth + 1) found.push('the page is wider than its window');
   for (const e of document.querySelectorAll('article *')) {
     if (!(e instanceof HTMLElement) || !shown(e)) continue;
-    if (e.closest('pre, .md-typeset__scrollwrap, .highlight, .headerlink')) continue;
+    if (e.closest('pre, .md-typeset__scrollwrap, .highlight, .headerlink, .scroll')) continue;
     if (getComputedStyle(e).display != 'inline' && e.clientWidth && e.scrollWidth > e.clientWidth + 1)
       found.push(`${e.tagName} overflows: ${e.innerText.slice(0, 60)}`);
   }
