@@ -22,9 +22,12 @@ from walking import blocks, lines
 
 import thinsight as ts
 from docs.site import gallery, stage
+from thinsight import vlmevalkit
 from thinsight.cli import _filled, app
+from thinsight.evaluation.benchmarks import BENCHMARKS
 from thinsight.job import options as job_options
 from thinsight.job.server import check_server_options
+from thinsight.searches import SEARCHES
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -164,6 +167,28 @@ def test_options_have_values_that_their_command_takes(page: str, line: str) -> N
 def test_a_value_that_a_command_refuses_is_found(line: str, words: str) -> None:
     with pytest.raises(Exception, match=words):
         test_options_have_values_that_their_command_takes("README.md", f"thinsight {line}")
+
+
+def test_tables_have_what_there_is() -> None:
+    """Rankers, searches and benchmarks, each of them where its table is."""
+    tables = {
+        "docs/concepts/ranker.md": ("ranker", set(ts.list_rankers())),
+        "docs/search.md": ("search", {*SEARCHES, "frontier"}),
+        "docs/data.md": ("name", set(BENCHMARKS)),
+    }
+    for page, (heading, names) in tables.items():
+        rows = (ROOT / page).read_text(encoding="utf-8").split(f"| {heading} |")[1].split("\n\n")[0].splitlines()[2:]
+        assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row.split("|")[1])} == names, page
+
+
+def test_the_runner_of_vlmevalkit_is_asked_for_what_it_takes() -> None:
+    text = (ROOT / "docs/harnesses.md").read_text(encoding="utf-8")
+    found = re.findall(r"^(?:\w+=\S+ )?python -m thinsight.vlmevalkit (.*)$", text, re.M)
+    assert found
+    for line in found:
+        told, rest = vlmevalkit._parser().parse_known_args(shlex.split(line, comments=True))
+        assert told.model
+        assert {word for word in rest if word.startswith("-")} <= {"--data", "--mode"}  # which are the harness's
 
 
 def pythons() -> Iterator[tuple[str, str]]:
