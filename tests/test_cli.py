@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -251,7 +252,8 @@ def test_version_and_help() -> None:
 def test_the_help_of_a_command_with_many_options_has_headings_and_examples() -> None:
     lines = run("search", "--help").stdout.splitlines()
     headings = [line for line in lines if line and not line.startswith((" ", "Usage"))]
-    assert headings == ["Options:", *(f"{group}:" for group in list(_GROUPS)[:-1]), "Examples:"]
+    groups = ["Model", "Data", "What is asked for", "Search", "Scoring", "More than one device"]
+    assert headings == ["Options:", *(f"{group}:" for group in groups), "Examples:"]
     for example in _EXAMPLES["search"]:
         assert f"  {example}" in lines  # whole, to be copied
     assert "Examples:" not in run("models", "--help").stdout
@@ -263,6 +265,29 @@ def test_the_help_of_a_command_with_many_options_has_headings_and_examples() -> 
     for name, command in commands.items():  # no option is lost under the headings
         told = run(name, "--help").stdout
         assert all(parameter.opts[0] in told for parameter in command.params)
+
+
+@pytest.mark.parametrize(
+    ("command", "headings"),
+    [
+        ("serve", "Options, Model, Server, Limits, Images by address, Examples"),
+        ("data", "Arguments, Options, Model, Data, Scoring, Examples"),
+        ("answer", "Options, Model, Data, Scoring, More than one device, Examples"),
+        ("check", "Options, Model, Examples"),
+        ("push", "Arguments, Options, Examples"),
+        ("plan", "Options, Examples"),
+    ],
+)
+def test_headings_of_commands(command: str, headings: str) -> None:
+    told = run(command, "--help").stdout
+    assert ", ".join(re.findall(r"^(\w[\w ]*):$", told, re.M)) == headings
+    assert told.split("Options:")[1].split("\n\n")[0].splitlines()[-1].startswith("  --help")  # the last one
+
+
+def test_options_stand_under_their_headings() -> None:
+    told = run("serve", "--help").stdout
+    limits = told.split("Limits:")[1].split("\n\n")[0]
+    assert re.findall(r"^  (--[\w-]+)", limits, re.M) == [f"--{name.replace('_', '-')}" for name in _GROUPS["Limits"]]
 
 
 @pytest.mark.parametrize("words", [words for lines in _EXAMPLES.values() for words in lines])

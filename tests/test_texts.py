@@ -136,3 +136,18 @@ def test_a_long_message_keeps_both_ends(size: int) -> None:
 @hostile
 def test_an_error_can_be_printed_as_it_is(text: str) -> None:
     assert not CONTROLS.search(str(errors.BadInput(f"out {text}: choose another")))
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "said"),
+    [
+        (0, "win", "0 wins"),
+        (1, "loss", "1 loss"),
+        (2048, "loss", "2,048 losses"),
+        (1.0, "point", "1 point"),
+        (0.5, "point", "0.5 points"),
+        (12.0, "evaluation", "12 evaluations"),
+    ],
+)
+def test_a_number_with_what_it_is_of(number: float, noun: str, said: str) -> None:
+    assert texts.counted(number, noun) == said

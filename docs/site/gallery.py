@@ -17,6 +17,8 @@ from thinsight.report.pictures import save_contact_strip
 
 PAGE = Path(__file__).resolve().parents[1] / "gallery.md"
 PICTURES = "images/gallery"
+FRONT = PAGE.parent / "images/kept.png"  # on the first page
+ASKED = "test-0012"  # there
 RATES = {2: 0.25, 4: 0.125, 7: 0.0625}  # from these layers on
 RANKERS: dict[str, Any] = {
     "text-attention": "attention from the question",
@@ -83,8 +85,12 @@ def draw(drawings: Iterator[Drawing], page: Path = PAGE) -> None:
             title, words = _SECTIONS[section]
             lines += [f"## {title}", "", words.format(*told), ""]
         file = f"{section}-{each.name}.webp"
-        save_contact_strip(folder / file, each.picture, side=200, columns=4)
-        lines += [*([each.words, ""] if each.words else []), f"![{described(each.picture)}]({PICTURES}/{file})", ""]
+        save_contact_strip(folder / file, each.picture, side=240, columns=2, text=19)  # to be read on a phone
+        picture = f"![{described(each.picture)}]({PICTURES}/{file})"
+        if each.words or not lines[-2].startswith("!["):
+            lines += [*([each.words, ""] if each.words else []), picture, ""]
+        else:
+            lines[-1:] = [picture, ""]  # in one paragraph, so that they stand beside each other where there is room
     page.write_text("\n".join(lines), encoding="utf-8")
 
 
@@ -119,6 +125,14 @@ def drawings() -> Iterator[Drawing]:
         yield Drawing("internvl", str(place), internvl(example))
 
 
+def front() -> Picture:
+    """One question of the first page, and two layers."""
+    model, processor = ts.load_demo()
+    schedule = ts.Schedule.stages(model.config.text_config.num_hidden_layers, {2: 0.25, 3: 0.125})
+    (asked,) = [example for example in ts.load_examples("demo:test") if example.id == ASKED]
+    return shower(model, processor, "text-attention", schedule)(asked)
+
+
 def stages(model: Any) -> ts.Schedule:
     """The gallery's schedule for a model."""
     return ts.Schedule.stages(model.config.text_config.num_hidden_layers, RATES)
@@ -150,3 +164,4 @@ def gone_wrong(model: Any, processor: Any, examples: Sequence[ts.Example]) -> li
 
 if __name__ == "__main__":
     draw(drawings())
+    save_contact_strip(FRONT, front(), side=240, columns=3, text=20)

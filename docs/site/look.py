@@ -19,7 +19,7 @@ FINDINGS = """
   if (document.scrollingElement.scrollWidth > innerWidth + 1) found.push('the page is wider than its window');
   for (const e of document.querySelectorAll('article *')) {
     if (!(e instanceof HTMLElement) || !shown(e)) continue;
-    if (e.closest('pre, .md-typeset__scrollwrap, .highlight, .headerlink')) continue;
+    if (e.closest('pre, .md-typeset__scrollwrap, .highlight, .headerlink, .scroll')) continue;
     if (getComputedStyle(e).display != 'inline' && e.clientWidth && e.scrollWidth > e.clientWidth + 1)
       found.push(`${e.tagName} overflows: ${e.innerText.slice(0, 60)}`);
   }
@@ -52,7 +52,7 @@ def searched(window: Any, words: str) -> int:
 def main(site: str, out: str) -> int:
     """Look at the site in a folder; screenshots go into another one."""
     folder, wrong = Path(out), 0
-    pages = sorted(page for page in Path(site).rglob("*.html") if page.name not in ("404.html", "search.html"))
+    pages = sorted(page for page in Path(site).rglob("*.html") if page.name != "404.html")
     folder.mkdir(parents=True, exist_ok=True)
     with browser() as window:
         for page in pages:

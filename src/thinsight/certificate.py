@@ -16,6 +16,7 @@ from . import shown
 from .errors import BadInput
 from .records import decode, encode
 from .schedule import Schedule, real
+from .texts import counted
 
 ASSUMES = (
     "It is about data like these examples, images drawn independently of each other; none of them had a part in laying "
@@ -50,6 +51,15 @@ class Step:
     design_effect: float
     certified: bool
     complete: bool = True
+
+    @property
+    def told(self) -> str:
+        """What came of it, in words: "1 loss, 0 wins, p 0.004: certified"."""
+        if self.losses is None or self.wins is None or self.p_value is None:
+            return "stopped: it could not be certified any more"
+        verdict = "certified" if self.certified else "not certified"
+        changes = f"{counted(self.losses, 'loss')}, {counted(self.wins, 'win')}"
+        return f"{changes}, p {shown_p(self.p_value)}: {verdict}"
 
 
 @dataclass(frozen=True)
@@ -202,7 +212,7 @@ class Certificate(shown.Shown):
     @property
     def evidence(self) -> str:
         """What it rests on, in a sentence."""
-        about = f"{self.n:,} example{'s' * (self.n != 1)} about {self.images:,} image{'s' * (self.images != 1)}"
+        about = f"{counted(self.n, 'example')} about {counted(self.images, 'image')}"
         if self.p_value is None:
             return f"Tested on {about}."
         changes = _counts(self.losses, self.wins, self.n).split(" in ")[0]
@@ -261,11 +271,11 @@ class Certificate(shown.Shown):
         points = "not certified at " + in_points(self.max_drop)
         if step.losses is None or step.wins is None:
             return f"{points}: stopped as soon as the {self.n:,} examples could not show it any more"
-        counted = f"{points}: {_counts(step.losses, step.wins, self.n)}"
+        changes = f"{points}: {_counts(step.losses, step.wins, self.n)}"
         lost = 100 * (step.losses - step.wins) / self.n
         if self.needed is None:
-            return f"{counted}; this schedule loses {lost:.1f}"
-        return f"{counted}: about {_rounded(self.needed):,} examples would be needed"
+            return f"{changes}; this schedule loses {lost:.1f}"
+        return f"{changes}: about {_rounded(self.needed):,} examples would be needed"
 
     def _tables(self) -> Iterable[shown.Table]:
         known = {
@@ -413,9 +423,10 @@ def too_few(n: int, max_drop: float, confidence: float = 0.95) -> str:
         return ""
     best = math.ceil(1e4 * least_drop(n, confidence=confidence)) / 100
     return (
-        f"{n:,} examples to certify on show a drop of less than {_points(best / 100)} at best, where not one answer "
-        f"changes; less than {_points(max_drop)} takes at least {least:,} at {_number(confidence)} % confidence: give "
-        "more examples, allow more with --max-drop (max_drop), or only estimate with --no-certify (certify=False)"
+        f"{counted(n, 'example')} to certify on show a drop of less than {in_points(best / 100)} at best, where not "
+        f"one answer changes; less than {in_points(max_drop)} takes at least {least:,} at {_number(confidence)} % "
+        "confidence: give more examples, allow more with --max-drop (max_drop), or only estimate with --no-certify "
+        "(certify=False)"
     )
 
 
@@ -423,7 +434,7 @@ def outlook(max_drop: float, agreement: float, n: int | None = None, *, confiden
     """How many examples certify ``max_drop`` where this share of scores stays the same, and what ``n`` of them do, in a
     sentence; of the rest as many are taken to be won as lost."""
     needed = examples_needed(max_drop, agreement, confidence=confidence) or 0
-    about = f"about {_rounded(needed):,} examples certify {_points(max_drop)}"
+    about = f"about {_rounded(needed):,} examples certify {in_points(max_drop)}"
     said = f"With {100 * agreement:.1f} % of scores unchanged, {about}"
     if n is None:
         return said
@@ -460,8 +471,8 @@ class Plan(shown.Shown):
         sure = {"confidence": self.confidence}
         least = least_examples(self.max_drop, **sure)
         said = [
-            f"Less than {_points(self.max_drop)}, with {_number(self.confidence)} % confidence, takes at least "
-            f"{least:,} examples, even where no score changes."
+            f"Less than {in_points(self.max_drop)}, with {_number(self.confidence)} % confidence, takes at least "
+            f"{counted(least, 'example')}, even where no score changes."
         ]
         if self.agreement is not None:
             said.append(f"{outlook(self.max_drop, self.agreement, self.n, **sure)}.")
@@ -495,18 +506,13 @@ class Plan(shown.Shown):
         )
 
 
-def _points(share: float) -> str:
-    return f"{_number(share)} point{'s' * (_number(share) != '1')}"
-
-
 def in_points(share: float) -> str:
     """A drop in points of 100, "1 point"."""
-    size = f"{100 * share:g}"
-    return f"{size} point{'s' * (size != '1')}"
+    return counted(round(100 * share, 9), "point")
 
 
 def _counts(losses: int, wins: int, n: int) -> str:
-    return f"{losses:,} loss{'es' * (losses != 1)} and {wins:,} win{'s' * (wins != 1)} in {n:,} examples"
+    return f"{counted(losses, 'loss')} and {counted(wins, 'win')} in {counted(n, 'example')}"
 
 
 def _number(share: float) -> str:

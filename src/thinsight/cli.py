@@ -42,7 +42,7 @@ from .job.options import (
     ShowOptions,
     Told,
 )
-from .texts import capped, shell, terminal
+from .texts import capped, counted, shell, terminal
 from .version import __version__
 
 BAD_INPUT = 2
@@ -56,10 +56,13 @@ _GROUPS = {
     ),
     "Scoring": ("metric", "max_new_tokens", "batch_size", "cache_gib", "cache_dir"),
     "More than one device": ("workers", "ray", "gpus_per_worker"),
+    "Server": ("name", "host", "port"),
+    "Limits": ("max_tokens", "max_images", "max_image_mib", "max_image_pixels", "max_waiting"),
+    "Images by address": ("allow_url_images", "image_hosts"),
     "A server in place of a model": ("server", "against", "served_model", "against_model", "concurrency", "answers"),
 }  # fmt: skip
 """Options under one heading in the help, where a command has many; the others come first."""
-_MANY = 12
+_MANY = 8
 
 _EXAMPLES = {
     "search": (
@@ -165,18 +168,20 @@ class _Command(TyperCommand):
         super().format_help(ctx, formatter)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Under headings where they are many."""
+        """Under headings where they are many; what is given by place stands above them."""
+        parameters: list[Any] = self.get_params(ctx)
         group_of = {name: group for group, names in _GROUPS.items() for name in names}
         places = {name: place for place, name in enumerate(group_of)}
-        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
-        parameters: list[Any] = self.get_params(ctx)
-        for group in _GROUPS if len(parameters) > _MANY else ():
-            sections[group] = []
-        for parameter in sorted(parameters, key=lambda each: places.get(each.name, 0)):
+        if len(parameters) > _MANY:
+            parameters.sort(key=lambda each: places.get(each.name, 0))
+        else:
+            group_of.clear()
+        sections: dict[str, list[tuple[str, str]]] = {group: [] for group in ("Arguments", "Options", *_GROUPS)}
+        for parameter in parameters:
             record = parameter.get_help_record(ctx)
             if record is not None:
-                group = group_of.get(parameter.name, "Options")
-                sections[group if group in sections else "Options"].append(record)
+                given_by_place = parameter.param_type_name == "argument"
+                sections["Arguments" if given_by_place else group_of.get(parameter.name, "Options")].append(record)
         for group, records in sections.items():
             if records:
                 with formatter.section(group):
@@ -311,7 +316,7 @@ def answer(options: AnswerOptions) -> None:
     from .job.answering import answer as run
 
     done = _watched(lambda watcher: run(options, watcher))
-    _print(f"Reduction: {done.reduction}", f"Answers:   {done.path}, {done.count} questions")
+    _print(f"Reduction: {done.reduction}", f"Answers:   {done.path}, {counted(done.count, 'question')}")
 
 
 @_command(CompareOptions)
@@ -481,15 +486,22 @@ def doctor(
     else:
         _print(
             f"thinsight {found.thinsight}, Python {found.python}, {found.system}",
-            *(f"  {each.name:17} {each.version or '-':13} {each.wanted}".rstrip() for each in found.packages),
+            *(_package_line(each) for each in found.packages if not each.extra),
+            "optional:",
+            *(f"{_package_line(each):53} thinsight[{each.extra}]" for each in found.packages if each.extra),
             *found.devices,
             *([f"attention: {', '.join(usable)}"] if usable else []),
             *(why for why in found.attention.values() if why),
             *(f"not installed: {line}" for line in found.missing),
+            *(f"not tried: {line}" for line in found.doubts),
             *(f"problem: {line}" for line in found.problems),
-            *([] if found.problems else ["All that every model needs is here."]),
+            *filter(None, [found.verdict]),
         )
     raise typer.Exit(int(bool(found.problems)))
+
+
+def _package_line(package: Any) -> str:
+    return f"  {package.name:17} {package.version or '-':13} {package.wanted}".rstrip()
 
 
 # -- helpers ---------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from rich.text import Text
 from .progress import Progress as SearchProgress
 from .progress import SearchPlan, Watcher
 from .searches.run import SearchResult, Trial
-from .shown import clock
-from .texts import capped, terminal
+from .shown import clock, tokens
+from .texts import capped, counted, terminal
 
 
 class ConsoleWatcher(Watcher):
@@ -69,24 +69,26 @@ class ConsoleWatcher(Watcher):
     def on_start(self, plan: SearchPlan) -> None:
         self._searching = True  # from here on the bar counts evaluations, not the examples of each
         if plan.recorded:
-            self.on_note(f"{plan.recorded} evaluations are in the journal and will not be run again")
+            self.on_note(plan.resumed)
 
     def on_trial(self, trial: Trial, progress: SearchProgress) -> None:
         if self._task is None:
             return
         left = "" if progress.seconds_left is None else f", at most {clock(progress.seconds_left)} left"
-        where = trial.why if progress.layer is None else f"layer {progress.layer}, {trial.count} tokens"
+        where = trial.why if progress.layer is None else f"layer {progress.layer}, {tokens(trial.count)}"
         detail = f"{where}: score {trial.score:.3f}{left}"
         self._bar.update(self._task, completed=progress.evaluations, total=progress.expected, detail=detail)
 
     def on_layer(self, layer: int, count: int, progress: SearchProgress) -> None:
-        self.on_note(f"  layer {layer}: {count} vision tokens ({progress.evaluations} evaluations so far)")
+        self.on_note(
+            f"  layer {layer}: {counted(count, 'vision token')} ({counted(progress.evaluations, 'evaluation')} so far)"
+        )
 
     def on_end(self, result: SearchResult) -> None:
         self._searching = False
         if result.full_forwards is not None:
             cost = f"the FLOPs of {result.full_forwards:.1f} runs of the full model over the calibration set"
-            self.on_note(f"  {result.evaluations:g} evaluations, {cost}")
+            self.on_note(f"  {counted(result.evaluations, 'evaluation')}, {cost}")
 
     def _finish_stage(self) -> None:
         if self._task is None:

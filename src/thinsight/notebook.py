@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .progress import Progress, SearchPlan, Watcher
-from .shown import clock
-from .texts import capped, html, terminal
+from .shown import clock, tokens
+from .texts import capped, counted, html, terminal
 
 VARIABLE = "THINSIGHT_PROGRESS"  # 0: notebooks show none either
 _LEAST = 0.2  # seconds between two drawings
@@ -113,13 +113,13 @@ class NotebookWatcher(Watcher):
         place.began = time.monotonic()
         place.searching = plan.method
         if plan.recorded:
-            self.on_note(f"{plan.recorded} evaluations are in the journal and will not be run again")
+            self.on_note(plan.resumed)
         place.draw(place.searching, 0, plan.expected)
 
     def on_trial(self, trial: Any, progress: Progress) -> None:
         place = _here()
         left = "" if progress.seconds_left is None else f", at most {clock(progress.seconds_left)} left"
-        where = trial.why if progress.layer is None else f"layer {progress.layer}, {trial.count} tokens"
+        where = trial.why if progress.layer is None else f"layer {progress.layer}, {tokens(trial.count)}"
         place.searching = place.searching.split(":")[0]
         place.searching = f"{place.searching}: {terminal(where)}: score {trial.score:.3f}{left}"
         place.draw(place.searching, progress.evaluations, progress.expected)
@@ -127,4 +127,4 @@ class NotebookWatcher(Watcher):
     def on_end(self, result: Any) -> None:
         place = _here()
         name, place.searching = place.searching.split(":")[0], ""
-        place.draw(f"{name}: {result.evaluations:g} evaluations", ended=True)
+        place.draw(f"{name}: {counted(result.evaluations, 'evaluation')}", ended=True)

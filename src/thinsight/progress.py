@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .texts import counted
+
 if TYPE_CHECKING:
     from .searches.run import SearchResult, Trial
 
@@ -21,6 +23,12 @@ class SearchPlan:
     max_drop: float | None  # None under a budget
     recorded: int  # evaluations found in the journal, which will not be run again
     expected: int  # evaluations in all, recorded ones included: an upper estimate that only gets smaller
+
+    @property
+    def resumed(self) -> str:
+        """What a search that goes on has already, in words."""
+        are = "is" if self.recorded == 1 else "are"
+        return f"{counted(self.recorded, 'evaluation')} {are} in the journal and will not be run again"
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def count(value: int) -> str:
 
 
 def tokens(value: int) -> str:
-    return "1 token" if value == 1 else f"{value:,} tokens"
+    return texts.counted(value, "token")
 
 
 def parameters(value: int) -> str:

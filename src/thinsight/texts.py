@@ -70,6 +70,12 @@ def capped(text: str, limit: int = MESSAGE) -> str:
     return f"{text[: kept - kept // 2]}{_ELLIPSIS}{text[-(kept // 2) :]}"
 
 
+def counted(number: float, noun: str) -> str:
+    """A number with what it is of, in the plural but for one: "1 loss", "2,048 losses"."""
+    many = noun if number == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{number:,.6g} {many}" if isinstance(number, float) else f"{number:,} {many}"
+
+
 def brief(value: object, limit: int = BRIEF) -> str:
     """One short line, as objects are shown by ``repr``."""
     return capped(terminal(value), limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -132,6 +133,50 @@ def test_packages_that_some_models_need_are_missing(installed: dict[str, str]) -
     result = CliRunner().invoke(app, ["doctor"], catch_exceptions=False)
     assert result.exit_code == 0
     assert f"not installed: {vision}" in result.stdout
+
+
+def test_many_families_are_counted(installed: dict[str, str]) -> None:
+    del installed["torchvision"]
+    (line,) = diagnose().missing
+    from thinsight.families import models
+
+    needing = [model.name for model in models() if "torchvision" in model.needs]
+    assert f"for the processors of {len(needing)} families, such as Qwen2-VL" in line
+    assert len(line) < 300
+    assert "`thinsight models` lists all" in line
+    told = CliRunner().invoke(app, ["models"], catch_exceptions=False).stdout
+    assert all(name in told for name in needing)
+
+
+def test_extras_stand_with_what_installs_them(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    more = ['ray>=2.50; extra == "ray"', 'lmms-eval<0.8; extra == "lmms-eval"', 'filelock<4; extra == "lmms-eval"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda _: [*WANTED, *more])
+    installed |= {"filelock": "4.2.0"}  # as another package brings it
+    found = diagnose()
+    assert (found.problems, found.doubts) == ((), ())
+    told = CliRunner().invoke(app, ["doctor"], catch_exceptions=False).stdout
+    assert re.search(r"^  ray +- +>=2.50 +thinsight\[ray\]$", told, re.M)
+    assert re.search(r"^  filelock +4.2.0 +<4 +thinsight\[lmms-eval\]$", told, re.M)
+    assert told.endswith("thinsight works here.\n")
+    installed["lmms-eval"] = "0.7.3"
+    assert diagnose().doubts == ("filelock is 4.2.0, thinsight was tested with <4: pip install 'filelock<4'",)
+    result = CliRunner().invoke(app, ["doctor"], catch_exceptions=False)
+    assert "not tried: filelock is 4.2.0" in result.stdout
+    assert result.exit_code == 0
+
+
+def test_the_last_line_fits_what_stands_above_it(installed: dict[str, str]) -> None:
+    assert diagnose().verdict == "thinsight works here."
+    del installed["timm"]
+    assert diagnose().verdict.startswith("thinsight works here. What is not installed concerns the models")
+    installed["torch"] = "2.3.1"
+    assert diagnose().verdict == ""
+
+
+def test_every_extra_of_users_is_looked_for() -> None:
+    text = (ROOT / "pyproject.toml").read_text("utf-8").split("[project.optional-dependencies]")[1].split("\n[")[0]
+    named = set(re.findall(r"^([a-z0-9-]+) = ", text, re.M))
+    assert {*doctor._EXTRAS, "train", "dev"} == named
 
 
 def test_a_package_of_towers_is_missing(installed: dict[str, str]) -> None:

@@ -2,8 +2,8 @@
 
 Draws the made-up report of this folder, and one of extremes, beside the reports that it is given; takes a
 screenshot of each, and fails where something is cut off, overlaps, or makes the page wider than its window, where the
-slider over a picture's layers does not follow the keyboard, a download is broken, or anything is asked of a network.
-Needs Chromium, so it is no test of the suite. Knows nothing about what a report says.
+slider over a picture's layers does not follow keyboard and mouse, a download is broken, or anything is asked of a
+network. The suite runs it where there is Chromium. Knows nothing about what a report says.
 """
 
 from __future__ import annotations
@@ -182,6 +182,14 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type="char", **told, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **told)
 
+    def click(self, element: str) -> None:
+        """Click into the middle of an element, given as a JavaScript expression."""
+        self.value(f"{element}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        middle = f"(box => [box.x + box.width / 2, box.y + box.height / 2])({element}.getBoundingClientRect())"
+        x, y = self.value(middle)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
     def download(self, place: int, folder: Path) -> bytes:
         """What the page's download link of this number, by keyboard, puts into an empty folder."""
         self.call("Browser.setDownloadBehavior", True, behavior="allow", downloadPath=str(folder.resolve()))
@@ -230,7 +238,7 @@ class Browser:
 
 
 def handled(window: Browser, desktop: bool) -> Iterator[str]:
-    """What is wrong with the first viewer of the page that is open, handled by keyboard alone."""
+    """What is wrong with the first viewer of the page that is open, handled by keyboard alone, and then by mouse."""
     if not window.value("document.querySelectorAll('.viewer').length"):
         return
     stops = window.value("document.querySelector('.viewer').querySelectorAll('input').length")
@@ -259,6 +267,10 @@ def handled(window: Browser, desktop: bool) -> Iterator[str]:
     window.press("ArrowLeft")
     if window.value(VIEWER)["checked"] != (before["checked"] + stops) % stops:
         yield "the left arrow does not go back"
+    for place in (0, stops - 1):
+        window.click(f"document.querySelector('.viewer').querySelectorAll('input')[{place}]")
+        if window.value(VIEWER)["checked"] != place:
+            yield f"a click on stop {place} does not choose it"
 
 
 def downloads(page: Path) -> Iterator[str]:

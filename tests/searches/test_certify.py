@@ -631,3 +631,15 @@ def test_what_a_search_took() -> None:
 def test_the_best_of_each_band() -> None:
     scored = [(PATH[0], 0.9), (Schedule.step(LAYERS, 2, 0.51), 0.95), (PATH[1], 0.8)]
     assert best_of_bands(scored, spent) == [scored[1][0], PATH[1]]
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (Step(0.9, 1, 1, 0.004, 1.0, True), "1 loss, 1 win, p 0.004: certified"),
+        (Step(0.9, 1200, 0, 0.4, 1.0, False), "1,200 losses, 0 wins, p 0.400: not certified"),
+        (Step(0.9, None, None, None, 1.0, False, complete=False), "stopped: it could not be certified any more"),
+    ],
+)
+def test_what_came_of_a_step_in_words(step: Step, said: str) -> None:
+    assert step.told == said

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import BadInput
-from ..texts import brief
+from ..texts import brief, counted
 from .images import ImageSource, OpenedImages, image_key
 
 
@@ -57,7 +57,7 @@ class Example:
             object.__setattr__(self, "group", "+".join(names))
 
     def __repr__(self) -> str:
-        images = "1 image" if len(self.images) == 1 else f"{len(self.images)} images"
+        images = counted(len(self.images), "image")
         question, answers = (brief(repr(each), 100) for each in (self.question, self.answers))
         return f"Example({brief(repr(self.id), 60)}, {images}, {question}, answers={answers})"
 

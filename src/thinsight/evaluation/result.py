@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import GetPydanticSchema
 from pydantic_core.core_schema import no_info_after_validator_function as then
 
-from .. import shown
+from .. import shown, texts
 from ..errors import BadInput, whole
 from ..records import Undefined
 
@@ -287,7 +287,7 @@ class RankConsistency(shown.Shown):
         return (
             f"{verdict} Kendall's tau between neighboring layers is {typical} (median after the first layer, which has "
             f"{first}), and they share {self.typical_overlap:.0%} of their best {self.top_rate:.0%} of the vision "
-            f"tokens ({self.top_rate:.0%} by chance), over {self.examples} examples.{noted}"
+            f"tokens ({self.top_rate:.0%} by chance), over {texts.counted(self.examples, 'example')}.{noted}"
         )
 
     def _tables(self) -> Iterable[shown.Table]:

@@ -21,6 +21,7 @@ from ..evaluation.prompts import chunks
 from ..progress import Watcher
 from ..records import append_line, user_path, write_atomically
 from ..reduction import Reduction
+from ..texts import counted
 from .opening import check_writable_file, open_model, reduction_for
 from .options import AnswerOptions
 from .workers import Workers, anywhere, device_map_of
@@ -57,7 +58,7 @@ def answer(options: AnswerOptions, watcher: Watcher | None = None) -> Answered:
     journal = Journal(out, _about(options, found.reduction), {each.id: _asked(each) for each in examples})
     before = len(journal.lines)
     if before:
-        watcher.on_note(f"Goes on: {before} of {len(examples)} questions are answered already")
+        watcher.on_note(f"Goes on: {before:,} of {counted(len(examples), 'question')} answered already")
     work = _Questions(examples, options.batch_size, journal, watcher)
     if not work.finished:
         watcher.on_stage("Answering")

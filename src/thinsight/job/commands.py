@@ -28,6 +28,7 @@ from ..report.data import DatasetInfo, Picture, ReportData
 from ..report.pictures import check_picture_name
 from ..schedule import Schedule
 from ..searches.certify import check_promise
+from ..texts import counted
 from ..timing import Measurement, measure
 from .findings import (
     MedianPrompt,
@@ -125,7 +126,7 @@ def _evaluated(
     watcher.on_stage("Full model")
     full = evaluator.full
     if options.batch_size == AUTO:
-        watcher.on_note(f"The examples run in batches of {evaluator.batch_size} prompts")
+        watcher.on_note(f"The examples run in batches of {counted(evaluator.batch_size, 'prompt')}")
     watcher.on_stage("Reduced model")
     reduced = evaluator(found.reduction)
     drop = drop_of(full, reduced, examples)

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .. import notebook, shown
+from .. import notebook, shown, texts
 from ..evaluation.benchmarks import benchmark_of
 from ..evaluation.evaluator import check_metric
 from ..evaluation.examples import Example, load_examples, reader_of
@@ -83,7 +83,7 @@ class Understood(shown.Shown):
         """The rendered examples as lines of text."""
         found: list[str] = []
         for each in self.rendered:
-            images = "1 image" if each.images == 1 else f"{each.images} images"
+            images = texts.counted(each.images, "image")
             answers = " | ".join(each.answers) if each.answers else "none: the full model's own answer is taken"
             found += ["", f"Example {each.id}, {images}:", *(f"    {line}" for line in each.text.split("\n"))]
             found += [f"  answers: {answers} ({each.metric})"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from textwrap import shorten
@@ -19,7 +19,10 @@ from packaging.requirements import Requirement
 from ..errors import BadInput
 from ..version import __version__
 
-_EXTRAS = ("vision", "figures")  # that users install; the others are for work on thinsight itself
+# that users install; the others are for work on thinsight itself
+_EXTRAS = ("vision", "figures", "parquet", "datasets", "convert", "serve", "ray", "lmms-eval", "vllm", "smollm2")
+_OWN = ("", "vision", "figures")  # whose versions have to fit wherever they are installed
+_KNOWN = ("Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "InternVL", "SmolVLM", "LLaVA-OneVision")  # named for many families
 _ALSO = ("bitsandbytes", "flash-attn", "peft", "torchvision")  # of use to models: shown where they are
 _LONGEST_REASON = 160  # characters of another library's message
 
@@ -45,7 +48,8 @@ class Diagnosis:
     """Everything that was found.
 
     ``attention`` holds, for each implementation, why it cannot be used, "" where it can. ``problems`` have to
-    be mended before thinsight works; ``missing`` is needed for some models or commands only.
+    be mended before thinsight works; ``missing`` is needed for some models or commands only, and so is what ``doubts``
+    say of packages in versions that were not tried.
     """
 
     thinsight: str
@@ -56,12 +60,22 @@ class Diagnosis:
     attention: dict[str, str] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """What it comes to, in a sentence; "" where there are problems."""
+        if self.problems:
+            return ""
+        rest = " What is not installed concerns the models and commands named with it, and no other."
+        return "thinsight works here." + rest * bool(self.missing)
 
 
 def diagnose() -> Diagnosis:
     """Look at everything. Loads torch and transformers, which takes some seconds; never raises."""
     packages = tuple(_packages())
-    problems, loaded = list(_unmet(packages)), dict[str, Any]()
+    own = [package for package in packages if package.extra in _OWN or package.extra is None]
+    problems, loaded = list(_unmet(own)), dict[str, Any]()
     for name in ("torch", "torchvision", "transformers"):
         if not _version(name) and name == "torchvision":
             continue
@@ -85,6 +99,7 @@ def diagnose() -> Diagnosis:
         attention=_attention() if working else {},
         problems=tuple(problems),
         missing=tuple(_missing()) if working else (),
+        doubts=tuple(_unmet(_of_use(packages))),
     )
 
 
@@ -113,7 +128,16 @@ def _version(name: str) -> str:
         return ""
 
 
-def _unmet(packages: tuple[Package, ...]) -> Iterator[str]:
+def _of_use(packages: Iterable[Package]) -> Iterator[Package]:
+    """Those of the other extras that are installed whole; a part of one may be there for another's sake, in a version
+    that is right for that."""
+    for extra in set(_EXTRAS).difference(_OWN):
+        of_it = [package for package in packages if package.extra == extra]
+        if all(package.version for package in of_it):
+            yield from of_it
+
+
+def _unmet(packages: Iterable[Package]) -> Iterator[str]:
     for package in packages:
         if not package.fits and (package.version or package.extra == ""):
             found = f"is {package.version}" if package.version else "is not installed"
@@ -170,8 +194,16 @@ def _missing() -> Iterator[str]:
         if not _version(package):
             names = [model.name for model in models() if package in model.needs]
             parts = "vision towers" if package == "timm" else "processors"
-            yield f"{package}, for the {parts} of {', '.join(names)}: {how_to_install(package)}"
+            yield f"{package}, for the {parts} of {_named(names)}: {how_to_install(package)}"
     if not _version("matplotlib"):
         yield "matplotlib, for the figure of `thinsight compare`: pip install 'thinsight[figures]'"
     if absent := [model.name for model in models() if not model.model_class]:
         yield f"classes of the installed transformers for {', '.join(absent)}: pip install -U transformers"
+
+
+def _named(names: list[str]) -> str:
+    """Families by name, of many those that are asked for most."""
+    if len(names) <= len(_KNOWN):
+        return ", ".join(names)
+    known = [start for start in _KNOWN if any(name.startswith(start) for name in names)]
+    return f"{len(names)} families, such as {', '.join(known)} (`thinsight models` lists all)"

@@ -41,6 +41,7 @@ from ..runtime import check_rankable, num_layers
 from ..runtime.anatomy import is_cleared, refusal, unwrapped
 from ..searches.run import budget_of
 from ..searches.study import searchable_score
+from ..texts import counted
 from ..version import __version__
 from .findings import MedianPrompt
 from .options import DEFAULT_OUT, DEMO_TEST, CheckOptions, ModelOptions, RunOptions, ScoringOptions, layers_of
@@ -340,8 +341,8 @@ def load_sets(
     calibration, test = (taken(side, limit) for side in split_by_image(examples, share))
     validate_examples([*calibration, *test], name, progress)
     note = (
-        f"{name} was split by image: {len(calibration)} examples to calibrate on, {len(test)} to test on "
-        "(give --test-data to choose the test set yourself)"
+        f"{name} was split by image: {counted(len(calibration), 'example')} to calibrate on, {len(test)} to test "
+        "on (give --test-data to choose the test set yourself)"
     )
     parts = {0.5: ("one half", "the other half"), 0.25: ("a quarter", "the other three quarters")}[share]
     return Sets(calibration, test, f"{name} ({parts[0]})", f"{name} ({parts[1]})", note)
@@ -497,7 +498,7 @@ class Prepared:
         def find() -> _BatchSize:
             size = evaluator.fix_batch_size()
             if self.batch_size == AUTO:
-                self.watcher.on_note(f"The {which} set runs in batches of {size} prompts")
+                self.watcher.on_note(f"The {which} set runs in batches of {counted(size, 'prompt')}")
             return _BatchSize(size)
 
         kept = self.folder.once(f"batches-{self.batch_size}-{which}", _BatchSize, find)

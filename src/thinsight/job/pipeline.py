@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import baselines, notebook, shown
 from ..budget import KeepBudget
-from ..certificate import ESTIMATED, Certificate, Step, outlook, shown_p
+from ..certificate import ESTIMATED, Certificate, Step, outlook
 from ..errors import BadInput, StorageError, Unreachable
 from ..evaluation.benchmarks import Measured
 from ..evaluation.consistency import rank_consistency
@@ -473,11 +473,7 @@ class _Run:
         def keep(step: Step, place: int, schedules: int) -> None:
             folder.keep(_step_name(place), step)
             ratio = shown.ratio(prepared.prompt.flops() / prepared.prompt.flops(path[place].schedule))
-            found = "stopped: it could not be certified any more"
-            if step.p_value is not None:
-                verdict = "certified" if step.certified else "not certified"
-                found = f"{step.losses} losses, {step.wins} wins, p {shown_p(step.p_value)}: {verdict}"
-            prepared.watcher.on_note(f"  {place + 1} of {schedules}, {ratio} fewer FLOPs: {found}")
+            prepared.watcher.on_note(f"  {place + 1} of {schedules}, {ratio} fewer FLOPs: {step.told}")
 
         used = self._used_before(path)
         certificate = certify(

@@ -34,6 +34,7 @@ from ..evaluation.metrics import metric_for
 from ..evaluation.result import Evaluation, Interval, drop_interval
 from ..progress import Watcher
 from ..records import user_path
+from ..texts import counted
 from .opening import content_hash
 from .options import EvaluateOptions
 
@@ -128,7 +129,7 @@ def evaluate_server(options: EvaluateOptions, watcher: Watcher | None = None) ->
     return ServerResult(
         server=asked[0].url,
         model=asked[0].model,
-        dataset=f"{options.data_name}, {shown.count(len(examples))} examples",
+        dataset=f"{options.data_name}, {counted(len(examples), 'example')}",
         evaluation=evaluations[0],
         interval=drop_interval(scores[0], np.zeros(len(examples)), groups=groups),
         against=f"{asked[1].url}, model {asked[1].model}" if other else "",
@@ -188,7 +189,7 @@ class Server:
         known = kept.of(self)
         missing = [each for each in examples if each.id not in known]
         if len(missing) < len(examples):
-            watcher.on_note(f"{shown.count(len(examples) - len(missing))} answers were kept")
+            watcher.on_note(f"Kept from before: {counted(len(examples) - len(missing), 'answer')}")
         done, waiting = len(examples) - len(missing), iter(missing)
         with ThreadPoolExecutor(concurrency) as threads:
             running: dict[Future[str], Example] = {}

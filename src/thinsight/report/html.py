@@ -162,7 +162,7 @@ def _view(picture: Picture, place: int) -> dict[str, Any]:
         {"name": "image", "label": "the image", "told": shown.tokens(total), "src": None, "alt": None}
     ]
     for layer, kept in zip(picture.layers, picture.kept, strict=True):
-        alt = f"Question {place}, layer {layer}: {len(kept)} of {total} vision tokens kept"
+        alt = f"Question {place}, layer {layer}: {len(kept)} of {texts.counted(total, 'vision token')} kept"
         told = f"{shown.tokens(len(kept))}, {shown.percent(len(kept) / total)}"
         src = overlay_uri(kept_overlay(picture.grid, kept, side=side))
         stops.append({"name": str(layer), "label": f"layer {layer}", "told": told, "src": src, "alt": alt})

@@ -130,10 +130,11 @@ def even_columns(number: int) -> int:
     return -(-number // -(-number // 4))
 
 
-def contact_strip(picture: Picture, *, side: int = 240, columns: int | None = None) -> Image.Image:
+def contact_strip(picture: Picture, *, side: int = 240, columns: int | None = None, text: int = 13) -> Image.Image:
     """One sheet with the question, the answers, the image and a drawing per layer, for `thinsight show`.
 
-    ``side`` is the longer one of a drawing in pixels, ``columns`` the drawings in a line.
+    ``side`` is the longer one of a drawing in pixels, ``columns`` the drawings in a line, ``text`` the size of captions
+    in pixels.
     """
     drawings = [draw_kept(picture.image, picture.grid, range(picture.num_tokens), side=side)]
     drawings += [draw_kept(picture.image, picture.grid, kept, side=side) for kept in picture.kept]
@@ -141,26 +142,26 @@ def contact_strip(picture: Picture, *, side: int = 240, columns: int | None = No
     for layer, kept in zip(picture.layers, picture.kept, strict=True):
         captions.append(f"layer {layer}: {len(kept)} of {total} ({percent(len(kept) / total)})")
     columns = max(1, min(len(drawings), even_columns(len(drawings)) if columns is None else columns))
-    font, bold = ImageFont.load_default(13), ImageFont.load_default(17)
-    pad, gap, under = 24, 16, 26
+    font, bold = ImageFont.load_default(text), ImageFont.load_default(round(1.3 * text))
+    pad, gap, under, line = 24, 16, 2 * text, round(1.85 * text)
     wide, tall = drawings[0].size
-    step = max(wide, round(max(font.getlength(text) for text in captions)))
+    step = max(wide, round(max(map(font.getlength, captions))))
     width = max(2 * pad + columns * step + (columns - 1) * gap, 420)
-    heading = [(line, bold, _INK) for line in _wrapped(picture.question, bold, width - 2 * pad)]
+    heading = [(words, bold, _INK) for words in _wrapped(picture.question, bold, width - 2 * pad)]
     named = (("full model", picture.answer_full), ("reduced", picture.answer_reduced), ("expected", picture.truth))
-    answers = " · ".join(f"{name}: {text}" for name, text in named if text)
-    heading += [(line, font, _MUTED) for line in _wrapped(answers, font, width - 2 * pad)]
-    top = pad + 24 * len(heading) + (12 if heading else 0)
+    answers = " · ".join(f"{name}: {answer}" for name, answer in named if answer)
+    heading += [(words, font, _MUTED) for words in _wrapped(answers, font, width - 2 * pad)]
+    top = pad + line * len(heading) + (12 if heading else 0)
     lines = -(-len(drawings) // columns)
     sheet = Image.new("RGB", (width, top + lines * (tall + under) + (lines - 1) * gap + pad - 8), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for place, (line, face, color) in enumerate(heading):
-        draw.text((pad, pad + 24 * place), line, fill=color, font=face)
-    for place, (drawing, text) in enumerate(zip(drawings, captions, strict=True)):
+    for place, (words, face, color) in enumerate(heading):
+        draw.text((pad, pad + line * place), words, fill=color, font=face)
+    for place, (drawing, caption) in enumerate(zip(drawings, captions, strict=True)):
         left = pad + place % columns * (step + gap)
         upper = top + place // columns * (tall + under + gap)
         sheet.paste(drawing, (left, upper))
-        draw.text((left, upper + tall + 6), text, fill=_MUTED, font=font)
+        draw.text((left, upper + tall + 6), caption, fill=_MUTED, font=font)
     return sheet
 
 

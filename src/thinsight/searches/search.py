@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import notebook
 from ..budget import Budget, check_budget_value
-from ..certificate import Certificate, Step, shown_p, too_few
+from ..certificate import Certificate, Step, too_few
 from ..errors import BadInput, whole
 from ..reduction import Reduction
 from ..registry import Registry
@@ -321,11 +321,7 @@ def _told_of_steps() -> Callable[[Step, int, int], None]:
     note = notebook.watcher().on_note
 
     def told(step: Step, place: int, schedules: int) -> None:
-        found = "stopped: it could not be certified any more"
-        if step.p_value is not None:
-            verdict = "certified" if step.certified else "not certified"
-            found = f"{step.losses} losses, {step.wins} wins, p {shown_p(step.p_value)}: {verdict}"
-        note(f"schedule {place + 1} of {schedules}: {found}")
+        note(f"schedule {place + 1} of {schedules}: {step.told}")
 
     return told
 

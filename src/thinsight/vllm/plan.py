@@ -16,6 +16,7 @@ from ..errors import BadInput, Unsupported
 from ..families import FAMILIES
 from ..ranking import STATES, TEXT_ATTENTION, VISION_ATTENTION, Ranker, get_ranker
 from ..reduction import Reduction
+from ..texts import counted
 
 KEY = "thinsight"
 PREFIX = "Thinsight"
@@ -169,8 +170,8 @@ class Plan:
         held = sum(self.schedule.keep_rates[run[0]] for run in self.runs) / len(self.runs)
         deep = len(self.runs[0])
         return (
-            f"KV cache blocks are for {held:.0%} of the vision tokens, in {len(self.runs)} groups of {deep} "
-            f"layer{'' if deep == 1 else 's'}"
+            f"KV cache blocks are for {held:.0%} of the vision tokens, in "
+            f"{counted(len(self.runs), 'group')} of {counted(deep, 'layer')}"
         )
 
     def describe(self) -> str:
