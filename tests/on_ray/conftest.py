@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 
@@ -17,12 +18,18 @@ if find_spec("ray"):  # read when it is loaded
 
 
 @pytest.fixture(scope="session")
-def address() -> Iterator[str]:
+def cluster() -> Iterator[Any]:
     import ray
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
-    yield cluster.address
+    yield cluster
     ray.shutdown()
     cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def address(cluster: Any) -> str:
+    where: str = cluster.address
+    return where

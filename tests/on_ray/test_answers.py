@@ -80,12 +80,16 @@ def connected(address: str) -> Iterator[None]:
     ray.shutdown()
 
 
-def test_ray_data_gives_what_the_command_gives(connected: None, reduction: str, expected: list[dict[str, Any]]) -> None:
+def test_ray_data_gives_what_the_command_gives(
+    connected: None, reduction: str, expected: list[dict[str, Any]], tmp_path: Path
+) -> None:
     examples = ts.load_examples("demo:test", COUNT)
     rows = [{"id": each.id, "question": each.question, "image": str(each.images[0])} for each in examples]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = {"model": "demo", "reduction": reduction, "max_new_tokens": 8, "kept": True}
-    data = ray.data.from_items(rows, override_num_blocks=4).map_batches(
-        ts.Answerer, fn_constructor_kwargs=told, batch_size=2, concurrency=2
+    data = ray.data.read_json(str(questions), override_num_blocks=4).map_batches(
+        ts.Answerer, fn_constructor_kwargs=told, batch_size=2, concurrency=2, num_cpus=0
     )
     found = {row["id"]: row for row in data.take_all()}
     assert sorted(found) == sorted(row["id"] for row in expected)

@@ -48,6 +48,22 @@ def test_two_nodes_find_what_one_device_finds_though_both_workers_are_killed(add
     assert found.reduction == ts.gsearch(demo(), 0.02, step=32).reduction
 
 
+def test_what_a_lost_node_was_doing_is_done_elsewhere(cluster: Any) -> None:
+    node = cluster.add_node(num_cpus=1)
+    nodes, said = [node], []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what.startswith("reduced model, workers ###") and nodes:  # all of them are at work
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+
+    with ts.Pool(demo, 3, address=cluster.address, progress=progress, note=said.append) as pool:
+        found = ts.gsearch(pool, 0.02, step=32)
+    assert not nodes
+    assert len(said) == 1
+    assert "is lost, another one begins in its place" in said[0]
+    assert found.reduction == ts.gsearch(demo(), 0.02, step=32).reduction
+
+
 def no_model() -> Any:
     return ts.load_model("/no/such/model")
 
@@ -114,6 +130,7 @@ import os, psutil, ray, thinsight as ts
 class Stub:
     num_layers, num_vision_tokens, full_score = 4, 64, 1.0
     devices = property(lambda self: os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    threads = property(lambda self: os.environ["OMP_NUM_THREADS"])
 """
 
 OWN = (
@@ -121,6 +138,7 @@ OWN = (
     + """
 with ts.Pool(Stub, 2) as pool, ts.Pool(Stub, 1) as other:
     assert (pool.num_layers, other.num_layers, pool.workers) == (4, 4, 2)
+    assert pool._shared.dispatcher.ask("thinsight_look", "threads", None)[1] == str(max(1, os.cpu_count() // 2))
     below = psutil.Process().children(recursive=True)
     heard = [each.laddr.ip for one in below for each in one.net_connections("inet") if each.status == "LISTEN"]
     assert len(heard) > 3
@@ -155,7 +173,7 @@ assert ray.get(ray.remote(num_cpus=0)(lambda: 1).remote()) == 1
 @pytest.mark.parametrize("script", [OWN, USERS], ids=["its own", "the user's"])
 def test_a_ray_on_this_machine(script: str) -> None:
     """Its own one listens on the loopback, asks for a token and ends with the last pool; the user's stays."""
-    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "OMP_NUM_THREADS")
     bare = {name: value for name, value in os.environ.items() if name not in names}
     done = subprocess.run([sys.executable, "-c", script], env=bare, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -86,13 +86,18 @@ def test_compare(address: str, small: SmallRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_evaluate(address: str, workers: int, small: SmallRun, tmp_path: Path) -> None:
+def test_evaluate(address: str, workers: int, small: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ts.Reduction(ts.Schedule.step(4, 1, 0.25)).save_pretrained(tmp_path)
     about = {name: value for name, value in given(small, tmp_path).items() if name not in ("out", "test_data")}
 
     def evaluated(**given: Any) -> Any:
         return evaluate(EvaluateOptions(**about, reduction=str(tmp_path), **given))
 
-    together, alone = evaluated(workers=workers, ray=address), evaluated()
+    if workers == 1:
+        together = evaluated(workers=1, ray=address)
+    else:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        together = evaluated(workers=2)
+    alone = evaluated()
     assert together.methods == alone.methods
     assert (together.headline, together.per_task) == (alone.headline, alone.per_task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -26,7 +27,7 @@ def test_an_interrupt_while_ray_begins_leaves_nothing() -> None:
 
 def test_a_search_that_is_interrupted_and_then_killed_goes_on(tmp_path: Path) -> None:
     """Whatever ends it, its workers and its Ray end within seconds, and the reduction is that of one device."""
-    settings = ["--limit", "24", "--step", "16", "--max-drop", "0.05", "--no-certify", "--workers", "2", "--resume"]
+    settings = ["--limit", "24", "--step", "32", "--max-drop", "0.05", "--no-certify", "--workers", "2", "--resume"]
     out = tmp_path / "together"
     journal = out / "study.jsonl"
 
@@ -52,7 +53,10 @@ def test_a_search_that_is_interrupted_and_then_killed_goes_on(tmp_path: Path) ->
     assert code == 0, said
     assert "evaluations are in the journal" in said
     alone = search_and_report(
-        SearchOptions(limit=24, step=16, max_drop=0.05, certify=False, out=tmp_path / "alone", pictures=0)
+        SearchOptions(limit=24, step=32, max_drop=0.05, certify=False, out=tmp_path / "alone", pictures=0)
     )
-    assert ts.Reduction.from_pretrained(out) == alone.reduction
+    found = ts.Reduction.from_pretrained(out)  # but for milliseconds and FLOPs
+    assert replace(found, measured=None, search=None) == replace(
+        alone.reduction, measured=None, search=None
+    )  # times, FLOPs
     assert not alone.reduction.schedule.is_full

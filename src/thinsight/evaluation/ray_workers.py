@@ -84,7 +84,7 @@ def _deaf(where: str) -> str:
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         return "it is not HOST:PORT"
     try:
-        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS).close()
     except OSError as error:
         return error.strerror or str(error)
     return ""
@@ -154,9 +154,11 @@ class RayTransport:
             )
         if not _made.here and count > cpus:
             raise Unsupported(f"workers is {count} with a CPU each, and Ray has {cpus:g}: give at most {int(cpus)}")
-        # threads follow from CPUs; without GPUs, workers are spread over machines, else they fill one by one
-        threads = int(cpus // count) if _made.here else 1
-        self._options = {"num_cpus": threads, "num_gpus": each, "scheduling_strategy": "SPREAD"}
+        # without GPUs, workers are spread over machines, which they would otherwise fill one by one
+        self._options = {"num_cpus": 0 if _made.here else 1, "num_gpus": each, "scheduling_strategy": "SPREAD"}
+        if _made.here and "OMP_NUM_THREADS" not in os.environ:  # or Ray makes it 1
+            threads = {"OMP_NUM_THREADS": str(max(1, int(cpus // count)))}
+            self._options["runtime_env"] = {"env_vars": threads}
         names = list(range(1, count + 1))
         for name in names:
             self._begin(name)
@@ -188,10 +190,11 @@ class RayTransport:
 
     def stop(self) -> None:
         """See `Transport`."""
+        last = _made.leave(self)
         if self._ray.is_initialized():
             for actor in self._actors.values():
                 self._ray.kill(actor)
-            if _made.leave(self):
+            if last:
                 self._ray.shutdown()
         self._actors.clear()
         self._calls.clear()
