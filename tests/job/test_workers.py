@@ -34,10 +34,14 @@ def on_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Seen(Watcher):
-    """What was told of workers."""
+    """What was told of workers, and stages."""
 
     def __init__(self) -> None:
         self.shown: set[str] = set()
+        self.stages: list[str] = []
+
+    def on_stage(self, title: str) -> None:
+        self.stages.append(title)
 
     def on_workers(self, shown: str) -> None:
         self.shown.add(shown)
@@ -80,22 +84,32 @@ def test_search_finds_measures_and_promises_the_same(
 
 
 def test_compare_says_the_same(on_a_clock: None, small: SmallRun, tmp_path: Path) -> None:
-    def compared(name: str, **workers: Any) -> Any:
+    def compared(name: str, watcher: Watcher | None = None, **workers: Any) -> Any:
         options = told.CompareOptions(
             **given(small, tmp_path / name),
             budgets=(0.6, 0.3),
-            methods=("fastv", "search-adaptive", "search-random", "search-psigmoid", "search-sensitivity"),
+            methods=(
+                "fastv",
+                "uniform",
+                "random",
+                "search-adaptive",
+                "search-random",
+                "search-psigmoid",
+                "search-sensitivity",
+            ),
             n_trials=12,
             max_drop=0.9,
             confidence=0.5,
             **workers,
         )
-        outcome = compare(options)
+        outcome = compare(options, watcher)
         return [replace(run, seconds=0.0, evaluations=0.0) for run in outcome.comparison.runs]
 
-    together, alone = compared("two", workers=2), compared("none")
+    seen = Seen()
+    together, alone = compared("two", seen, workers=2), compared("none")
+    assert "Scoring all baselines" in seen.stages  # none waits for the end of another
     assert together == alone
-    assert len({run.method for run in alone}) == 5
+    assert len({run.method for run in alone}) == 7
 
 
 def test_a_worker_of_several_devices_spreads_its_model(

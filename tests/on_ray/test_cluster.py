@@ -53,7 +53,7 @@ def test_what_a_lost_node_was_doing_is_done_elsewhere(cluster: Any) -> None:
     nodes, said = [node], []
 
     def progress(what: str, done: int, total: int) -> None:
-        if what.startswith("reduced model, workers ###") and nodes:  # all of them are at work
+        if what.startswith("reduced model") and nodes:  # others are under way
             cluster.remove_node(nodes.pop(), allow_graceful=False)
 
     with ts.Pool(demo, 3, address=cluster.address, progress=progress, note=said.append) as pool:

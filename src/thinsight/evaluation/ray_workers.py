@@ -19,7 +19,7 @@ from time import monotonic
 from types import FrameType
 from typing import Any
 
-from ..errors import BadInput, MissingPackage, ThinsightError, Unsupported, whole
+from ..errors import BadInput, MissingPackage, StorageError, Unsupported, whole
 from ..texts import brief
 from .dispatch import DONE, FAILED, LOST, READY, Event, State, Worker
 
@@ -276,7 +276,7 @@ class _Actor:
         """Answered once the evaluator is built."""
         try:
             self._worker = Worker(self._make)
-        except ThinsightError as error:
+        except (BadInput, MissingPackage, StorageError, Unsupported) as error:
             raise type(error)(f"{error} (on {socket.gethostname()})") from None
 
     def do(self, states: Sequence[State], method: str, arguments: tuple[Any, ...]) -> Any:
