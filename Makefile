@@ -34,10 +34,9 @@ test-vllm: .venv/ready $(VLLM_ENV)/ready
 test-vllm-newest: .venv-vllm-newest/ready
 	$(MAKE) test-vllm VLLM_ENV=.venv-vllm-newest
 
-# Workers on a real Ray of two nodes on this machine, which is installed beside the rest; minutes.
-test-ray: .venv/ready
-	$(BIN)/python -m pip install --quiet --editable '.[ray]'
-	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/on_ray
+# Workers on a real Ray of two nodes on this machine, in an environment of its own: the other tests run without Ray.
+test-ray: .venv-ray/ready
+	PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 .venv-ray/bin/python -m pytest tests/on_ray
 
 # On what a user's pip gets today: the newest releases that pyproject.toml allows, nothing pinned.
 test-latest: .venv-latest/ready
@@ -220,6 +219,12 @@ data: .venv/ready
 	$(@D)/bin/python tests/vllm/mend_torchvision.py
 	@touch $@
 
+.venv-ray/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-ray
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[parquet,ray]' 'ray[data]' pytest
+	@touch $@
+
 .venv-lmms-eval/ready: pyproject.toml constraints.txt tests/vllm/mend_torchvision.py
 	$(PYTHON) -m venv .venv-lmms-eval
 	$(@D)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[datasets,vision]' pytest
@@ -253,4 +258,4 @@ data: .venv/ready
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-docs .venv-latest .venv-lmms-eval .venv-transformers-* .venv-vllm .venv-vllm-newest .venv-vlmevalkit out
+	rm -rf .venv .venv-docs .venv-latest .venv-lmms-eval .venv-ray .venv-transformers-* .venv-vllm .venv-vllm-newest .venv-vlmevalkit out

@@ -48,6 +48,15 @@ def test_lines_without_a_terminal() -> None:
     assert len(lines) == 4
 
 
+def test_a_terminal_shows_what_each_worker_does() -> None:
+    file = io.StringIO()
+    with ConsoleWatcher(Console(file=file, width=100, force_terminal=True)) as watcher:
+        watcher.on_stage("Searching")
+        watcher.on_workers("workers #.-")
+        watcher._bar.refresh()
+    assert "workers #.-" in file.getvalue()
+
+
 def test_a_note_in_a_log_is_one_line_however_long() -> None:
     file = io.StringIO()
     ConsoleWatcher(Console(file=file, width=20)).on_note("as long as it takes " * 5)

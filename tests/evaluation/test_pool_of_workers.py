@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import signal
+from collections import Counter
 from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ from tiny import tiny_images, tiny_llava, tiny_processor
 import thinsight as ts
 from benchmarks.simulated import SimulatedTransport
 from thinsight.errors import BadInput, ThinsightError
-from thinsight.evaluation import Evaluation, Evaluator, Example, Pool
+from thinsight.evaluation import Evaluation, Evaluator, Example, Pool, ray_workers
 from thinsight.evaluation.dispatch import Channel, Dispatcher, WorkerFailed
 from thinsight.progress import SearchObserver
 from thinsight.schedule import Schedule
@@ -69,6 +72,21 @@ def test_every_way_of_scoring_is_to_the_bit_what_one_evaluator_gives() -> None:
         alike(found, expected)
         assert found.cost == expected.cost
     assert len({worker for worker, method, _ in transport.calls if method == "part"}) == 3
+
+
+def test_it_takes_whatever_one_evaluator_takes() -> None:
+    for name, method in vars(Pool).items():
+        alone = vars(Evaluator).get(name)
+        if name.startswith("_") or not callable(method) or alone is None:
+            continue
+        ours, its = (list(inspect.signature(each).parameters.values())[2:] for each in (method, alone))
+        assert [(each.name, each.default) for each in ours] == [(each.name, each.default) for each in its], name
+
+
+def test_answers_to_some_examples() -> None:
+    pool, _ = real(2)
+    for schedule in (SCHEDULES[0], Schedule.full(4)):
+        assert pool.predictions(schedule, [3, 1]) == evaluator().predictions(schedule, [3, 1])
 
 
 def test_the_full_model_is_run_once_in_all() -> None:
@@ -360,7 +378,7 @@ def test_a_worker_that_cannot_be_built_says_why() -> None:
             self._at(0.0, worker, lambda: Event(worker, FAILED, BadInput("model is 'x': no such folder")))
 
     pool = Pool(transport=Broken(Stub, 2))
-    with pytest.raises(ThinsightError, match=r"could not begin: .*no such folder"):
+    with pytest.raises(BadInput, match=r"could not begin: .*no such folder"):
         pool(SCHEDULES[0])
 
 
@@ -381,6 +399,24 @@ def test_a_straggler_is_given_to_another_worker() -> None:
     assert pool._shared.dispatcher.counts["issued again"] == 1
     assert pool(SCHEDULES[0]).score == Stub()(SCHEDULES[0]).score  # the slow one is still at it, and nobody waits
     assert transport.clock < 60
+
+
+def test_unequal_workers_do_not_wait_for_each_other() -> None:
+    """One that is four times slower does a fourth of what the others do, and nobody idles before the end."""
+    speeds = {0: 4.0, 1: 1.0, 2: 1.0}
+    pool, transport = stubs(3, seconds=lambda worker, method, arguments: speeds[worker])
+    many = [Schedule.step(4, 1, rate / 90) for rate in range(90)]
+    pool.several(many, None, lambda place, each: None)
+    done = Counter(worker for worker, method, _ in transport.calls if method == "__call__")
+    assert done == {0: 10, 1: 40, 2: 40}
+    assert transport.clock < 1.15 * 90 / (1 / 4 + 1 + 1)
+
+
+def test_that_none_gets_ready_is_said_once() -> None:
+    said: list[str] = []
+    transport = SimulatedTransport(Stub, 2, lambda *_: 1.0, starts=200.0)
+    Pool(transport=transport, note=said.append)(SCHEDULES[0])
+    assert said == ["no worker is ready after 60 s: models load, or Ray has nothing free for them"]
 
 
 def test_an_interrupt_ends_all_workers_and_loses_nothing_that_is_finished() -> None:
@@ -450,14 +486,36 @@ def test_an_image_is_encoded_once_in_all_where_workers_share_a_folder(
     assert sum(encoded) == 3  # of three images, which all workers ask about
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_ray_begins_is_heeded_afterwards(number: int) -> None:
+    before = signal.signal(number, signal.default_int_handler)
+    done: list[int] = []
+
+    def raised(times: int) -> None:
+        with ray_workers._signals_later():
+            for _ in range(times):
+                signal.raise_signal(number)
+            done.append(times)
+
+    try:
+        for times in (1, 2):  # a second one is heeded at once
+            with pytest.raises(KeyboardInterrupt):
+                raised(times)
+            assert signal.getsignal(number) is signal.default_int_handler
+        assert done == [1]
+    finally:
+        signal.signal(number, before)
+
+
 def test_without_ray_it_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ts.MissingPackage, match=r"pip install 'thinsight\[ray\]'"):
         Pool(Stub, 2)
-    with pytest.raises(BadInput, match="workers is 0"):
-        Pool(Stub, 0)
+    for workers in (0, -1, "many", 1.5):
+        with pytest.raises(BadInput, match="workers is"):
+            Pool(Stub, workers)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match=r"gpus_per_worker is 1\.5: above 1"):
         Pool(Stub, 1, gpus_per_worker=1.5)
     with pytest.raises(BadInput, match="make is None"):

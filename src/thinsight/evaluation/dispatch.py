@@ -22,6 +22,7 @@ _MOST_LOSSES = 6  # workers that one task may take with it: a kill is seldom the
 _MOST_STARTS = 3  # of one worker that is lost each time before it is ready
 _STRAGGLES = 3.0  # times the median time, from which on a task is given to an idle worker too
 _MOST_SHOWN = 32  # workers that a line of progress shows one by one
+_SLOW_START = 60.0  # seconds without any worker that is ready, from which on that is said
 _KNOWN_TIMES = 5, 64  # times that a median takes, and the latest ones that it is of
 
 
@@ -139,6 +140,7 @@ class Dispatcher:
         self._again: deque[Task] = deque()
         self._versions = 0
         self._running = False
+        self._none_ready: float | None = None  # since when, where it was not said yet
 
     @property
     def size(self) -> int:
@@ -203,6 +205,7 @@ class Dispatcher:
         if not self.homes:
             self.homes.update((name, place) for place, name in enumerate(self.transport.start()))
             self._told.update((name, {}) for name in self.homes)
+            self._none_ready = self.transport.now()
 
     def _fill(self, work: Work, mine: set[Task]) -> None:
         for worker in list(self._idle):
@@ -240,8 +243,13 @@ class Dispatcher:
         return float("inf") if few else _STRAGGLES * statistics.median(self._times)
 
     def _patience(self, mine: set[Task]) -> float | None:
-        """Seconds until a task that is under way may be given to an idle worker too."""
+        """Seconds until a task that is under way may be given to an idle worker too, or something is to be said."""
         limit, now = self._limit(), self.transport.now()
+        if self._none_ready is not None and not self._idle and not self._flying:
+            if now - self._none_ready < _SLOW_START:
+                return self._none_ready + _SLOW_START - now
+            self.note(f"no worker is ready after {_SLOW_START:g} s: models load, or Ray has nothing free for them")
+            self._none_ready = None
         if not self._idle or limit == float("inf"):
             return None
         ends = [each.since + limit - now for each in self._alone(mine)]
@@ -266,12 +274,14 @@ class Dispatcher:
         if event.kind == READY:
             self._starts[worker] = 0
             self._idle[worker] = None
+            self._none_ready = None
         elif event.kind == LOST:
             self._lost(worker, event.value)
             if waited is not None:
                 self._do_again(waited, mine, worker, event.value, lost=True)
         elif event.kind == FAILED and flight is None:
-            raise WorkerFailed(f"worker {worker} could not begin: {_words(event.value)}")
+            kind = type(event.value) if isinstance(event.value, ThinsightError) else WorkerFailed
+            raise kind(f"worker {worker} could not begin: {_words(event.value)}")
         else:
             self._idle[worker] = None
             if event.kind == FAILED:
@@ -334,6 +344,8 @@ class _Single:
 
 
 def _words(why: Any) -> str:
+    if isinstance(why, ThinsightError):
+        return str(why)
     text = str(why).strip() or type(why).__name__
     return brief(f"{type(why).__name__}: {text}" if isinstance(why, Exception) else text)
 

@@ -150,10 +150,10 @@ class Pool(StandIn):
         share = early.pop("share", 1.0)
         self._score([_Asked(each, floor, share=share, **early) for each in candidates], done)
 
-    def predictions(self, candidate: Schedule | Reduction) -> list[str]:
+    def predictions(self, schedule: Schedule | Reduction, places: Sequence[int] | None = None) -> list[str]:
         """See `Evaluator.predictions`; one evaluator gives them."""
         self._know_full()
-        found: list[str] = self.inner.predictions(candidate)
+        found: list[str] = self.inner.predictions(schedule, places)
         return found
 
     def bind(self, candidate: Schedule | Reduction) -> Reduction:

@@ -114,12 +114,18 @@ class _Comparing:
         options, prepared = self.options, self.prepared
         full = prepared.test_scores("full", None)
         limits = prepared.folder.once("limits", Limits, self._limits)
-        runs = tuple(
-            self._one(limits.budget(prepared.opened.model.config, value, options.unit), value, name, seed)
+        cells = [
+            (limits.budget(prepared.opened.model.config, value, options.unit), value, name, seed)
             for value in options.budgets
             for name in options.chosen
             for seed in (options.seeds if seeded(name) else (None,))
-        )
+        ]
+        if prepared.test.workers > 1:
+            made = [self._found(*cell) for cell in cells if not _searches(cell[2])]
+            prepared.test_scores_ahead(
+                {f"test-{key}": found.reduction for key, found in made if not found.refused}, "Scoring all baselines"
+            )
+        runs = tuple(self._one(*cell) for cell in cells)
         comparison = Comparison(
             model=options.model.model,
             test_name=prepared.sets.test_name,
@@ -152,11 +158,10 @@ class _Comparing:
 
     def _one(self, budget: Budget, value: float, name: str, seed: int | None) -> Run:
         """One method at one budget: found without the test set, then scored on it."""
-        name_of_seed, words_of_seed = ("", "") if seed is None else (f"-seed{seed}", f", seed {seed}")
-        key = f"{self.options.unit}-{value:g}-{name}{name_of_seed}"
         title = SEARCHES[name.removeprefix(SEARCH_PREFIX)].title if _searches(name) else BASELINES[name].title
+        words_of_seed = "" if seed is None else f", seed {seed}"
         self.prepared.watcher.on_stage(f"{title}, budget {value:g}{words_of_seed}")
-        found = self.prepared.folder.once(f"found-{key}", _Found, lambda: self._find(budget, name, seed, key))
+        key, found = self._found(budget, value, name, seed)
         method = name.removeprefix(SEARCH_PREFIX) if name != SEARCH_PREFIX + "random" else name
         if found.refused:
             empty: tuple[float, ...] = ()
@@ -179,6 +184,11 @@ class _Comparing:
             calibration_score=found.score,
             figures=self._figures(scored.per_example),
         )
+
+    def _found(self, budget: Budget, value: float, name: str, seed: int | None) -> tuple[str, _Found]:
+        """What a method comes to, and its name in the run folder."""
+        key = f"{self.options.unit}-{value:g}-{name}" + ("" if seed is None else f"-seed{seed}")
+        return key, self.prepared.folder.once(f"found-{key}", _Found, lambda: self._find(budget, name, seed, key))
 
     def _figures(self, scores: Sequence[float]) -> dict[str, float]:
         """What the benchmarks of the test set report of them, where these have a measure of their own."""

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -514,6 +514,21 @@ class Prepared:
             return Scores(found.score, tuple(found.per_example.tolist()), doubt)
 
         return self.folder.once(stage, Scores, run)
+
+    def test_scores_ahead(self, wanted: Mapping[str, Reduction], title: str) -> None:
+        """What `test_scores` will be asked for, by stage, where several workers can do it without waiting for the end
+        of each; nothing happens where there are none."""
+        stages = [stage for stage in wanted if self.folder.find(stage, Scores) is None]
+        if self.test.workers < 2 or not stages:
+            return
+        self.watcher.on_stage(title)
+        self.fix_batch_size("test")
+
+        def keep(place: int, found: Evaluation) -> None:
+            assert found.per_example is not None
+            self.folder.keep(stages[place], Scores(found.score, tuple(found.per_example.tolist()), ""))
+
+        self.test.several([wanted[stage] for stage in stages], None, keep)
 
 
 def sets_of(options: RunOptions, progress: Progress | None = None) -> Sets:

@@ -233,11 +233,12 @@ class WorkerOptions:
 
     def check_workers(self) -> None:
         """Refuse what cannot be right."""
-        from ..evaluation.ray_workers import check_workers, import_ray
+        from ..evaluation.ray_workers import check_address, check_workers, import_ray
 
         check_workers("auto" if self.workers is None else self.workers, self.gpus_per_worker)
         if self.has_workers:
             import_ray()
+            check_address(self.ray)
         elif self.gpus_per_worker is not None:
             raise BadInput(f"gpus_per_worker is {self.gpus_per_worker:g} without workers: give --workers too")
 

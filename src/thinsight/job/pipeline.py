@@ -500,12 +500,15 @@ class _Run:
     def _test(self, reduction: Reduction) -> list[Tested]:
         """Full, found, and its rivals at the same cost, all on the test set."""
         full = Reduction(Schedule.full(reduction.schedule.num_layers))
-        tested = []
-        for key, name, kind, method, note in [
+        methods = [
             ("full", "Full model", "full", full, ""),
             ("found", self.options.search.title, "found", reduction, self._how_found),
             *self._rivals(reduction),
-        ]:
+        ]
+        reduced = {f"test-{key}": method for key, _, kind, method, _ in methods if kind != "full"}
+        self.prepared.test_scores_ahead(reduced, "Testing")
+        tested = []
+        for key, name, kind, method, note in methods:
             self.prepared.watcher.on_stage(f"Testing {name}")
             scores = self.prepared.test_scores(f"test-{key}", None if kind == "full" else method)
             tested.append(Tested(name, kind, method, scores.evaluation(), note, scores.doubt))
