@@ -131,7 +131,7 @@ def _version(name: str) -> str:
 def _of_use(packages: Iterable[Package]) -> Iterator[Package]:
     """Those of the other extras that are installed whole; a part of one may be there for another's sake, in a version
     that is right for that."""
-    for extra in set(_EXTRAS).difference(_OWN):
+    for extra in (each for each in _EXTRAS if each not in _OWN):
         of_it = [package for package in packages if package.extra == extra]
         if all(package.version for package in of_it):
             yield from of_it
