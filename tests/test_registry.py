@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 
@@ -96,6 +97,18 @@ def test_builtin_modules_are_imported_on_first_use(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(sys.modules[__name__], "holder", registry, raising=False)
     assert "builtin_spices" not in sys.modules
     assert list(registry) == ["thyme"]
+
+
+def test_who_imports_a_builtin_module_before_its_turn_does_not_change_the_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second", "third"):
+        _module(tmp_path, f"{name}_spices", f"Thyme.name = {name!r}; holder.register(Thyme)", monkeypatch)
+    registry: Registry[type] = Registry("spice", builtin=("first_spices", "second_spices", "third_spices"))
+    monkeypatch.setattr(sys.modules[__name__], "holder", registry, raising=False)
+    import_module("third_spices")
+    registry.register(Salt)
+    assert list(registry) == ["salt", "first", "second", "third"]
 
 
 def test_other_distributions_enter_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,15 +96,22 @@ class Registry(Generic[T]):
         return [self._items[name] for name in self]
 
     def _place(self, item: T) -> str:
-        named = self._code(item)
-        if isinstance(named, str):
+        if isinstance(named := self._code(item), str):
             return named
-        named = named if hasattr(named, "__qualname__") else type(named)
-        return f"{named.__qualname__} of {named.__module__}"
+        made = self._class_of(item)
+        return f"{made.__qualname__} of {made.__module__}"
+
+    def _class_of(self, item: T) -> Any:
+        """The class or function that an item stands for."""
+        named = self._code(item)
+        return named if hasattr(named, "__qualname__") else type(named)
 
     def _load_builtin(self) -> None:
         while self._builtin:
-            import_module(self._builtin.pop(0))  # taken off first: the module may ask for a name while it is imported
+            module = self._builtin.pop(0)  # taken off first: it may ask for a name while it is imported
+            import_module(module)
+            for name in [name for name, item in self._items.items() if self._class_of(item).__module__ == module]:
+                self._items[name] = self._items.pop(name)  # who imported it before its turn does not decide the order
 
     def _load_plugins(self) -> None:
         group, self._group = self._group, None
