@@ -25,7 +25,7 @@ from .dispatch import DONE, FAILED, LOST, READY, Event, State, Worker
 
 AUTO = "auto"
 _QUIET = {"log_to_driver": False, "logging_level": "error"}
-_KNOCK_SECONDS, _ANSWER_SECONDS = 5, 60
+_KNOCK_SECONDS, _ANSWER_SECONDS = 5, 30
 _TRY = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False, logging_level='error')"
 
 

@@ -44,7 +44,8 @@ class Pool(StandIn):
         make: builds a worker's evaluator, in the worker's process: ``lambda: ts.Evaluator(*ts.load_model(...),
             examples)``. It is sent there, so it should name files, not hold weights or pixels.
         workers: how many; "auto": one for each of the GPUs there are, else for each machine.
-        address: of a Ray cluster, "auto" for the one that this machine is part of; None: workers on this machine.
+        address: of a Ray cluster, "auto" for the one that this machine is part of; None: that of ``RAY_ADDRESS``, or
+            else workers on this machine. A process that is connected to Ray already stays so.
         gpus_per_worker: what each worker is given; None: 1 where there are GPUs, else none. Above 1, load the model
             with a ``device_map``.
         inner: an evaluator of this process that is asked what no worker need be asked; None: a worker is asked.
