@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import os
 import random
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,19 +162,18 @@ class Row:
     same: bool  # as what one evaluator finds
 
 
-SEARCHES: dict[str, Callable[[Any], Any]] = {
-    "gsearch": lambda evaluator: ts.gsearch(evaluator, 0.01, step=8),
-    "random": lambda evaluator: ts.random_search(evaluator, 0.25, n_trials=64),
-    "psigmoid": lambda evaluator: ts.psigmoid(evaluator, 0.25, n_trials=16),
-    "sensitivity": lambda evaluator: ts.sensitivity_search(evaluator, 0.25, n_trials=16),
-    "frontier": lambda evaluator: ts.frontier(evaluator, [0.125, 0.25, 0.5]),
+SEARCHES: dict[str, Callable[[Any], Sequence[ts.SearchResult]]] = {
+    "gsearch": lambda evaluator: [ts.gsearch(evaluator, 0.01, step=8)],
+    "random": lambda evaluator: [ts.random_search(evaluator, 0.25, n_trials=64)],
+    "psigmoid": lambda evaluator: [ts.psigmoid(evaluator, 0.25, n_trials=16)],
+    "sensitivity": lambda evaluator: [ts.sensitivity_search(evaluator, 0.25, n_trials=16)],
+    "frontier": lambda evaluator: ts.frontier(evaluator, [0.125, 0.25, 0.5]).points,
 }
 
 
-def outcome(found: Any) -> Any:
+def outcome(found: Sequence[ts.SearchResult]) -> Any:
     """What is compared: not how many evaluations it took, which are more where candidates are tried at once."""
-    points = getattr(found, "points", (found,))
-    return [(point.schedule, point.reduction.ranker, point.score) for point in points]
+    return [(each.schedule, each.reduction.ranker, each.score) for each in found]
 
 
 def alone(search: str, examples: int) -> tuple[Any, float, int]:

@@ -91,7 +91,7 @@ class NotebookWatcher(Watcher):
     def on_stage(self, title: str) -> None:
         place = _here()
         place.title, place.searching, place.began = terminal(title), "", time.monotonic()
-        place.draw(place.title, ended=False)
+        place.draw(place.title)
 
     def on_note(self, text: str) -> None:
         place = _here()

@@ -272,6 +272,13 @@ CLIP = conformance.tower("clip_vision_model", 56, 14, projection_dim=32)
 SIGLIP = conformance.tower("siglip_vision_model", 56, 14, vision_use_head=False)
 IDEFICS_TOWER = conformance.tower("idefics3_vision", 56, 14)
 PATCHES = {**conformance.PATCH_TOWER, "patch_size": 14, "out_hidden_size": 128}
+QWEN3_TOWER = {
+    **PATCHES,
+    "patch_size": 16,
+    "depth": 4,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 1, 2],
+}
 CLIP_KEYS = (
     ("vision_tower.", "vision_tower.vision_model."),
     ("model.vision_tower.", "model.vision_tower.vision_model."),
@@ -382,17 +389,7 @@ TABLE = (
     Checkpoint(
         "qwen3-vl",
         "Qwen3VLForConditionalGeneration",
-        conformance.config(
-            mrope("qwen3_vl_text", rope={"mrope_interleaved": True}),
-            {
-                **PATCHES,
-                "patch_size": 16,
-                "depth": 4,
-                "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0, 1, 2],
-            },
-            **conformance.MARKS,
-        ),
+        conformance.config(mrope("qwen3_vl_text", rope={"mrope_interleaved": True}), QWEN3_TOWER, **conformance.MARKS),
         lambda: _qwen("Qwen3VL", patch_size=16),
         placeholder="<|vision_start|> <|image_pad|> <|vision_end|>",
         sizes=((128, 128), (64, 160), (96, 128)),
@@ -404,13 +401,7 @@ TABLE = (
             mrope(
                 "qwen3_vl_moe_text", rope={"mrope_interleaved": True}, norm_topk_prob=True, **conformance.QWEN_EXPERTS
             ),
-            {
-                **PATCHES,
-                "patch_size": 16,
-                "depth": 4,
-                "num_position_embeddings": 64,
-                "deepstack_visual_indexes": [0, 1, 2],
-            },
+            QWEN3_TOWER,
             **conformance.MARKS,
         ),
         lambda: _qwen("Qwen3VL", patch_size=16),

@@ -191,9 +191,8 @@ def collate(
         "input_ids": _padded([row.ids for row in rows], width, pad, padding),
         "attention_mask": _padded([[1] * len(row.ids) for row in rows], width, 0, padding),
     }
-    for name in () if types is None else types.names:
-        assert types is not None
-        inputs[name] = _padded([_types(row, types) for row in rows], width, 0, padding)
+    if types is not None:
+        inputs |= dict.fromkeys(types.names, _padded([_types(row, types) for row in rows], width, 0, padding))
     return Batch(rows, {**inputs, **tensors(rows)})
 
 

@@ -164,13 +164,7 @@ class Journal:
         if half:  # where a run was killed
             write_atomically(self.path, f"{head}\n{whole}\n" if whole else f"{head}\n", _REMEDY)
         for number, line in enumerate(whole.splitlines(), 2):
-            try:
-                rows = [(row["id"], row.pop("asked"), row) for row in json.loads(line)]
-            except (ValueError, TypeError, KeyError, AttributeError):
-                raise StorageError(
-                    f"{self.path}, line {number} is damaged: remove the line to answer its questions again"
-                ) from None
-            for name, question, row in rows:
+            for name, question, row in self._rows(line, number):
                 if self._asked.get(name, question) != question:
                     raise BadInput(self._of_another)
                 if name in self._asked:
@@ -192,6 +186,15 @@ class Journal:
     def remove(self) -> None:
         """Once the file is written."""
         self.path.unlink(missing_ok=True)
+
+    def _rows(self, line: str, number: int) -> list[tuple[str, str, dict[str, Any]]]:
+        """Id, digest of the question, and row of each answer of a batch."""
+        try:
+            return [(row["id"], row.pop("asked"), row) for row in json.loads(line)]
+        except (ValueError, TypeError, KeyError):
+            raise StorageError(
+                f"{self.path}, line {number} is damaged: remove the line to answer its questions again"
+            ) from None
 
 
 def _checked(path: Path) -> Path:

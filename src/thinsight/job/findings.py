@@ -31,6 +31,13 @@ from ..runtime import apply, vision_token_mask
 from ..schedule import Schedule
 from ..timing import on_device
 
+# Of a family's `tiles`: why its vision tokens form no grid.
+_UNPLACED = {
+    "lines": "some of which stand at the ends of lines",
+    "pooled": "which are made of patches of crops that overlap",
+    "resampled": "which are resampled from all of an image",
+    "views": "which are of an overview and tiles of another size",
+}
 PICTURE_LAYERS = 12  # stops of the report's slider, besides the image: as many as a phone's width has room for
 
 
@@ -67,14 +74,8 @@ def grid_of(model: Any, processor: Any, example: Example, inputs: Mapping[str, A
         ThinsightError: the tokens form no grid that can be laid over a picture.
     """
     vision = model.config.vision_config
-    if family_of(model.config).tiles == "resampled":
-        raise _no_grid(f"the {n_vision} vision tokens, which are resampled from all of an image,")
-    if family_of(model.config).tiles == "views":
-        raise _no_grid(f"the {n_vision} vision tokens, which are of an overview and tiles of another size,")
-    if family_of(model.config).tiles == "lines":
-        raise _no_grid(f"the {n_vision} vision tokens, some of which stand at the ends of lines,")
-    if family_of(model.config).tiles == "pooled":
-        raise _no_grid(f"the {n_vision} vision tokens, which are made of patches of crops that overlap,")
+    if (why := _UNPLACED.get(family_of(model.config).tiles)) is not None:
+        raise _no_grid(f"the {n_vision} vision tokens, {why},")
     if "image_position_ids" in inputs:
         found = _placed(model, inputs)
     elif inputs.get("image_grid_thw") is not None:

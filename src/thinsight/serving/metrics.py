@@ -1,14 +1,12 @@
-"""What a server counts, for Prometheus. Names are those of the plugin for vLLM where they count the same."""
+"""What a server counts, for Prometheus."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-SEEN = "thinsight:vision_tokens_seen"
-KEPT = "thinsight:vision_tokens_kept"
-REDUCED = "thinsight:prompts_reduced"
-WHOLE = "thinsight:prompts_whole"
+from ..counters import HELP, KEPT, REDUCED, SEEN, WHOLE
+
 OUTCOMES = ("answered", "refused", "cancelled", "failed", "busy")
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -26,10 +24,10 @@ class Metrics:
         self._registry = CollectorRegistry()
         own: dict[str, Any] = {"registry": self._registry}
         self.requests = Counter("thinsight:requests", "Requests, by how they ended.", ["model", "outcome"], **own)
-        self._seen = Counter(SEEN, "Vision tokens of prompts that were read, reduced or not.", **own)
-        self._kept = Counter(KEPT, "Of these, vision tokens that entered the layers of a stage.", ["layers"], **own)
-        self._reduced = Counter(REDUCED, "Prompts with vision tokens that were reduced.", **own)
-        self._whole = Counter(WHOLE, "Prompts with vision tokens that were kept whole, by reason.", ["reason"], **own)
+        self._seen = Counter(SEEN, HELP[SEEN], **own)
+        self._kept = Counter(KEPT, HELP[KEPT], ["layers"], **own)
+        self._reduced = Counter(REDUCED, HELP[REDUCED], **own)
+        self._whole = Counter(WHOLE, HELP[WHOLE], ["reason"], **own)
         self.prompt_tokens = Counter("thinsight:prompt_tokens", "Tokens of prompts, all of them.", ["model"], **own)
         self.answer_tokens = Counter("thinsight:answer_tokens", "Tokens of answers.", ["model"], **own)
         self.waited = Histogram("thinsight:wait_seconds", "From a request to its turn.", buckets=_SECONDS, **own)

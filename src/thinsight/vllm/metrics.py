@@ -12,19 +12,14 @@ import shutil
 import tempfile
 from functools import cache
 
+from ..counters import HELP
+from ..counters import KEPT as KEPT
+from ..counters import REDUCED as REDUCED
+from ..counters import SEEN as SEEN
+from ..counters import WHOLE as WHOLE
+
 FOLDER = "THINSIGHT_VLLM_METRICS"
 """The environment variable that names the folder of these files, for the processes that vLLM starts."""
-
-SEEN = "thinsight:vision_tokens_seen"
-KEPT = "thinsight:vision_tokens_kept"
-REDUCED = "thinsight:prompts_reduced"
-WHOLE = "thinsight:prompts_whole"
-_HELP = {
-    SEEN: "Vision tokens of prompts that were read, reduced or not.",
-    KEPT: "Of these, vision tokens that entered the layers of a stage.",
-    REDUCED: "Prompts with vision tokens that were reduced.",
-    WHOLE: "Prompts with vision tokens that were kept whole, by reason.",
-}
 
 
 @cache
@@ -61,7 +56,7 @@ class Tally:
         """Count so many more."""
         from prometheus_client.mmap_dict import mmap_key
 
-        key = mmap_key(name, f"{name}_total", [*labels], [*labels.values()], _HELP[name])
+        key = mmap_key(name, f"{name}_total", [*labels], [*labels.values()], HELP[name])
         self._values[key] = self._values.get(key, 0.0) + amount
         if self._file is not None:
             self._file.write_value(key, self._values[key], 0.0)
